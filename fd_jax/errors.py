@@ -1,0 +1,29 @@
+"""The errors a user can cause: one message that names the input, what was expected, what to do.
+
+Entry points print a `UserError` as a single line and exit with status 2; any other exception is a
+bug and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Base of every error whose cause is the user's input and whose message says the remedy."""
+
+
+class ConfigError(UserError):
+    """An unknown field, a wrong type, or an impossible combination of settings."""
+
+
+class DataError(UserError):
+    """A dataset that is missing, not prepared, too small, or holds too many broken images."""
+
+
+class ConversionError(UserError):
+    """A weights file that is not what its source name says, or cannot be read safely."""
+
+
+class ModelFolderError(UserError):
+    """A model folder that is missing, incomplete, of another version, or in the way."""
+
+
+class CheckpointError(UserError):
+    """A workdir that cannot be resumed: another config, a missing or unreadable step."""
