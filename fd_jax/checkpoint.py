@@ -1,0 +1,94 @@
+"""Saving and restoring: the only file that knows Orbax.
+
+Trees of a model folder are written once and whole. Checkpoints of a run are written while the
+device works on, committed by Orbax when they are complete, and never restored from before that.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fd_jax.errors import CheckpointError
+
+PyTree = Any
+
+
+def save_tree(path: epath.Path, tree: PyTree) -> None:
+    """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def load_tree(path: epath.Path) -> PyTree:
+    """Reads a tree written by `save_tree` as numpy arrays, whatever devices wrote it."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        return checkpointer.restore(path, restore_args=as_numpy)
+
+
+class Checkpoints:
+    """The numbered checkpoints of one workdir.
+
+    Each holds the train state and a small JSON record (data position, configuration). Keeps the
+    last `keep` and every `keep_every`-th step.
+    """
+
+    def __init__(self, folder: epath.Path, *, keep: int, keep_every: int | None):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._folder = folder
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
+        """Starts writing; returns before it is done. All processes call it with the same step."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
+            ),
+        )
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Reads one checkpoint onto the shardings of `like`, a tree of `jax.ShapeDtypeStruct`.
+
+        Raises:
+          CheckpointError: the files of this step are damaged or are not those of this state.
+        """
+        restore_args = jax.tree.map(
+            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape), like
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(like, restore_args=restore_args),
+                    record=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} cannot be read: {error}\n"
+                "Delete that folder to continue from the one before it."
+            ) from error
+        return restored["state"], restored["record"]
+
+    def wait(self) -> None:
+        """Returns when every started write is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the writer threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()

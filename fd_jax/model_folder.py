@@ -1,0 +1,164 @@
+"""The model folder: the one currency for weights.
+
+`params/` is an Orbax tree with `encoder` and, where there are any, `projector`, `head` and
+`fc_norm`; `model.json` is the `ModelSpec`, written last, so that a folder without it is no model.
+"""
+
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from fd_jax import checkpoint
+from fd_jax.errors import ModelFolderError
+from fd_jax.models.features import FeatureMap
+from fd_jax.models.spec import ModelSpec
+
+PARTS = ("encoder", "projector", "head", "fc_norm")
+
+
+def save(
+    folder: epath.PathLike, spec: ModelSpec, params: dict[str, Any], *, overwrite: bool = False
+) -> None:
+    """Writes a model folder; what stands there is untouched until the new one is complete.
+
+    Args:
+      folder: where to; local or a bucket.
+      spec: of the encoder.
+      params: {"encoder": ...} and optional parts named in PARTS; numpy or (sharded) jax arrays.
+        With several processes all of them call this.
+      overwrite: whether a folder that exists is replaced.
+
+    Raises:
+      ModelFolderError: the folder exists and `overwrite` is not set, or a part is unknown.
+    """
+    folder = epath.Path(folder)
+    check_free(folder, overwrite=overwrite)
+    if unknown := sorted(set(params) - set(PARTS)):
+        raise ModelFolderError(f"a model folder has no part {unknown}; expected some of {PARTS}")
+    staging = folder.parent / f".{folder.name}.incomplete"
+    first = jax.process_index() == 0
+    if first:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if staging.exists():
+            staging.rmtree()
+        staging.mkdir()
+    _barrier("model_folder_staged")
+    checkpoint.save_tree(staging / "params", params)
+    if first:
+        (staging / "model.json").write_text(spec.to_json())
+        if folder.exists():
+            folder.rmtree()
+        staging.rename(folder)
+    _barrier("model_folder_done")
+
+
+def check_free(folder: epath.PathLike, *, overwrite: bool) -> None:
+    """Refuses a destination that exists, before any work is done for it."""
+    folder = epath.Path(folder)
+    if folder.exists() and not overwrite:
+        raise ModelFolderError(
+            f"{folder} exists and is not overwritten; name another folder or ask for overwriting"
+        )
+
+
+def load_spec(folder: epath.PathLike) -> ModelSpec:
+    """Reads `model.json` only."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        raise ModelFolderError(
+            f"no model folder at {folder}; `convert_checkpoints.py import` makes one from a "
+            "weights file, `train.py` leaves one in <workdir>/model"
+        )
+    description = folder / "model.json"
+    if not description.exists():
+        raise ModelFolderError(
+            f"{folder} holds no model.json: it is not a model folder, or its writing was cut off"
+        )
+    return ModelSpec.from_json(description.read_text(), where=str(description))
+
+
+def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
+    """Reads a model folder.
+
+    Returns:
+      The spec, and the parts as nested dicts of numpy arrays in their stored dtype.
+
+    Raises:
+      ModelFolderError: there is none, it is damaged, or weights and description disagree.
+    """
+    folder = epath.Path(folder)
+    spec = load_spec(folder)
+    try:
+        params = checkpoint.load_tree(folder / "params")
+    except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+        raise ModelFolderError(f"the weights in {folder} cannot be read: {error}") from error
+    _check_against_spec(folder, spec, params)
+    return spec, params
+
+
+class Model:
+    """A loaded network: call it on normalised images, or `preprocess` uint8 ones first."""
+
+    def __init__(self, spec: ModelSpec, params: dict[str, Any]):
+        self.spec = spec
+        self.params = params
+        self._definition, _ = spec.abstract()
+        self._forward = jax.jit(self._apply)
+
+    def __call__(self, images: jax.Array) -> FeatureMap:
+        """Feature map after the final norm, class token first. images: [B, H, W, 3] float32."""
+        return self._forward(self.params["encoder"], images)
+
+    def preprocess(self, images: np.ndarray) -> jax.Array:
+        """Normalises with the network's own statistics. uint8 [B, H, W, 3] -> float32."""
+        return self.spec.normalize(images)
+
+    def _apply(self, params, images):
+        return nnx.merge(self._definition, params)(images)
+
+
+def load_model(folder: epath.PathLike, *, image_size: int | None = None) -> Model:
+    """Opens a model folder for use in Python, resized to another image size where asked."""
+    spec, params = load(folder)
+    if image_size is not None:
+        spec, encoder = spec.resized(params["encoder"], image_size)
+        params = {**params, "encoder": encoder}
+    params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, jax.numpy.float32), params)
+    return Model(spec, params)
+
+
+def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
+    expected = flat_shapes(spec.abstract()[1])
+    found = flat_shapes(params.get("encoder", {}))
+    if expected == found:
+        return
+    problems = [f"missing {path}" for path in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {path}" for path in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{path} has shape {found[path]}, expected {expected[path]}"
+        for path in sorted(expected.keys() & found.keys())
+        if expected[path] != found[path]
+    ]
+    listing = "\n  ".join(problems)
+    raise ModelFolderError(f"the weights in {folder} do not fit its model.json:\n  {listing}")
+
+
+def flat_shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shape of every array by its path, as "blocks/0/norm1/scale"."""
+    shapes = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            shapes.update(flat_shapes(value, f"{path}/"))
+        else:
+            shapes[path] = tuple(value.shape)
+    return shapes
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,294 @@
+"""The layers the vision transformers are made of.
+
+Modules hold parameters and nothing else. What is random in a forward pass (which examples drop a
+residual branch) comes in as an array of uniform numbers, one row per example, so that the same
+numbers fall on the same image whatever the mesh, the host count or the micro-batching.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu"]
+AttentionKind = Literal["xla", "dot_product"]
+QkvBias = Literal["qkv", "qv", "none"]
+
+# The names are spelled out because libraries disagree on what "gelu" means.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def truncated_normal(std: float, limit: float) -> nnx.Initializer:
+    """Normal(0, std) cut at +-limit, not rescaled: the resulting std is smaller (`reference` init)."""
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding  # parameters are created unsharded here; sharding.py places them
+        bound = limit / std
+        return std * jax.random.truncated_normal(key, -bound, bound, shape, dtype)
+
+    return init
+
+
+def scaled(init: nnx.Initializer, factor: float) -> nnx.Initializer:
+    """The initialiser `init` times a constant."""
+    return lambda key, shape, dtype=jnp.float32, **kwargs: factor * init(key, shape, dtype)
+
+
+def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over channels with scale and bias: statistics in float32, result in `dtype`."""
+    # E[x^2] - E[x]^2 (flax's default) cancels badly on tokens with a large common part.
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def per_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies a linear layer to [B, N, D] as one [B*N, D] matmul. Returns [B, N, ...].
+
+    Numerically the same; XLA:CPU otherwise fuses every later residual gradient into a transposed
+    copy of the weight gradient's operand, which makes a step of ViT-B a third slower.
+    """
+    batch, tokens, width = x.shape
+    y = layer(x.reshape(batch * tokens, width))
+    return y.reshape(batch, tokens, *y.shape[1:])
+
+
+def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> jax.Array:
+    """Drops a residual branch for whole examples and rescales the rest (stochastic depth).
+
+    Args:
+      branch: [B, N, D].
+      uniform: [B] numbers in [0, 1), or None in evaluation.
+      rate: probability of dropping.
+    """
+    if uniform is None or rate == 0.0:
+        return branch
+    keep = 1.0 - rate
+    kept = jnp.floor(keep + uniform)[:, None, None].astype(branch.dtype)
+    return branch * kept / keep
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+    kind: AttentionKind,
+) -> jax.Array:
+    """Softmax attention, the one function behind which implementations are exchanged.
+
+    Args:
+      q: [B, N, A, d] queries; `k` and `v` have the same shape.
+      k: keys.
+      v: values.
+      bias: [A, N, N] or [B, A, N, N] float32, added to the logits, or None.
+      scale: factor on q k^T.
+      kind: "xla" writes the einsums out; "dot_product" calls `jax.nn.dot_product_attention`, which
+        picks a fused kernel where the device has one. Equal within rounding.
+
+    Returns:
+      [B, N, A, d] in the dtype of `v`.
+    """
+    if kind == "dot_product":
+        batched = None if bias is None else bias.reshape((-1, *bias.shape[-3:])).astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, bias=batched, scale=scale)
+    probabilities = attention_probabilities(q, k, bias=bias, scale=scale).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)
+
+
+def attention_probabilities(
+    q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float
+) -> jax.Array:
+    """Softmax over keys in float32. q, k: [B, N, A, d] -> [B, A, N, N]."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    return jax.nn.softmax(logits, axis=-1)
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches to tokens: a strided convolution written as a matmul."""
+
+    def __init__(
+        self,
+        patch_size: int,
+        width: int,
+        *,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        kernel_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size = patch_size
+        self.dtype = dtype
+        shape = (patch_size, patch_size, 3, width)  # HWIO
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        else:
+            self.bias = None
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, 3] -> [B, (H/P)*(W/P), D], row-major."""
+        p = self.patch_size
+        batch, height, width, channels = images.shape
+        x = images.astype(self.dtype)
+        x = x.reshape(batch, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
+        kernel = self.kernel[...].astype(self.dtype).reshape(p * p * channels, -1)
+        y = per_token(lambda rows: rows @ kernel, x)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation,
+        dtype: jnp.dtype,
+        kernel_init: nnx.Initializer,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        hidden = ACTIVATIONS[self.activation](per_token(self.fc1, x))
+        return per_token(self.fc2, hidden)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with a fused qkv kernel [D, 3, D] (axis 1: q, k, v; head-major)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: QkvBias,
+        rel_pos_bias: "RelativePositionBias | None",
+        kind: AttentionKind,
+        dtype: jnp.dtype,
+        kernel_init: nnx.Initializer,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.kind = kind
+        self.dtype = dtype
+        self.qkv = nnx.LinearGeneral(
+            width, (3, width), use_bias=False, dtype=dtype, kernel_init=kernel_init, rngs=rngs
+        )
+        # Separate vectors, since which of them exist differs between families and since weight
+        # decay spares tensors of one dimension.
+        self.q_bias = None if qkv_bias == "none" else _zeros(width)
+        self.k_bias = _zeros(width) if qkv_bias == "qkv" else None
+        self.v_bias = None if qkv_bias == "none" else _zeros(width)
+        self.rel_pos_bias = rel_pos_bias
+        self.proj = nnx.Linear(width, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
+
+    def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
+        """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
+        batch, tokens, width = x.shape
+        qkv = per_token(self.qkv, x)  # [B, N, 3, D]
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        if any(bias is not None for bias in biases):
+            rows = [jnp.zeros((width,)) if bias is None else bias[...] for bias in biases]
+            qkv = qkv + jnp.stack(rows).astype(self.dtype)
+        q, k, v = jnp.moveaxis(
+            qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
+        )
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return q, k, v
+
+    def __call__(
+        self, x: jax.Array, *, shared_bias: jax.Array | None, rotate: "Rotation | None"
+    ) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `shared_bias` is [A, N, N] or None."""
+        q, k, v = self.qkv_heads(x, rotate)
+        bias = shared_bias if self.rel_pos_bias is None else self.rel_pos_bias()
+        scale = q.shape[-1] ** -0.5
+        out = attend(q, k, v, bias=bias, scale=scale, kind=self.kind)
+        return per_token(self.proj, out.reshape(x.shape))
+
+
+class RelativePositionBias(nnx.Module):
+    """One learned bias per head and relative position (BEiT's table), zero at the start."""
+
+    def __init__(self, grid: tuple[int, int], heads: int, *, cls_token: bool):
+        self.grid = grid
+        self.cls_token = cls_token
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if cls_token else 0)
+        self.table = nnx.Param(jnp.zeros((rows, heads), jnp.float32))
+
+    def __call__(self) -> jax.Array:
+        """The bias of every (query, key) pair. -> [A, N, N] float32."""
+        index = relative_position_index(self.grid, cls_token=self.cls_token)
+        return self.table[...].T[:, index]
+
+
+@functools.lru_cache(maxsize=32)
+def relative_position_index(grid: tuple[int, int], *, cls_token: bool) -> np.ndarray:
+    """Row of the bias table for every query and key. [N, N] int32, N = cls + H*W.
+
+    Patch to patch: (dr + H - 1)(2W - 1) + (dc + W - 1). The last three rows are class query to
+    patch key, patch query to class key, and class to class.
+    """
+    height, width = grid
+    rows, cols = (a.reshape(-1) for a in np.indices(grid))
+    dr = rows[:, None] - rows[None] + height - 1
+    dc = cols[:, None] - cols[None] + width - 1
+    index = dr * (2 * width - 1) + dc
+    if cls_token:
+        offsets = (2 * height - 1) * (2 * width - 1)
+        index = np.pad(index, ((1, 0), (1, 0)))
+        index[0, :] = offsets
+        index[:, 0] = offsets + 1
+        index[0, 0] = offsets + 2
+    return index.astype(np.int32)
+
+
+class Rotation:
+    """Axial rotary position embedding of the patch tokens (DINOv3); prefix tokens stay as they are.
+
+    Patch centres are scaled to [-1, 1] on each axis; head dimension d gives d/4 frequencies per
+    axis, base `theta`; the second half of the channels pairs with the first.
+    """
+
+    def __init__(self, grid: tuple[int, int], prefix: int, head_width: int, *, theta: float):
+        self.prefix = prefix
+        frequencies = theta ** -(np.arange(head_width // 4) / (head_width // 4))
+        centres = [(np.arange(n) + 0.5) / n * 2 - 1 for n in grid]
+        coordinates = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2)
+        angles = 2 * np.pi * coordinates[:, :, None] * frequencies  # [H*W, 2, d/4]
+        angles = np.tile(angles.reshape(len(coordinates), -1), 2)[:, None]  # [H*W, 1, d]
+        self.cos = np.cos(angles).astype(np.float32)
+        self.sin = np.sin(angles).astype(np.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Rotates queries or keys. [B, N, A, d] -> [B, N, A, d], in float32 inside."""
+        patches = x[:, self.prefix :].astype(jnp.float32)
+        first, second = jnp.split(patches, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+        rotated = patches * self.cos + turned * self.sin
+        return jnp.concatenate([x[:, : self.prefix], rotated.astype(x.dtype)], axis=1)
+
+
+def _zeros(width: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros((width,), jnp.float32))

@@ -1,0 +1,172 @@
+"""Resizing of position tables and images as matrices, equal to what the sources' code does.
+
+Every method here is linear along one axis, so it is written as a [target, source] matrix in float64
+and applied to rows and columns; the same code serves tables on the host and images on the device.
+"""
+
+import functools
+from typing import Literal
+
+import numpy as np
+
+PositionResize = Literal["size", "offset_0.1", "antialias"]
+
+
+@functools.lru_cache(maxsize=64)
+def cubic_matrix(source: int, target: int, *, scale: float | None = None) -> np.ndarray:
+    """Bicubic interpolation of torch (a = -0.75, align_corners False, no antialias). [target, source]
+
+    Args:
+      source: number of samples.
+      target: number of samples wanted.
+      scale: samples of the target per sample of the source as the caller stated it; torch takes the
+        stated factor, not the ratio of the sizes, for its coordinates. None: the ratio.
+    """
+    step = source / target if scale is None else 1.0 / scale
+    centres = (np.arange(target) + 0.5) * step - 0.5
+    first = np.floor(centres).astype(int)
+    matrix = np.zeros((target, source))
+    for tap in range(-1, 3):
+        weights = _cubic(centres - (first + tap), a=-0.75)
+        columns = np.clip(first + tap, 0, source - 1)  # torch repeats the border
+        np.add.at(matrix, (np.arange(target), columns), weights)
+    return matrix
+
+
+@functools.lru_cache(maxsize=64)
+def antialias_matrix(
+    source: int, target: int, *, method: Literal["bilinear", "bicubic"]
+) -> np.ndarray:
+    """Antialiased interpolation of torch and Pillow: the kernel widens when shrinking. [target, source]"""
+    step = source / target
+    width = max(step, 1.0)
+    kernel = functools.partial(_cubic, a=-0.5) if method == "bicubic" else _triangle
+    centres = (np.arange(target) + 0.5) * step - 0.5
+    matrix = kernel((np.arange(source)[None] - centres[:, None]) / width)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def resize_pos_embed(
+    table: np.ndarray, grid: int, *, prefix: int, method: PositionResize
+) -> np.ndarray:
+    """Resizes an absolute position table to another square grid (reference 5.3, quirks per source).
+
+    Args:
+      table: [1, prefix + g0*g0, D].
+      grid: wanted side g.
+      prefix: leading rows that belong to no patch (class token); copied.
+      method: "size" is torch's bicubic; "offset_0.1" the same with the scale factor
+        (g + 0.1) / g0 that DINO and DINOv2 state; "antialias" torch's antialiased bicubic.
+
+    Returns:
+      [1, prefix + g*g, D] in the dtype of `table`.
+    """
+    rows = table.shape[1] - prefix
+    side = round(rows**0.5)
+    if side * side != rows:
+        raise ValueError(f"{rows} patch positions are not a square grid")
+    if side == grid:
+        return table
+    if method == "antialias":
+        matrix = antialias_matrix(side, grid, method="bicubic")
+    elif method == "offset_0.1":
+        matrix = cubic_matrix(side, grid, scale=(grid + 0.1) / side)
+    elif method == "size":
+        matrix = cubic_matrix(side, grid)
+    else:
+        raise ValueError(f"position resize method {method!r}; expected {PositionResize.__args__}")
+    image = table[0, prefix:].reshape(side, side, -1).astype(np.float64)
+    resized = np.einsum("ip,jq,pqd->ijd", matrix, matrix, image, optimize=True)
+    patches = resized.reshape(1, grid * grid, -1).astype(table.dtype)
+    return np.concatenate([table[:, :prefix], patches], axis=1)
+
+
+def resize_rel_pos_table(table: np.ndarray, grid: int, *, extra: int) -> np.ndarray:
+    """Resizes a relative position bias table to another square grid (reference 5.4).
+
+    Source offsets are placed in a geometric progression, dense near zero, so that close neighbours
+    keep their bias; the target offsets are read off a tensor-product cubic spline through them.
+
+    Args:
+      table: [(2*g0 - 1)^2 + extra, A].
+      grid: wanted side g.
+      extra: trailing rows that belong to no pair of patches (3 with a class token); copied.
+
+    Returns:
+      [(2*g - 1)^2 + extra, A] in the dtype of `table`.
+    """
+    rows = table.shape[0] - extra
+    source = round(rows**0.5)
+    if source * source != rows or source % 2 == 0:
+        raise ValueError(f"{rows} relative positions are not those of a square grid")
+    target = 2 * grid - 1
+    if source == target:
+        return table
+    offsets = geometric_offsets(source // 2, grid - 1)
+    queries = np.arange(-(grid - 1), grid, dtype=np.float64)
+    matrix = spline_matrix(offsets, np.clip(queries, offsets[0], offsets[-1]))
+    image = table[:rows].reshape(source, source, -1).astype(np.float64)
+    resized = np.einsum("ip,jq,pqh->ijh", matrix, matrix, image, optimize=True)
+    pairs = resized.reshape(target * target, -1).astype(table.dtype)
+    return np.concatenate([pairs, table[rows:]])
+
+
+def geometric_offsets(half: int, reach: int) -> np.ndarray:
+    """Positions 0, +-p_k with p_1 = 1, p_{k+1} = p_k + q^k and p_half close to `reach`. [2*half + 1]
+
+    q comes from a bisection on [1.01, 1.5]; its floor of 1.01 stays when shrinking (quirk 24).
+    """
+    low, high, ratio = 1.01, 1.5, 1.01
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**half) / (1 - ratio) > reach:
+            high = ratio
+        else:
+            low = ratio
+    positions = np.cumsum(ratio ** np.arange(half))
+    return np.concatenate([-positions[::-1], [0.0], positions])
+
+
+def spline_matrix(knots: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Cubic spline interpolation with not-a-knot ends as a matrix. [Q, n] for n >= 4 knots."""
+    n = len(knots)
+    if n < 4:  # too few points for a cubic: the polynomial through all of them
+        return _lagrange(knots, queries)
+    h = np.diff(knots)
+    # Second derivatives m solve A m = R y: continuity of the slope inside, and equal third
+    # derivatives across the second and the last but one knot.
+    a, r = np.zeros((n, n)), np.zeros((n, n))
+    for i in range(1, n - 1):
+        a[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        r[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
+    a[0, :3] = h[1], -(h[0] + h[1]), h[0]
+    a[-1, -3:] = h[-1], -(h[-2] + h[-1]), h[-2]
+    curvature = np.linalg.solve(a, r)
+    i = np.clip(np.searchsorted(knots, queries, side="right") - 1, 0, n - 2)
+    left, right, step = knots[i + 1] - queries, queries - knots[i], h[i]
+    eye = np.eye(n)
+    return (
+        (left / step)[:, None] * eye[i]
+        + (right / step)[:, None] * eye[i + 1]
+        + ((left**3 / step - left * step) / 6)[:, None] * curvature[i]
+        + ((right**3 / step - right * step) / 6)[:, None] * curvature[i + 1]
+    )
+
+
+def _lagrange(knots: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    matrix = np.ones((len(queries), len(knots)))
+    for j, knot in enumerate(knots):
+        for other in np.delete(knots, j):
+            matrix[:, j] *= (queries - other) / (knot - other)
+    return matrix
+
+
+def _cubic(x: np.ndarray, *, a: float) -> np.ndarray:
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(0.0, 1.0 - np.abs(x))

@@ -1,0 +1,129 @@
+"""What a network is, apart from its weights: the contents of `model.json`."""
+
+import dataclasses
+import json
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fd_jax.errors import ModelFolderError
+from fd_jax.models import resize
+from fd_jax.models.vit import ViT
+
+FORMAT_VERSION = 1
+FAMILIES: dict[str, type[nnx.Module]] = {"vit": ViT}
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a network and feed it.
+
+    Attributes:
+      family: key of FAMILIES.
+      arch: the architecture keywords of the family's class, plain JSON values.
+      mean, std: per RGB channel, of pixels scaled by `pixel_scale`.
+      pixel_scale: factor from uint8 to the range of `mean` and `std`.
+      position_resize: how this source's code resizes absolute positions, see `resize.py`.
+      source: where the weights come from: a converter source name, or the run that trained them.
+      source_sha256: of the converted file; None for a network trained here.
+      source_dtypes: dtype in the source file per parameter path, where it is not float32.
+      notes: free text for people: licence, what was dropped.
+      format_version: of this file.
+    """
+
+    family: str
+    arch: dict[str, Any]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    pixel_scale: float = 1 / 255
+    position_resize: resize.PositionResize = "size"
+    source: str = ""
+    source_sha256: str | None = None
+    source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ModelFolderError(f"family {self.family!r}; expected one of {sorted(FAMILIES)}")
+
+    def build(self, *, rngs: nnx.Rngs, **runtime) -> nnx.Module:
+        """The network with fresh parameters; `runtime` is drop_path, init, dtype and the like."""
+        return FAMILIES[self.family](**self.arch, **runtime, rngs=rngs)
+
+    def abstract(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        """Definition and parameter shapes, without computing anything.
+
+        Returns:
+          The graph definition for `nnx.merge`, and a nested dict of `jax.ShapeDtypeStruct`.
+        """
+        return split(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0), **runtime)))
+
+    def normalize(self, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """uint8 [B, H, W, 3] to the network's input [B, H, W, 3] in `dtype`."""
+        mean = np.asarray(self.mean, np.float32)
+        std = np.asarray(self.std, np.float32)
+        pixels = jnp.asarray(images).astype(jnp.float32) * np.float32(self.pixel_scale)
+        return ((pixels - mean) / std).astype(dtype)
+
+    def resized(self, params: dict[str, Any], image_size: int) -> tuple["ModelSpec", dict[str, Any]]:
+        """This network for another input size: position tables resized, all else as it is.
+
+        Args:
+          params: encoder parameters as numpy arrays; not changed.
+          image_size: wanted side in pixels.
+        """
+        if image_size == self.arch["image_size"]:
+            return self, params
+        spec = dataclasses.replace(self, arch={**self.arch, "image_size": image_size})
+        spec.abstract()  # refuses a size the architecture cannot have before any work
+        return spec, FAMILIES[self.family].resize_positions(
+            params, self.arch, image_size, method=self.position_resize
+        )
+
+    def to_json(self) -> str:
+        """The text of `model.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> "ModelSpec":
+        """Reads `to_json` text; `where` names the file in errors."""
+        try:
+            fields = json.loads(text)
+            version = fields["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFolderError(f"{where} is not a model description: {error}") from error
+        if version != FORMAT_VERSION:
+            raise ModelFolderError(
+                f"{where} has format version {version}, this fd_jax reads {FORMAT_VERSION}; "
+                "convert or train the model again"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ModelFolderError(f"{where} has unknown fields {unknown}")
+        try:
+            fields["mean"], fields["std"] = tuple(fields["mean"]), tuple(fields["std"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ModelFolderError(f"{where} lacks a field: {error}") from error
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Definition and parameters of a module; parameters as a nested dict with string keys."""
+    definition, state = nnx.split(module)
+    return definition, string_keys(nnx.to_pure_dict(state))
+
+
+def string_keys(tree: Any) -> Any:
+    """The same nested dict with every key as a string (list indices are ints in flax)."""
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): string_keys(value) for key, value in tree.items()}

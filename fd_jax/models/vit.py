@@ -1,0 +1,327 @@
+"""One vision transformer for the whole family: CLIP, DINO, DeiT, MAE, DINOv2/3, SigLIP, students.
+
+What differs between the members is an argument, and every default that libraries disagree on has
+to be spelled out by the caller.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fd_jax.errors import ConfigError
+from fd_jax.models import layers
+from fd_jax.models.features import FeatureMap
+from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
+
+Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
+
+# Truncation of the 0.02-std normal initialisation (reference quirk 5): the distillation student is
+# cut at one standard deviation, the fine-tuning model at absolute +-2, which cuts nothing.
+INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
+
+REMAT_POLICIES = {
+    "full": None,  # recompute the whole block
+    "dots": "dots_with_no_batch_dims_saveable",  # keep the results of weight matmuls
+}
+
+
+class Block(nnx.Module):
+    """x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x)), each with its own drop path."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        attn: layers.Attention,
+        activation: layers.Activation,
+        norm_eps: float,
+        layer_scale: float | None,
+        drop_path: float,
+        dtype: jnp.dtype,
+        kernel_init: nnx.Initializer,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.drop_path = drop_path
+        self.norm1 = layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+        self.attn = attn
+        self.norm2 = layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = layers.Mlp(
+            width,
+            mlp_width,
+            activation=activation,
+            dtype=dtype,
+            kernel_init=kernel_init,
+            out_init=out_init,
+            rngs=rngs,
+        )
+        scaled = layer_scale is not None
+        self.gamma_1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32)) if scaled else None
+        self.gamma_2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32)) if scaled else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        drops: jax.Array | None,
+        shared_bias: jax.Array | None,
+        rotate: layers.Rotation | None,
+    ) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
+        drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
+        branch = self.attn(self.norm1(x), shared_bias=shared_bias, rotate=rotate)
+        x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
+        branch = self.mlp(self.norm2(x))
+        return x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
+
+
+class ViT(nnx.Module):
+    """Vision transformer that returns its whole feature map.
+
+    Architecture:
+      image_size: side of the square input in pixels, fixed at construction.
+      patch_size: side of a patch; divides `image_size`.
+      width, depth, heads, mlp_width: the usual numbers; heads divide the width.
+      position: "ape" learned absolute table added to the tokens; "rpb" a relative bias table per
+        block; "shared_rpb" one table for all blocks; "rope" axial rotary; "none".
+      cls_token: whether a class token comes first.
+      registers: number of register tokens after it; they carry no position.
+      ln_pre: LayerNorm between the embedding and the blocks (CLIP).
+      final_norm: whether the encoder ends with a LayerNorm.
+      activation, norm_eps, qkv_bias, patch_bias: as the family has them.
+      layer_scale: start value of gamma_1, gamma_2; None where the family has no layer scale.
+      rope_theta: base of the rotary frequencies, for position "rope".
+
+    Run time:
+      drop_path: rate of the last block; block i has drop_path * i / (depth - 1).
+      init: "fd_student" or "finetune", see INIT_LIMITS.
+      dtype: of matmuls and activations; parameters stay float32 as created.
+      attention: implementation name, see `layers.attend`.
+      remat: None, "full" or "dots": what a block recomputes in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        position: Position,
+        cls_token: bool,
+        registers: int,
+        ln_pre: bool,
+        final_norm: bool,
+        activation: layers.Activation,
+        norm_eps: float,
+        layer_scale: float | None,
+        qkv_bias: layers.QkvBias,
+        patch_bias: bool,
+        rope_theta: float = 100.0,
+        drop_path: float = 0.0,
+        init: str = "finetune",
+        dtype: jnp.dtype = jnp.float32,
+        attention: layers.AttentionKind = "xla",
+        remat: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat)
+        if registers and position in ("rpb", "shared_rpb"):
+            raise ConfigError(
+                f"position={position!r} has no bias for register tokens; set registers=0"
+            )
+        side = image_size // patch_size
+        self.image_size = image_size
+        self.grid = (side, side)
+        self.cls = int(cls_token)
+        self.registers = registers
+        self.position = position
+        self.head_width = width // heads
+        self.rope_theta = rope_theta
+        self.remat = remat
+        self.dtype = dtype
+        self.width = width
+        self.depth = depth
+
+        def init_kernel(key, shape, dtype=jnp.float32, **_):
+            return layers.truncated_normal(0.02, INIT_LIMITS[init])(key, shape, dtype)
+
+        def embedding(*shape):
+            return nnx.Param(init_kernel(rngs.params(), shape))
+
+        def position_table():
+            return layers.RelativePositionBias(self.grid, heads, cls_token=cls_token)
+
+        self.patch_embed = layers.PatchEmbed(
+            patch_size, width, use_bias=patch_bias, dtype=dtype, kernel_init=init_kernel, rngs=rngs
+        )
+        self.cls_token = embedding(1, 1, width) if cls_token else None
+        self.register_tokens = embedding(1, registers, width) if registers else None
+        tokens = self.cls + side * side
+        self.pos_embed = embedding(1, tokens, width) if position == "ape" else None
+        self.rel_pos_bias = position_table() if position == "shared_rpb" else None
+        self.ln_pre = (
+            layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if ln_pre else None
+        )
+
+        def block(index):
+            # The residual branches of deep blocks start smaller (BEiT's rescaling).
+            out_init = layers.scaled(init_kernel, 1 / math.sqrt(2 * (index + 1)))
+            inits = {"kernel_init": init_kernel, "out_init": out_init}
+            attn = layers.Attention(
+                width,
+                heads,
+                qkv_bias=qkv_bias,
+                rel_pos_bias=position_table() if position == "rpb" else None,
+                kind=attention,
+                dtype=dtype,
+                rngs=rngs,
+                **inits,
+            )
+            return Block(
+                width,
+                mlp_width,
+                attn=attn,
+                activation=activation,
+                norm_eps=norm_eps,
+                layer_scale=layer_scale,
+                drop_path=drop_path * index / max(depth - 1, 1),
+                dtype=dtype,
+                rngs=rngs,
+                **inits,
+            )
+
+        self.blocks = nnx.List([block(index) for index in range(depth)])
+        self.norm = (
+            layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
+        )
+
+    def __call__(
+        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
+    ) -> FeatureMap:
+        """The feature map of the last block.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          final_norm: whether the encoder's own final norm (if it has one) is applied.
+          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
+        """
+        x = self._run(images, drops, keep=())[0]
+        if final_norm and self.norm is not None:
+            x = self.norm(x)
+        return self._feature_map(x)
+
+    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
+        """The feature maps after the named blocks (0-based), without the final norm."""
+        outside = [index for index in blocks if not 0 <= index < self.depth]
+        if outside:
+            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
+        kept = self._run(images, None, keep=tuple(blocks))[1]
+        return [self._feature_map(kept[index]) for index in blocks]
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
+        size = (self.image_size, self.image_size)
+        if images.shape[1:3] != size:
+            raise ValueError(f"images of {images.shape[1:3]} pixels; this model was built for {size}")
+        x = self.patch_embed(images)
+        batch = x.shape[0]
+        if self.cls_token is not None:
+            x = jnp.concatenate([_tile(self.cls_token, batch, self.dtype), x], axis=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed[...].astype(self.dtype)
+        if self.register_tokens is not None:
+            registers = _tile(self.register_tokens, batch, self.dtype)
+            x = jnp.concatenate([x[:, : self.cls], registers, x[:, self.cls :]], axis=1)
+        return x if self.ln_pre is None else self.ln_pre(x)
+
+    @staticmethod
+    def resize_positions(
+        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+    ) -> dict[str, Any]:
+        """Parameters of the same network for another image size.
+
+        Args:
+          params: nested dict of numpy arrays; a new dict comes back, arrays are shared.
+          arch: the architecture keywords of `params`.
+          image_size: wanted side in pixels.
+          method: of the absolute table, see `resize.resize_pos_embed`.
+        """
+        cls = int(arch["cls_token"])
+        grid = image_size // arch["patch_size"]
+
+        def resized(tree):
+            out = {}
+            for name, value in tree.items():
+                if name == "pos_embed":
+                    out[name] = resize_pos_embed(value, grid, prefix=cls, method=method)
+                elif name == "rel_pos_bias":
+                    table = resize_rel_pos_table(value["table"], grid, extra=3 * cls)
+                    out[name] = {"table": table}
+                else:
+                    out[name] = resized(value) if isinstance(value, dict) else value
+            return out
+
+        return resized(params)
+
+    def _run(self, images, drops, keep):
+        x = self.embed(images)
+        shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        rotate = None
+        if self.position == "rope":
+            prefix = self.cls + self.registers
+            rotate = layers.Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
+        kept = {}
+        for index, block in enumerate(self.blocks):
+            block_drops = None if drops is None else drops[:, index]
+            x = self._run_block(block, x, block_drops, shared_bias, rotate)
+            if index in keep:
+                kept[index] = x
+        return x, kept
+
+    def _run_block(self, block, x, drops, shared_bias, rotate):
+        def run(block, x, drops, shared_bias):
+            return block(x, drops, shared_bias, rotate)
+
+        if self.remat is not None:
+            name = REMAT_POLICIES[self.remat]
+            policy = None if name is None else getattr(jax.checkpoint_policies, name)
+            run = jax.checkpoint(run, policy=policy)
+        return run(block, x, drops, shared_bias)
+
+    def _feature_map(self, tokens: jax.Array) -> FeatureMap:
+        return FeatureMap(tokens, cls=self.cls, registers=self.registers, grid=self.grid)
+
+
+def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
+    if image_size % patch_size:
+        lower = image_size // patch_size * patch_size
+        raise ConfigError(
+            f"image_size {image_size} is not divisible by patch_size {patch_size}; "
+            f"use {lower} or {lower + patch_size}"
+        )
+    if width % heads:
+        raise ConfigError(f"width {width} is not divisible by {heads} heads")
+    for name, value, known in (
+        ("activation", activation, tuple(layers.ACTIVATIONS)),
+        ("position", position, Position.__args__),
+        ("qkv_bias", qkv_bias, layers.QkvBias.__args__),
+        ("remat", remat, (None, *REMAT_POLICIES)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")
+
+
+def _scale(branch: jax.Array, gamma: nnx.Param | None) -> jax.Array:
+    return branch if gamma is None else branch * gamma[...].astype(branch.dtype)
+
+
+def _tile(token: nnx.Param, batch: int, dtype: jnp.dtype) -> jax.Array:
+    value = token[...].astype(dtype)
+    return jnp.broadcast_to(value, (batch, *value.shape[1:]))
