@@ -48,15 +48,75 @@ def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
-def per_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies a linear layer to [B, N, D] as one [B*N, D] matmul. Returns [B, N, ...].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype, grad_dtype: jnp.dtype
+) -> jax.Array:
+    """x @ kernel + bias in `dtype`, with parameter gradients summed in `grad_dtype`.
 
-    Numerically the same; XLA:CPU otherwise fuses every later residual gradient into a transposed
-    copy of the weight gradient's operand, which makes a step of ViT-B a third slower.
+    Left to itself, differentiation casts the gradient to `dtype` before it is summed over the
+    devices, because the cast of the float32 master lies inside. Here the weight gradient leaves
+    its matmul in `grad_dtype`, so the sum over devices is taken in it.
+
+    Args:
+      x: [M, D].
+      kernel: [D, ...].
+      bias: the trailing shape of `kernel`, or None.
+      dtype: of the matmul and the result.
+      grad_dtype: of the gradients of `kernel` and `bias` until they are summed.
     """
-    batch, tokens, width = x.shape
-    y = layer(x.reshape(batch * tokens, width))
-    return y.reshape(batch, tokens, *y.shape[1:])
+    y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=1)
+    return y if bias is None else y + bias.astype(dtype)
+
+
+def _linear_forward(x, kernel, bias, dtype, grad_dtype):
+    return linear(x, kernel, bias, dtype, grad_dtype), (x, kernel, bias)
+
+
+def _linear_backward(dtype, grad_dtype, residuals, g):
+    x, kernel, bias = residuals
+    out_axes = tuple(range(1, g.ndim))
+    kernel_axes = tuple(range(1, kernel.ndim))
+    dx = jnp.tensordot(g, kernel.astype(dtype), axes=(out_axes, kernel_axes))
+    dw = jnp.tensordot(x.astype(dtype), g, axes=(0, 0), preferred_element_type=grad_dtype)
+    db = None if bias is None else jnp.sum(g, axis=0, dtype=grad_dtype).astype(bias.dtype)
+    return dx.astype(x.dtype), dw.astype(kernel.dtype), db
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Dense(nnx.Module):
+    """A linear layer on tokens: kernel [D, *out], float32 master, matmul in `dtype`."""
+
+    def __init__(
+        self,
+        width: int,
+        out: int | tuple[int, ...],
+        *,
+        use_bias: bool = True,
+        dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        out = (out,) if isinstance(out, int) else out
+        self.dtype = dtype
+        self.grad_dtype = grad_dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (width, *out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out, jnp.float32)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., *out] in `dtype`.
+
+        All leading axes become one, so that a step is made of plain [M, D] matmuls. Numerically
+        the same; XLA:CPU otherwise fuses every later residual gradient into a transposed copy of
+        the weight gradient's operand, which makes a step of ViT-B a third slower.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        rows = x.reshape(-1, x.shape[-1])
+        y = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
 def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> jax.Array:
@@ -72,6 +132,16 @@ def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> j
     keep = 1.0 - rate
     kept = jnp.floor(keep + uniform)[:, None, None].astype(branch.dtype)
     return branch * kept / keep
+
+
+def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """x + parameter in float32, back in the dtype of `x`; so its gradient is summed in float32."""
+    return (x.astype(jnp.float32) + parameter).astype(x.dtype)
+
+
+def scale_by_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """x * parameter in float32, back in the dtype of `x`."""
+    return (x.astype(jnp.float32) * parameter).astype(x.dtype)
 
 
 def attend(
@@ -124,28 +194,27 @@ class PatchEmbed(nnx.Module):
         *,
         use_bias: bool,
         dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
         kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
         self.patch_size = patch_size
         self.dtype = dtype
+        self.grad_dtype = grad_dtype
         shape = (patch_size, patch_size, 3, width)  # HWIO
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
-        if use_bias:
-            self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        else:
-            self.bias = None
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if use_bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, (H/P)*(W/P), D], row-major."""
         p = self.patch_size
         batch, height, width, channels = images.shape
-        x = images.astype(self.dtype)
-        x = x.reshape(batch, height // p, p, width // p, p, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
-        kernel = self.kernel[...].astype(self.dtype).reshape(p * p * channels, -1)
-        y = per_token(lambda rows: rows @ kernel, x)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        x = images.reshape(batch, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
+        kernel = self.kernel[...].reshape(p * p * channels, -1)
+        bias = None if self.bias is None else self.bias[...]
+        y = linear(x.astype(self.dtype), kernel, bias, self.dtype, self.grad_dtype)
+        return y.reshape(batch, -1, y.shape[-1])
 
 
 class Mlp(nnx.Module):
@@ -158,18 +227,19 @@ class Mlp(nnx.Module):
         *,
         activation: Activation,
         dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
+        self.fc1 = Dense(width, hidden, kernel_init=kernel_init, **common)
+        self.fc2 = Dense(hidden, width, kernel_init=out_init, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        hidden = ACTIVATIONS[self.activation](per_token(self.fc1, x))
-        return per_token(self.fc2, hidden)
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class Attention(nnx.Module):
@@ -184,32 +254,31 @@ class Attention(nnx.Module):
         rel_pos_bias: "RelativePositionBias | None",
         kind: AttentionKind,
         dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
         self.heads = heads
         self.kind = kind
-        self.dtype = dtype
-        self.qkv = nnx.LinearGeneral(
-            width, (3, width), use_bias=False, dtype=dtype, kernel_init=kernel_init, rngs=rngs
-        )
+        common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
+        self.qkv = Dense(width, (3, width), use_bias=False, kernel_init=kernel_init, **common)
         # Separate vectors, since which of them exist differs between families and since weight
         # decay spares tensors of one dimension.
         self.q_bias = None if qkv_bias == "none" else _zeros(width)
         self.k_bias = _zeros(width) if qkv_bias == "qkv" else None
         self.v_bias = None if qkv_bias == "none" else _zeros(width)
         self.rel_pos_bias = rel_pos_bias
-        self.proj = nnx.Linear(width, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.proj = Dense(width, width, kernel_init=out_init, **common)
 
     def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
         batch, tokens, width = x.shape
-        qkv = per_token(self.qkv, x)  # [B, N, 3, D]
+        qkv = self.qkv(x)  # [B, N, 3, D]
         biases = (self.q_bias, self.k_bias, self.v_bias)
         if any(bias is not None for bias in biases):
             rows = [jnp.zeros((width,)) if bias is None else bias[...] for bias in biases]
-            qkv = qkv + jnp.stack(rows).astype(self.dtype)
+            qkv = add_parameter(qkv, jnp.stack(rows))
         q, k, v = jnp.moveaxis(
             qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
@@ -225,7 +294,7 @@ class Attention(nnx.Module):
         bias = shared_bias if self.rel_pos_bias is None else self.rel_pos_bias()
         scale = q.shape[-1] ** -0.5
         out = attend(q, k, v, bias=bias, scale=scale, kind=self.kind)
-        return per_token(self.proj, out.reshape(x.shape))
+        return self.proj(out.reshape(x.shape))
 
 
 class RelativePositionBias(nnx.Module):

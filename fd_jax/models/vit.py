@@ -43,6 +43,7 @@ class Block(nnx.Module):
         layer_scale: float | None,
         drop_path: float,
         dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,
@@ -56,6 +57,7 @@ class Block(nnx.Module):
             mlp_width,
             activation=activation,
             dtype=dtype,
+            grad_dtype=grad_dtype,
             kernel_init=kernel_init,
             out_init=out_init,
             rngs=rngs,
@@ -100,6 +102,7 @@ class ViT(nnx.Module):
       drop_path: rate of the last block; block i has drop_path * i / (depth - 1).
       init: "fd_student" or "finetune", see INIT_LIMITS.
       dtype: of matmuls and activations; parameters stay float32 as created.
+      grad_dtype: of weight gradients until they are summed over devices.
       attention: implementation name, see `layers.attend`.
       remat: None, "full" or "dots": what a block recomputes in the backward pass.
     """
@@ -127,6 +130,7 @@ class ViT(nnx.Module):
         drop_path: float = 0.0,
         init: str = "finetune",
         dtype: jnp.dtype = jnp.float32,
+        grad_dtype: jnp.dtype = jnp.float32,
         attention: layers.AttentionKind = "xla",
         remat: str | None = None,
         rngs: nnx.Rngs,
@@ -158,8 +162,9 @@ class ViT(nnx.Module):
         def position_table():
             return layers.RelativePositionBias(self.grid, heads, cls_token=cls_token)
 
+        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
         self.patch_embed = layers.PatchEmbed(
-            patch_size, width, use_bias=patch_bias, dtype=dtype, kernel_init=init_kernel, rngs=rngs
+            patch_size, width, use_bias=patch_bias, kernel_init=init_kernel, rngs=rngs, **dtypes
         )
         self.cls_token = embedding(1, 1, width) if cls_token else None
         self.register_tokens = embedding(1, registers, width) if registers else None
@@ -173,16 +178,14 @@ class ViT(nnx.Module):
         def block(index):
             # The residual branches of deep blocks start smaller (BEiT's rescaling).
             out_init = layers.scaled(init_kernel, 1 / math.sqrt(2 * (index + 1)))
-            inits = {"kernel_init": init_kernel, "out_init": out_init}
+            common = {"kernel_init": init_kernel, "out_init": out_init, "rngs": rngs, **dtypes}
             attn = layers.Attention(
                 width,
                 heads,
                 qkv_bias=qkv_bias,
                 rel_pos_bias=position_table() if position == "rpb" else None,
                 kind=attention,
-                dtype=dtype,
-                rngs=rngs,
-                **inits,
+                **common,
             )
             return Block(
                 width,
@@ -192,15 +195,30 @@ class ViT(nnx.Module):
                 norm_eps=norm_eps,
                 layer_scale=layer_scale,
                 drop_path=drop_path * index / max(depth - 1, 1),
-                dtype=dtype,
-                rngs=rngs,
-                **inits,
+                **common,
             )
 
         self.blocks = nnx.List([block(index) for index in range(depth)])
         self.norm = (
             layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
         )
+
+    # Spared from weight decay although they have more than one dimension. Position bias tables are
+    # decayed, as in the original (quirk 6).
+    NO_DECAY = (r"(^|/)cls_token$", r"(^|/)pos_embed$", r"(^|/)register_tokens$")
+
+    @staticmethod
+    def layer_id(path: str, arch: dict[str, Any]) -> int:
+        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+
+        0 for what stands before the blocks, i + 1 for block i, depth + 1 for what comes after.
+        """
+        first, _, rest = path.partition("/")
+        if first in ("cls_token", "pos_embed", "register_tokens", "patch_embed", "ln_pre"):
+            return 0
+        if first == "blocks":
+            return int(rest.split("/")[0]) + 1
+        return arch["depth"] + 1
 
     def __call__(
         self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
@@ -235,7 +253,7 @@ class ViT(nnx.Module):
         if self.cls_token is not None:
             x = jnp.concatenate([_tile(self.cls_token, batch, self.dtype), x], axis=1)
         if self.pos_embed is not None:
-            x = x + self.pos_embed[...].astype(self.dtype)
+            x = layers.add_parameter(x, self.pos_embed[...])
         if self.register_tokens is not None:
             registers = _tile(self.register_tokens, batch, self.dtype)
             x = jnp.concatenate([x[:, : self.cls], registers, x[:, self.cls :]], axis=1)
@@ -319,9 +337,9 @@ def _check(image_size, patch_size, width, heads, activation, position, qkv_bias,
 
 
 def _scale(branch: jax.Array, gamma: nnx.Param | None) -> jax.Array:
-    return branch if gamma is None else branch * gamma[...].astype(branch.dtype)
+    return branch if gamma is None else layers.scale_by_parameter(branch, gamma[...])
 
 
 def _tile(token: nnx.Param, batch: int, dtype: jnp.dtype) -> jax.Array:
-    value = token[...].astype(dtype)
-    return jnp.broadcast_to(value, (batch, *value.shape[1:]))
+    value = token[...]
+    return jnp.broadcast_to(value, (batch, *value.shape[1:])).astype(dtype)

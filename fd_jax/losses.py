@@ -1,0 +1,55 @@
+"""Targets and losses: arrays in, arrays out, always computed in float32."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+TargetNorm = Literal["whiten", "l2", "none"]
+
+
+def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
+    """Normalises each token over its channels with no learned scale (paper section 3.2).
+
+    The LayerNorm without affine of the paper: biased variance, torch's default eps.
+    [..., D] -> [..., D] float32.
+    """
+    x = features.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+def l2_normalize(features: jax.Array, *, eps: float = 1e-12) -> jax.Array:
+    """Scales each token to unit length (Table 3, second row). [..., D] -> [..., D] float32."""
+    x = features.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+    return x / jnp.maximum(norm, eps)
+
+
+def normalize_target(features: jax.Array, kind: TargetNorm) -> jax.Array:
+    """The normalisation of the teacher's tokens that Table 3 varies. [..., D] -> [..., D]."""
+    if kind == "whiten":
+        return whiten(features)
+    if kind == "l2":
+        return l2_normalize(features)
+    if kind == "none":
+        return features.astype(jnp.float32)
+    raise ValueError(f"target normalisation {kind!r}; expected one of {TargetNorm.__args__}")
+
+
+def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 2.0) -> jax.Array:
+    """Element-wise smooth L1: d^2 / (2 beta) below beta, |d| - beta/2 above. Same shape, float32."""
+    distance = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    quadratic = jnp.square(distance) / (2 * beta)
+    return jnp.where(distance < beta, quadratic, distance - beta / 2)
+
+
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Cross entropy against a distribution. logits, target: [B, K] -> [B] float32."""
+    return -jnp.sum(target * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def cosine_similarity(a: jax.Array, b: jax.Array, *, eps: float = 1e-12) -> jax.Array:
+    """Cosine between matching tokens. [..., D] x 2 -> [...] float32."""
+    return jnp.sum(l2_normalize(a, eps=eps) * l2_normalize(b, eps=eps), axis=-1)

@@ -1,0 +1,187 @@
+"""Schedules, weight decay, layer-wise decay and clipping as one optax transformation."""
+
+from collections.abc import Callable
+import dataclasses
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Moments = Literal["float32", "bfloat16", "factored"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then half a cosine, in optimizer steps and absolute rates (reference 3).
+
+    Attributes:
+      start, peak, minimum: absolute learning rates.
+      warmup_steps: W.
+      total_steps: N; from there on the rate is `minimum`.
+      lag: optimizer step i runs at position max(i - lag, 0). The original advances its schedule
+        after the step, so its lag is 1 (quirk 2).
+      scale_floors: whether layer-wise decay scales `start` and `minimum` too. The original does
+        not (quirk 3), so its lowest layers can fall in warm-up and rise afterwards.
+    """
+
+    start: float
+    peak: float
+    minimum: float
+    warmup_steps: int
+    total_steps: int
+    lag: int = 1
+    scale_floors: bool = False
+
+    def __call__(self, step: jax.Array | int, scale: jax.Array | float = 1.0) -> jax.Array:
+        """Learning rate of optimizer step `step` (from 0) for a layer of the given scale."""
+        floor = scale if self.scale_floors else 1.0
+        start, peak, minimum = self.start * floor, self.peak * scale, self.minimum * floor
+        position = jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
+        warm = start + position * (peak - start) / max(self.warmup_steps, 1)
+        span = max(self.total_steps - self.warmup_steps, 1)
+        progress = jnp.clip((position - self.warmup_steps) / span, 0.0, 1.0)
+        cosine = minimum + (peak - minimum) / 2 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(position < self.warmup_steps, warm, cosine)
+
+
+def adamw(
+    schedule: Schedule,
+    params: PyTree,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    no_decay: tuple[str, ...],
+    layer_scales: PyTree | None = None,
+    moments: Moments = "float32",
+) -> optax.GradientTransformation:
+    """AdamW with decoupled decay, torch's clipping, and a rate per layer.
+
+    Args:
+      schedule: of the learning rate.
+      params: tree of arrays or shapes the transformation is for.
+      betas: of the two moments.
+      eps: added outside the root.
+      weight_decay: see `decay_mask` for what it spares.
+      clip_norm: bound on the global gradient norm, or None.
+      no_decay: path patterns that the model family spares.
+      layer_scales: tree of floats like `params` (see `layer_scales`), or None for 1 everywhere.
+      moments: "bfloat16" keeps the first moment in bfloat16 (a quarter less state; its small
+        updates round away near convergence); "factored" keeps row and column means of the second
+        moment and no first one (almost no state; a different optimizer, Adafactor's).
+    """
+    if moments == "factored":
+        precondition = optax.scale_by_factored_rms(decay_rate=betas[1], epsilon=eps)
+    else:
+        mu_dtype = jnp.bfloat16 if moments == "bfloat16" else None
+        precondition = optax.scale_by_adam(*betas, eps=eps, mu_dtype=mu_dtype)
+    return optax.chain(
+        clip_by_norm(clip_norm) if clip_norm is not None else optax.identity(),
+        precondition,
+        optax.add_decayed_weights(weight_decay, mask=decay_mask(params, no_decay)),
+        scale_by_schedule(schedule, layer_scales),
+    )
+
+
+def lars(
+    schedule: Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float | None = None,
+    trust: float = 0.001,
+) -> optax.GradientTransformation:
+    """LARS as MAE's linear probe defines it (reference 6).
+
+    Tensors of more than one dimension get weight decay and a trust ratio; the rest are plain
+    momentum SGD.
+    """
+
+    def local_rate(update, param):
+        if param.ndim <= 1:
+            return update
+        update = update + weight_decay * param
+        p_norm, u_norm = jnp.linalg.norm(param), jnp.linalg.norm(update)
+        ratio = jnp.where((p_norm > 0) & (u_norm > 0), trust * p_norm / u_norm, 1.0)
+        return update * ratio
+
+    return optax.chain(
+        clip_by_norm(clip_norm) if clip_norm is not None else optax.identity(),
+        optax.stateless(lambda updates, params: jax.tree.map(local_rate, updates, params)),
+        optax.trace(decay=momentum),
+        scale_by_schedule(schedule, None),
+    )
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformation:
+    """Scales all gradients by min(1, limit / (norm + 1e-6)), torch's rule for the global norm."""
+
+    def clip(updates, params=None):
+        del params
+        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda update: update * factor, updates)
+
+    return optax.stateless(clip)
+
+
+class ScheduleState(NamedTuple):
+    """How many updates were made."""
+
+    count: jax.Array
+
+
+def scale_by_schedule(
+    schedule: Schedule, scales: PyTree | None
+) -> optax.GradientTransformation:
+    """Multiplies updates by minus the learning rate of their layer."""
+
+    def init(params):
+        del params
+        return ScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        each = scales if scales is not None else jax.tree.map(lambda _: 1.0, updates)
+        updates = jax.tree.map(lambda u, s: -schedule(state.count, s) * u, updates, each)
+        return updates, ScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay_mask(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
+    """True where weight decay applies (reference 3).
+
+    Spared: tensors of at most one dimension, and paths in which a pattern of the model family is
+    found ("blocks/0/attn/qkv/kernel" is a path).
+    """
+
+    def decays(path, leaf):
+        name = path_name(path)
+        return leaf.ndim > 1 and not any(re.search(pattern, name) for pattern in no_decay)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def layer_scales(
+    params: PyTree, layer_id: Callable[[str], int], *, last: int, decay: float
+) -> PyTree:
+    """Layer-wise decay: decay^(last - id) per parameter (reference 5.2).
+
+    Args:
+      params: tree of arrays or shapes.
+      layer_id: of a parameter path, 0 at the input, `last` at the head.
+      last: the highest id.
+      decay: factor per layer.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: decay ** (last - layer_id(path_name(path))), params
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of a nested dict as "blocks/0/norm1/scale"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
