@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 PyTree = Any
@@ -45,6 +46,45 @@ class Schedule:
         progress = jnp.clip((position - self.warmup_steps) / span, 0.0, 1.0)
         cosine = minimum + (peak - minimum) / 2 * (1 + jnp.cos(jnp.pi * progress))
         return jnp.where(position < self.warmup_steps, warm, cosine)
+
+
+def from_config(
+    config: ml_collections.ConfigDict,
+    params: PyTree,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+    no_decay: tuple[str, ...],
+    layer_scales: PyTree | None = None,
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """AdamW and its schedule from `config.optim`, for a tree of arrays or shapes.
+
+    Learning rates in the config are per `optim.lr_batch` images (512 in the original) and are
+    scaled to the global batch here, once.
+    """
+    optim = config.optim
+    scale = config.batch_size / optim.lr_batch
+    schedule = Schedule(
+        start=optim.start_lr * scale,
+        peak=optim.peak_lr * scale,
+        minimum=optim.min_lr * scale,
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+        lag=optim.lag,
+        scale_floors=optim.scale_floors,
+    )
+    tx = adamw(
+        schedule,
+        params,
+        betas=tuple(optim.betas),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm or None,
+        no_decay=no_decay,
+        layer_scales=layer_scales,
+        moments=optim.moments,
+    )
+    return tx, schedule
 
 
 def adamw(

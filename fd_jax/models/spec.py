@@ -32,6 +32,7 @@ class ModelSpec:
       mean, std: per RGB channel, of pixels scaled by `pixel_scale`.
       pixel_scale: factor from uint8 to the range of `mean` and `std`.
       position_resize: how this source's code resizes absolute positions, see `resize.py`.
+      classes: outputs of the classifier head beside the encoder; 0 where there is none.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype in the source file per parameter path, where it is not float32.
@@ -45,6 +46,7 @@ class ModelSpec:
     std: tuple[float, ...] = IMAGENET_STD
     pixel_scale: float = 1 / 255
     position_resize: resize.PositionResize = "size"
+    classes: int = 0
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)

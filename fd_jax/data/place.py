@@ -1,0 +1,40 @@
+"""From a host's rows to arrays that span all devices."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of the global batch that this process has to produce, ascending. [n] int64
+
+    These are the rows its devices hold. Where an axis that does not split the batch spans
+    processes, several processes produce the same rows.
+    """
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def to_global(
+    batch: dict[str, np.ndarray], sharding: NamedSharding, *, rows: np.ndarray, batch_size: int
+) -> dict[str, Any]:
+    """Makes global arrays of a host batch.
+
+    Args:
+      batch: arrays whose first axis follows `rows`.
+      sharding: of the first axis.
+      rows: ascending, as `local_rows` gives them.
+      batch_size: of the global batch.
+    """
+
+    def place(leaf):
+        def rows_of(index):
+            wanted = np.arange(batch_size)[index[0]]
+            return leaf[np.searchsorted(rows, wanted)]
+
+        shape = (batch_size, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, rows_of)
+
+    return {name: place(leaf) for name, leaf in batch.items()}

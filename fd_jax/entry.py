@@ -1,0 +1,88 @@
+"""What the training scripts share: flags, processes, and how an error reaches the user."""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import sys
+
+from absl import app, flags, logging
+import jax
+import ml_collections
+from ml_collections import config_flags
+
+from fd_jax import loop
+from fd_jax.errors import UserError
+from fd_jax.tasks.base import Task
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_config", False, "Go on in a workdir that another config began."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Start jax.distributed; Cloud TPU pods and Slurm tell it the rest."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where the launcher does not tell."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead."
+)
+
+
+def run(make_task: Callable[[ml_collections.ConfigDict], Task]) -> None:
+    """Parses flags and trains the task that `make_task` builds from the config."""
+
+    def main(argv: Sequence[str]) -> int:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
+        for flag in (_CONFIG, _WORKDIR):
+            if flag.value is None:
+                raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
+        _start_processes()
+        config = ml_collections.FrozenConfigDict(_CONFIG.value)
+        result = loop.fit(
+            make_task(config), config, _WORKDIR.value, accept_config=_ACCEPT.value
+        )
+        if result.preempted:
+            print(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
+            return loop.PREEMPTED
+        return 0
+
+    run_app(main)
+
+
+def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs `main` under absl; what the user got wrong becomes one message and exit status 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        with _user_errors(AttributeError, KeyError, TypeError, ValueError):
+            return app.parse_flags_with_usage(argv)
+
+    def guarded(argv: Sequence[str]) -> int | None:
+        with _user_errors(UserError):
+            return main(argv)
+
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _user_errors(*kinds: type[Exception]):
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _start_processes() -> None:
+    if not (_DISTRIBUTED.value or _COORDINATOR.value):
+        return
+    jax.distributed.initialize(
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_PROCESSES.value,
+        process_id=_PROCESS.value,
+        heartbeat_timeout_seconds=_HEARTBEAT.value,
+    )

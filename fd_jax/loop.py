@@ -1,0 +1,354 @@
+"""The one training loop: `fit(task, config, workdir)`."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import ml_collections
+import numpy as np
+
+from fd_jax import metrics, model_folder, program, sharding
+from fd_jax.checkpoint import Checkpoints
+from fd_jax.data import pipeline, place
+from fd_jax.errors import CheckpointError, UserError
+from fd_jax.step import TrainState
+from fd_jax.tasks.base import Task
+
+PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
+PROFILE_AFTER = 5  # steps that a trace waits, so that it shows none of the start-up
+
+
+class NonFiniteError(UserError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: the step it reached, whether it was told to stop, and its last figures."""
+
+    step: int
+    preempted: bool
+    evaluation: dict[str, float]
+
+
+def fit(
+    task: Task, config: ml_collections.ConfigDict, workdir: epath.PathLike, *,
+    accept_config: bool = False,
+) -> Result:
+    """Trains `task` to the end of its schedule, from wherever `workdir` left off.
+
+    Where the state comes from, in this order:
+      1. A complete checkpoint in `workdir`: the run goes on, its data and randomness with it.
+      2. `task.load_initial()`: parts of a model folder, the rest fresh.
+      3. Fresh parameters.
+
+    Args:
+      task: what to train.
+      config: of the run; its fields are described in configs/base.py.
+      workdir: receives config.json, checkpoints/, metrics.jsonl, tensorboard/ and model/.
+      accept_config: go on although the config differs from the one that `workdir` began with.
+
+    Raises:
+      UserError: the input is at fault; the message says how.
+    """
+    workdir = epath.Path(workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    data = pipeline.open_data(config.data)
+    steps_per_epoch = pipeline.steps_per_epoch(data.train, config.batch_size)
+    total_steps = config.steps or round(config.epochs * steps_per_epoch)
+    claim_workdir(workdir, config, accept=accept_config)
+
+    run = program.build(
+        task, config, mesh, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+    )
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every or None,
+    )
+    state, start = initial_state(task, run, checkpoints, config.seed)
+    trainer = _Trainer(task, config, workdir, run, data, checkpoints, start, total_steps)
+    try:
+        return trainer.run(state)
+    finally:
+        trainer.close()
+
+
+def initial_state(
+    task: Task, run: program.Program, checkpoints: Checkpoints, seed: int
+) -> tuple[TrainState, int]:
+    """The state a run starts from, and its step; the order is that of `fit`."""
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        tree, _ = checkpoints.restore(latest, _as_dict(run.state))
+        logging.info("resuming at step %d", latest)
+        return TrainState(**{"ema": None, **tree}), latest
+    return run.create(jax.random.key(seed), task.load_initial()), 0
+
+
+def claim_workdir(workdir: epath.Path, config: ml_collections.ConfigDict, *, accept: bool) -> None:
+    """Writes config.json, or refuses a workdir that another config began.
+
+    Raises:
+      CheckpointError: config.json differs and `accept` is not set; the message lists each field.
+    """
+    path = workdir / "config.json"
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    if path.exists() and not accept:
+        old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+        changed = [
+            f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{workdir} was begun with another config:\n"
+                + "\n".join(changed)
+                + "\nUse another workdir, or --accept_config to go on with the new values."
+            )
+    multihost_utils_barrier("workdir_checked")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+class _Trainer:
+    """One run: the pieces of `fit` that share its readers, writers and clocks."""
+
+    def __init__(self, task, config, workdir, run, data, checkpoints, start, total_steps):
+        self.task, self.config, self.workdir = task, config, workdir
+        self.program, self.data, self.checkpoints = run, data, checkpoints
+        self.start, self.total_steps = start, total_steps
+        self.sharding = sharding.batch_sharding(run.mesh)
+        self.rows = place.local_rows(self.sharding, config.batch_size)
+        self.loader = pipeline.train_loader(
+            data, config, rows=self.rows, start_step=start
+        )
+        self.writer = metrics.Writer(workdir, resume_step=start)
+        self.frozen = run.place_frozen(task.load_frozen())
+        self.window = metrics.Mean()
+        self.clock = _Clock(config.batch_size, start, total_steps)
+        self.nonfinite_in_a_row = 0
+
+    def run(self, state: TrainState) -> Result:
+        began = time.monotonic()
+        train_step = self.program.compile_train_step()
+        _say(f"compiled the step in {time.monotonic() - began:.1f} s")
+        evaluation: dict[str, float] = {}
+        pending = None  # metrics are read one step late, while the device works on the next
+        stop = False
+        self.clock.start()
+        with _on_sigterm() as stop_asked, self._profiler() as profile:
+            for step in range(self.start, self.total_steps):
+                profile(step)
+                batch = self._next_batch(stop_asked())
+                state, figures = train_step(state, self.frozen, batch)
+                if pending is not None:
+                    stop = self._read(step - 1, pending)
+                pending = figures
+                if self._due(step + 1, self.config.log_every):
+                    stop = self._read(step, pending) or stop
+                    pending = None
+                    self._log(step + 1)
+                if self._due(step + 1, self.config.eval.every) and not stop:
+                    evaluation = self._evaluate(step + 1, state)
+                if stop or self._due(step + 1, self.config.checkpoint.every):
+                    self._save(step + 1, state)
+                if stop:
+                    break
+        reached = int(state.step)
+        if not stop:
+            self._export(state)
+        self.checkpoints.wait()
+        return Result(step=reached, preempted=stop, evaluation=evaluation)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.checkpoints.close()
+        self.writer.close()
+
+    def _next_batch(self, stop: bool) -> dict[str, Any]:
+        with self.clock.waiting():
+            host = next(self.loader)
+        # A host that was told to stop says so in its rows: every host then reads the same sum
+        # from the same step, with no extra communication.
+        host = {**host, "stop": np.full(len(self.rows), stop, np.int32)}
+        return place.to_global(
+            host, self.sharding, rows=self.rows, batch_size=self.config.batch_size
+        )
+
+    def _read(self, step: int, figures: Any) -> bool:
+        """Takes in the metrics of one step; returns whether some host was told to stop."""
+        figures = jax.device_get(figures)
+        bad = figures["nonfinite"][0] > 0
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
+        if bad:
+            figures = {"nonfinite": figures["nonfinite"], "stop": figures["stop"]}
+        if self.nonfinite_in_a_row >= self.config.max_nonfinite:
+            indices = self.loader.indices(step)
+            raise NonFiniteError(
+                f"loss or gradients were not finite for {self.nonfinite_in_a_row} steps in a row, "
+                f"the last at step {step} with learning rate {float(self.program.schedule(step)):.3g}; "
+                f"its examples are {indices.tolist()}. Lower optim.peak_lr, set dtype=float32, or "
+                "look at these examples; the last checkpoint in the workdir is from before."
+            )
+        self.window.add(figures)
+        return bool(figures["stop"][0] > 0)
+
+    def _log(self, step: int) -> None:
+        scalars = self.window.result()
+        self.window = metrics.Mean()
+        scalars.pop("stop", None)
+        scalars["learning_rate"] = float(self.program.schedule(step - 1))
+        scalars |= self.clock.lap(step)
+        self.writer.write(step, scalars)
+        _say(
+            f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
+            f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
+            f"ETA {metrics.duration(self.clock.remaining(step))}"
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        if self.data.eval is None:
+            return {}
+        with self.clock.paused():
+            params = state.params if state.ema is None else state.ema
+            total = metrics.Mean()
+            batches = pipeline.eval_loader(self.data, self.config, rows=self.rows)
+            for host in batches:
+                batch = place.to_global(
+                    host, self.sharding, rows=self.rows, batch_size=self.config.batch_size
+                )
+                total.add(self.program.eval_step(params, state.extra, self.frozen, batch))
+        result = {f"eval_{name}": value for name, value in total.result().items()}
+        self.writer.write(step, result)
+        _say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
+        return result
+
+    def _save(self, step: int, state: TrainState) -> None:
+        record = {"data": self.loader.state(step), "config": self.config.to_dict()}
+        self.checkpoints.save(step, _as_dict(state), record)
+
+    def _export(self, state: TrainState) -> None:
+        params = state.params if state.ema is None else state.ema
+        spec, parts = self.task.export(params)
+        model_folder.save(self.workdir / "model", spec, parts, overwrite=True)
+
+    def _due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.total_steps)
+
+    @contextlib.contextmanager
+    def _profiler(self):
+        first = self.start + PROFILE_AFTER
+        last = first + self.config.profile_steps
+        running = False
+
+        def profile(step):
+            nonlocal running
+            if self.config.profile_steps and step == first:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+                running = True
+            elif running and step == last:
+                jax.profiler.stop_trace()
+                running = False
+
+        try:
+            yield profile
+        finally:
+            if running:
+                jax.profiler.stop_trace()
+
+
+class _Clock:
+    """Step time, throughput and time spent waiting for data, without evaluation."""
+
+    def __init__(self, batch_size: int, start: int, total: int):
+        self.batch_size, self.last_step, self.total = batch_size, start, total
+        self.waited = self.excluded = 0.0
+        self.began = self.step_time = 0.0
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.excluded += time.monotonic() - began
+
+    def lap(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        spent = max(now - self.began - self.excluded, 1e-9)
+        steps = step - self.last_step
+        self.step_time = spent / steps
+        figures = {
+            "step_seconds": self.step_time,
+            "images_per_second": steps * self.batch_size / spent,
+            "input_wait": self.waited / spent,
+        }
+        self.began, self.last_step = now, step
+        self.waited = self.excluded = 0.0
+        return figures
+
+    def remaining(self, step: int) -> float:
+        return (self.total - step) * self.step_time
+
+
+@contextlib.contextmanager
+def _on_sigterm():
+    """Yields a function that tells whether SIGTERM came since; the old handler comes back."""
+    asked = False
+
+    def handle(signum, frame):
+        nonlocal asked
+        asked = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not in the main thread: the process keeps its own handling
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def multihost_utils_barrier(name: str) -> None:
+    """Waits for the other processes, where there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -1,0 +1,142 @@
+"""A task on a mesh: shapes, shardings and jitted functions, before any array exists.
+
+The loop runs it; the planner compiles the same object for chips that are not there.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import optax
+
+from fd_jax import sharding
+from fd_jax.step import TrainState, make_train_step
+from fd_jax.tasks.base import Task
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `build` puts together.
+
+    Attributes:
+      mesh: of the devices.
+      schedule: learning rate by optimizer step.
+      state, frozen, batch: shapes with their shardings.
+      create: (key, initial host arrays) -> TrainState, created already sharded.
+      train_step: jitted (state, frozen, batch) -> (state, metrics); donates the state.
+      eval_step: jitted (params, extra, frozen, batch) -> metrics.
+    """
+
+    mesh: Mesh
+    schedule: optax.Schedule
+    state: TrainState
+    frozen: PyTree
+    batch: PyTree
+    create: Callable[[jax.Array, PyTree], TrainState]
+    train_step: Any
+    eval_step: Any
+
+    def place_frozen(self, host: PyTree) -> PyTree:
+        """Puts the frozen weights onto the mesh, split like the student's."""
+        return jax.tree.map(_place, host, self.frozen)
+
+    def compile_train_step(self, **compiler_options) -> jax.stages.Compiled:
+        """Lowers and compiles the train step for the devices of the mesh."""
+        lowered = self.train_step.lower(self.state, self.frozen, self.batch)
+        return lowered.compile(compiler_options or None)
+
+
+def build(
+    task: Task,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> Program:
+    """Defines a run of `task` on `mesh`; computes nothing."""
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    whole = sharding.replicated(mesh)
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    tx, schedule = task.optimizer(params, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    opt_state = jax.eval_shape(tx.init, params)
+    ema_decay = config.ema_decay or None
+    params = _with_shardings(params, sharding.param_shardings(params, mesh))
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params=params,
+        opt_state=_with_shardings(
+            opt_state, sharding.optimizer_shardings(tx, opt_state, params, mesh)
+        ),
+        extra=jax.tree.map(lambda leaf: _struct(leaf, whole), extra),
+        ema=params if ema_decay else None,
+    )
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    frozen = task.abstract_frozen()
+
+    def create(key: jax.Array, initial: PyTree) -> TrainState:
+        shardings = (state_shardings.params, state_shardings.extra)
+        params, extra = jax.jit(task.init, out_shardings=shardings)(key)
+        params = overlay(params, initial)
+        opt_state = jax.jit(tx.init, out_shardings=state_shardings.opt_state)(params)
+        ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+        step = jax.device_put(jnp.zeros((), jnp.int32), whole)
+        return TrainState(step=step, params=params, opt_state=opt_state, extra=extra, ema=ema)
+
+    step = make_train_step(
+        task, tx, seed=config.seed, accumulation=config.accumulation, ema_decay=ema_decay
+    )
+    return Program(
+        mesh=mesh,
+        schedule=schedule,
+        state=state,
+        frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
+        batch=_abstract_batch(config, mesh),
+        create=create,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, whole)),
+        eval_step=jax.jit(task.evaluate, out_shardings=whole),
+    )
+
+
+def overlay(params: PyTree, initial: PyTree) -> PyTree:
+    """`params` with the arrays that `initial` names replaced, placed as those they replace."""
+    if not isinstance(params, dict):
+        return _place(initial, params)
+    return {
+        name: overlay(value, initial[name]) if name in initial else value
+        for name, value in params.items()
+    }
+
+
+def _place(host: Any, like: Any) -> jax.Array:
+    if host.shape != like.shape:
+        raise ValueError(f"an array of shape {host.shape} in place of {like.shape}")
+    host = host.astype(like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> PyTree:
+    size, rows = config.data.image_size, config.batch_size
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+    return {
+        "image": place((rows, size, size, 3), jnp.uint8),
+        "label": place((rows,), jnp.int32),
+        "weight": place((rows,), jnp.float32),
+        "index": place((rows,), jnp.int32),
+        "stop": place((rows,), jnp.int32),
+    }
+
+
+def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(_struct, tree, shardings)
+
+
+def _struct(leaf: Any, placement: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)

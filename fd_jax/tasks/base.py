@@ -1,0 +1,73 @@
+"""What the loop asks of a task."""
+
+from typing import Any, Protocol
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from fd_jax.models.spec import ModelSpec
+
+PyTree = Any
+Batch = dict[str, Any]
+# Name -> (sum, count): metrics add up over steps, devices and hosts and are divided once.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Task(Protocol):
+    """Static definitions of one thing to train: no arrays inside, so it can be closed over.
+
+    Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
+    "index": int32 [B]}; weight is 0 for padding.
+    """
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params, extra); traced by jit, so that they are created sharded."""
+        ...
+
+    def load_initial(self) -> PyTree:
+        """Host arrays that replace parts of the fresh params, as a nested dict; {} for none."""
+        ...
+
+    def load_frozen(self) -> PyTree:
+        """Host arrays that take part but do not train (teacher, probed encoder); {} for none."""
+        ...
+
+    def abstract_frozen(self) -> PyTree:
+        """Shapes and dtypes of `load_frozen`, without reading weights."""
+        ...
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Adds everything random to a whole global batch, each array with rows per example."""
+        ...
+
+    def loss(
+        self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """Mean loss of a prepared batch, new extra state and metrics. Deterministic."""
+        ...
+
+    def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
+        """Metrics of a batch as it comes from the data, padding excluded by its weight."""
+        ...
+
+    def optimizer(
+        self, params: PyTree, *, steps_per_epoch: int, total_steps: int
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The transformation for a tree of shapes, and the rate to report."""
+        ...
+
+    def export(self, params: PyTree) -> tuple[ModelSpec, PyTree]:
+        """What goes into the model folder at the end."""
+        ...
+
+
+def apply_frozen(definition: nnx.GraphDef, params: PyTree, *args, **kwargs) -> Any:
+    """Calls a network without letting a gradient into it or its input."""
+    return jax.lax.stop_gradient(nnx.merge(definition, jax.lax.stop_gradient(params))(*args, **kwargs))
+
+
+def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) of per-example values [B] under the weights [B]."""
+    return jnp.sum(values * weight), jnp.sum(weight)

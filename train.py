@@ -1,0 +1,13 @@
+"""Distils a frozen teacher into a student that starts from random weights.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command on the same workdir resumes. Any field of the config can be set on the command
+line (`--config.batch_size=1024`); `--help` lists the flags for several processes.
+"""
+
+from fd_jax import entry
+from fd_jax.tasks.distill import DistillTask
+
+if __name__ == "__main__":
+    entry.run(DistillTask)
