@@ -4,16 +4,20 @@ An experiment's file starts from `distillation()` and sets what is its own. Any 
 the command line: `--config.batch_size=1024 --config.mesh.fsdp=4`.
 """
 
+from typing import Any
+
 import ml_collections
+
+from fd_jax.typing import Config
 
 # Student shapes of the paper's Table 6.
 VIT_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
 VIT_L14 = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 
 
-def common() -> ml_collections.ConfigDict:
+def common() -> Config:
     """What the loop reads, whatever the task."""
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
     config.seed = 0
     config.epochs = 300.0
     config.steps = 0  # > 0: this many updates instead of `epochs`
@@ -86,7 +90,7 @@ def distillation(
     shape: dict | None = None,
     drop_path: float,
     epochs: float = 300,
-) -> ml_collections.ConfigDict:
+) -> Config:
     """A feature-distillation run with the paper's defaults (its Table 6).
 
     Args:
@@ -113,7 +117,7 @@ def distillation(
     return config
 
 
-def arguments(text: str, **defaults: str) -> dict[str, str | bool]:
+def arguments(text: str, **defaults: str) -> dict[str, Any]:
     """Reads "name=value,flag" after the colon of `--config=file.py:...`.
 
     Returns:
@@ -122,16 +126,18 @@ def arguments(text: str, **defaults: str) -> dict[str, str | bool]:
     Raises:
       ValueError: an unknown name.
     """
-    values: dict[str, str | bool] = {"smoke": False, **defaults}
+    values: dict[str, Any] = {"smoke": False, **defaults}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         if name not in values:
-            raise ValueError(f"config argument {name!r} is unknown; expected some of {sorted(values)}")
+            raise ValueError(
+                f"config argument {name!r} is unknown; expected some of {sorted(values)}"
+            )
         values[name] = value or True
     return values
 
 
-def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def shrink(config: Config) -> Config:
     """The same run in under a minute on a CPU: tiny student, quickstart's teacher and pictures.
 
     Everything else, loss, target, optimiser and code path, stays as the experiment has it.
@@ -140,9 +146,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     tiny = {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
     config.student.arch.update({**tiny, "image_size": 56})
     config.teacher.update(path="teachers/dinov2_vits14_onnx", source="", image_size=56)
-    config.data.update(
-        name="photos", eval_split="test", data_dir="data", image_size=56, threads=2
-    )
+    config.data.update(name="photos", eval_split="test", data_dir="data", image_size=56, threads=2)
     config.update(batch_size=8, steps=20, log_every=5)
     config.eval.update(every=20, batches=2)
     config.checkpoint.every = 10

@@ -1,6 +1,6 @@
 """CLIP ViT-B/16 into ViT-B/16, 100 epochs (Tables 2 to 5, default row).
 
-    python train.py --config=configs/distill_clip_vit_b16_100ep.py --workdir=runs/distill_clip_vit_b16_100ep
+    python train.py --config=configs/distill_clip_vit_b16_100ep.py --workdir=runs/clip_100ep
 
 Paper after fine-tuning: 84.3 top-1. Ours: not yet run.
 The official file crops with a minimum area of 0.67, the paper says 0.08; this is the file.

@@ -26,7 +26,5 @@ def get_config(arg: str = ""):
     config.eval.update(every=80, batches=4)
     config.checkpoint.every = 80
     # Absolute rates: a short run on few images wants a higher peak and hardly any decay.
-    config.optim.update(
-        peak_lr=1.5e-3, start_lr=1e-5, min_lr=1e-5, lr_batch=32, warmup_epochs=0.5
-    )
+    config.optim.update(peak_lr=1.5e-3, start_lr=1e-5, min_lr=1e-5, lr_batch=32, warmup_epochs=0.5)
     return base.shrink(config) if base.arguments(arg)["smoke"] else config

@@ -13,8 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fd_jax.errors import CheckpointError
-
-PyTree = Any
+from fd_jax.typing import PyTree
 
 
 def save_tree(path: epath.Path, tree: PyTree) -> None:
@@ -29,6 +28,17 @@ def load_tree(path: epath.Path) -> PyTree:
         metadata = checkpointer.metadata(path).item_metadata
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
         return checkpointer.restore(path, restore_args=as_numpy)
+
+
+def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every array below `save_tree`'s folder by "a/b" path; reads no values."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
+        for keys, leaf in leaves
+    }
 
 
 class Checkpoints:

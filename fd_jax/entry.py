@@ -12,12 +12,11 @@ from ml_collections import config_flags
 from fd_jax import loop
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
+from fd_jax.typing import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
-_ACCEPT = flags.DEFINE_bool(
-    "accept_config", False, "Go on in a workdir that another config began."
-)
+_ACCEPT = flags.DEFINE_bool("accept_config", False, "Go on in a workdir that another config began.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Start jax.distributed; Cloud TPU pods and Slurm tell it the rest."
 )
@@ -31,7 +30,7 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def run(make_task: Callable[[ml_collections.ConfigDict], Task]) -> None:
+def run(make_task: Callable[[Config], Task]) -> None:
     """Parses flags and trains the task that `make_task` builds from the config."""
 
     def main(argv: Sequence[str]) -> int:
@@ -40,11 +39,10 @@ def run(make_task: Callable[[ml_collections.ConfigDict], Task]) -> None:
         for flag in (_CONFIG, _WORKDIR):
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
+        assert _WORKDIR.value is not None
         _start_processes()
         config = ml_collections.FrozenConfigDict(_CONFIG.value)
-        result = loop.fit(
-            make_task(config), config, _WORKDIR.value, accept_config=_ACCEPT.value
-        )
+        result = loop.fit(make_task(config), config, _WORKDIR.value, accept_config=_ACCEPT.value)
         if result.preempted:
             print(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
             return loop.PREEMPTED

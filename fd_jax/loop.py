@@ -12,15 +12,16 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-import ml_collections
 import numpy as np
 
 from fd_jax import metrics, model_folder, program, sharding
 from fd_jax.checkpoint import Checkpoints
-from fd_jax.data import pipeline, place
+from fd_jax.data import place
+from fd_jax.data.feed import Feed
 from fd_jax.errors import CheckpointError, UserError
 from fd_jax.step import TrainState
 from fd_jax.tasks.base import Task
+from fd_jax.typing import Config
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
 PROFILE_AFTER = 5  # steps that a trace waits, so that it shows none of the start-up
@@ -40,7 +41,10 @@ class Result:
 
 
 def fit(
-    task: Task, config: ml_collections.ConfigDict, workdir: epath.PathLike, *,
+    task: Task,
+    config: Config,
+    workdir: epath.PathLike,
+    *,
     accept_config: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, from wherever `workdir` left off.
@@ -62,8 +66,8 @@ def fit(
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
-    data = pipeline.open_data(config.data)
-    steps_per_epoch = pipeline.steps_per_epoch(data.train, config.batch_size)
+    feed = Feed(**config.data)
+    steps_per_epoch = feed.steps_per_epoch(config.batch_size)
     total_steps = config.steps or round(config.epochs * steps_per_epoch)
     claim_workdir(workdir, config, accept=accept_config)
 
@@ -71,11 +75,12 @@ def fit(
         task, config, mesh, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
     checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep,
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every or None,
     )
     state, start = initial_state(task, run, checkpoints, config.seed)
-    trainer = _Trainer(task, config, workdir, run, data, checkpoints, start, total_steps)
+    trainer = _Trainer(task, config, workdir, run, feed, checkpoints, start, total_steps)
     try:
         return trainer.run(state)
     finally:
@@ -94,7 +99,7 @@ def initial_state(
     return run.create(jax.random.key(seed), task.load_initial()), 0
 
 
-def claim_workdir(workdir: epath.Path, config: ml_collections.ConfigDict, *, accept: bool) -> None:
+def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
     """Writes config.json, or refuses a workdir that another config began.
 
     Raises:
@@ -115,7 +120,7 @@ def claim_workdir(workdir: epath.Path, config: ml_collections.ConfigDict, *, acc
                 + "\n".join(changed)
                 + "\nUse another workdir, or --accept_config to go on with the new values."
             )
-    multihost_utils_barrier("workdir_checked")
+    _barrier("workdir_checked")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -124,14 +129,14 @@ def claim_workdir(workdir: epath.Path, config: ml_collections.ConfigDict, *, acc
 class _Trainer:
     """One run: the pieces of `fit` that share its readers, writers and clocks."""
 
-    def __init__(self, task, config, workdir, run, data, checkpoints, start, total_steps):
+    def __init__(self, task, config, workdir, run, feed, checkpoints, start, total_steps):
         self.task, self.config, self.workdir = task, config, workdir
-        self.program, self.data, self.checkpoints = run, data, checkpoints
+        self.program, self.feed, self.checkpoints = run, feed, checkpoints
         self.start, self.total_steps = start, total_steps
         self.sharding = sharding.batch_sharding(run.mesh)
         self.rows = place.local_rows(self.sharding, config.batch_size)
-        self.loader = pipeline.train_loader(
-            data, config, rows=self.rows, start_step=start
+        self.loader = feed.train(
+            batch_size=config.batch_size, seed=config.seed, rows=self.rows, start_step=start
         )
         self.writer = metrics.Writer(workdir, resume_step=start)
         self.frozen = run.place_frozen(task.load_frozen())
@@ -194,10 +199,10 @@ class _Trainer:
         if bad:
             figures = {"nonfinite": figures["nonfinite"], "stop": figures["stop"]}
         if self.nonfinite_in_a_row >= self.config.max_nonfinite:
-            indices = self.loader.indices(step)
+            rate, indices = float(self.program.schedule(step)), self.loader.indices(step)
             raise NonFiniteError(
                 f"loss or gradients were not finite for {self.nonfinite_in_a_row} steps in a row, "
-                f"the last at step {step} with learning rate {float(self.program.schedule(step)):.3g}; "
+                f"the last at step {step} with learning rate {rate:.3g}; "
                 f"its examples are {indices.tolist()}. Lower optim.peak_lr, set dtype=float32, or "
                 "look at these examples; the last checkpoint in the workdir is from before."
             )
@@ -218,16 +223,15 @@ class _Trainer:
         )
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        if self.data.eval is None:
+        if self.feed.eval_source is None:
             return {}
         with self.clock.paused():
             params = state.params if state.ema is None else state.ema
             total = metrics.Mean()
-            batches = pipeline.eval_loader(self.data, self.config, rows=self.rows)
-            for host in batches:
-                batch = place.to_global(
-                    host, self.sharding, rows=self.rows, batch_size=self.config.batch_size
-                )
+            size = self.config.batch_size
+            limit = self.config.eval.batches
+            for host in self.feed.sequential("eval", batch_size=size, rows=self.rows, limit=limit):
+                batch = place.to_global(host, self.sharding, rows=self.rows, batch_size=size)
                 total.add(self.program.eval_step(params, state.extra, self.frozen, batch))
         result = {f"eval_{name}": value for name, value in total.result().items()}
         self.writer.write(step, result)
@@ -329,7 +333,7 @@ def _on_sigterm():
         signal.signal(signal.SIGTERM, previous)
 
 
-def multihost_utils_barrier(name: str) -> None:
+def _barrier(name: str) -> None:
     """Waits for the other processes, where there are any."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

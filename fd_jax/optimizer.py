@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
-PyTree = Any
+from fd_jax.typing import Config, PyTree
+
 Moments = Literal["float32", "bfloat16", "factored"]
 
 
@@ -49,7 +49,7 @@ class Schedule:
 
 
 def from_config(
-    config: ml_collections.ConfigDict,
+    config: Config,
     params: PyTree,
     *,
     steps_per_epoch: int,
@@ -174,9 +174,7 @@ class ScheduleState(NamedTuple):
     count: jax.Array
 
 
-def scale_by_schedule(
-    schedule: Schedule, scales: PyTree | None
-) -> optax.GradientTransformation:
+def scale_by_schedule(schedule: Schedule, scales: PyTree | None) -> optax.GradientTransformation:
     """Multiplies updates by minus the learning rate of their layer."""
 
     def init(params):

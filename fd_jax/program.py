@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import ml_collections
-import optax
 
 from fd_jax import sharding
+from fd_jax.optimizer import Schedule
 from fd_jax.step import TrainState, make_train_step
 from fd_jax.tasks.base import Task
-
-PyTree = Any
+from fd_jax.typing import Config, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Program:
     """
 
     mesh: Mesh
-    schedule: optax.Schedule
+    schedule: Schedule
     state: TrainState
     frozen: PyTree
     batch: PyTree
@@ -55,7 +53,7 @@ class Program:
 
 def build(
     task: Task,
-    config: ml_collections.ConfigDict,
+    config: Config,
     mesh: Mesh,
     *,
     steps_per_epoch: int,
@@ -122,7 +120,7 @@ def _place(host: Any, like: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 
 
-def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> PyTree:
+def _abstract_batch(config: Config, mesh: Mesh) -> PyTree:
     size, rows = config.data.image_size, config.batch_size
     place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
     return {

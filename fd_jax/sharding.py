@@ -4,6 +4,7 @@ One table gives each parameter's axes names; one table says where a name lands o
 parameter that matches no row, or more than one, is an error.
 """
 
+from collections.abc import Sequence
 import re
 from typing import Any
 
@@ -14,8 +15,7 @@ import numpy as np
 import optax
 
 from fd_jax.errors import ConfigError
-
-PyTree = Any
+from fd_jax.typing import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -36,7 +36,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; one axis may be -1, the rest of them.
 
@@ -72,7 +72,8 @@ def resolve_mesh(sizes: dict[str, int], devices: int) -> tuple[int, int, int]:
         raise ConfigError(f"mesh {wanted}: sizes are positive, and at most one may be -1")
     if devices % fixed or (not unknown and fixed != devices):
         raise ConfigError(f"mesh {wanted} does not fit {devices} devices; the product must be that")
-    return tuple(devices // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    data, fsdp, tensor = (devices // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    return data, fsdp, tensor
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
@@ -133,7 +134,7 @@ def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         raise ValueError(
             f"parameter {name} {shape} matches {len(rows)} rows of PARAM_AXES; expected one"
         )
-    axes = [RULES.get(axis) for axis in rows[0]]
+    axes = [None if axis is None else RULES[axis] for axis in rows[0]]
     if axes and len(axes) != len(shape):
         raise ValueError(f"parameter {name} has shape {shape}, its row names {len(axes)} axes")
     for size, axis in zip(shape, axes, strict=False):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fd_jax.tasks.base import Metrics, Task
+from fd_jax.tasks.base import Task
+from fd_jax.typing import Metrics, PyTree
 
-PyTree = Any
 StepFn = Callable[["TrainState", PyTree, PyTree], tuple["TrainState", Metrics]]
 
 
@@ -32,7 +32,7 @@ class TrainState:
       ema: moving average of `params`, or None.
     """
 
-    step: jax.Array
+    step: Any
     params: PyTree
     opt_state: PyTree
     extra: PyTree
@@ -70,7 +70,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema is not None:
+        if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ import numpy as np
 
 from fd_jax import losses
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.typing import PyTree
 
-PyTree = Any
 KINDS = ("cls", "patch")
 
 

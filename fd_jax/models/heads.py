@@ -1,6 +1,7 @@
 """What stands on top of an encoder."""
 
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -32,11 +33,13 @@ class Projector(nnx.Module):
 
         self.dtype = dtype
         self.grad_dtype = grad_dtype
-        self.kernel = nnx.Param(init(rngs.params(), (width, out)))
+        self.kernel: Any = nnx.Param(init(rngs.params(), (width, out)))
         self.bias = nnx.Param(init(rngs.params(), (out,)))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[..., D_s] -> [..., D_t] in `dtype`."""
         rows = tokens.reshape(-1, tokens.shape[-1])
-        out = layers.linear(rows, self.kernel[...], self.bias[...], self.dtype, self.grad_dtype)
+        out: jax.Array = layers.linear(
+            rows, self.kernel[...], self.bias[...], self.dtype, self.grad_dtype
+        )
         return out.reshape(*tokens.shape[:-1], -1)

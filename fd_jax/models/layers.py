@@ -7,7 +7,7 @@ numbers fall on the same image whatever the mesh, the host count or the micro-ba
 
 from collections.abc import Callable
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 import jax
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def truncated_normal(std: float, limit: float) -> nnx.Initializer:
-    """Normal(0, std) cut at +-limit, not rescaled: the resulting std is smaller (`reference` init)."""
+    """Normal(0, std) cut at +-limit and not rescaled, so that what results is narrower."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding  # parameters are created unsharded here; sharding.py places them
@@ -52,7 +52,7 @@ def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
 def linear(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype, grad_dtype: jnp.dtype
 ) -> jax.Array:
-    """x @ kernel + bias in `dtype`, with parameter gradients summed in `grad_dtype`.
+    """X @ kernel + bias in `dtype`, with parameter gradients summed in `grad_dtype`.
 
     Left to itself, differentiation casts the gradient to `dtype` before it is summed over the
     devices, because the cast of the float32 master lies inside. Here the weight gradient leaves
@@ -103,7 +103,7 @@ class Dense(nnx.Module):
         out = (out,) if isinstance(out, int) else out
         self.dtype = dtype
         self.grad_dtype = grad_dtype
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (width, *out), jnp.float32))
+        self.kernel: Any = nnx.Param(kernel_init(rngs.params(), (width, *out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(out, jnp.float32)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ class Dense(nnx.Module):
         """
         bias = None if self.bias is None else self.bias[...]
         rows = x.reshape(-1, x.shape[-1])
-        y = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
+        y: jax.Array = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
@@ -135,12 +135,12 @@ def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> j
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """x + parameter in float32, back in the dtype of `x`; so its gradient is summed in float32."""
+    """X + parameter in float32, back in the dtype of `x`; so its gradient is summed in float32."""
     return (x.astype(jnp.float32) + parameter).astype(x.dtype)
 
 
 def scale_by_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """x * parameter in float32, back in the dtype of `x`."""
+    """X * parameter in float32, back in the dtype of `x`."""
     return (x.astype(jnp.float32) * parameter).astype(x.dtype)
 
 
@@ -202,7 +202,7 @@ class PatchEmbed(nnx.Module):
         self.dtype = dtype
         self.grad_dtype = grad_dtype
         shape = (patch_size, patch_size, 3, width)  # HWIO
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.kernel: Any = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if use_bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ class PatchEmbed(nnx.Module):
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
         kernel = self.kernel[...].reshape(p * p * channels, -1)
         bias = None if self.bias is None else self.bias[...]
-        y = linear(x.astype(self.dtype), kernel, bias, self.dtype, self.grad_dtype)
+        y: jax.Array = linear(x.astype(self.dtype), kernel, bias, self.dtype, self.grad_dtype)
         return y.reshape(batch, -1, y.shape[-1])
 
 
@@ -260,7 +260,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.heads = heads
-        self.kind = kind
+        self.kind: AttentionKind = kind
         common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
         self.qkv = Dense(width, (3, width), use_bias=False, kernel_init=kernel_init, **common)
         # Separate vectors, since which of them exist differs between families and since weight
@@ -279,9 +279,7 @@ class Attention(nnx.Module):
         if any(bias is not None for bias in biases):
             rows = [jnp.zeros((width,)) if bias is None else bias[...] for bias in biases]
             qkv = add_parameter(qkv, jnp.stack(rows))
-        q, k, v = jnp.moveaxis(
-            qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
-        )
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v

@@ -14,7 +14,7 @@ PositionResize = Literal["size", "offset_0.1", "antialias"]
 
 @functools.lru_cache(maxsize=64)
 def cubic_matrix(source: int, target: int, *, scale: float | None = None) -> np.ndarray:
-    """Bicubic interpolation of torch (a = -0.75, align_corners False, no antialias). [target, source]
+    """Torch's bicubic (a = -0.75, align_corners False, no antialias). [target, source]
 
     Args:
       source: number of samples.
@@ -37,7 +37,7 @@ def cubic_matrix(source: int, target: int, *, scale: float | None = None) -> np.
 def antialias_matrix(
     source: int, target: int, *, method: Literal["bilinear", "bicubic"]
 ) -> np.ndarray:
-    """Antialiased interpolation of torch and Pillow: the kernel widens when shrinking. [target, source]"""
+    """Torch's and Pillow's antialiased interpolation: wider when shrinking. [target, source]"""
     step = source / target
     width = max(step, 1.0)
     kernel = functools.partial(_cubic, a=-0.5) if method == "bicubic" else _triangle
@@ -112,7 +112,7 @@ def resize_rel_pos_table(table: np.ndarray, grid: int, *, extra: int) -> np.ndar
 
 
 def geometric_offsets(half: int, reach: int) -> np.ndarray:
-    """Positions 0, +-p_k with p_1 = 1, p_{k+1} = p_k + q^k and p_half close to `reach`. [2*half + 1]
+    """Positions 0, +-p_k: p_1 = 1, p_{k+1} = p_k + q^k, p_half near `reach`. [2*half + 1]
 
     q comes from a bisection on [1.01, 1.5]; its floor of 1.01 stays when shrinking (quirk 24).
     """

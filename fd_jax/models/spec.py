@@ -12,9 +12,10 @@ import numpy as np
 from fd_jax.errors import ModelFolderError
 from fd_jax.models import resize
 from fd_jax.models.vit import ViT
+from fd_jax.typing import PyTree
 
 FORMAT_VERSION = 1
-FAMILIES: dict[str, type[nnx.Module]] = {"vit": ViT}
+FAMILIES: dict[str, Any] = {"vit": ViT}  # the class of each family; ViT shows what it has to offer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,14 +70,16 @@ class ModelSpec:
         """
         return split(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0), **runtime)))
 
-    def normalize(self, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def normalize(
+        self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32
+    ) -> jax.Array:
         """uint8 [B, H, W, 3] to the network's input [B, H, W, 3] in `dtype`."""
         mean = np.asarray(self.mean, np.float32)
         std = np.asarray(self.std, np.float32)
         pixels = jnp.asarray(images).astype(jnp.float32) * np.float32(self.pixel_scale)
         return ((pixels - mean) / std).astype(dtype)
 
-    def resized(self, params: dict[str, Any], image_size: int) -> tuple["ModelSpec", dict[str, Any]]:
+    def resized(self, params: PyTree, image_size: int) -> tuple["ModelSpec", PyTree]:
         """This network for another input size: position tables resized, all else as it is.
 
         Args:

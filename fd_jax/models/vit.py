@@ -247,7 +247,9 @@ class ViT(nnx.Module):
         """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
         size = (self.image_size, self.image_size)
         if images.shape[1:3] != size:
-            raise ValueError(f"images of {images.shape[1:3]} pixels; this model was built for {size}")
+            raise ValueError(
+                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
+            )
         x = self.patch_embed(images)
         batch = x.shape[0]
         if self.cls_token is not None:

@@ -8,11 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from fd_jax.models.spec import ModelSpec
-
-PyTree = Any
-Batch = dict[str, Any]
-# Name -> (sum, count): metrics add up over steps, devices and hosts and are divided once.
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+from fd_jax.optimizer import Schedule
+from fd_jax.typing import Batch, Metrics, PyTree
 
 
 class Task(Protocol):
@@ -54,7 +51,7 @@ class Task(Protocol):
 
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
-    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    ) -> tuple[optax.GradientTransformation, Schedule]:
         """The transformation for a tree of shapes, and the rate to report."""
         ...
 
@@ -65,7 +62,8 @@ class Task(Protocol):
 
 def apply_frozen(definition: nnx.GraphDef, params: PyTree, *args, **kwargs) -> Any:
     """Calls a network without letting a gradient into it or its input."""
-    return jax.lax.stop_gradient(nnx.merge(definition, jax.lax.stop_gradient(params))(*args, **kwargs))
+    module = nnx.merge(definition, jax.lax.stop_gradient(params))
+    return jax.lax.stop_gradient(module(*args, **kwargs))
 
 
 def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:

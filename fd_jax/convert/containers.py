@@ -1,0 +1,112 @@
+"""Opens any file or folder of weights: finds out what it is and hands it to its reader."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fd_jax.convert import npz, onnx_files, safetensors_io, torch_files
+from fd_jax.convert.tensors import Container, Tensor, damaged
+from fd_jax.convert.zips import MappedZip
+from fd_jax.errors import ConversionError
+
+_EXPECTED = (
+    "expected a torch checkpoint (.pt, .pth, .bin), a TorchScript archive, a .safetensors, .npz or "
+    ".onnx file, or a Hugging Face folder with config.json and model.safetensors"
+)
+# Hugging Face names, the safe format first.
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def open_container(path: str | Path) -> Container:
+    """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that stands in it.
+
+    Raises:
+      ConversionError: missing, unreadable, damaged, of no known kind, or its pickle names a class
+        that is not on the list of harmless ones.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConversionError(f"{path}: no such file or folder; {_EXPECTED}")
+    return _open_folder(path) if path.is_dir() else _open_file(path)
+
+
+def _open_file(path: Path) -> Container:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(128)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
+    if not head:
+        raise damaged(path, "the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
+    if head.startswith(b"PK\x03\x04"):
+        return _open_zip(path)
+    if head.startswith(torch_files.LEGACY_HEAD):
+        return torch_files.read_legacy(path)
+    if safetensors_io.looks_like(head):
+        return safetensors_io.read(path)
+    if path.suffix == ".onnx":
+        return onnx_files.read(path)
+    raise ConversionError(f"{path}: not a weights file (it begins with {head[:16]!r}); {_EXPECTED}")
+
+
+def _open_zip(path: Path) -> Container:
+    archive = MappedZip(path)
+    names = list(archive.entries)
+    if any(name.endswith("/data.pkl") for name in names):
+        return torch_files.read_zip(path, archive)
+    if any(name.endswith(".npy") for name in names):
+        return npz.read(path, archive)
+    raise ConversionError(
+        f"{path}: a zip file with neither data.pkl (torch) nor .npy arrays; {_EXPECTED}"
+    )
+
+
+def _open_folder(path: Path) -> Container:
+    for name in _INDEXES:
+        if (path / name).exists():
+            return _open_shards(path, name)
+    for name in _SINGLES:
+        if (path / name).exists():
+            inner = _open_file(path / name)
+            return dataclasses.replace(inner, path=path, config=_config(path))
+    raise ConversionError(
+        f"{path}: a folder without {' or '.join(_SINGLES)}; {_EXPECTED}, or name the file inside"
+    )
+
+
+def _open_shards(path: Path, index_name: str) -> Container:
+    weight_map = _json(path / index_name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged(path / index_name, "it has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    files, kind = [], ""
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise ConversionError(f"{path / index_name}: shard {shard!r:.80} is not in the folder")
+        if not (path / shard).exists():
+            raise ConversionError(f"{path}: shard {shard} of {index_name} is missing")
+        inner = _open_file(path / shard)
+        tensors.update(inner.tensors)
+        files.append(path / shard)
+        kind = inner.kind
+    if unlike := sorted(set(weight_map) ^ set(tensors)):
+        raise damaged(path, f"{index_name} and its shards disagree about {unlike[:5]}")
+    kind = f"{kind} in {len(files)} shards"
+    return Container(path, kind, tuple(files), tensors, {}, _config(path))
+
+
+def _config(path: Path) -> dict | None:
+    return _json(path / "config.json") if (path / "config.json").exists() else None
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, f"not valid JSON ({error!s:.80})") from error
+    if not isinstance(value, dict):
+        raise damaged(path, "not a JSON dictionary")
+    return value

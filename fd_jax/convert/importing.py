@@ -1,0 +1,197 @@
+"""A file of weights in, a model folder out."""
+
+from collections.abc import Iterable
+import dataclasses
+import os
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from fd_jax import model_folder
+from fd_jax.convert import rules, sources
+from fd_jax.convert.containers import open_container
+from fd_jax.convert.rules import Match
+from fd_jax.convert.source import Source
+from fd_jax.convert.tensors import DTYPES, Container, Tensor
+from fd_jax.errors import ConversionError
+from fd_jax.models.spec import ModelSpec
+
+AUTO = "auto"
+STORED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What an import took, left and changed.
+
+    Attributes:
+      source: name of the source, and of the part where it is not the default one.
+      spec: of the network.
+      params: parts of a model folder: nested dicts of arrays.
+      dropped: reason -> names left behind.
+      resized: parameter path -> (shape in the file, shape now).
+    """
+
+    source: str
+    spec: ModelSpec
+    params: dict[str, Any]
+    dropped: dict[str, list[str]]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def import_file(
+    source: str,
+    path: str | os.PathLike,
+    output: epath.PathLike,
+    *,
+    part: str | None = None,
+    image_size: int | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    allow_other_hash: bool = False,
+) -> Imported:
+    """Converts a file and writes the model folder.
+
+    Args:
+      source: name of a source, or "auto".
+      path: file or Hugging Face folder.
+      output: model folder to write; complete or not there at all.
+      part: which network of the file; None takes the source's first.
+      image_size: wanted input side; None keeps the file's.
+      dtype: to store the parameters in.
+      overwrite: whether an existing folder is replaced.
+      allow_other_hash: whether a source that names one file takes another of the same structure.
+
+    Raises:
+      ConversionError: the file cannot be read safely or is not what the source says.
+      ModelFolderError: the output exists.
+      ConfigError: the architecture cannot have this image size.
+    """
+    model_folder.check_free(output, overwrite=overwrite)
+    result = read(
+        source,
+        path,
+        part=part,
+        image_size=image_size,
+        dtype=dtype,
+        allow_other_hash=allow_other_hash,
+    )
+    model_folder.save(output, result.spec, result.params, overwrite=overwrite)
+    return result
+
+
+def read(
+    source: str,
+    path: str | os.PathLike,
+    *,
+    part: str | None = None,
+    image_size: int | None = None,
+    dtype: str = "float32",
+    allow_other_hash: bool = False,
+) -> Imported:
+    """Converts a file in memory; arguments as in `import_file`."""
+    if dtype not in STORED_DTYPES:
+        raise ConversionError(f"dtype {dtype!r}; expected one of {', '.join(STORED_DTYPES)}")
+    container = open_container(path)
+    chosen = identify(container) if source == AUTO else sources.get(source)
+    part = check_part(chosen, part)
+    found, tensors = chosen.match(container, part)
+    refuse_problems(chosen, container, found)
+    digest = container.sha256()
+    if chosen.sha256 not in (None, digest) and not allow_other_hash:
+        raise ConversionError(
+            f"{container.path}: has the SHA-256 {digest}, but {chosen.name} is the file with "
+            f"{chosen.sha256}. Its structure fits: pass --allow-other-hash to import it knowingly"
+        )
+    params = _nested(
+        (path, array.astype(DTYPES[dtype], copy=False))
+        for path, array in rules.convert(found, tensors)
+    )
+    label = chosen.name if part == chosen.default_part else f"{chosen.name}:{part}"
+    spec = dataclasses.replace(
+        chosen.parts[part].spec,
+        classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
+        source=label,
+        source_sha256=digest,
+        source_dtypes=_source_dtypes(found, tensors),
+    )
+    before = model_folder.flat_shapes(params)
+    if image_size is not None:
+        spec, params["encoder"] = spec.resized(params["encoder"], image_size)
+    after = model_folder.flat_shapes(params)
+    resized = {path: (before[path], after[path]) for path in after if before[path] != after[path]}
+    return Imported(label, spec, params, found.dropped, resized)
+
+
+def check_part(source: Source, part: str | None) -> str:
+    """The name of the part to take; refuses one the source does not have."""
+    if part is None:
+        return source.default_part
+    if part not in source.parts:
+        raise ConversionError(
+            f"{source.name} has no part {part!r}; expected one of {', '.join(source.parts)}"
+        )
+    return part
+
+
+def identify(container: Container) -> Source:
+    """The one source whose default part fits a file completely.
+
+    Raises:
+      ConversionError: none fits, or the keys cannot tell several apart.
+    """
+    fitting = _fitting(container)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        lines = "\n  ".join(f"{s.name}: {s.file}; {s.note}" for s in fitting)
+        raise ConversionError(
+            f"{container.path}: the names and shapes in it fit several sources; say which with "
+            f"--source=\n  {lines}"
+        )
+    raise ConversionError(
+        f"{container.path}: it fits no source; `inspect` shows which come near, and naming one "
+        "with --source lists what differs"
+    )
+
+
+def _fitting(container: Container) -> list[Source]:
+    return [
+        source
+        for source in sources.SOURCES.values()
+        if not source.match(container, source.default_part)[0].problems
+    ]
+
+
+def refuse_problems(source: Source, container: Container, found: Match) -> None:
+    """Raises one error with everything that does not fit."""
+    if not found.problems:
+        return
+    missing = [p.removeprefix("missing ") for p in found.problems if p.startswith("missing ")]
+    others = [p for p in found.problems if not p.startswith("missing ")]
+    lines = [f"missing {line}" for line in rules.summarize(missing)] + rules.summarize(others)
+    fitting = [s.name for s in _fitting(container) if s.name != source.name]
+    if fitting:
+        lines.append(f"the file fits {', '.join(fitting)}")
+    listing = "\n  ".join(lines)
+    raise ConversionError(
+        f"{container.path} ({container.kind}) is not a {source.name} file "
+        f"({found.found} of {found.expected} tensors fit):\n  {listing}"
+    )
+
+
+def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
+    taken = (name for step in found.steps for name in step.sources)
+    return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}
+
+
+def _nested(items: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in items:
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return tree

@@ -1,0 +1,137 @@
+"""What the commands print: the table of sources, the contents of a file, what an import did."""
+
+from collections.abc import Iterable
+import math
+import os
+from pathlib import Path
+
+from fd_jax import checkpoint, model_folder
+from fd_jax.convert import rules, sources
+from fd_jax.convert.containers import open_container
+from fd_jax.convert.importing import Imported
+from fd_jax.convert.tensors import DTYPES, Container
+from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
+
+_STATISTICS = {
+    (IMAGENET_MEAN, IMAGENET_STD): "ImageNet",
+    (CLIP_MEAN, CLIP_STD): "CLIP",
+    ((0.5,) * 3, (0.5,) * 3): "0.5 / 0.5",
+}
+_NEAREST = 5
+
+
+def source_table() -> str:
+    """The table of sources as markdown; `docs/conversion.md` holds the same text."""
+    header = "source", "public file", "parts", "network", "statistics", "positions", "compared with"
+    rows = [header, ("---",) * len(header)]
+    for source in sources.SOURCES.values():
+        spec = source.parts[source.default_part].spec
+        rows.append(
+            (
+                f"`{source.name}`",
+                source.file,
+                ", ".join(source.parts),
+                _network(spec),
+                _STATISTICS[spec.mean, spec.std],
+                _positions(spec),
+                source.oracle + (f"; {source.note}" if source.note else ""),
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _network(spec: ModelSpec) -> str:
+    arch = spec.arch
+    return (
+        f"{arch['width']} x {arch['depth']}, patch {arch['patch_size']}, {arch['image_size']} px, "
+        f"{arch['activation']}, eps {arch['norm_eps']:g}"
+    )
+
+
+def _positions(spec: ModelSpec) -> str:
+    position = spec.arch["position"]
+    return f"{position}, resized by {spec.position_resize}" if position == "ape" else position
+
+
+def inspect(path: str | os.PathLike) -> str:
+    """What a weights file, a Hugging Face folder or a model folder holds; runs nothing in it."""
+    if (Path(path) / "model.json").exists():
+        return _inspect_model_folder(path)
+    container = open_container(path)
+    tensors = [(t.name, t.shape, t.dtype) for t in container.tensors.values()]
+    parts = [f"{container.path}: {container.kind}, {container.size:,} bytes", _tree(tensors)]
+    if container.entries:
+        entries = rules.summarize([f"{name}: {what}" for name, what in container.entries.items()])
+        parts.append("entries that are no tensors:\n" + _indented(entries))
+    parts.append(_matches(container))
+    return "\n".join(parts)
+
+
+def _inspect_model_folder(path: str | os.PathLike) -> str:
+    spec = model_folder.load_spec(path)
+    tensors = [
+        (name, shape, dtype)
+        for name, (shape, dtype) in checkpoint.describe_tree(Path(path) / "params").items()
+    ]
+    return f"{path}: fd_jax model folder\n{spec.to_json()}{_tree(tensors)}"
+
+
+def _tree(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
+    """One line per kind of tensor (block numbers collapsed), and totals per dtype."""
+    kinds: dict[tuple, list[str]] = {}
+    totals: dict[str, list[int]] = {}
+    for name, shape, dtype in tensors:
+        kinds.setdefault((rules.collapse(name), shape, dtype), []).append(name)
+        total = totals.setdefault(dtype, [0, 0, 0])
+        count = math.prod(shape)
+        for i, amount in enumerate((1, count, count * DTYPES[dtype].itemsize)):
+            total[i] += amount
+    lines = [
+        f"{names[0] if len(names) == 1 else kind} {dtype}{list(shape)}"
+        + (f" x {len(names)}" if len(names) > 1 else "")
+        for (kind, shape, dtype), names in kinds.items()
+    ]
+    sums = [
+        f"{dtype}: {count:,} tensors, {numbers:,} numbers, {size:,} bytes"
+        for dtype, (count, numbers, size) in totals.items()
+    ]
+    return "tensors:\n" + _indented(lines) + "\ntotals:\n" + _indented(sums)
+
+
+def _matches(container: Container) -> str:
+    fits, near = [], []
+    for source in sources.SOURCES.values():
+        for part in source.parts:
+            found, _ = source.match(container, part)
+            label = source.name + ("" if part == source.default_part else f" --part={part}")
+            if not found.problems:
+                note = f" ({source.note})" if source.note else ""
+                fits.append(f"{label}: fits completely{note}")
+            elif found.found:
+                count = len(found.problems)
+                share = f"{found.found} of {found.expected} tensors fit"
+                near.append((count, f"{label}: {share}, {count} problems"))
+    lines = fits + [line for _, line in sorted(near)[:_NEAREST]]
+    return "sources:\n" + _indented(lines or ["none comes near"])
+
+
+def import_report(result: Imported) -> str:
+    """What was read, dropped and why, and resized."""
+    shapes = model_folder.flat_shapes(result.params)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    lines = [f"read {len(shapes)} parameters ({numbers:,} numbers) as {result.source}"]
+    for reason, names in result.dropped.items():
+        lines.append(f"dropped {len(names)} tensors, {reason}: {', '.join(_heads(names))}")
+    for name, (before, after) in result.resized.items():
+        method = result.spec.position_resize if name.endswith("pos_embed") else "geometric"
+        lines.append(f"resized {name} from {list(before)} to {list(after)} ({method})")
+    return "\n".join(lines)
+
+
+def _heads(names: list[str]) -> list[str]:
+    kinds = rules.summarize(names)
+    return kinds if len(kinds) <= 4 else [*kinds[:3], f"and {len(kinds) - 3} more kinds"]
+
+
+def _indented(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)

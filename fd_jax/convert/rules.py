@@ -1,0 +1,269 @@
+"""Tables of rules: which tensor of a file is which parameter, read in both directions.
+
+A table is matched against a whole file at once. Every missing tensor, every leftover, every wrong
+shape and dtype stands in one error; nothing is skipped because no rule names it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import fnmatch
+import re
+from typing import Any
+
+import numpy as np
+
+from fd_jax.convert.tensors import Tensor
+from fd_jax.convert.transforms import SAME, Shape, Transform
+from fd_jax.errors import ConversionError
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Tensors of the file <-> parameters of the model.
+
+    Attributes:
+      sources: tensor names in the file; "{i}" runs over the blocks.
+      targets: parameter paths, such as "encoder/blocks/{i}/norm1/scale".
+      transform: the layout change between them.
+      optional: whether the file may lack all of the sources (a classifier head).
+    """
+
+    sources: str | tuple[str, ...]
+    targets: str | tuple[str, ...]
+    transform: Transform = SAME
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Tensors that are left behind, and why. `names` is a glob over names in the file."""
+
+    names: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A tensor that follows from the architecture: checked on import, computed on export.
+
+    Attributes:
+      name: tensor name in the file; "{i}" runs over the blocks.
+      compute: architecture -> the array the file must hold.
+      tolerance: relative; 0 for integers.
+      optional: whether a file may lack it.
+    """
+
+    name: str
+    compute: Callable[[Mapping[str, Any]], np.ndarray]
+    tolerance: float = 0.0
+    optional: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All rules of one layout."""
+
+    rules: tuple[Rule, ...]
+    drops: tuple[Drop, ...] = ()
+    derived: tuple[Derived, ...] = ()
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table(
+            self.rules + other.rules, self.drops + other.drops, self.derived + other.derived
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One rule for one block, with the file's tensors it takes."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    transform: Transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A table matched against a file.
+
+    Attributes:
+      steps: what to convert, in table order.
+      dropped: reason -> names of the tensors left behind for it.
+      problems: what does not fit, one line each; empty for a file that fits.
+      found: how many of the expected tensors are there with the right shape and dtype.
+      expected: how many there should be.
+    """
+
+    steps: list[Step]
+    dropped: dict[str, list[str]]
+    problems: list[str]
+    found: int
+    expected: int
+
+
+def instances(names: Sequence[str], depth: int) -> Iterator[tuple[str, ...]]:
+    """The names for every block, or once where no "{i}" stands in them."""
+    indices: Sequence[int] = range(depth) if "{i}" in "".join(names) else (0,)
+    for i in indices:
+        yield tuple(name.replace("{i}", str(i)) for name in names)
+
+
+def match(
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    arch: Mapping[str, Any],
+) -> Match:
+    """Matches a table against the tensors of a file, without reading any values but derived ones.
+
+    Args:
+      table: rules of the source.
+      tensors: by name, prefixes already stripped.
+      shapes: of every parameter the model may have, by path. A size may be a letter: the file
+        decides it, and the same letter means the same size everywhere.
+      arch: the architecture keywords.
+    """
+    steps, problems, claimed, filled = [], [], set(), set()
+    letters: dict[str, int] = {}
+    found = expected = 0
+    for step, optional in _steps(table, arch):
+        claimed.update(step.sources)
+        if optional and not any(name in tensors for name in step.sources):
+            continue
+        expected += len(step.sources)
+        wrong = list(_mismatches(step, tensors, shapes, letters))
+        found += len(step.sources) - len(wrong)
+        problems += wrong
+        filled.update(step.targets)
+        steps.append(step)
+    problems += _check_derived(table, tensors, arch, claimed)
+    # Not the file's fault: the table does not cover the model.
+    encoder = {path for path in shapes if path.startswith("encoder/")}
+    problems += [f"no rule fills the parameter {path}" for path in sorted(encoder - filled)]
+    dropped: dict[str, list[str]] = {}
+    leftover = []
+    for name in tensors:
+        if name not in claimed:
+            reason = _drop_reason(table, name)
+            dropped.setdefault(reason, []).append(name) if reason else leftover.append(name)
+    problems += [f"unexpected {line}" for line in summarize(leftover)]
+    return Match(steps, dropped, problems, found, expected)
+
+
+def convert(found: Match, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Runs a match: yields (parameter path, array) one rule at a time, in the file's dtype."""
+    for step in found.steps:
+        arrays = step.transform.forward(*(tensors[name].load() for name in step.sources))
+        yield from zip(step.targets, arrays, strict=True)
+
+
+def invert(
+    table: Table, params: Mapping[str, np.ndarray], arch: Mapping[str, Any], *, derived: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads a table from right to left: yields (name in the file, array).
+
+    Args:
+      table: rules of the layout to write.
+      params: by path; parts that no rule of the table names are the caller's business.
+      arch: the architecture keywords.
+      derived: whether tensors that follow from the architecture are written too.
+
+    Raises:
+      ConversionError: the layout needs parameters that the model does not have.
+    """
+    missing = []
+    for step, optional in _steps(table, arch):
+        absent = [path for path in step.targets if path not in params]
+        if absent:
+            missing += [] if optional else absent
+            continue
+        arrays = step.transform.inverse(*(params[path] for path in step.targets))
+        yield from zip(step.sources, arrays, strict=True)
+    if missing:
+        raise ConversionError(
+            "this model lacks what the layout needs: " + "; ".join(summarize(missing))
+        )
+    if derived:
+        for item in table.derived:
+            for (name,) in instances((item.name,), arch["depth"]):
+                yield name, item.compute(arch)
+
+
+def used_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
+    """Every parameter path the table can write or read."""
+    return {path for step, _ in _steps(table, arch) for path in step.targets}
+
+
+def collapse(name: str) -> str:
+    """A name with block numbers as stars."""
+    return re.sub(r"(?<![^./])\d+(?![^./])|(?<=block_)\d+", "*", name)
+
+
+def summarize(names: Sequence[str]) -> list[str]:
+    """Names with block numbers collapsed: one line per kind, "blocks.*.norm1.weight (12)"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(collapse(name), []).append(name)
+    return [
+        group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in kinds.items()
+    ]
+
+
+def _steps(table: Table, arch: Mapping[str, Any]) -> Iterator[tuple[Step, bool]]:
+    for rule in table.rules:
+        sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
+        targets = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
+        for names in instances(sources + targets, arch["depth"]):
+            split = len(sources)
+            yield Step(names[:split], names[split:], rule.transform), rule.optional
+
+
+def _mismatches(
+    step: Step, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], letters: dict[str, int]
+) -> Iterator[str]:
+    wanted = step.transform.source_shapes(*(shapes[path] for path in step.targets))
+    for name, shape in zip(step.sources, wanted, strict=True):
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield f"missing {name} {_show(shape)}"
+        elif not _same_shape(tensor.shape, shape, letters):
+            yield f"{name} has shape {_show(tensor.shape)}, expected {_show(shape)}"
+        elif tensor.dtype not in FLOATS:
+            yield f"{name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+
+
+def _same_shape(found: Shape, wanted: Shape, letters: dict[str, int]) -> bool:
+    if len(found) != len(wanted):
+        return False
+    bound = (
+        letters.setdefault(want, size) if isinstance(want, str) else want
+        for size, want in zip(found, wanted, strict=True)
+    )
+    return found == tuple(bound)
+
+
+def _show(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _check_derived(
+    table: Table, tensors: Mapping[str, Tensor], arch: Mapping[str, Any], claimed: set[str]
+) -> Iterator[str]:
+    for item in table.derived:
+        wanted = item.compute(arch)
+        for (name,) in instances((item.name,), arch["depth"]):
+            claimed.add(name)
+            tensor = tensors.get(name)
+            if tensor is None:
+                if not item.optional:
+                    yield f"missing {name} {_show(wanted.shape)}"
+            elif tensor.shape != wanted.shape:
+                yield f"{name} has shape {_show(tensor.shape)}, expected {_show(wanted.shape)}"
+            elif not np.allclose(tensor.load(), wanted, rtol=item.tolerance, atol=0):
+                yield f"{name} does not hold the values that follow from the architecture"
+
+
+def _drop_reason(table: Table, name: str) -> str | None:
+    return next((d.why for d in table.drops if fnmatch.fnmatchcase(name, d.names)), None)

@@ -1,0 +1,116 @@
+"""What a run reads: its sources, transforms and batches, from the fields of `config.data`."""
+
+from collections.abc import Iterator
+import functools
+from typing import Any
+
+import numpy as np
+
+from fd_jax.data import pipeline, sources, transforms
+from fd_jax.errors import DataError
+
+HostBatch = dict[str, Any]
+
+
+class Feed:
+    """Training and held-out data of one run.
+
+    Args:
+      name: TFDS name or folder:/path.
+      split: for training.
+      eval_split: held out; "" for none.
+      data_dir: of TFDS; "" for its default.
+      image_size: side of what comes out, in pixels.
+      min_area: of the random crop, as a share of the picture.
+      interpolation: "bilinear" or "bicubic", antialiased.
+      flip: whether half of the training images are mirrored.
+      skip_official: leaves out the files that the original skips (reference 4.1).
+      threads: decoding threads per process.
+      workers: worker processes; 0 decodes in this one.
+      max_broken: unreadable images replaced before the run stops.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        eval_split: str,
+        data_dir: str,
+        image_size: int,
+        min_area: float,
+        interpolation: str,
+        flip: bool,
+        skip_official: bool,
+        threads: int,
+        workers: int,
+        max_broken: int,
+    ):
+        open_source = functools.partial(
+            sources.open_source,
+            name,
+            data_dir=data_dir or None,
+            skip=sources.OFFICIAL_SKIPPED if skip_official else (),
+        )
+        self.train_source = open_source(split=split)
+        self.eval_source = open_source(split=eval_split) if eval_split else None
+        self.image_size = image_size
+        self.train_transform = transforms.DistillTransform(
+            image_size, min_area=min_area, interpolation=interpolation, flip=flip
+        )
+        self.eval_transform = transforms.EvalTransform(image_size)
+        self.threads, self.workers, self.max_broken = threads, workers, max_broken
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches in an epoch; the rest of the examples waits for another epoch's order."""
+        return pipeline.steps_per_epoch(self.train_source, batch_size)
+
+    def train(
+        self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
+    ) -> pipeline.TrainLoader:
+        """Endless training batches from step `start_step` on; `rows` of each global batch."""
+        return pipeline.TrainLoader(
+            self.train_source,
+            self.train_transform,
+            batch_size=batch_size,
+            seed=seed,
+            rows=rows,
+            start_step=start_step,
+            threads=self.threads,
+            workers=self.workers,
+            max_broken=self.max_broken,
+        )
+
+    def sequential(
+        self, which: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+    ) -> Iterator[HostBatch]:
+        """Every image once, in order, without augmentation, the last batch padded.
+
+        Args:
+          which: "train" or "eval".
+          batch_size: of the global batch.
+          rows: of each global batch; None for all.
+          limit: number of batches; 0 for all.
+        """
+        return pipeline.eval_batches(
+            self._source(which),
+            self.eval_transform,
+            batch_size=batch_size,
+            rows=rows,
+            limit=limit or None,
+        )
+
+    def examples(self, which: str) -> int:
+        """Number of images in a split, "train" or "eval"."""
+        return len(self._source(which))
+
+    def picture(self, which: str, index: int, size: int) -> np.ndarray:
+        """One image, resized and centre-cropped to any size. -> [size, size, 3] uint8"""
+        transform = transforms.EvalTransform(size)
+        return transform(self._source(which)[index].image, np.random.default_rng(0))
+
+    def _source(self, which: str) -> sources.Source:
+        source = {"train": self.train_source, "eval": self.eval_source}[which]
+        if source is None:
+            raise DataError("this run has no held-out split; set data.eval_split")
+        return source

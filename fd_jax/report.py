@@ -1,0 +1,250 @@
+"""What a distillation run achieved, for people to look at.
+
+    python -m fd_jax.report --workdir=runs/quickstart
+
+Reads a finished workdir and writes `report/report.md` with its pictures: the loss curve, held-out
+agreement with the teacher before and after, and colour maps of both feature maps.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import json
+from typing import Any
+
+from absl import flags
+from etils import epath
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from fd_jax import entry, metrics, model_folder
+from fd_jax.data.feed import Feed
+from fd_jax.errors import UserError
+from fd_jax.evals import agreement
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.typing import Config, PyTree
+
+BATCH = 64
+MAP_WINDOWS = 2  # a picture of the report is this many inputs wide and high
+MAP_PICTURES = 4
+
+
+def write_report(workdir: epath.PathLike) -> epath.Path:
+    """Writes the report of a finished run and returns its folder.
+
+    Raises:
+      UserError: the workdir holds no finished distillation run.
+    """
+    workdir = epath.Path(workdir)
+    config, task, trained = _open_run(workdir)
+    folder = workdir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    frozen = jax.tree.map(jnp.asarray, task.load_frozen())
+    untrained, _ = jax.jit(task.init)(jax.random.key(config.seed))
+    feed = Feed(**config.data)
+
+    mean = agreement.mean_target(task, frozen, feed.sequential("train", batch_size=BATCH))
+
+    def score(params: PyTree) -> dict[str, dict[str, float]]:
+        held_out = feed.sequential("eval", batch_size=BATCH)
+        return agreement.agreement(task, params, frozen, held_out, mean)
+
+    scores = {"before": score(untrained), "after": score(trained)}
+    rows = metrics.read(workdir)
+    _plot_losses(rows, folder / "loss.png")
+    pictures = _held_out_pictures(feed, config.data.image_size)
+    _plot_maps(
+        task,
+        {"student, before": untrained, "student, after": trained},
+        frozen,
+        pictures,
+        folder / "maps.png",
+    )
+    (folder / "agreement.json").write_text(json.dumps(scores, indent=2) + "\n")
+    text = _text(task, rows, scores)
+    (folder / "report.md").write_text(text)
+    return folder
+
+
+def summary(folder: epath.Path) -> str:
+    """The figures of a written report in a few lines for the terminal."""
+    scores = json.loads((folder / "agreement.json").read_text())
+    lines = [f"held-out agreement with the teacher (report in {folder}/report.md)"]
+    for kind, after in scores["after"].items():
+        before = scores["before"][kind]
+        lines.append(
+            f"  {kind:5s}  R2 {before['r2']:.3f} -> {after['r2']:.3f}   "
+            f"cosine {before['cosine']:.3f} -> {after['cosine']:.3f} "
+            f"(constant mean: {after['cosine_of_mean']:.3f})"
+        )
+    return "\n".join(lines)
+
+
+def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} is no workdir: it has no config.json; name one of train.py's")
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    if "teacher" not in config:
+        raise UserError(f"{workdir} is not a distillation run: its config names no teacher")
+    task = DistillTask(config)
+    if task.target.kind != "full":
+        raise UserError(f"reports compare whole maps; this run has target.kind={task.target.kind}")
+    _, params = model_folder.load(workdir / "model")
+    return config, task, jax.tree.map(jnp.asarray, params)
+
+
+def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
+    """Some held-out pictures, spread over the split. [M, W*size, W*size, 3] uint8"""
+    side = size * MAP_WINDOWS
+    count = feed.examples("eval")
+    return np.stack(
+        [feed.picture("eval", i * count // MAP_PICTURES, side) for i in range(MAP_PICTURES)]
+    )
+
+
+def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
+    axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
+    axes.legend()
+    _save(figure, path)
+
+
+def _plot_maps(
+    task: DistillTask,
+    students: dict[str, PyTree],
+    frozen: PyTree,
+    pictures: np.ndarray,
+    path: epath.Path,
+) -> None:
+    """Pictures, teacher and students side by side, in the teacher's three principal colours."""
+    windows = _to_windows(pictures, task.student.image_size)
+    batch = {"image": windows}
+    maps = {"teacher": jax.jit(task.teacher_target)(frozen, batch)}
+    predict = jax.jit(task.predict)
+    maps |= {name: predict(params, batch) for name, params in students.items()}
+    patches = {
+        name: np.asarray(agreement.split_kinds(tokens, cls=task.cls)["patch"])
+        for name, tokens in maps.items()
+    }
+    colour = principal_colours(patches["teacher"])
+    plt = _pyplot()
+    columns = ["held-out picture", *patches]
+    figure, axes = plt.subplots(
+        len(pictures),
+        len(columns),
+        figsize=(2.2 * len(columns), 2.2 * len(pictures)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, picture in enumerate(pictures):
+        axes[row][0].imshow(picture)
+        for column, tokens in enumerate(patches.values(), start=1):
+            grid = _from_windows(colour(tokens), len(pictures), task.student.grid)
+            axes[row][column].imshow(grid[row], interpolation="nearest")
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    _save(figure, path)
+
+
+def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits the first three principal components of [..., D] tokens to red, green and blue.
+
+    Returns:
+      A function [..., D] -> [..., 3] in [0, 1], the same for every network that is compared.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    mean = flat.mean(axis=0)
+    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
+
+    def colour(other: np.ndarray) -> np.ndarray:
+        return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
+
+    return colour
+
+
+def _to_windows(pictures: np.ndarray, size: int) -> np.ndarray:
+    """[M, W*s, W*s, 3] -> [M*W*W, s, s, 3], windows row-major within a picture."""
+    count = len(pictures)
+    split = pictures.reshape(count, MAP_WINDOWS, size, MAP_WINDOWS, size, 3)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size, size, 3)
+
+
+def _from_windows(colours: np.ndarray, count: int, grid: tuple[int, int]) -> np.ndarray:
+    """[M*W*W, H*W, 3] of the windows -> [M, W*H, W*W, 3] of the pictures."""
+    height, width = grid
+    split = colours.reshape(count, MAP_WINDOWS, MAP_WINDOWS, height, width, 3)
+    shape = (count, MAP_WINDOWS * height, MAP_WINDOWS * width, 3)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
+
+
+def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str, Any]) -> str:
+    lines = [
+        "# Distillation report",
+        "",
+        f"Teacher: {task.teacher_spec.source}, {task.teacher.width} wide, {task.teacher.depth} "
+        f"deep, frozen. Student: {task.student.width} wide, {task.student.depth} deep, from random "
+        f"weights. Input {task.student.image_size} px, grid {task.student.grid}.",
+        "",
+        "![loss](loss.png)",
+        "",
+        "Agreement with the teacher's whitened features on held-out regions. R2 is measured against"
+        " the training set's mean target; a network that predicts that constant has R2 0 and the"
+        " cosine of the last column.",
+        "",
+        "| token | R2 before | R2 after | cosine before | cosine after | cosine of the mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, after in scores["after"].items():
+        before = scores["before"][kind]
+        lines.append(
+            f"| {kind} | {before['r2']:.3f} | {after['r2']:.3f} | {before['cosine']:.3f} "
+            f"| {after['cosine']:.3f} | {after['cosine_of_mean']:.3f} |"
+        )
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    lines += [
+        "",
+        "![maps](maps.png)",
+        "",
+        "Colours are the first three principal components of the teacher's patch tokens, the same "
+        "for every column.",
+        "",
+        f"Steps: {int(rows[-1]['step'])}. Median rate: {np.median(rates):.1f} images/s.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: epath.Path) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    _pyplot().close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    workdir = flags.FLAGS.workdir  # defined by entry, as for the training scripts
+    if len(argv) > 1 or workdir is None:
+        raise UserError("usage: python -m fd_jax.report --workdir=WORKDIR")
+    print(summary(write_report(workdir)))
+
+
+if __name__ == "__main__":
+    entry.run_app(main)
