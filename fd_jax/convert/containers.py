@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from fd_jax.convert import npz, onnx_files, safetensors_io, torch_files
@@ -18,7 +19,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
-def open_container(path: str | Path) -> Container:
+def open_container(path: str | os.PathLike[str]) -> Container:
     """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that stands in it.
 
     Raises:

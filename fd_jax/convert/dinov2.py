@@ -6,6 +6,7 @@ from fd_jax.convert.rules import Drop, Rule, Table
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
 from fd_jax.convert.timm_vit import TABLE as TIMM
 from fd_jax.convert.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
+from fd_jax.models.resize import PositionResize
 from fd_jax.models.spec import ModelSpec
 
 _BLOCK = "encoder/blocks/{i}"
@@ -91,7 +92,7 @@ _HF_PREFIXES = ("dinov2.", "dinov2_with_registers.")
 _LETTERS = {"S": ("s", "small"), "B": ("b", "base"), "L": ("l", "large")}
 
 
-def _spec(size: str, registers: int, position_resize: str) -> ModelSpec:
+def _spec(size: str, registers: int, position_resize: PositionResize) -> ModelSpec:
     arch = {**ARCH, **SIZES[size], "registers": registers}
     return ModelSpec("vit", arch, position_resize=position_resize)
 

@@ -42,7 +42,7 @@ class Imported:
 
 def import_file(
     source: str,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     output: epath.PathLike,
     *,
     part: str | None = None,
@@ -83,7 +83,7 @@ def import_file(
 
 def read(
     source: str,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     part: str | None = None,
     image_size: int | None = None,

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 import math
 import os
-from pathlib import Path
+
+from etils import epath
 
 from fd_jax import checkpoint, model_folder
 from fd_jax.convert import rules, sources
@@ -53,9 +54,9 @@ def _positions(spec: ModelSpec) -> str:
     return f"{position}, resized by {spec.position_resize}" if position == "ape" else position
 
 
-def inspect(path: str | os.PathLike) -> str:
+def inspect(path: str | os.PathLike[str]) -> str:
     """What a weights file, a Hugging Face folder or a model folder holds; runs nothing in it."""
-    if (Path(path) / "model.json").exists():
+    if (epath.Path(path) / "model.json").exists():
         return _inspect_model_folder(path)
     container = open_container(path)
     tensors = [(t.name, t.shape, t.dtype) for t in container.tensors.values()]
@@ -67,11 +68,11 @@ def inspect(path: str | os.PathLike) -> str:
     return "\n".join(parts)
 
 
-def _inspect_model_folder(path: str | os.PathLike) -> str:
+def _inspect_model_folder(path: str | os.PathLike[str]) -> str:
     spec = model_folder.load_spec(path)
     tensors = [
         (name, shape, dtype)
-        for name, (shape, dtype) in checkpoint.describe_tree(Path(path) / "params").items()
+        for name, (shape, dtype) in checkpoint.describe_tree(epath.Path(path) / "params").items()
     ]
     return f"{path}: fd_jax model folder\n{spec.to_json()}{_tree(tensors)}"
 

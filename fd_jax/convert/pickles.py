@@ -1,29 +1,30 @@
 """Reads the pickles inside torch files without running anything they name.
 
-A pickle is a small program: it names classes and calls them. Here a name becomes an inert handle,
-and a call is looked up in `_CALLS`, a table of the few that torch's own files need; none of them
-imports or runs foreign code. Anything else is refused by name. Python's own interpreter of the
-opcodes does the rest, except for the opcodes that call, import or allocate, which are replaced.
+A pickle is a small program for a stack machine: it names classes and calls them. `pickletools` of
+the standard library takes the program apart without running it; the machine here knows the opcodes
+that build values, keeps every name as inert text, and answers a call from `_CALLS`, a table of the
+few that torch's own files need. None of them imports or runs foreign code; any other is refused by
+its name.
 """
 
 from collections.abc import Callable
 import dataclasses
 import io
-import pickle
+import pickletools
+import struct
 from typing import Any, BinaryIO
 
 from fd_jax.errors import ConversionError
 
-# What a damaged pickle makes the interpreter raise.
+# What a damaged pickle makes the machine raise.
 _DAMAGE = (
-    pickle.UnpicklingError,
-    EOFError,
     ArithmeticError,
     AttributeError,
     LookupError,
+    RecursionError,
     TypeError,
     ValueError,  # covers Unicode errors
-    RecursionError,
+    struct.error,
 )
 
 _STORAGES = {
@@ -71,17 +72,14 @@ class Inert:
         self.state: Any = None
         self.items: dict[Any, Any] = {}
 
-    def __setitem__(self, key, value):
-        self.items[key] = value
-
     def append(self, value):
         """Takes a list item, so that APPEND works on subclasses of list."""
         self.items[len(self.items)] = value
 
 
 @dataclasses.dataclass(frozen=True)
-class _Global:
-    """A class or function a pickle names; never imported."""
+class Name:
+    """A class, function or constant a pickle names; never imported."""
 
     name: str
 
@@ -91,7 +89,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
         raise ValueError("a tensor without a storage")
     sizes = tuple(shape), tuple(strides)
     if len(sizes[0]) != len(sizes[1]) or not _naturals((offset, *sizes[0], *sizes[1])):
-        raise ValueError(f"a tensor of shape {shape!r:.60} and strides {strides!r:.60}")
+        raise ValueError("a tensor whose shape or strides are no sizes")
     return StridedTensor(storage, offset, *sizes)
 
 
@@ -103,7 +101,11 @@ def _first(value, *_):
     return value
 
 
-def _dictionary(*_):
+def _ordered_dict(pairs=()):
+    return {_checked_key(key): value for key, value in pairs}
+
+
+def _default_dict(*_):
     return {}
 
 
@@ -122,8 +124,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle.build_boollist": _first,
     "torch.jit._pickle.build_tensorlist": _first,
     "torch.Size": _tuple,
-    "collections.OrderedDict": _dictionary,
-    "collections.defaultdict": _dictionary,
+    "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": _default_dict,
     "builtins.set": _tuple,
     "__builtin__.set": _tuple,
 }
@@ -154,65 +156,148 @@ class Refused(ConversionError):
     """A pickle names a class or function that is not allowed."""
 
 
-class _Interpreter(pickle._Unpickler):  # the pure Python one: its opcodes can be replaced
-    dispatch = dict(pickle._Unpickler.dispatch)
+class _Machine:
+    """The stack machine: `run` executes the opcodes of one pickle."""
 
-    def find_class(self, module: str, name: str) -> _Global:
-        return _Global(f"{module}.{name}")
+    def __init__(self):
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []  # the stacks below each MARK
+        self.memo: dict[int, Any] = {}
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, storage_class, key, _, length = pid[:5]
-        if kind != "storage" or (len(pid) > 5 and pid[5] is not None):
-            raise ValueError(f"a reference {pid!r:.80} that is not a plain storage")
-        dtype = _STORAGES.get(storage_class.name)
-        if dtype is None:
-            raise Refused(f"a storage of class {storage_class.name}, which fd_jax does not read")
-        if not isinstance(key, str) or not _naturals((length,)):
-            raise ValueError(f"a storage {key!r:.40} of length {length!r:.40}")
-        return Storage(key, dtype, length)
+    def run(self, stream: BinaryIO) -> Any:
+        """The value a pickle builds; leaves the stream behind its last opcode."""
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name in _VALUES:
+                self.stack.append(argument)
+            elif opcode.name in _OPCODES:
+                _OPCODES[opcode.name](self, argument)
+            else:
+                raise ValueError(f"the opcode {opcode.name}, which torch does not write")
+        return self.stack.pop()  # genops ends at STOP or raises
 
-    def get_extension(self, code):
-        raise Refused(f"the registered extension {code}")
+    def push(self, value: Any):
+        """Puts a value on the stack."""
+        self.stack.append(value)
 
-    def load_reduce(self):
+    def pop_to_mark(self) -> list[Any]:
+        """Everything above the last MARK, which goes too."""
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def mark(self, _):
+        """Opcode MARK."""
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def put(self, index):
+        """Opcodes PUT, BINPUT, LONG_BINPUT, MEMOIZE."""
+        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+
+    def push_tuple(self, count: int):
+        """Opcodes TUPLE1 to TUPLE3."""
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def set_items(self, items: list[Any]):
+        """Opcodes SETITEM, SETITEMS: key, value, key, value, ..."""
+        filled = self.stack[-1].items if isinstance(self.stack[-1], Inert) else self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            filled[_checked_key(key)] = value
+
+    def add(self, items: list[Any]):
+        """Opcodes APPEND, APPENDS, ADDITEMS."""
+        for item in items:
+            self.stack[-1].append(item)
+
+    def call(self, _):
+        """Opcodes REDUCE, NEWOBJ: a name and a tuple of arguments."""
         arguments = self.stack.pop()
         self.stack[-1] = _call(self.stack[-1], arguments)
 
-    def load_newobj_ex(self):
-        keywords = self.stack.pop()
-        if keywords:
-            raise Refused("a class called with keywords")
-        self.load_reduce()
-
-    def load_inst(self):
-        module = self.readline()[:-1].decode("ascii")
-        name = self.readline()[:-1].decode("ascii")
-        self.append(_call(self.find_class(module, name), self.pop_mark()))
-
-    def load_obj(self):
-        arguments = self.pop_mark()
-        self.append(_call(arguments[0], arguments[1:]))
-
-    def load_build(self):
+    def build(self, _):
+        """Opcode BUILD: attributes of the object below."""
         state = self.stack.pop()
-        filled = self.stack[-1]
-        if isinstance(filled, Inert):
-            filled.state = state
-        elif not isinstance(filled, dict):  # an OrderedDict's attributes are of no interest
-            raise ValueError(f"attributes set on a {type(filled).__name__}")
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], dict):  # those of an OrderedDict are of no interest
+            raise ValueError(f"attributes set on a {type(self.stack[-1]).__name__}")
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.NEWOBJ[0]] = load_reduce
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
-    dispatch[pickle.INST[0]] = load_inst
-    dispatch[pickle.OBJ[0]] = load_obj
-    dispatch[pickle.BUILD[0]] = load_build
-    # Allocates its declared length before reading it; torch writes no bytearrays.
-    del dispatch[pickle.BYTEARRAY8[0]]
+    def stack_global(self, _):
+        """Opcode STACK_GLOBAL: module and name from the stack."""
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(Name(f"{module}.{name}"))
+
+
+# Opcodes whose argument is the value.
+_VALUES = frozenset(
+    (
+        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
+        "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE "
+        "BINUNICODE8"
+    ).split()
+)
+
+_OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
+    "PROTO": lambda m, _: None,
+    "FRAME": lambda m, _: None,
+    "STOP": lambda m, _: None,
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_SET": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "MARK": _Machine.mark,
+    "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.pop_to_mark(),
+    "DUP": lambda m, _: m.push(m.stack[-1]),
+    "PUT": _Machine.put,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": _Machine.put,
+    "GET": lambda m, index: m.push(m.memo[index]),
+    "BINGET": lambda m, index: m.push(m.memo[index]),
+    "LONG_BINGET": lambda m, index: m.push(m.memo[index]),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, _: m.push_tuple(1),
+    "TUPLE2": lambda m, _: m.push_tuple(2),
+    "TUPLE3": lambda m, _: m.push_tuple(3),
+    "LIST": lambda m, _: m.push(m.pop_to_mark()),
+    "SETITEM": lambda m, _: m.set_items([m.stack.pop(), m.stack.pop()][::-1]),
+    "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
+    "APPEND": lambda m, _: m.add([m.stack.pop()]),
+    "APPENDS": lambda m, _: m.add(m.pop_to_mark()),
+    "ADDITEMS": lambda m, _: m.add(m.pop_to_mark()),
+    "GLOBAL": lambda m, name: m.push(Name(name.replace(" ", "."))),
+    "STACK_GLOBAL": _Machine.stack_global,
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.build,
+    "BINPERSID": lambda m, _: m.push(_storage(m.stack.pop())),
+}
+
+
+def _checked_key(key: Any) -> Any:
+    # Hashing nested tuples that share their parts takes exponential time.
+    if not isinstance(key, str | int | float | bool | None):
+        raise ValueError(f"a dictionary key of type {type(key).__name__}")
+    return key
+
+
+def _storage(pid: Any) -> Storage:
+    kind, storage_class, key, _, length = pid[:5]
+    if kind != "storage" or (len(pid) > 5 and pid[5] is not None):
+        raise ValueError("a reference that is not a plain storage")
+    dtype = _STORAGES.get(storage_class.name)
+    if dtype is None:
+        raise Refused(f"{storage_class.name} as storage, which fd_jax does not read")
+    if not isinstance(key, str) or not _naturals((length,)):
+        raise ValueError("a storage whose key is no text or whose length is no size")
+    return Storage(key, dtype, length)
 
 
 def _call(called: Any, arguments: Any) -> Any:
-    if not isinstance(called, _Global):
+    if not isinstance(called, Name):
         raise ValueError(f"a {type(called).__name__} is called")
     if called.name in _CALLS:
         return _CALLS[called.name](*arguments)
@@ -238,7 +323,7 @@ def load(stream: BinaryIO, where: str) -> Any:
       ConversionError: damaged, or names a class that is not on the list.
     """
     try:
-        return _Interpreter(stream).load()
+        return _Machine().run(stream)
     except Refused as error:
         raise ConversionError(f"{where}: refused: its pickle names {error}") from error
     except _DAMAGE as error:

@@ -234,14 +234,13 @@ def _mismatches(
             yield f"{name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
 
 
-def _same_shape(found: Shape, wanted: Shape, letters: dict[str, int]) -> bool:
+def _same_shape(found: tuple[int, ...], wanted: Shape, letters: dict[str, int]) -> bool:
     if len(found) != len(wanted):
         return False
-    bound = (
-        letters.setdefault(want, size) if isinstance(want, str) else want
+    return all(
+        size == (letters.setdefault(want, size) if isinstance(want, str) else want)
         for size, want in zip(found, wanted, strict=True)
     )
-    return found == tuple(bound)
 
 
 def _show(shape: Shape) -> str:

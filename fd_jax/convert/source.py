@@ -132,7 +132,9 @@ def unstacked(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every parameter a model folder of this network may hold, by path."""
     width = spec.arch["width"]
-    return flat_shapes({"encoder": spec.abstract()[1]}) | {
+    encoder: Mapping[str, Shape] = flat_shapes({"encoder": spec.abstract()[1]})
+    return {
+        **encoder,
         "projector/kernel": (width, "D"),
         "projector/bias": ("D",),
         "head/kernel": (width, "K"),

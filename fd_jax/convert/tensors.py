@@ -157,7 +157,7 @@ def walk(tree: object, join: str = "/", limit: int = 1_000_000) -> Iterator[tupl
         if isinstance(node, Mapping) and (node or not depth):
             for key in list(node)[::-1]:
                 if not isinstance(key, str | int):
-                    raise ValueError(f"dictionary key {key!r:.60} is neither text nor a number")
+                    raise ValueError(f"a dictionary key of type {type(key).__name__}")
                 stack.append((f"{name}{join}{key}" if depth else str(key), depth + 1, node[key]))
             continue
         if name in seen:

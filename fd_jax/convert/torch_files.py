@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_jax.convert import pickles
-from fd_jax.convert.pickles import Inert, Storage, StridedTensor
+from fd_jax.convert.pickles import Inert, Name, Storage, StridedTensor
 from fd_jax.convert.tensors import DTYPES, Container, MappedFile, Tensor, damaged, walk
 from fd_jax.convert.zips import MappedZip
 from fd_jax.errors import ConversionError
@@ -148,8 +148,10 @@ def _check_length(path: Path, storage: Storage, found: int) -> None:
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, Inert):
+    if isinstance(leaf, Inert | Name):
         return leaf.name
+    if isinstance(leaf, int) and leaf.bit_length() > 64:
+        return "int of many digits"
     if isinstance(leaf, bool | int | float | str) or leaf is None:
         return f"{type(leaf).__name__} {leaf!r:.60}"
     if isinstance(leaf, list | tuple | Mapping):
