@@ -19,11 +19,12 @@ from fd_jax.typing import PyTree
 def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
+        checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
 
 
 def load_tree(path: epath.Path) -> PyTree:
     """Reads a tree written by `save_tree` as numpy arrays, whatever devices wrote it."""
+    path = path.resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
@@ -52,7 +53,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, create=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
         self._folder = folder
 
     def latest_step(self) -> int | None:

@@ -160,7 +160,8 @@ def _fitting(container: Container) -> list[Source]:
     return [
         source
         for source in sources.SOURCES.values()
-        if not source.match(container, source.default_part)[0].problems
+        if source.share_of_names(container, source.default_part) == 1
+        and not source.match(container, source.default_part)[0].problems
     ]
 
 

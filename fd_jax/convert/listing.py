@@ -103,12 +103,14 @@ def _matches(container: Container) -> str:
     fits, near = [], []
     for source in sources.SOURCES.values():
         for part in source.parts:
+            if not source.share_of_names(container, part):
+                continue
             found, _ = source.match(container, part)
             label = source.name + ("" if part == source.default_part else f" --part={part}")
             if not found.problems:
                 note = f" ({source.note})" if source.note else ""
                 fits.append(f"{label}: fits completely{note}")
-            elif found.found:
+            else:
                 count = len(found.problems)
                 share = f"{found.found} of {found.expected} tensors fit"
                 near.append((count, f"{label}: {share}, {count} problems"))

@@ -191,9 +191,9 @@ def invert(
                 yield name, item.compute(arch)
 
 
-def used_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
-    """Every parameter path the table can write or read."""
-    return {path for step, _ in _steps(table, arch) for path in step.targets}
+def required_names(table: Table, arch: Mapping[str, Any]) -> set[str]:
+    """Every name a file must have."""
+    return {name for step, optional in _steps(table, arch) if not optional for name in step.sources}
 
 
 def collapse(name: str) -> str:
