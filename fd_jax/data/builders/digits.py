@@ -1,0 +1,45 @@
+"""The 1,797 handwritten digits of scikit-learn."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+TEST_EVERY = 5  # of each class, every fifth digit is for testing
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """8 x 8 pixels, ten classes; every fifth digit of each class is in the test split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    name = "digits"
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            description="scikit-learn's handwritten digits, 0..255, as RGB.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        from sklearn import datasets
+
+        digits: Any = datasets.load_digits()
+        seen = np.zeros(10, int)
+        for key, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
+            seen[label] += 1
+            if is_test == (split == "test"):
+                pixels = np.round(grey / 16 * 255).astype(np.uint8)  # stored as 0..16
+                yield key, {"image": np.repeat(pixels[..., None], 3, axis=-1), "label": int(label)}

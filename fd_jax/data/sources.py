@@ -1,0 +1,216 @@
+"""Where images come from: random access to encoded pictures and labels."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+import numpy as np
+
+from fd_jax.errors import DataError
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+FOLDER_PREFIX = "folder:"
+
+# File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
+# fine-tuning (reference 4.1); one of them belongs to ImageNet-1K.
+OFFICIAL_SKIPPED = tuple(
+    f"{name}.JPEG"
+    for name in (
+        "n01678043_6448 n01896844_997 n02368116_318 n02428089_710 n02487347_1956 n02597972_5463 "
+        "n03957420_30695 n03957420_33553 n03957420_8296 n04135315_8814 n04135315_9318 "
+        "n04257684_9033 n04427559_2974 n06470073_47249 n07930062_4147 n09224725_3995 "
+        "n09359803_8155 n09620794_5529 n09789566_3522 n09894445_7463 n10175248_583 "
+        "n10316360_4246 n10368624_12550 n10585217_8484 n10721819_1131 n12353203_3849 "
+        "n12630763_8018"
+    ).split()
+)
+
+
+class Example(NamedTuple):
+    """One picture: encoded bytes or decoded uint8 [h, w, 3]; label -1 where there is none."""
+
+    image: bytes | np.ndarray
+    label: int
+
+
+class Source(Protocol):
+    """Random access to a split."""
+
+    name: str
+    num_classes: int | None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one example; an unreadable file raises whatever its reader raises."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Names an example for a message."""
+        ...
+
+
+def open_source(
+    name: str, split: str, *, data_dir: str | None = None, skip: Sequence[str] = ()
+) -> Source:
+    """Opens a split of a dataset.
+
+    Args:
+      name: a TFDS name (imagenet2012, photos, digits, your own builder) or folder:/path, whose
+        sub-folders, where there are any, are the classes; `{split}` in a folder's path is
+        replaced by the split.
+      split: in TFDS's language ("train", "train[:90%]"); for a folder only where its path asks.
+      data_dir: where TFDS keeps prepared data; None for its default.
+      skip: file-name endings to leave out.
+
+    Raises:
+      DataError: it does not exist, is not prepared, or cannot be read at random.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        folder = name.removeprefix(FOLDER_PREFIX).replace("{split}", split)
+        return FolderSource(folder, skip=skip)
+    return TfdsSource(name, split, data_dir=data_dir, skip=skip)
+
+
+class FolderSource:
+    """Image files under a folder, indexed once as (path, label), read in place.
+
+    Labels are the positions of the sorted sub-folder names; a flat folder has none.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, skip: Sequence[str] = ()):
+        root = epath.Path(folder)
+        if not root.is_dir():
+            raise DataError(f"no folder of images at {folder}")
+        self.name = f"{FOLDER_PREFIX}{root}"
+        classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+        self.num_classes = len(classes) or None
+        self._files: list[tuple[str, int]] = []
+        for label, group in enumerate(classes) if classes else [(-1, "")]:
+            files = root.rglob("*") if not group else (root / group).rglob("*")
+            wanted = sorted(str(path) for path in files if _is_image(path.name, skip))
+            self._files += [(path, label) for path in wanted]
+        if not self._files:
+            raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self._files[index]
+        return Example(epath.Path(path).read_bytes(), label)
+
+    def describe(self, index: int) -> str:
+        """The file's path."""
+        return self._files[index][0]
+
+
+class TfdsSource:
+    """A prepared TFDS dataset in ArrayRecord files; pictures stay encoded until they are used."""
+
+    def __init__(
+        self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()
+    ):
+        import tensorflow_datasets as tfds
+
+        builder = find_builder(name, data_dir)
+        if not builder.is_prepared():
+            raise DataError(not_prepared(name, str(builder.data_dir), data_dir))
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise DataError(
+                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format}, which has"
+                " no random access. Prepare it again as ArrayRecord, in another data_dir or after"
+                f" moving that folder away:\n  {prepare_command(name, data_dir)}"
+            )
+        self.name = f"{name}/{split}"
+        features = builder.info.features
+        if features is None or "image" not in features:
+            raise DataError(f"{name} has no feature 'image'; it has {sorted(features or ())}")
+        label = features.get("label")
+        self.num_classes = getattr(label, "num_classes", None)
+        try:
+            self._records: Any = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except (ValueError, KeyError) as error:
+            splits = sorted(builder.info.splits or ())
+            raise DataError(f"{name} has no split {split!r}; it has {splits}") from error
+        self._order = _kept(self._records, skip) if skip else None
+
+    def __len__(self) -> int:
+        return len(self._records) if self._order is None else len(self._order)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._record(index)
+        return Example(record["image"], int(record.get("label", -1)))
+
+    def describe(self, index: int) -> str:
+        """File name where the dataset tells it, else the position."""
+        name = self._record(index).get("file_name")
+        text = name.decode() if isinstance(name, bytes) else name
+        return f"{self.name}[{index}]" + (f" ({text})" if text else "")
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return self._records[int(index if self._order is None else self._order[index])]
+
+
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a name, ours included.
+
+    Raises:
+      DataError: there is none of that name.
+    """
+    import tensorflow_datasets as tfds
+
+    from fd_jax.data import builders  # noqa: F401  (registers photos and digits)
+
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        if "file_format" in str(error):
+            return tfds.builder(name, data_dir=data_dir)
+        raise DataError(
+            f"TFDS knows no dataset {name!r}. Give a TFDS name, the name of a builder that was "
+            f"imported or prepared in data_dir={data_dir}, or {FOLDER_PREFIX}/path/to/images"
+        ) from error
+
+
+def prepare_command(name: str, data_dir: str | None) -> str:
+    """The command that prepares a dataset."""
+    command = f"python -m fd_jax.data.prepare --name={name}"
+    if data_dir:
+        command += f" --data_dir={data_dir}"
+    if name.startswith("imagenet2012"):
+        command += " --manual_dir=FOLDER_WITH_THE_TAR_FILES"
+    return command
+
+
+def not_prepared(name: str, where: str, data_dir: str | None) -> str:
+    """What to do about a dataset that is not there yet."""
+    text = f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
+    if name.startswith("imagenet2012"):
+        text += (
+            "\nwhere that folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
+            "image-net.org. It calls builder.download_and_prepare(file_format='array_record')."
+        )
+    return text
+
+
+def _kept(records: Any, skip: Sequence[str]) -> np.ndarray:
+    """Positions whose file name ends in none of `skip`. Reads every record once."""
+    names = (record.get("file_name", b"") for record in records)
+    endings = tuple(ending.encode() for ending in skip)
+    return np.array([i for i, name in enumerate(names) if not name.endswith(endings)], np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _suffixes() -> frozenset[str]:
+    return frozenset(IMAGE_SUFFIXES)
+
+
+def _is_image(name: str, skip: Sequence[str]) -> bool:
+    suffix = "." + name.rsplit(".", 1)[-1].lower()
+    return suffix in _suffixes() and not name.endswith(tuple(skip))
