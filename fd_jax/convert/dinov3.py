@@ -1,0 +1,130 @@
+"""DINOv3: the hub's layout and Hugging Face's. Rotary positions, storage tokens, no k bias."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fd_jax.convert.rules import Derived, Drop, Rule, Table
+from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
+from fd_jax.models.spec import ModelSpec
+
+_BLOCK = "encoder/blocks/{i}"
+_MASK = "only masked-image training uses it"
+
+
+def _periods(arch: Mapping[str, Any]) -> np.ndarray:
+    """Rotary periods of one axis. [d / 4]"""
+    count = arch["width"] // arch["heads"] // 4
+    return (arch["rope_theta"] ** (np.arange(count) / count)).astype(np.float32)
+
+
+def _bias_mask(arch: Mapping[str, Any]) -> np.ndarray:
+    """What the hub multiplies on the fused bias: 1 for q and v, 0 for k. [3D]"""
+    return np.repeat(np.array([1, 0, 1], np.float32), arch["width"])
+
+
+HUB = Table(
+    (
+        Rule("cls_token", "encoder/cls_token"),
+        Rule("storage_tokens", "encoder/register_tokens"),
+        *conv("patch_embed.proj", "encoder/patch_embed"),
+        *norm("blocks.{i}.norm1", f"{_BLOCK}/norm1"),
+        Rule("blocks.{i}.attn.qkv.weight", f"{_BLOCK}/attn/qkv/kernel", FUSED_QKV),
+        Rule(
+            "blocks.{i}.attn.qkv.bias",
+            (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/v_bias"),
+            MASKED_QKV_BIAS,
+        ),
+        *linear("blocks.{i}.attn.proj", f"{_BLOCK}/attn/proj"),
+        Rule("blocks.{i}.ls1.gamma", f"{_BLOCK}/gamma_1"),
+        *norm("blocks.{i}.norm2", f"{_BLOCK}/norm2"),
+        *linear("blocks.{i}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
+        *linear("blocks.{i}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        Rule("blocks.{i}.ls2.gamma", f"{_BLOCK}/gamma_2"),
+        *norm("norm", "encoder/norm"),
+    ),
+    (Drop("mask_token", _MASK),),
+    (
+        # Files may hold the periods rounded to bfloat16.
+        Derived("rope_embed.periods", _periods, tolerance=2**-7),
+        # The class leaves NaN here until it is initialised: such a file holds no weights.
+        Derived("blocks.{i}.attn.qkv.bias_mask", _bias_mask, optional=False),
+    ),
+)
+
+_LAYER = "layer.{i}"
+_ATTENTION = f"{_LAYER}.attention"
+HUGGINGFACE = Table(
+    (
+        Rule("embeddings.cls_token", "encoder/cls_token"),
+        Rule("embeddings.register_tokens", "encoder/register_tokens"),
+        Rule("embeddings.patch_embeddings.weight", "encoder/patch_embed/kernel", CONV),
+        Rule("embeddings.patch_embeddings.bias", "encoder/patch_embed/bias"),
+        *norm(f"{_LAYER}.norm1", f"{_BLOCK}/norm1"),
+        Rule(
+            tuple(f"{_ATTENTION}.{p}_proj.weight" for p in "qkv"),
+            f"{_BLOCK}/attn/qkv/kernel",
+            SPLIT_QKV,
+        ),
+        Rule(f"{_ATTENTION}.q_proj.bias", f"{_BLOCK}/attn/q_bias"),
+        Rule(f"{_ATTENTION}.v_proj.bias", f"{_BLOCK}/attn/v_bias"),
+        *linear(f"{_ATTENTION}.o_proj", f"{_BLOCK}/attn/proj"),
+        Rule(f"{_LAYER}.layer_scale1.lambda1", f"{_BLOCK}/gamma_1"),
+        *norm(f"{_LAYER}.norm2", f"{_BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.up_proj", f"{_BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.down_proj", f"{_BLOCK}/mlp/fc2"),
+        Rule(f"{_LAYER}.layer_scale2.lambda1", f"{_BLOCK}/gamma_2"),
+        *norm("norm", "encoder/norm"),
+    ),
+    (Drop("embeddings.mask_token", _MASK),),
+)
+
+_ARCH = {
+    "image_size": 224,
+    "patch_size": 16,
+    "position": "rope",
+    "cls_token": True,
+    "registers": 4,
+    "ln_pre": False,
+    "final_norm": True,
+    "activation": "gelu_erf",
+    "norm_eps": 1e-5,
+    "layer_scale": 1.0,
+    "qkv_bias": "qv",
+    "patch_bias": True,
+    "rope_theta": 100.0,
+}
+_HASHES = {"S": "08c60483", "B": "73cec8be"}
+_ORACLE = "transformers DINOv3ViTModel"
+
+
+def _spec(size: str) -> ModelSpec:
+    return ModelSpec("vit", {**_ARCH, **SIZES[size]})
+
+
+def _hub(size: str) -> Source:
+    letter = size.lower()
+    return Source(
+        f"dinov3_vit{letter}16",
+        f"dinov3_vit{letter}16_pretrain_lvd1689m-{_HASHES[size]}.pth",
+        {"backbone": Part(HUB, _spec(size))},
+        _ORACLE,
+        "k biases are masked out; a mask of NaN (never initialised) is refused; gated licence",
+    )
+
+
+def _huggingface(size: str) -> Source:
+    letter = size.lower()
+    return Source(
+        f"dinov3_vit{letter}16_hf",
+        f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m model.safetensors",
+        {"backbone": Part(HUGGINGFACE, _spec(size))},
+        _ORACLE,
+        "no k bias; gated licence",
+        hf=True,
+    )
+
+
+SOURCES = (*map(_hub, _HASHES), *map(_huggingface, _HASHES))

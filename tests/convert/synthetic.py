@@ -1,0 +1,249 @@
+"""Synthetic weight files of exactly the structure of the public ones.
+
+`structures/*.json` lists, per source, the container and every tensor: "blocks.{i}.x" stands for as
+many names as its count says. Values are random; files can be shrunk by a table of sizes.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+import sys
+import types
+
+import numpy as np
+
+from fd_jax.convert import siglip2, sources
+from fd_jax.convert.rules import instances
+from fd_jax.convert.source import Source
+
+STRUCTURES = Path(__file__).parent / "structures"
+SMALL = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 128, "patch_size": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A file's container and, per tree ("model", "" for the file itself), names with shape, dtype."""
+
+    source: str
+    container: str
+    extra: tuple[str, ...]
+    trees: dict[str, dict[str, tuple[tuple[int, ...], str]]]
+
+
+def names():
+    """All sources there is a structure of."""
+    return sorted(path.stem for path in STRUCTURES.glob("*.json"))
+
+
+def structure(name, *, small=True, variant=None, optional=False) -> Structure:
+    """Reads a structure, shrunk to `SMALL` unless told otherwise."""
+    raw = json.loads((STRUCTURES / f"{name}.json").read_text())
+    source = sources.SOURCES[name]
+    sizes = _sizes(source) if small else {}
+    depth = SMALL["depth"] if small else 1000
+    trees = dict(raw["trees"])
+    if variant is not None:
+        trees[""] = raw["variants"][variant]
+    if optional:
+        trees[""] = trees[""] | raw["optional"]
+    expanded = {}
+    for tree, tensors in trees.items():
+        expanded[tree] = {}
+        for template, (count, shape, dtype) in tensors.items():
+            for (full,) in instances((template,), min(count, depth)):
+                size = tuple(_shrunk(n, sizes) if small else n for n in shape)
+                expanded[tree][full] = size, dtype
+    return Structure(name, raw["container"], tuple(raw["extra"]), expanded)
+
+
+def small_arch(arch):
+    """The same network, small: grid 3, or 5 where positions are stored for 518 pixels."""
+    grid = 5 if arch["image_size"] == 518 else 4 if arch["image_size"] == 336 else 3
+    return {**arch, **SMALL, "image_size": grid * SMALL["patch_size"]}
+
+
+def small_source(name) -> Source:
+    """The source for shrunk files."""
+    source = sources.SOURCES[name]
+    parts = {}
+    for key, part in source.parts.items():
+        table = part.table
+        if name.endswith("_bigvision"):  # the number of heads stands in the table
+            table = siglip2.big_vision(SMALL["heads"])
+        spec = dataclasses.replace(part.spec, arch=small_arch(part.spec.arch))
+        parts[key] = dataclasses.replace(part, table=table, spec=spec)
+    return dataclasses.replace(source, parts=parts)
+
+
+def _sizes(source: Source) -> dict[int, int]:
+    sizes: dict[int, int] = {1000: 5}
+    for part in source.parts.values():
+        full, small = (_measures(arch) for arch in (part.spec.arch, small_arch(part.spec.arch)))
+        for before, after in zip(full, small, strict=True):
+            assert sizes.setdefault(before, after) == after, (before, after, sizes)
+    return sizes
+
+
+def _measures(arch):
+    width, heads = arch["width"], arch["heads"]
+    grid = arch["image_size"] // arch["patch_size"]
+    table = (2 * grid - 1) ** 2 + 3
+    head = width // heads
+    return [
+        width,
+        3 * width,
+        arch["mlp_width"],
+        heads,
+        head,
+        arch["patch_size"],
+        grid**2,
+        grid**2 + 1,
+        table,
+        *([head // 4] if arch["position"] == "rope" else []),
+    ]
+
+
+def _shrunk(size, sizes):
+    return sizes.get(size, size if size <= 4 else 8)
+
+
+def values(given: Structure, seed=0) -> dict[str, dict[str, np.ndarray]]:
+    """Random values per tree; what follows from the architecture has its true value."""
+    rng = np.random.default_rng(seed)
+    part = small_source(given.source)
+    derived = {}
+    spec = next(iter(part.parts.values())).spec
+    if any("relative_position_index" in n for t in given.trees.values() for n in t):
+        derived["relative_position_index"] = _beit_index(
+            spec.arch["image_size"] // spec.arch["patch_size"]
+        )
+    out = {}
+    for tree, tensors in given.trees.items():
+        out[tree] = {
+            name: derived.get(name.split(".")[-1], _value(rng, name, shape, dtype))
+            for name, (shape, dtype) in tensors.items()
+        }
+    return out
+
+
+def _value(rng, name, shape, dtype):
+    if dtype == "int64":
+        return np.full(shape, 224, np.int64)
+    if name.endswith("qkv.bias_mask"):
+        return np.repeat(np.float32([1, 0, 1]), shape[0] // 3)
+    if name.endswith("periods"):
+        count = shape[0]
+        return (100.0 ** (2 * np.arange(count) / (2 * count))).astype(np.float32)
+    noise = np.asarray(rng.standard_normal(shape), dtype)
+    if len(shape) == 1 and name.endswith(("weight", "scale", "gamma", "gamma_1", "gamma_2", "lambda1")):
+        return (1 + 0.2 * noise).astype(dtype)
+    fan_in = math.prod(shape[1:]) if len(shape) in (2, 4) else 4
+    return np.asarray(noise / np.sqrt(max(fan_in, 1)), dtype)
+
+
+def _beit_index(grid):
+    """BEiT's construction, with meshgrid and slices."""
+    coords = np.stack(np.meshgrid(range(grid), range(grid), indexing="ij")).reshape(2, -1)
+    relative = (coords[:, :, None] - coords[:, None]).transpose(1, 2, 0) + grid - 1
+    relative[:, :, 0] *= 2 * grid - 1
+    count = (2 * grid - 1) ** 2
+    index = np.zeros((grid * grid + 1,) * 2, np.int64)
+    index[1:, 1:] = relative.sum(-1)
+    index[0, 0:], index[0:, 0], index[0, 0] = count, count + 1, count + 2
+    return index
+
+
+def write(given: Structure, arrays, folder: Path) -> Path:
+    """Writes the file with its container, nesting, extra entries and classes."""
+    if given.container == "npz":
+        np.savez(folder / "weights.npz", **arrays[""])
+        return folder / "weights.npz"
+    if given.container == "safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(arrays[""], folder / "model.safetensors", {"format": "pt"})
+        return folder / "model.safetensors"
+    if given.container == "torchscript":
+        return write_torchscript(arrays[""], folder / "model.pt")
+    return write_torch(given, arrays, folder / "model.pth")
+
+
+def write_torch(given: Structure, arrays, path: Path, **options) -> Path:
+    """A `torch.save` file; `options` go to it."""
+    import torch
+
+    tree = {}
+    for key, tensors in arrays.items():
+        torched = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+        if key == "":
+            tree.update(torched)
+        else:
+            tree[key] = torched
+    with foreign_class("yacs.config", "CfgNode", dict) as cfg_node:
+        for entry in given.extra:
+            tree[entry.split(":")[0]] = _extra(entry, cfg_node)
+        torch.save(tree, path, **options)
+    return path
+
+
+def _extra(entry, cfg_node):
+    import torch
+
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    if entry.endswith("CfgNode"):
+        node = cfg_node(NAME="vit")
+        node.__dict__["__immutable__"] = True
+        outer = cfg_node(MODEL=node, EPOCHS=300, BASE=[""])
+        outer.__dict__.update(__deprecated_keys__=set(), __renamed_keys__={}, __new_allowed__=False)
+        return outer
+    return {
+        "args:argparse.Namespace": argparse.Namespace(arch="vit_base", lr=1e-3, betas=(0.9, 0.95)),
+        "optimizer": {"state": {0: moments}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "lr_scheduler": {"base_values": [1e-3], "metric": None, "noise_range_t": None},
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
+        "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
+        "max_accuracy": 84.9,
+        "epoch": 299,
+    }[entry]
+
+
+@contextlib.contextmanager
+def foreign_class(module, name, base):
+    """A class of a package that is not installed, importable only inside the block."""
+    made = type(name, (base,), {"__module__": module})
+    inserted = []
+    for depth in range(1, module.count(".") + 2):
+        path = ".".join(module.split(".")[:depth])
+        if path not in sys.modules:
+            sys.modules[path] = types.ModuleType(path)
+            inserted.append(path)
+    setattr(sys.modules[module], name, made)
+    try:
+        yield made
+    finally:
+        for path in inserted:
+            del sys.modules[path]
+
+
+def write_torchscript(arrays, path: Path) -> Path:
+    """A scripted module whose state dict has exactly the given names, as OpenAI ships CLIP."""
+    import torch
+
+    root = torch.nn.Module()
+    for name, value in arrays.items():
+        *parents, leaf = name.split(".")
+        node = root
+        for parent in parents:
+            if not hasattr(node, parent):
+                node.add_module(parent, torch.nn.Module())
+            node = getattr(node, parent)
+        tensor = torch.from_numpy(np.array(value))
+        if tensor.is_floating_point():
+            node.register_parameter(leaf, torch.nn.Parameter(tensor))
+        else:
+            node.register_buffer(leaf, tensor)
+    torch.jit.save(torch.jit.script(root), path)
+    return path
