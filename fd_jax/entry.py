@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import os
 import sys
 
 from absl import app, flags, logging
@@ -63,6 +64,7 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
             return main(argv)
 
     logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow greets at length otherwise
     app.run(guarded, flags_parser=parse)
 
 

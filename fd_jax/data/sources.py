@@ -129,7 +129,7 @@ class TfdsSource:
         features = builder.info.features
         if features is None or "image" not in features:
             raise DataError(f"{name} has no feature 'image'; it has {sorted(features or ())}")
-        label = features.get("label")
+        label = features["label"] if "label" in features else None
         self.num_classes = getattr(label, "num_classes", None)
         try:
             self._records: Any = builder.as_data_source(
