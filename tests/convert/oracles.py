@@ -24,9 +24,11 @@ def config_fields(arch):
         "image_size": arch["image_size"],
         "patch_size": arch["patch_size"],
         "layer_norm_eps": arch["norm_eps"],
-        "hidden_act": {"quick_gelu": "quick_gelu", "gelu_erf": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[
-            arch["activation"]
-        ],
+        "hidden_act": {
+            "quick_gelu": "quick_gelu",
+            "gelu_erf": "gelu",
+            "gelu_tanh": "gelu_pytorch_tanh",
+        }[arch["activation"]],
     }
 
 
@@ -172,7 +174,9 @@ def dinov2_hub_to_hf(tensors):
         renamed["embeddings.register_tokens"] = tensors["register_tokens"]
     for i in blocks(tensors, "blocks."):
         for k in (1, 2):
-            renamed[f"encoder.layer.{i}.layer_scale{k}.lambda1"] = tensors[f"blocks.{i}.ls{k}.gamma"]
+            renamed[f"encoder.layer.{i}.layer_scale{k}.lambda1"] = tensors[
+                f"blocks.{i}.ls{k}.gamma"
+            ]
     return renamed
 
 
@@ -229,7 +233,9 @@ def siglip_big_vision(tensors, arch, images, folder):
     get = {n.removeprefix("params/img/"): np.asarray(v) for n, v in tensors.items()}.__getitem__
     width = arch["width"]
     out = {
-        "vision_model.embeddings.patch_embedding.weight": get("embedding/kernel").transpose(3, 2, 0, 1),
+        "vision_model.embeddings.patch_embedding.weight": get("embedding/kernel").transpose(
+            3, 2, 0, 1
+        ),
         "vision_model.embeddings.patch_embedding.bias": get("embedding/bias"),
         "vision_model.embeddings.position_embedding.weight": get("pos_embedding")[0],
         "vision_model.post_layernorm.weight": get("Transformer/encoder_norm/scale"),

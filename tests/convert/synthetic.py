@@ -138,7 +138,9 @@ def _value(rng, name, shape, dtype):
         count = shape[0]
         return (100.0 ** (2 * np.arange(count) / (2 * count))).astype(np.float32)
     noise = np.asarray(rng.standard_normal(shape), dtype)
-    if len(shape) == 1 and name.endswith(("weight", "scale", "gamma", "gamma_1", "gamma_2", "lambda1")):
+    if len(shape) == 1 and name.endswith(
+        ("weight", "scale", "gamma", "gamma_1", "gamma_2", "lambda1")
+    ):
         return (1 + 0.2 * noise).astype(dtype)
     fan_in = math.prod(shape[1:]) if len(shape) in (2, 4) else 4
     return np.asarray(noise / np.sqrt(max(fan_in, 1)), dtype)

@@ -1,0 +1,153 @@
+"""The same losses on every mesh and micro-batching, with everything random switched on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fd_jax import program, sharding
+from fd_jax.data import place
+from fd_jax.errors import ConfigError
+from fd_jax.tasks.distill import DistillTask
+from tests import tiny
+
+STEPS = 3
+MESHES = {
+    "1x1x1": (1, 1, 1),
+    "2x1x1": (2, 1, 1),
+    "1x2x1": (1, 2, 1),
+    "1x1x2": (1, 1, 2),
+    "4x2x1": (4, 2, 1),
+}
+
+
+class DeviceLocalNoise(DistillTask):
+    """The control: drop path drawn anew by each shard of the batch, as a per-host key would."""
+
+    def prepare(self, batch, key):
+        batch = super().prepare(batch, key)
+        rows = batch["image"].shape[0]
+        shards = rows // self.rows_per_shard
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shards))
+        shape = (self.rows_per_shard, self.student.depth, 2)
+        drops = jax.vmap(lambda k: jax.random.uniform(k, shape))(keys)
+        return {**batch, "student_drops": drops.reshape(rows, self.student.depth, 2)}
+
+
+def train(mesh_shape, *, accumulation=1, make_task=DistillTask):
+    data, fsdp, tensor = mesh_shape
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+    config = tiny.config(accumulation=accumulation)
+    task = make_task(config, teacher_spec=tiny.teacher_spec())
+    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
+    encoder = tiny.randomize(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape), task.abstract_frozen()["encoder"]), 3
+    )
+    frozen = run.place_frozen({"encoder": encoder})
+    state = run.create(jax.random.key(0), {})
+    rows = place.local_rows(sharding.batch_sharding(mesh), config.batch_size)
+    losses = []
+    for step in range(STEPS):
+        host = {**tiny.batch(seed=step), "stop": np.zeros(16, np.int32)}
+        batch = place.to_global(
+            host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
+        )
+        state, metrics = run.train_step(state, frozen, batch)
+        total, count = jax.device_get(metrics["loss"])
+        losses.append(total / count)
+    return np.array(losses), state
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train((1, 1, 1))
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_meshes_agree(reference, name):
+    losses, state = train(MESHES[name])
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-6)
+    assert state.step == STEPS
+    for got, want in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True
+    ):
+        # Adam divides by the root of the second moment: where a gradient is near zero its sign is
+        # rounding, so updates are compared against the largest parameter.
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
+
+
+@pytest.mark.parametrize("mesh,accumulation", [("1x1x1", 2), ("1x1x1", 4), ("2x1x1", 2)])
+def test_accumulation_agrees(reference, mesh, accumulation):
+    losses, _ = train(MESHES[mesh], accumulation=accumulation)
+    np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
+
+
+def test_device_local_randomness_is_seen(reference):
+    """Negative control: noise that depends on how the batch is split changes the losses."""
+
+    def make(config, **kwargs):
+        task = DeviceLocalNoise(config, **kwargs)
+        task.rows_per_shard = 8
+        return task
+
+    losses, _ = train((2, 1, 1), make_task=make)
+    assert np.abs(losses / reference[0] - 1).max() > 1e-4
+
+
+def test_parameters_and_moments_are_sharded():
+    _, state = train((1, 8, 1))
+    kernel = state.params["encoder"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 64)
+    moments = [
+        leaf for leaf in jax.tree.leaves(state.opt_state) if getattr(leaf, "shape", ()) == (32, 64)
+    ]
+    # fc1 of both blocks, first and second moment
+    assert len(moments) == 4
+    assert {leaf.addressable_shards[0].data.shape for leaf in moments} == {(4, 64)}
+
+
+def test_every_parameter_of_a_large_student_has_one_row():
+    for position in ("ape", "rpb", "shared_rpb"):
+        arch = {**tiny.TEACHER, "position": position, "layer_scale": 0.1, "qkv_bias": "qv"}
+        params = tiny.teacher_spec(**arch).abstract()[1]
+        sharding.param_shardings({"encoder": params}, sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+    "sizes,expected",
+    [
+        ({"data": -1, "fsdp": 1, "tensor": 1}, (8, 1, 1)),
+        ({"data": -1, "fsdp": 4, "tensor": 1}, (2, 4, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+    ],
+)
+def test_resolve_mesh(sizes, expected):
+    assert sharding.resolve_mesh(sizes, 8) == expected
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 3, "fsdp": 1, "tensor": 1},
+        {"data": -1, "fsdp": 3, "tensor": 1},
+        {"data": -1, "fsdp": -1, "tensor": 1},
+        {"data": 0, "fsdp": 1, "tensor": -1},
+    ],
+)
+def test_impossible_meshes_are_refused(sizes):
+    with pytest.raises(ConfigError, match="mesh"):
+        sharding.resolve_mesh(sizes, 8)
+
+
+def test_batch_that_does_not_split_is_refused():
+    mesh = sharding.make_mesh()
+    with pytest.raises(ConfigError, match=r"batch_size 12 .* 8 batch shards.*use 8 or 16"):
+        sharding.check_batch(12, 1, mesh)
+
+
+def test_tensor_axis_must_divide_a_dimension():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    params = tiny.teacher_spec(width=36, heads=4, mlp_width=64).abstract()[1]
+    with pytest.raises(ConfigError, match="36 is not divisible by mesh.fsdp=8"):
+        sharding.param_shardings(params, mesh)

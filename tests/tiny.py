@@ -1,0 +1,85 @@
+"""A distillation of toy size: a real teacher folder, a real config, seconds on a CPU."""
+
+from configs import base
+from flax import nnx
+import jax
+import numpy as np
+
+from fd_jax import model_folder
+from fd_jax.models import spec as specs
+
+TEACHER = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 48,
+    "depth": 2,
+    "heads": 4,
+    "mlp_width": 96,
+    "position": "ape",
+    "cls_token": True,
+    "registers": 0,
+    "ln_pre": False,
+    "final_norm": True,
+    "activation": "gelu_erf",
+    "norm_eps": 1e-6,
+    "layer_scale": None,
+    "qkv_bias": "qkv",
+    "patch_bias": True,
+}
+STUDENT = {"patch_size": 8, "width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
+
+
+def randomize(tree, seed, scale=0.3):
+    """Every array of a tree drawn anew, so that no bias or scale sits at its neutral start."""
+    rng = np.random.default_rng(seed)
+    leaves, treedef = jax.tree.flatten(tree)
+    drawn = [
+        (np.asarray(leaf) + scale * rng.normal(size=leaf.shape)).astype(np.float32)
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def teacher_spec(**arch):
+    return specs.ModelSpec("vit", {**TEACHER, **arch}, source="tiny")
+
+
+def save_teacher(folder, *, classes=0, **arch):
+    """Writes a model folder with random weights and, where asked, a classifier head."""
+    _, encoder = specs.split(teacher_spec(**arch).build(rngs=nnx.Rngs(7)))
+    parts = {"encoder": randomize(encoder, 1)}
+    spec = teacher_spec(**arch)
+    if classes:
+        rng = np.random.default_rng(2)
+        parts["head"] = {
+            "kernel": rng.normal(size=(spec.arch["width"], classes)).astype(np.float32),
+            "bias": rng.normal(size=classes).astype(np.float32),
+        }
+        spec = specs.ModelSpec("vit", spec.arch, source="tiny", classes=classes)
+    model_folder.save(folder, spec, parts)
+    return str(folder)
+
+
+def config(teacher="", **fields):
+    """A distillation config of toy size; `fields` are dotted names with underscores for dots."""
+    made = base.distillation(teacher="tiny", drop_path=0.2)
+    made.student.arch.update({**STUDENT, "image_size": 32})
+    made.teacher.path = teacher
+    made.data.update(name="photos", eval_split="test", image_size=32, threads=2)
+    made.update(batch_size=16, steps=6, log_every=1)
+    made.checkpoint.every = 2
+    made.eval.update(every=6, batches=2)
+    made.optim.update(peak_lr=1e-3, lr_batch=16, warmup_epochs=0.01)
+    made.update_from_flattened_dict(fields)
+    return made
+
+
+def batch(size=16, side=32, seed=0):
+    """A host batch of random pictures."""
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8),
+        "label": np.full(size, -1, np.int32),
+        "weight": np.ones(size, np.float32),
+        "index": np.arange(size, dtype=np.int32),
+    }
