@@ -25,8 +25,7 @@ from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config, PyTree
 
 BATCH = 64
-MAP_WINDOWS = 2  # a picture of the report is this many inputs wide and high
-MAP_PICTURES = 4
+MAP_PICTURES = 6
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
@@ -95,11 +94,10 @@ def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
 
 
 def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
-    """Some held-out pictures, spread over the split. [M, W*size, W*size, 3] uint8"""
-    side = size * MAP_WINDOWS
+    """Some held-out pictures, spread over the split. [M, size, size, 3] uint8"""
     count = feed.examples("eval")
     return np.stack(
-        [feed.picture("eval", i * count // MAP_PICTURES, side) for i in range(MAP_PICTURES)]
+        [feed.picture("eval", i * count // MAP_PICTURES, size) for i in range(MAP_PICTURES)]
     )
 
 
@@ -123,8 +121,7 @@ def _plot_maps(
     path: epath.Path,
 ) -> None:
     """Pictures, teacher and students side by side, in the teacher's three principal colours."""
-    windows = _to_windows(pictures, task.student.image_size)
-    batch = {"image": windows}
+    batch = {"image": pictures}
     maps = {"teacher": jax.jit(task.teacher_target)(frozen, batch)}
     predict = jax.jit(task.predict)
     maps |= {name: predict(params, batch) for name, params in students.items()}
@@ -138,15 +135,15 @@ def _plot_maps(
     figure, axes = plt.subplots(
         len(pictures),
         len(columns),
-        figsize=(2.2 * len(columns), 2.2 * len(pictures)),
+        figsize=(2 * len(columns), 2 * len(pictures)),
         layout="constrained",
         squeeze=False,
     )
     for row, picture in enumerate(pictures):
         axes[row][0].imshow(picture)
         for column, tokens in enumerate(patches.values(), start=1):
-            grid = _from_windows(colour(tokens), len(pictures), task.student.grid)
-            axes[row][column].imshow(grid[row], interpolation="nearest")
+            colours = colour(tokens[row]).reshape(*task.student.grid, 3)
+            axes[row][column].imshow(colours, interpolation="nearest")
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
@@ -169,21 +166,6 @@ def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
 
     return colour
-
-
-def _to_windows(pictures: np.ndarray, size: int) -> np.ndarray:
-    """[M, W*s, W*s, 3] -> [M*W*W, s, s, 3], windows row-major within a picture."""
-    count = len(pictures)
-    split = pictures.reshape(count, MAP_WINDOWS, size, MAP_WINDOWS, size, 3)
-    return split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size, size, 3)
-
-
-def _from_windows(colours: np.ndarray, count: int, grid: tuple[int, int]) -> np.ndarray:
-    """[M*W*W, H*W, 3] of the windows -> [M, W*H, W*W, 3] of the pictures."""
-    height, width = grid
-    split = colours.reshape(count, MAP_WINDOWS, MAP_WINDOWS, height, width, 3)
-    shape = (count, MAP_WINDOWS * height, MAP_WINDOWS * width, 3)
-    return split.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
 
 
 def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str, Any]) -> str:
