@@ -4,13 +4,16 @@ import argparse
 from collections.abc import Sequence
 import sys
 
-from fd_jax.convert import importing, listing
+import jax
+
+from fd_jax.convert import exporting, importing, listing, rules
 from fd_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; what the user got wrong becomes one message and the status 2."""
     arguments = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -46,7 +49,23 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-other-hash", action="store_true", help="take a file with another SHA-256"
     )
     command.set_defaults(run=_import)
+
+    command = commands.add_parser("export", help="write a model folder for another library")
+    command.add_argument("--format", required=True, choices=exporting.FORMATS)
+    command.add_argument("--input", required=True, help="model folder")
+    command.add_argument("--output", required=True, help="file, or folder for huggingface")
+    command.add_argument("--overwrite", action="store_true", help="replace what stands there")
+    command.set_defaults(run=_export)
     return parser
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    left = exporting.export(
+        arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
+    )
+    if left:
+        print(f"the layout has no place for {', '.join(rules.summarize(left))}")
+    print(f"wrote {arguments.output}")
 
 
 def _import(arguments: argparse.Namespace) -> None:

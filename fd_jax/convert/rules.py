@@ -191,6 +191,16 @@ def invert(
                 yield name, item.compute(arch)
 
 
+def target_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
+    """Every parameter path the table reads and writes."""
+    return {path for step, _ in _steps(table, arch) for path in step.targets}
+
+
+def missing_paths(rule: Rule, paths: set[str], arch: Mapping[str, Any]) -> set[str]:
+    """What a rule would fill that is not among the paths."""
+    return target_paths(Table((rule,)), arch) - paths
+
+
 def required_names(table: Table, arch: Mapping[str, Any]) -> set[str]:
     """Every name a file must have."""
     return {name for step, optional in _steps(table, arch) if not optional for name in step.sources}

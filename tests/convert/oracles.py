@@ -53,13 +53,13 @@ def run(function, images):
         return function(pixels).numpy()
 
 
-def vit(tensors, arch, images, folder):
+def vit(tensors, arch, images, folder, **call):
     """timm's names -> ViTModel."""
     config = transformers.ViTConfig(**config_fields(arch))
     model = pretrained(
         transformers.ViTModel, config, timm_to_hf(tensors), folder, add_pooling_layer=False
     )
-    return run(lambda x: model(x).last_hidden_state, images)
+    return run(lambda x: model(x, **call).last_hidden_state, images)
 
 
 def vit_logits(tensors, arch, images, folder):
@@ -103,7 +103,7 @@ def blocks(tensors, prefix):
     return sorted({int(n[len(prefix) :].split(".")[0]) for n in tensors if n.startswith(prefix)})
 
 
-def clip_openai(tensors, arch, images, folder):
+def clip_openai(tensors, arch, images, folder, **call):
     """OpenAI's names -> CLIPVisionModel."""
     visual = {n.removeprefix("visual."): v for n, v in tensors.items() if n.startswith("visual.")}
     out = {
@@ -123,7 +123,7 @@ def clip_openai(tensors, arch, images, folder):
             rows = np.split(visual[f"{old}.attn.in_proj_{kind}"], 3)
             for name, value in zip("qkv", rows, strict=True):
                 out[f"{new}.self_attn.{name}_proj.{kind}"] = value
-    return clip(out, arch, images, folder)
+    return clip(out, arch, images, folder, **call)
 
 
 def clip(tensors, arch, images, folder, **call):
@@ -316,3 +316,56 @@ def beit_to_hf(tensors):
         out[f"{new}.lambda_1"] = tensors[f"{old}.gamma_1"]
         out[f"{new}.lambda_2"] = tensors[f"{old}.gamma_2"]
     return out
+
+
+def stripped(tensors, *prefixes):
+    """Only the tensors that begin with the prefixes (one after the other), without them."""
+    for prefix in prefixes:
+        tensors = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    return tensors
+
+
+def unstack(tensors):
+    """big_vision's stacked blocks, one after the other."""
+    out = {}
+    for name, value in tensors.items():
+        if "/img/Transformer/encoderblock/" in name:
+            for i, row in enumerate(value):
+                out[name.replace("encoderblock", f"encoderblock_{i}")] = row
+        else:
+            out[name] = value
+    return out
+
+
+def reference(source, part, trees):
+    """The oracle of a file with these trees and the tensors to give it."""
+    flat = trees.get("", trees.get("model", {}))
+    if source.startswith("fd_official_distilled"):
+        if part == "student":
+            return beit, stripped(flat, "encoder.")
+        teacher = stripped(flat, "feature_model.")
+        return (clip_openai if "clip" in source else vit), teacher
+    if source.startswith("dino_vitb16_full"):
+        inside = ("module.", "backbone.") if part == "student" else ("backbone.",)
+        return vit, stripped(trees[part], *inside)
+    if source.startswith("siglip2") and source.endswith("bigvision"):
+        return siglip_big_vision, unstack(flat)
+    for prefix, oracle in (
+        ("openai_clip", clip_openai),
+        ("open_clip", clip_openai),
+        ("hf_clip", clip),
+        ("siglip2", siglip),
+        ("dino_", vit),
+        ("mae", vit),
+        ("deit", vit),
+        ("fd_official_finetuned", beit_logits),
+        ("timm_beit", beit_logits),
+    ):
+        if source.startswith(prefix):
+            if oracle is vit:
+                flat = {n: v for n, v in flat.items() if not n.startswith("head.")}
+            return oracle, flat
+    hf = source.endswith("_hf")
+    if source.startswith("dinov2"):
+        return (dinov2 if hf else dinov2_hub), flat
+    return (dinov3 if hf else dinov3_hub), flat

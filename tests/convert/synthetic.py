@@ -19,13 +19,15 @@ from fd_jax.convert import siglip2, sources
 from fd_jax.convert.rules import instances
 from fd_jax.convert.source import Source
 
+# Tests put shrunk sources into the registry; here the real ones are meant.
+REAL = dict(sources.SOURCES)
 STRUCTURES = Path(__file__).parent / "structures"
 SMALL = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 128, "patch_size": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A file's container and, per tree ("model", "" for the file itself), names with shape, dtype."""
+    """A container and its trees ("model", "" for the file itself): name -> shape and dtype."""
 
     source: str
     container: str
@@ -41,7 +43,7 @@ def names():
 def structure(name, *, small=True, variant=None, optional=False) -> Structure:
     """Reads a structure, shrunk to `SMALL` unless told otherwise."""
     raw = json.loads((STRUCTURES / f"{name}.json").read_text())
-    source = sources.SOURCES[name]
+    source = REAL[name]
     sizes = _sizes(source) if small else {}
     depth = SMALL["depth"] if small else 1000
     trees = dict(raw["trees"])
@@ -67,7 +69,7 @@ def small_arch(arch):
 
 def small_source(name) -> Source:
     """The source for shrunk files."""
-    source = sources.SOURCES[name]
+    source = REAL[name]
     parts = {}
     for key, part in source.parts.items():
         table = part.table

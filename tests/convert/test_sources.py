@@ -1,21 +1,387 @@
 """Every source, shrunk: a file of the real structure gives the features of the torch model."""
 
+import dataclasses
 import functools
+import json
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fd_jax.convert import importing, sources
-from flax import nnx
+from fd_jax import model_folder
+from fd_jax.convert import exporting, importing, safetensors_io, sources
+from fd_jax.convert.containers import open_container
+from fd_jax.errors import ConversionError
+from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles, synthetic
 
-# The oracle of a source's default part, and where its tensors stand in the file.
-ORACLES = {
-    "openai_clip": oracles.clip_openai,
-    "open_clip": oracles.clip_openai,
-    "hf_clip": oracles.clip,
-    "dino_vit": oracles.vit,
-    "deit": oracles.vit,
-    "mae": oracles.vit,
-}
+TOLERANCE = 1e-5
+NAMES = synthetic.names()
+PARTS = [(name, part) for name in NAMES for part in sources.SOURCES[name].parts]
+# One source per table of rules.
+TABLES = (
+    "openai_clip_vit_b16",
+    "hf_clip_vit_base_patch16",
+    "dino_vitb16",
+    "dinov2_vitb14_reg4",
+    "dinov2_vitb14_hf",
+    "dinov3_vitb16",
+    "dinov3_vitb16_hf",
+    "siglip2_base_patch16_224_bigvision",
+    "siglip2_base_patch16_224_hf",
+    "fd_official_distilled_clip_vit_b",
+    "timm_beit_base_patch16_224",
+)
+
+
+@pytest.fixture(autouse=True)
+def precise(monkeypatch):
+    """Float32 products in full, and sources of shrunk files in the place of the real ones."""
+    for name in NAMES:
+        monkeypatch.setitem(sources.SOURCES, name, _small(name))
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+_small = functools.cache(synthetic.small_source)
+
+
+@functools.cache
+def _trees(name, variant=None):
+    given = synthetic.structure(name, variant=variant)
+    return given, synthetic.values(given)
+
+
+@functools.cache
+def _images(size):
+    return np.random.default_rng(1).standard_normal((2, size, size, 3)).astype(np.float32)
+
+
+@functools.cache
+def _definition(arch):
+    return ModelSpec("vit", json.loads(arch)).abstract()[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(definition, params, images):
+    return nnx.merge(definition, params)(images).tokens
+
+
+def features(spec, params, images):
+    """Our features, or our logits where the network is a classifier on the mean patch."""
+    tokens = np.asarray(_run(_definition(json.dumps(spec.arch)), params["encoder"], images))
+    if "fc_norm" not in params:
+        return tokens
+    mean = tokens[:, 1:].mean(axis=1)
+    mean = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
+    mean = mean * params["fc_norm"]["scale"] + params["fc_norm"]["bias"]
+    return mean @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def difference(ours, reference):
+    """Largest difference, relative to the largest value."""
+    return np.abs(ours - reference).max() / np.abs(reference).max()
+
+
+def imported(name, part, folder, variant=None):
+    """A shrunk file of a source, imported in memory, with the values in it."""
+    given, trees = _trees(name, variant)
+    path = synthetic.write(given, trees, folder)
+    return importing.read(name, path, part=part), trees
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_features_equal_those_of_torch(name, part, tmp_path):
+    result, trees = imported(name, part, tmp_path)
+    images = _images(result.spec.arch["image_size"])
+    oracle, tensors = oracles.reference(name, part, trees)
+    expected = oracle(tensors, result.spec.arch, images, tmp_path / "torch")
+    assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+
+
+def test_stacked_and_separate_blocks_are_both_read(tmp_path):
+    name = "siglip2_base_patch16_224_bigvision"
+    result, trees = imported(name, None, tmp_path, variant="per block")
+    images = _images(result.spec.arch["image_size"])
+    expected = oracles.siglip_big_vision(trees[""], result.spec.arch, images, tmp_path / "torch")
+    assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+
+
+def test_deit_head_on_the_class_token_gives_the_logits_of_torch(tmp_path):
+    name = "deit_base_patch16_224"
+    result, trees = imported(name, None, tmp_path)
+    images = _images(result.spec.arch["image_size"])
+    expected = oracles.vit_logits(trees["model"], result.spec.arch, images, tmp_path / "torch")
+    head = result.params["head"]
+    tokens = features(result.spec, result.params, images)
+    assert difference(tokens[:, 0] @ head["kernel"] + head["bias"], expected) < TOLERANCE
+    assert result.spec.classes == expected.shape[1] == 5
+
+
+def test_fd_projector_is_a_one_by_one_convolution(tmp_path):
+    import torch
+
+    result, trees = imported("fd_official_distilled_clip_vit_b", None, tmp_path)
+    images = _images(result.spec.arch["image_size"])
+    tokens = features(result.spec, result.params, images)
+    weight, bias = (torch.from_numpy(trees["model"][f"decoder.0.{p}"]) for p in ("weight", "bias"))
+    expected = torch.nn.functional.conv1d(
+        torch.from_numpy(tokens.transpose(0, 2, 1).copy()), weight, bias
+    )
+    projector = result.params["projector"]
+    ours = tokens @ projector["kernel"] + projector["bias"]
+    assert difference(ours, expected.numpy().transpose(0, 2, 1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_comparison_sees_a_wrong_rule(name, tmp_path):
+    """Negative control: every kind of parameter, put the wrong way round, fails the tolerance."""
+    result, trees = imported(name, None, tmp_path)
+    images = _images(result.spec.arch["image_size"])
+    right = features(result.spec, result.params, images)
+    seen = exporting.flat(result.params)
+    for path in seen:
+        block_0 = path.replace("blocks/1/", "blocks/0/")
+        # A constant on all keys changes no softmax; the projector is not in the features.
+        if path != block_0 or path.endswith("k_bias") or path.startswith("projector"):
+            continue
+        wrong = _reversed_at(result.params, path)
+        assert difference(features(result.spec, wrong, images), right) > 10 * TOLERANCE, path
+
+
+def _reversed_at(params, path):
+    first, _, rest = path.partition("/")
+    changed = _reversed_at(params[first], rest) if rest else np.flip(params[first]).copy()
+    return {**params, first: changed}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("fact", ["activation", "norm_eps"])
+def test_the_comparison_sees_a_wrong_fact(name, fact, tmp_path):
+    """Negative control: what no key tells must still be right."""
+    given, trees = _trees(name)
+    # Small embeddings: the first norms then depend on their epsilon.
+    faint = {
+        tree: {n: v * np.asarray(0.02, v.dtype) if _embeds(n) else v for n, v in tensors.items()}
+        for tree, tensors in trees.items()
+    }
+    result = importing.read(name, synthetic.write(given, faint, tmp_path))
+    arch = result.spec.arch
+    images = _images(arch["image_size"])
+    part = _small(name).default_part
+    oracle, tensors = oracles.reference(name, part, faint)
+    expected = oracle(tensors, arch, images, tmp_path / "torch")
+    others = {
+        "activation": [a for a in ("gelu_erf", "gelu_tanh", "quick_gelu") if a != arch[fact]],
+        "norm_eps": [1e-5 if arch["norm_eps"] == 1e-6 else 1e-6],
+    }
+    assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+    for value in others[fact]:
+        spec = dataclasses.replace(result.spec, arch={**arch, fact: value})
+        assert difference(features(spec, result.params, images), expected) > TOLERANCE
+
+
+def _embeds(name):
+    words = ("patch_embed", "conv1", "cls_token", "class_embedding", "pos", "embedding", "tokens")
+    return any(word in name for word in words) and "index" not in name
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_round_trip_gives_every_tensor_back_bit_for_bit(name, part, tmp_path):
+    given, trees = _trees(name)
+    path = synthetic.write(given, trees, tmp_path)
+    importing.import_file(name, path, tmp_path / "model", part=part)
+    exporting.export("source", tmp_path / "model", tmp_path / "back.safetensors")
+    written = safetensors_io.read(tmp_path / "back.safetensors").tensors
+    source = _small(name)
+    _, originals = source.match(open_container(path), part)
+    taken = {n for step in source.match(open_container(path), part)[0].steps for n in step.sources}
+    assert set(written) == taken
+    for key, tensor in written.items():
+        before = originals[key]
+        assert (tensor.shape, tensor.dtype) == (before.shape, before.dtype), key
+        expected = before.load()
+        if name in ("dinov3_vitb16", "dinov3_vits16") and key.endswith("qkv.bias"):
+            expected = expected * originals[f"{key}_mask"].load()  # what the source masks out
+        np.testing.assert_array_equal(tensor.load(), expected, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [*TABLES, "deit_base_patch16_224", "dinov2_vits14"])
+def test_export_to_huggingface_opens_with_the_same_features(name, tmp_path):
+    import transformers
+
+    result, _ = imported(name, None, tmp_path)
+    model_folder.save(tmp_path / "model", result.spec, result.params)
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "hf")
+    model, info = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    # AutoModel takes the bare network: its own pooler is new, a classifier's head is left over.
+    allowed = {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert not {key for keys in info.values() for key in keys} - allowed, info
+    model.eval()
+    images = _images(result.spec.arch["image_size"])
+    if "fc_norm" in result.params:
+        classifier = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+        expected = oracles.run(lambda x: classifier.eval()(x).logits, images)
+    elif result.spec.arch["ln_pre"]:
+        norm = getattr(model, "vision_model", model).post_layernorm
+        expected = oracles.run(lambda x: norm(model(x).last_hidden_state), images)
+    else:
+        expected = oracles.run(lambda x: model(x).last_hidden_state, images)
+    assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+
+
+def test_official_export_has_exactly_the_original_keys(tmp_path):
+    import torch
+
+    name = "fd_official_distilled_clip_vit_b"
+    result, trees = imported(name, None, tmp_path)
+    model_folder.save(tmp_path / "model", result.spec, result.params)
+    left = exporting.export("official", tmp_path / "model", tmp_path / "student.pth")
+    assert left == ["projector/bias", "projector/kernel"]
+    written = torch.load(tmp_path / "student.pth", weights_only=True)
+    assert list(written) == ["model"]
+    expected = {n: v for n, v in trees["model"].items() if n.startswith("encoder.")}
+    assert set(written["model"]) == set(expected)
+    for key, value in written["model"].items():
+        assert value.numpy().dtype == expected[key].dtype
+        np.testing.assert_array_equal(value.numpy(), expected[key], err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [
+        ("dino_vitb16", ""),
+        ("deit_base_patch16_224", "model"),
+        ("dinov2_vitb14", ""),
+        ("timm_beit_base_patch16_224", ""),
+        ("fd_official_distilled_dino_vit_b", "model"),
+    ],
+)
+def test_export_to_timm_uses_its_names(name, tree, tmp_path):
+    result, trees = imported(name, None, tmp_path)
+    model_folder.save(tmp_path / "model", result.spec, result.params)
+    exporting.export("timm", tmp_path / "model", tmp_path / "timm.safetensors")
+    written = safetensors_io.read(tmp_path / "timm.safetensors").tensors
+    expected = {
+        n.removeprefix("encoder."): v
+        for n, v in trees[tree].items()
+        if not n.startswith(("feature_model.", "decoder.", "mask_token"))
+        and not n.endswith("relative_position_index")
+    }
+    assert set(written) == set(expected)
+    for key, tensor in written.items():
+        np.testing.assert_array_equal(tensor.load(), expected[key], err_msg=key)
+
+
+def test_a_layout_that_cannot_hold_a_network_is_refused(tmp_path):
+    result, _ = imported("dinov2_vitb14_reg4", None, tmp_path)
+    model_folder.save(tmp_path / "model", result.spec, result.params)
+    with pytest.raises(ConversionError, match="timm has no place for encoder/register_tokens"):
+        exporting.export("timm", tmp_path / "model", tmp_path / "timm.safetensors")
+    with pytest.raises(ConversionError, match="official is that of its distilled student"):
+        exporting.export("official", tmp_path / "model", tmp_path / "student.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.pth"]
+
+
+def test_stablehlo_export_computes_the_same_from_uint8_images(tmp_path):
+    result, _ = imported("fd_official_distilled_clip_vit_b", None, tmp_path)
+    model_folder.save(tmp_path / "model", result.spec, result.params)
+    exporting.export("stablehlo", tmp_path / "model", tmp_path / "model.stablehlo")
+    exported = jax.export.deserialize((tmp_path / "model.stablehlo").read_bytes())
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 12, 12, 3), np.uint8)
+    ours = features(result.spec, result.params, np.asarray(result.spec.normalize(pixels)))
+    assert difference(np.asarray(exported.call(jnp.asarray(pixels))), ours) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("openai_clip_vit_b16", 5),
+        ("deit_base_patch16_224", 2),
+        ("dinov2_vitb14_hf", 3),
+        ("dinov2_vitb14_reg4", 7),
+    ],
+)
+def test_another_image_size_agrees_with_torch(name, grid, tmp_path):
+    """Positions resized at import equal transformers' own interpolation at that size."""
+    given, trees = _trees(name)
+    size = grid * synthetic.SMALL["patch_size"]
+    path = synthetic.write(given, trees, tmp_path)
+    result = importing.read(name, path, image_size=size)
+    assert list(result.resized) == ["encoder/pos_embed"]
+    small = _small(name)
+    oracle, tensors = oracles.reference(name, small.default_part, trees)
+    native = small.parts[small.default_part].spec.arch
+    images = _images(size)
+    expected = oracle(tensors, native, images, tmp_path / "torch", **_interpolate(oracle))
+    assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+
+
+def _interpolate(oracle):
+    # The DINOv2 classes interpolate without being asked.
+    return {} if "dinov2" in oracle.__name__ else {"interpolate_pos_encoding": True}
+
+
+@pytest.mark.parametrize("name", ["dino_vitb16", "dinov2_vitb14"])
+def test_scale_factor_sources_resize_as_their_own_code(name, tmp_path):
+    import torch
+
+    given, trees = _trees(name)
+    arch = _small(name).parts["backbone"].spec.arch
+    before, after = arch["image_size"] // 4, 7
+    table = torch.from_numpy(trees[""]["pos_embed"])
+    patches = table[:, 1:].reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(
+        patches, scale_factor=(after + 0.1) / before, mode="bicubic"
+    )
+    flat = resized.permute(0, 2, 3, 1).reshape(1, after * after, -1)
+    expected = torch.cat([table[:, :1], flat], dim=1).numpy()
+    path = synthetic.write(given, trees, tmp_path)
+    result = importing.read(name, path, image_size=4 * after)
+    assert difference(result.params["encoder"]["pos_embed"], expected) < TOLERANCE
+
+
+def test_auto_takes_the_only_source_that_fits_and_asks_where_keys_cannot_tell(
+    tmp_path, monkeypatch
+):
+    # At their real sizes these two differ; shrunk ones would be alike.
+    for name in NAMES:
+        if name not in (
+            "deit_base_patch16_224",
+            "openai_clip_vit_b16",
+            "open_clip_vit_b16_laion2b",
+        ):
+            monkeypatch.delitem(sources.SOURCES, name)
+    deit, _ = imported("deit_base_patch16_224", None, tmp_path)
+    assert importing.read("auto", tmp_path / "model.pth").source == deit.source
+    given, trees = _trees("openai_clip_vit_b16")
+    path = synthetic.write(given, trees, tmp_path)
+    with pytest.raises(ConversionError) as caught:
+        importing.read("auto", path)
+    message = str(caught.value)
+    assert "openai_clip_vit_b16" in message and "open_clip_vit_b16_laion2b" in message
+    assert "QuickGELU" in message
+
+
+def test_a_hugging_face_config_decides_between_activations(tmp_path):
+    name = "hf_clip_vit_base_patch16"
+    given, trees = _trees(name)
+    synthetic.write(given, trees, tmp_path)
+    config = '{"vision_config": {"hidden_act": "%s", "layer_norm_eps": 1e-05}}'
+    (tmp_path / "config.json").write_text(config % "quick_gelu")
+    assert importing.read(name, tmp_path).spec.arch["activation"] == "quick_gelu"
+    (tmp_path / "config.json").write_text(config % "gelu")
+    with pytest.raises(ConversionError, match="config.json says hidden_act 'gelu'"):
+        importing.read(name, tmp_path)
+
+
+def test_half_precision_storage_keeps_float16_sources_exact(tmp_path):
+    name = "openai_clip_vit_b16"
+    given, trees = _trees(name)
+    path = synthetic.write(given, trees, tmp_path)
+    result = importing.read(name, path, dtype="bfloat16")
+    kernel = result.params["encoder"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.dtype.name == "bfloat16"
+    assert result.spec.source_dtypes["visual.conv1.weight"] == "float16"

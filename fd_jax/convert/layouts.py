@@ -1,0 +1,210 @@
+"""The layouts that models are written in: names and shapes that other libraries read."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from fd_jax.convert import beit, clip, dinov2, dinov3, siglip2, timm_vit
+from fd_jax.convert.rules import Rule, Table, missing_paths, summarize, target_paths
+from fd_jax.convert.source import HF_ACTIVATIONS, conv, linear, norm
+from fd_jax.convert.transforms import SPLIT_QKV
+from fd_jax.errors import ConversionError
+from fd_jax.models.spec import ModelSpec
+
+_BLOCK = "encoder/blocks/{i}"
+_BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
+_HEAD = Table(linear("head", "head"))
+
+
+def for_model(table: Table, paths: set[str], arch: Mapping[str, Any], layout: str) -> Table:
+    """The rules of a layout that concern a model; refuses a model the layout cannot hold.
+
+    Args:
+      table: every rule of the layout, also for parts this model may not have.
+      paths: the model's parameters; those beside the encoder may be left out of a layout.
+      arch: the architecture keywords.
+      layout: its name in errors.
+    """
+    rules = tuple(r for r in table.rules if not missing_paths(r, paths, arch))
+    kept = dataclasses.replace(table, rules=rules)
+    homeless = {path for path in paths if path.startswith("encoder/")} - target_paths(kept, arch)
+    if homeless:
+        names = "; ".join(summarize(sorted(homeless)))
+        raise ConversionError(
+            f"the layout {layout} has no place for {names}; export as safetensors instead"
+        )
+    return kept
+
+
+def is_beit(arch: Mapping[str, Any]) -> bool:
+    """Whether a network is of BEiT's kind, as our students are: no k bias, no rotary positions."""
+    return arch["qkv_bias"] == "qv" and arch["position"] != "rope"
+
+
+# timm.models.vision_transformer and timm.models.beit; their index buffers are not persistent.
+_TIMM_VIT = (
+    timm_vit.TABLE
+    + Table(
+        (
+            *norm("norm_pre", "encoder/ln_pre"),
+            Rule("blocks.{i}.ls1.gamma", f"{_BLOCK}/gamma_1"),
+            Rule("blocks.{i}.ls2.gamma", f"{_BLOCK}/gamma_2"),
+        )
+    )
+    + _HEAD
+)
+_POS_EMBED = Table((Rule("pos_embed", "encoder/pos_embed"),))
+_TIMM_BEIT = Table(
+    tuple(dict.fromkeys(beit.SHARED.rules + beit.PER_BLOCK.rules + _POS_EMBED.rules))
+)
+
+
+def timm(arch: Mapping[str, Any]) -> Table:
+    """Names of timm: Beit's for students of that kind, VisionTransformer's for the rest."""
+    return _TIMM_BEIT if is_beit(arch) else _TIMM_VIT
+
+
+OFFICIAL = beit.prefixed(beit.SHARED, "encoder.")
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """A model class of transformers.
+
+    Attributes:
+      model_type: as in config.json.
+      architecture: class name as in config.json.
+      table: rules of its files.
+      config: (spec) -> fields of config.json beyond the common ones.
+    """
+
+    model_type: str
+    architecture: str
+    table: Table
+    config: Callable[[ModelSpec], dict[str, Any]]
+
+
+_VIT_LAYER = "encoder.layer.{i}"
+_QKV = tuple(f"{_VIT_LAYER}.attention.attention.{p}" for p in ("query", "key", "value"))
+# What ViTModel and BeitModel call alike.
+_VIT_TRUNK = (
+    Rule("embeddings.cls_token", "encoder/cls_token"),
+    Rule("embeddings.position_embeddings", "encoder/pos_embed"),
+    *conv("embeddings.patch_embeddings.projection", "encoder/patch_embed"),
+    *norm(f"{_VIT_LAYER}.layernorm_before", f"{_BLOCK}/norm1"),
+    Rule(tuple(f"{p}.weight" for p in _QKV), f"{_BLOCK}/attn/qkv/kernel", SPLIT_QKV),
+    *(Rule(f"{p}.bias", bias) for p, bias in zip(_QKV, _BIASES, strict=True)),
+    *linear(f"{_VIT_LAYER}.attention.output.dense", f"{_BLOCK}/attn/proj"),
+    *norm(f"{_VIT_LAYER}.layernorm_after", f"{_BLOCK}/norm2"),
+    *linear(f"{_VIT_LAYER}.intermediate.dense", f"{_BLOCK}/mlp/fc1"),
+    *linear(f"{_VIT_LAYER}.output.dense", f"{_BLOCK}/mlp/fc2"),
+    *norm("layernorm", "encoder/norm"),
+)
+_BEIT_EXTRA = (
+    Rule(f"{_VIT_LAYER}.lambda_1", f"{_BLOCK}/gamma_1"),
+    Rule(f"{_VIT_LAYER}.lambda_2", f"{_BLOCK}/gamma_2"),
+    Rule(
+        "encoder.relative_position_bias.relative_position_bias_table", "encoder/rel_pos_bias/table"
+    ),
+    Rule(
+        f"{_VIT_LAYER}.attention.attention.relative_position_bias.relative_position_bias_table",
+        f"{_BLOCK}/attn/rel_pos_bias/table",
+    ),
+)
+_BEIT_POOLER = norm("pooler.layernorm", "fc_norm")
+
+
+def _vit_config(spec: ModelSpec) -> dict[str, Any]:
+    return {"qkv_bias": True, "encoder_stride": spec.arch["patch_size"]}
+
+
+def _beit_config(spec: ModelSpec) -> dict[str, Any]:
+    position = spec.arch["position"]
+    return {
+        "use_absolute_position_embeddings": position == "ape",
+        "use_relative_position_bias": position == "rpb",
+        "use_shared_relative_position_bias": position == "shared_rpb",
+        "use_mean_pooling": not spec.arch["final_norm"],
+        "use_mask_token": False,
+        "layer_scale_init_value": spec.arch["layer_scale"] or 0.0,
+    }
+
+
+def _dino_config(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "layerscale_value": spec.arch["layer_scale"],
+        "mlp_ratio": spec.arch["mlp_width"] // spec.arch["width"],
+        "num_register_tokens": spec.arch["registers"],
+        "use_swiglu_ffn": False,
+    }
+
+
+def _dinov3_config(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "layerscale_value": spec.arch["layer_scale"],
+        "num_register_tokens": spec.arch["registers"],
+        "rope_theta": spec.arch["rope_theta"],
+        "key_bias": False,
+    }
+
+
+def huggingface(spec: ModelSpec, *, head: bool) -> HuggingFace:
+    """The transformers class of a network; `head` asks for the image classifier."""
+    arch = spec.arch
+    if arch["position"] == "rope":
+        return HuggingFace("dinov3_vit", "DINOv3ViTModel", dinov3.HUGGINGFACE, _dinov3_config)
+    if is_beit(arch):
+        return _beit(head=head)
+    if arch["ln_pre"]:
+        return HuggingFace("clip_vision_model", "CLIPVisionModel", clip.HUGGINGFACE, lambda _: {})
+    if not arch["cls_token"]:
+        return HuggingFace(
+            "siglip_vision_model",
+            "SiglipVisionModel",
+            siglip2.HUGGINGFACE,
+            lambda _: {"vision_use_head": False},
+        )
+    if arch["layer_scale"] is not None:
+        if arch["registers"]:
+            table = dinov2.HUGGINGFACE_REGISTERS
+            name = "Dinov2WithRegistersModel"
+            return HuggingFace("dinov2_with_registers", name, table, _dino_config)
+        return HuggingFace("dinov2", "Dinov2Model", dinov2.HUGGINGFACE, _dino_config)
+    trunk = Table(_VIT_TRUNK)
+    if head:
+        table = beit.prefixed(trunk, "vit.") + Table(linear("classifier", "head"))
+        return HuggingFace("vit", "ViTForImageClassification", table, _vit_config)
+    return HuggingFace("vit", "ViTModel", trunk, _vit_config)
+
+
+def _beit(*, head: bool) -> HuggingFace:
+    trunk = Table(_VIT_TRUNK + _BEIT_EXTRA + _BEIT_POOLER)
+    if head:
+        table = beit.prefixed(trunk, "beit.") + Table(linear("classifier", "head"))
+        return HuggingFace("beit", "BeitForImageClassification", table, _beit_config)
+    return HuggingFace("beit", "BeitModel", trunk, _beit_config)
+
+
+def huggingface_config(layout: HuggingFace, spec: ModelSpec) -> dict[str, Any]:
+    """The contents of config.json."""
+    arch = spec.arch
+    activations = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
+    config = {
+        "model_type": layout.model_type,
+        "architectures": [layout.architecture],
+        "dtype": "float32",
+        "hidden_size": arch["width"],
+        "num_hidden_layers": arch["depth"],
+        "num_attention_heads": arch["heads"],
+        "intermediate_size": arch["mlp_width"],
+        "image_size": arch["image_size"],
+        "patch_size": arch["patch_size"],
+        "num_channels": 3,
+        "layer_norm_eps": arch["norm_eps"],
+        "hidden_act": activations[arch["activation"]],
+        **layout.config(spec),
+    }
+    if spec.classes:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(spec.classes)}
+    return config
