@@ -39,7 +39,7 @@ class Feed:
         data_dir: str,
         image_size: int,
         min_area: float,
-        interpolation: str,
+        interpolation: transforms.Interpolation,
         flip: bool,
         skip_official: bool,
         threads: int,
@@ -98,6 +98,8 @@ class Feed:
             batch_size=batch_size,
             rows=rows,
             limit=limit or None,
+            threads=self.threads,
+            max_broken=self.max_broken,
         )
 
     def examples(self, which: str) -> int:

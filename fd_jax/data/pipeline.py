@@ -4,24 +4,40 @@ Grain reads ahead; which example stands where is arithmetic on the step, so a ru
 starting at its step, and every host can produce just its own rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import functools
+import multiprocessing
+import os
 import queue
 import threading
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from absl import logging
+from absl import flags, logging
 import grain
 import numpy as np
 
-from fd_jax.data.sources import Source
+from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError
 
-Transform = Callable[[Any, np.random.Generator], np.ndarray]
 HostBatch = dict[str, Any]
 
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
+_GOODBYE = 3.0  # seconds that workers get to end by themselves
+
+# What a random stream is for, so that no two purposes share one.
+_ORDER, _AUGMENT, _EVALUATE = range(1, 4)
+_ORDER_LOCK = threading.Lock()
+
+
+class Transform(Protocol):
+    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+
+    image_size: int
+
+    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        """Raises BrokenImageError where the picture cannot be decoded."""
+        ...
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -41,7 +57,7 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of one epoch. -> int64 [size]."""
-    return _rng(seed, epoch).permutation(size)
+    return _rng(_ORDER, seed, epoch).permutation(size)
 
 
 class TrainLoader:
@@ -49,7 +65,7 @@ class TrainLoader:
 
     Args:
       source: examples.
-      transform: picture and generator to uint8 [S, S, 3].
+      transform: what makes a square of a picture.
       batch_size: of the global batch.
       seed: of order and augmentation.
       rows: of each global batch that this process produces, ascending; None for all.
@@ -57,10 +73,10 @@ class TrainLoader:
       threads: that decode in each process.
       workers: processes; 0 decodes in this one.
       max_broken: unreadable pictures that are replaced before the run stops.
-      timeout: seconds without a batch after which the workers count as stuck.
+      timeout: seconds without a batch after which reading counts as stuck.
 
     Yields:
-      {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n],
+      {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n] of ones,
       "index": int32 [n] position in the source}, n = len(rows).
     """
 
@@ -82,9 +98,13 @@ class TrainLoader:
         self.replaced: dict[int, str] = {}
         self._source, self._batch_size, self._seed = source, batch_size, seed
         self._max_broken, self._timeout = max_broken, timeout
-        self._step = start_step
+        self._start, self._step = start_step, start_step
+        self._pids: dict[int, int] = {}  # of workers that have delivered
         rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._reads = _Reads(source, transform, batch_size, seed, rows, start_step)
+        self._workers = workers
+        self._reads = _Reads(
+            source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
+        )
         self._batches = _Background(_read_ahead(self._reads, len(rows), threads, workers))
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -100,9 +120,18 @@ class TrainLoader:
             batch = self._batches.get(self._timeout)
         except queue.Empty:
             raise DataError(
-                f"no batch for step {self._step} within {self._timeout:.0f} s; "
-                f"{self._reads.in_flight()}. The storage may hang, or a worker process is stuck"
+                f"no batch for step {self._step} within {self._timeout:.0f} s: {self._culprit()}. "
+                "Either the storage hangs or that process is stuck; start the same command again "
+                "once it answers"
             ) from None
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's word for a process that died
+                raise
+            raise DataError(
+                f"a data worker died before step {self._step}: {self._culprit()}. {error} "
+                "If memory ran out, lower data.workers"
+            ) from error
+        self._pids[(self._step - self._start) % max(self._workers, 1)] = batch.pop("pid")
         self._note_broken(batch.pop("broken"))
         self._step += 1
         return batch
@@ -117,24 +146,30 @@ class TrainLoader:
         return {"epoch": epoch, "batch": batch, "replaced": sorted(self.replaced)}
 
     def close(self) -> None:
-        """Stops reading ahead."""
-        self._batches.close()
+        """Stops reading ahead and ends the worker processes."""
+        if self._batches.close(_GOODBYE):
+            return
+        for child in multiprocessing.active_children():
+            if child.pid in self._pids.values():
+                child.kill()
+
+    def _culprit(self) -> str:
+        """Who was to deliver the next batch."""
+        if not self._workers:
+            return self._reads.in_flight()
+        worker = (self._step - self._start) % self._workers
+        process = f"process {self._pids[worker]}" if worker in self._pids else "not heard of yet"
+        return f"it was the turn of data worker {worker} of {self._workers} ({process})"
 
     def _note_broken(self, broken: list[tuple[int, str]]) -> None:
         for index, reason in broken:
-            if index in self.replaced:
-                continue
-            self.replaced[index] = reason
-            logging.warning("replaced broken image %s: %s", self._source.describe(index), reason)
+            if index not in self.replaced:
+                self.replaced[index] = reason
+                logging.warning(
+                    "replaced broken image %s: %s", self._source.describe(index), reason
+                )
         if len(self.replaced) > self._max_broken:
-            listing = "\n  ".join(
-                f"{self._source.describe(index)}: {reason}"
-                for index, reason in sorted(self.replaced.items())
-            )
-            raise DataError(
-                f"{len(self.replaced)} broken images, more than data.max_broken="
-                f"{self._max_broken}:\n  {listing}"
-            )
+            raise _too_many(self._source, self.replaced.items(), self._max_broken)
 
 
 def eval_batches(
@@ -145,77 +180,109 @@ def eval_batches(
     rows: np.ndarray | None = None,
     limit: int | None = None,
     threads: int = 16,
+    max_broken: int = 0,
 ) -> Iterator[HostBatch]:
     """Every example once, in order, as batches like `TrainLoader`'s.
 
-    The last batch is padded with examples of weight 0, so that all hosts see the same number of
-    batches; a broken picture becomes a black one of weight 0 and is named in the log.
+    The last batch is padded, so that all hosts see the same number of batches of the same size:
+    padding is black, with label -1, index -1 and weight 0. A broken picture keeps its index and
+    becomes black of weight 0, and is named in the log.
 
     Args:
       source: examples.
-      transform: picture and generator to uint8 [S, S, 3].
+      transform: what makes a square of a picture.
       batch_size: of the global batch.
       rows: of each global batch that this process produces; None for all.
       limit: number of batches at most.
       threads: that decode.
+      max_broken: unreadable pictures that are left out before it stops.
+
+    Raises:
+      DataError: more broken pictures than that.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     count = -(-len(source) // batch_size)
     count = min(count, limit) if limit else count
+    black = np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
 
-    def load(place: int) -> HostBatch:
+    def load(place: int) -> _Record:
         step, row = divmod(place, len(rows))
         index = step * batch_size + int(rows[row])
-        real = index < len(source)
-        index = index if real else len(source) - 1
-        label = -1
+        if index >= len(source):
+            return _Record(black, -1, 0.0, -1, ())
         try:
             image, label = source[index]
-            pixels = transform(image, _rng(0, 0, index))
-        except Exception as error:  # whatever a reader raises for a broken file
-            logging.warning("evaluation leaves out %s: %s", source.describe(index), error)
-            pixels, real = None, False
-        return _record(pixels, label, float(real), index, [])
+            return _Record(transform(image, _rng(_EVALUATE, index)), label, 1.0, index, ())
+        except SkippedError:
+            return _Record(black, -1, 0.0, index, ())
+        except BrokenImageError as error:
+            return _Record(black, -1, 0.0, index, ((index, str(error)),))
 
     reads = grain.MapDataset.range(count * len(rows)).map(load)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * len(rows))
+    left_out: list[tuple[int, str]] = []
     for batch in reads.to_iter_dataset(ahead).batch(len(rows), batch_fn=_stack):
-        batch.pop("broken")
+        del batch["pid"]
+        for index, reason in (broken := batch.pop("broken")):
+            logging.warning("evaluation leaves out %s: %s", source.describe(index), reason)
+        left_out += broken
+        if len(left_out) > max_broken:
+            raise _too_many(source, left_out, max_broken)
         yield batch
+
+
+class _Record(NamedTuple):
+    """One row of a batch, and the broken examples (index, reason) that it stands in for."""
+
+    image: np.ndarray
+    label: int
+    weight: float
+    index: int
+    broken: tuple[tuple[int, str], ...]
 
 
 class _Reads:
     """Random access to training records by their place in this host's endless sequence."""
 
-    def __init__(self, source, transform, batch_size, seed, rows, start_step):
+    def __init__(self, source, transform, batch_size, seed, rows, start_step, workers, max_broken):
         self.source, self.transform = source, transform
         self.batch_size, self.seed = batch_size, seed
         self.rows, self.start_step = rows, start_step
+        self.workers, self.max_broken = workers, max_broken
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         self._busy: dict[int, int] = {}
 
     def __len__(self) -> int:
         return _FOREVER
 
-    def __getitem__(self, place: int) -> HostBatch:
-        step, row = divmod(place, len(self.rows))
-        epoch, batch = divmod(self.start_step + step, self.steps_per_epoch)
+    def __getitem__(self, index: int) -> _Record:
+        # Grain hands worker w the indices w, w + W, ... and takes batches from the workers in
+        # turn. Numbered like this, each worker's run of len(rows) indices is one whole batch.
+        place, worker = divmod(index, self.workers)
+        turn, row = divmod(place, len(self.rows))
+        epoch, batch = divmod(self.start_step + turn * self.workers + worker, self.steps_per_epoch)
+        return self._read(epoch, batch * self.batch_size + int(self.rows[row]))
+
+    def _read(self, epoch: int, position: int) -> _Record:
+        """The example at a position of an epoch's order, or the next one that can be read."""
         order = _order(self.seed, epoch, len(self.source))
-        position = batch * self.batch_size + int(self.rows[row])
-        broken = []
-        for tried in range(len(order)):
-            # A broken picture gives way to the next one of the epoch's order, on every host alike.
-            index = int(order[(position + tried) % len(order)])
+        broken: list[tuple[int, str]] = []
+        for candidate in range(position, position + len(order)):
+            index = int(order[candidate % len(order)])
             self._busy[threading.get_ident()] = index
             try:
                 image, label = self.source[index]
-                pixels = self.transform(image, _rng(self.seed, epoch, index))
-                return _record(pixels, label, 1.0, index, broken)
-            except Exception as error:  # whatever a reader raises for a broken file
+                pixels = self.transform(image, _rng(_AUGMENT, self.seed, epoch, index))
+                return _Record(pixels, label, 1.0, index, tuple(broken))
+            except SkippedError:
+                continue
+            except BrokenImageError as error:
                 broken.append((index, str(error)))
+                if len(broken) > self.max_broken:
+                    break
             finally:
                 self._busy.pop(threading.get_ident(), None)
-        raise DataError(f"every image of {self.source.name} is broken; the last: {broken[-1][1]}")
+        raise _too_many(self.source, broken, self.max_broken)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.steps_per_epoch)
@@ -225,21 +292,33 @@ class _Reads:
     def in_flight(self) -> str:
         busy = sorted(set(self._busy.values()))
         if not busy:
-            return "no example is being read in this process"
+            return "no example is being read"
         return "being read: " + ", ".join(map(self.source.describe, busy[:5]))
 
     def __getstate__(self):
         return {**self.__dict__, "_busy": {}}  # goes to worker processes without its threads
 
 
+def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
+    listing = [f"{source.describe(index)}: {reason}" for index, reason in sorted(broken)]
+    return DataError(
+        "\n  ".join(
+            [
+                f"{len(listing)} broken images in {source.name}, more than "
+                f"data.max_broken={allowed}; repair or remove them, or raise that number:",
+                *listing,
+            ]
+        )
+    )
+
+
 def _read_ahead(reads: _Reads, rows: int, threads: int, workers: int) -> Iterator[HostBatch]:
-    dataset = grain.MapDataset.source(reads)
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * rows)
+    batches = grain.MapDataset.source(reads).to_iter_dataset(ahead).batch(rows, batch_fn=_stack)
     if not workers:
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * rows)
-        return iter(dataset.to_iter_dataset(ahead).batch(rows, batch_fn=_stack))
-    # Whole batches go to workers in turn, so that the order is that of one process.
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
-    batches = dataset.batch(rows, batch_fn=_stack).to_iter_dataset(ahead)
+        return iter(batches)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own where it starts processes
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
     return iter(batches.mp_prefetch(options))
 
@@ -254,23 +333,26 @@ class _Background:
         self._thread.start()
 
     def get(self, timeout: float) -> HostBatch:
+        """The next item, or what the iterator raised; queue.Empty if nothing came in time."""
         item = self._queue.get(timeout=timeout)
-        if isinstance(item, DataError):
-            raise item
         if isinstance(item, BaseException):
-            raise DataError(f"a data worker died: {type(item).__name__}: {item}") from item
+            raise item
         return item
 
-    def close(self) -> None:
+    def close(self, timeout: float) -> bool:
+        """Tells the thread to end; returns whether it did so in time."""
         self._closed.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
-    def _run(self, iterator: Iterator[HostBatch]) -> None:
+    def _run(self, iterator: Any) -> None:
         try:
             for item in iterator:
-                if not self._put(item):
-                    return
+                if not self._put(_own(item)):
+                    break
         except BaseException as error:  # handed to the thread that waits
             self._put(error)
+        iterator.close()
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():
@@ -282,21 +364,22 @@ class _Background:
         return False
 
 
-def _record(pixels, label, weight, index, broken) -> HostBatch:
-    return {"image": pixels, "label": label, "weight": weight, "index": index, "broken": broken}
-
-
-def _stack(records: list[HostBatch]) -> HostBatch:
-    shape = next((r["image"].shape for r in records if r["image"] is not None), None)
-    if shape is None:
-        raise DataError("every image of a batch is broken; see the log for their names")
-    black = np.zeros(shape, np.uint8)
+def _own(batch: HostBatch) -> HostBatch:
+    """Copies what came through a worker's shared memory, which goes with the worker."""
     return {
-        "image": np.stack([black if r["image"] is None else r["image"] for r in records]),
-        "label": np.array([r["label"] for r in records], np.int32),
-        "weight": np.array([r["weight"] for r in records], np.float32),
-        "index": np.array([r["index"] for r in records], np.int32),
-        "broken": [item for r in records for item in r["broken"]],
+        name: np.array(value) if isinstance(value, np.ndarray) and value.base is not None else value
+        for name, value in batch.items()
+    }
+
+
+def _stack(records: Sequence[_Record]) -> HostBatch:
+    return {
+        "image": np.stack([r.image for r in records]),
+        "label": np.array([r.label for r in records], np.int32),
+        "weight": np.array([r.weight for r in records], np.float32),
+        "index": np.array([r.index for r in records], np.int32),
+        "broken": [item for r in records for item in r.broken],
+        "pid": os.getpid(),
     }
 
 
@@ -304,4 +387,11 @@ def _rng(*words: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
-_order = functools.lru_cache(maxsize=3)(epoch_order)
+@functools.lru_cache(maxsize=3)
+def _cached_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return epoch_order(seed, epoch, size)
+
+
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    with _ORDER_LOCK:  # or every thread would permute the new epoch
+        return _cached_order(seed, epoch, size)

@@ -1,7 +1,6 @@
 """Where images come from: random access to encoded pictures and labels."""
 
 from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple, Protocol
 
 from etils import epath
@@ -27,6 +26,14 @@ OFFICIAL_SKIPPED = tuple(
 )
 
 
+class BrokenImageError(Exception):
+    """One example cannot be read or decoded; training goes on with another."""
+
+
+class SkippedError(Exception):
+    """One example is among those that the user asked to leave out."""
+
+
 class Example(NamedTuple):
     """One picture: encoded bytes or decoded uint8 [h, w, 3]; label -1 where there is none."""
 
@@ -45,7 +52,12 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Example:
-        """Reads one example; an unreadable file raises whatever its reader raises."""
+        """Reads one example.
+
+        Raises:
+          BrokenImageError: it cannot be read.
+          SkippedError: it was to be left out, which shows only when it is read.
+        """
         ...
 
     def describe(self, index: int) -> str:
@@ -64,7 +76,9 @@ def open_source(
         replaced by the split.
       split: in TFDS's language ("train", "train[:90%]"); for a folder only where its path asks.
       data_dir: where TFDS keeps prepared data; None for its default.
-      skip: file-name endings to leave out.
+      skip: file-name endings to leave out. A folder forgets them when it is indexed; a TFDS
+        dataset keeps its length and its batches take the next example instead, since only
+        reading all of it would tell where they are.
 
     Raises:
       DataError: it does not exist, is not prepared, or cannot be read at random.
@@ -86,7 +100,8 @@ class FolderSource:
         if not root.is_dir():
             raise DataError(f"no folder of images at {folder}")
         self.name = f"{FOLDER_PREFIX}{root}"
-        classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+        folders = (path for path in root.iterdir() if not path.name.startswith("."))
+        classes = sorted(path.name for path in folders if path.is_dir())
         self.num_classes = len(classes) or None
         self._files: list[tuple[str, int]] = []
         for label, group in enumerate(classes) if classes else [(-1, "")]:
@@ -101,7 +116,10 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         path, label = self._files[index]
-        return Example(epath.Path(path).read_bytes(), label)
+        try:
+            return Example(epath.Path(path).read_bytes(), label)
+        except OSError as error:
+            raise BrokenImageError(str(error)) from error
 
     def describe(self, index: int) -> str:
         """The file's path."""
@@ -111,9 +129,7 @@ class FolderSource:
 class TfdsSource:
     """A prepared TFDS dataset in ArrayRecord files; pictures stay encoded until they are used."""
 
-    def __init__(
-        self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()
-    ):
+    def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
         import tensorflow_datasets as tfds
 
         builder = find_builder(name, data_dir)
@@ -138,23 +154,30 @@ class TfdsSource:
         except (ValueError, KeyError) as error:
             splits = sorted(builder.info.splits or ())
             raise DataError(f"{name} has no split {split!r}; it has {splits}") from error
-        self._order = _kept(self._records, skip) if skip else None
+        self._skip = tuple(skip)
 
     def __len__(self) -> int:
-        return len(self._records) if self._order is None else len(self._order)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
+        if self._skip and _file_name(record).endswith(self._skip):
+            raise SkippedError(_file_name(record))
         return Example(record["image"], int(record.get("label", -1)))
 
     def describe(self, index: int) -> str:
         """File name where the dataset tells it, else the position."""
-        name = self._record(index).get("file_name")
-        text = name.decode() if isinstance(name, bytes) else name
-        return f"{self.name}[{index}]" + (f" ({text})" if text else "")
+        try:
+            file_name = _file_name(self._record(index))
+        except BrokenImageError:
+            file_name = ""
+        return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
 
     def _record(self, index: int) -> dict[str, Any]:
-        return self._records[int(index if self._order is None else self._order[index])]
+        try:
+            return self._records[int(index)]
+        except RuntimeError as error:  # ArrayRecord's word for a checksum that does not fit
+            raise BrokenImageError(str(error)) from error
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -190,7 +213,9 @@ def prepare_command(name: str, data_dir: str | None) -> str:
 
 def not_prepared(name: str, where: str, data_dir: str | None) -> str:
     """What to do about a dataset that is not there yet."""
-    text = f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
+    text = (
+        f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
+    )
     if name.startswith("imagenet2012"):
         text += (
             "\nwhere that folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
@@ -199,18 +224,10 @@ def not_prepared(name: str, where: str, data_dir: str | None) -> str:
     return text
 
 
-def _kept(records: Any, skip: Sequence[str]) -> np.ndarray:
-    """Positions whose file name ends in none of `skip`. Reads every record once."""
-    names = (record.get("file_name", b"") for record in records)
-    endings = tuple(ending.encode() for ending in skip)
-    return np.array([i for i, name in enumerate(names) if not name.endswith(endings)], np.int64)
-
-
-@functools.lru_cache(maxsize=1)
-def _suffixes() -> frozenset[str]:
-    return frozenset(IMAGE_SUFFIXES)
+def _file_name(record: dict[str, Any]) -> str:
+    name = record.get("file_name", b"")
+    return name.decode() if isinstance(name, bytes) else name
 
 
 def _is_image(name: str, skip: Sequence[str]) -> bool:
-    suffix = "." + name.rsplit(".", 1)[-1].lower()
-    return suffix in _suffixes() and not name.endswith(tuple(skip))
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(tuple(skip))
