@@ -198,7 +198,10 @@ class ViT(nnx.Module):
                 **common,
             )
 
-        self.blocks = nnx.List([block(index) for index in range(depth)])
+        # Text keys, as in the parameter tree: `nnx.merge` pairs both sides in sorted order, and
+        # for text that is 0, 1, 10, 11, 2, ... An nnx.List (sorted by number) would get its
+        # blocks permuted, without an error, from depth 11 on.
+        self.blocks = nnx.Dict({str(index): block(index) for index in range(depth)})
         self.norm = (
             layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
         )
@@ -298,7 +301,8 @@ class ViT(nnx.Module):
             prefix = self.cls + self.registers
             rotate = layers.Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
         kept = {}
-        for index, block in enumerate(self.blocks):
+        for index in range(self.depth):
+            block = self.blocks[str(index)]
             block_drops = None if drops is None else drops[:, index]
             x = self._run_block(block, x, block_drops, shared_bias, rotate)
             if index in keep:

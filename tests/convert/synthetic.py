@@ -145,6 +145,8 @@ def _value(rng, name, shape, dtype):
     ):
         return (1 + 0.2 * noise).astype(dtype)
     fan_in = math.prod(shape[1:]) if len(shape) in (2, 4) else 4
+    if name.endswith("kernel"):  # flax: inputs first, perhaps behind the block number
+        fan_in = 32
     return np.asarray(noise / np.sqrt(max(fan_in, 1)), dtype)
 
 

@@ -385,3 +385,19 @@ def test_half_precision_storage_keeps_float16_sources_exact(tmp_path):
     kernel = result.params["encoder"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]
     assert kernel.dtype.name == "bfloat16"
     assert result.spec.source_dtypes["visual.conv1.weight"] == "float16"
+
+
+def test_blocks_beyond_ten_stay_in_order(tmp_path, monkeypatch):
+    """Sorted as text, 10 comes before 2: nothing on the way may go by that order."""
+    monkeypatch.setitem(synthetic.SMALL, "depth", 12)
+    name = "deit_base_patch16_224"
+    monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+    given = synthetic.structure(name)
+    trees = synthetic.values(given)
+    path = synthetic.write(given, trees, tmp_path)
+    importing.import_file(name, path, tmp_path / "model")
+    model = model_folder.load_model(tmp_path / "model")
+    images = _images(12)
+    oracle, tensors = oracles.reference(name, "classifier", trees)
+    expected = oracle(tensors, model.spec.arch, images, tmp_path / "torch")
+    assert difference(np.asarray(model(images).tokens), expected) < TOLERANCE
