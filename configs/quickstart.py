@@ -20,11 +20,11 @@ def get_config(arg: str = ""):
     config.student.arch.update({**STUDENT, "image_size": 98})
     config.teacher.image_size = 98
     config.data.update(
-        name="photos", eval_split="test", data_dir="data", image_size=98, min_area=0.3, threads=2
+        name="photos", eval_split="test", data_dir="data", image_size=98, min_area=0.5, threads=2
     )
-    config.update(batch_size=32, steps=240, log_every=10)
-    config.eval.update(every=80, batches=4)
-    config.checkpoint.every = 80
+    config.update(batch_size=32, steps=400, log_every=10)
+    config.eval.update(every=100, batches=4)
+    config.checkpoint.every = 100
     # Absolute rates: a short run on few images wants a higher peak and hardly any decay.
     config.optim.update(peak_lr=1.5e-3, start_lr=1e-5, min_lr=1e-5, lr_batch=32, warmup_epochs=0.5)
     return base.shrink(config) if base.arguments(arg)["smoke"] else config

@@ -57,6 +57,7 @@ def make_train_step(
     were and is counted in the metric "nonfinite".
     """
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
+    decay = ema_decay or 0.0
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
@@ -70,8 +71,8 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema is not None and ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        if ema is not None:
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))

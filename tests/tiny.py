@@ -1,10 +1,10 @@
 """A distillation of toy size: a real teacher folder, a real config, seconds on a CPU."""
 
-from configs import base
 from flax import nnx
 import jax
 import numpy as np
 
+from configs import base
 from fd_jax import model_folder
 from fd_jax.models import spec as specs
 
