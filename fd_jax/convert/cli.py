@@ -6,8 +6,8 @@ import sys
 
 import jax
 
-from fd_jax.convert import exporting, importing, listing, rules
-from fd_jax.errors import UserError
+from fd_jax.convert import exporting, importing, listing, rules, verifying
+from fd_jax.errors import ConversionError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, help="file, or folder for huggingface")
     command.add_argument("--overwrite", action="store_true", help="replace what stands there")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("verify", help="compare a model folder with torch, by block")
+    command.add_argument("--source", required=True, help="source of the file")
+    command.add_argument("--input", required=True, help="the file")
+    command.add_argument("--model", required=True, help="the model folder made from it")
+    command.add_argument("--part", help="which network of a file that holds several")
+    command.add_argument(
+        "--allow-other-hash", action="store_true", help="take a file with another SHA-256"
+    )
+    command.set_defaults(run=_verify)
     return parser
 
 
@@ -66,6 +76,19 @@ def _export(arguments: argparse.Namespace) -> None:
     if left:
         print(f"the layout has no place for {', '.join(rules.summarize(left))}")
     print(f"wrote {arguments.output}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    compared = verifying.verify(
+        arguments.source,
+        arguments.input,
+        arguments.model,
+        part=arguments.part,
+        allow_other_hash=arguments.allow_other_hash,
+    )
+    print(verifying.report(compared))
+    if not compared.agrees:
+        raise ConversionError(f"the features differ by more than {verifying.TOLERANCE:g}")
 
 
 def _import(arguments: argparse.Namespace) -> None:

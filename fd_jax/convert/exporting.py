@@ -145,7 +145,7 @@ def _write_safetensors(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
 def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """uint8 images [b, H, W, 3] -> tokens [b, N, D] float32, weights inside; see `jax.export`."""
     definition, _ = spec.abstract()
-    encoder = _nested_encoder(params)
+    encoder = nested_encoder(params)
 
     def forward(images):
         return nnx.merge(definition, encoder)(spec.normalize(images)).tokens
@@ -168,7 +168,8 @@ FORMATS: dict[str, Callable[[ModelSpec, dict[str, np.ndarray], Path], list[str]]
 }
 
 
-def _nested_encoder(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nested_encoder(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The encoder of a flat dict of parameters, nested and in float32."""
     tree: dict[str, Any] = {}
     for path, array in params.items():
         part, *parents, leaf = path.split("/")

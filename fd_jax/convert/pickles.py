@@ -284,7 +284,9 @@ def _checked_key(key: Any) -> Any:
     return key
 
 
-def _storage(pid: Any) -> Storage:
+def _storage(pid: Any) -> Storage | Name:
+    if pid[0] == "module":  # old files keep a network's class and its source text here
+        return pid[1]
     kind, storage_class, key, _, length = pid[:5]
     if kind != "storage" or (len(pid) > 5 and pid[5] is not None):
         raise ValueError("a reference that is not a plain storage")

@@ -137,7 +137,7 @@ def check_shape(path: Path, name: str, shape: object) -> tuple[int, ...]:
     return sizes
 
 
-def walk(tree: object, join: str = "/", limit: int = 1_000_000) -> Iterator[tuple[str, object]]:
+def walk(tree: object, join: str = "/", limit: int = 200_000) -> Iterator[tuple[str, object]]:
     """Leaves of nested mappings as (joined name, value).
 
     Depth and number of leaves are bounded, since a small file can hold references that expand to

@@ -1,0 +1,172 @@
+"""Compares a model folder with the file it came from, both run on the same input.
+
+The reference is the class of transformers for this network, running in torch, with the parameters
+of the file (not of the folder) in the names it expects.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+import tempfile
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+import numpy as np
+
+from fd_jax import model_folder
+from fd_jax.convert import exporting, importing
+from fd_jax.convert.tensors import DTYPES
+from fd_jax.errors import ConversionError
+from fd_jax.models.spec import ModelSpec
+
+TOLERANCE = 1e-4  # relative to the largest value, float32, of a whole network
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Largest differences between a model folder and the reference.
+
+    Attributes:
+      parameters: how many arrays were compared with the file's, all bit for bit.
+      rows: (what, largest difference, largest value of the reference).
+    """
+
+    parameters: int
+    rows: list[tuple[str, float, float]]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every row is within the tolerance."""
+        return all(off <= TOLERANCE * largest for _, off, largest in self.rows)
+
+
+def verify(
+    source: str,
+    path: str | os.PathLike[str],
+    folder: epath.PathLike,
+    *,
+    part: str | None = None,
+    allow_other_hash: bool = False,
+) -> Compared:
+    """Compares parameters bit for bit, and the features of every block with the reference.
+
+    Args:
+      source: name of the source of the file.
+      path: the file or Hugging Face folder.
+      folder: the model folder made from it.
+      part: which network of the file.
+      allow_other_hash: as in the import.
+
+    Raises:
+      ConversionError: torch or transformers is missing, or the parameters are not the file's.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConversionError(
+            f"verify compares with torch; pip install torch transformers ({error})"
+        ) from error
+    spec, params = model_folder.load(folder)
+    params = exporting.flat(params)
+    dtype = next(iter(params.values())).dtype.name
+    # The reference's parameters come from the file, at the size and in the dtype of the folder.
+    read = importing.read(
+        source,
+        path,
+        part=part,
+        image_size=spec.arch["image_size"],
+        dtype=dtype,
+        allow_other_hash=allow_other_hash,
+    )
+    _compare_parameters(exporting.flat(read.params), params)
+    size = spec.arch["image_size"]
+    images = np.random.default_rng(_SEED).standard_normal((1, size, size, 3)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "reference"
+        _write_reference(read, reference)
+        model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
+    pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
+    with torch.no_grad():
+        theirs = [state.numpy() for state in _torch_tokens(model, pixels)]
+    ours = _our_tokens(spec, params, images)
+    names = ["embedding", *(f"block {i}" for i in range(spec.arch["depth"])), "final norm"]
+    rows = [
+        (name, float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+        for name, found, expected in zip(names, ours, theirs, strict=False)
+    ]
+    return Compared(len(params), rows)
+
+
+def report(compared: Compared) -> str:
+    """The comparison as a table."""
+    lines = [f"{compared.parameters} parameters equal the file's, bit for bit"]
+    lines += ["largest difference after each part, and relative to the largest value:"]
+    lines += [f"  {what:10} {off:.2e} {off / large:.2e}" for what, off, large in compared.rows]
+    return "\n".join(lines)
+
+
+def _write_reference(read: importing.Imported, folder: Path) -> None:
+    params = {
+        name: np.asarray(array, DTYPES["float32"])
+        for name, array in exporting.flat(read.params).items()
+        if name.startswith("encoder/")
+    }
+    spec = dataclasses.replace(read.spec, classes=0)
+    exporting.FORMATS["huggingface"](spec, params, folder)
+
+
+def _compare_parameters(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [
+        path
+        for path in sorted(expected.keys() & found.keys())
+        if not np.array_equal(expected[path], found[path])
+    ]
+    if wrong:
+        raise ConversionError(
+            f"the model folder does not hold the parameters of the file: {', '.join(wrong)}"
+        )
+
+
+def _our_tokens(
+    spec: ModelSpec, params: dict[str, np.ndarray], images: np.ndarray
+) -> list[np.ndarray]:
+    definition, _ = spec.abstract()
+    encoder = exporting.nested_encoder(params)
+
+    @jax.jit
+    def run(encoder: Any, images: jax.Array) -> list[jax.Array]:
+        module: Any = nnx.merge(definition, encoder)
+        maps = module.intermediates(images, range(spec.arch["depth"]))
+        final = [module(images).tokens] if spec.arch["final_norm"] else []
+        return [module.embed(images), *(found.tokens for found in maps), *final]
+
+    with jax.default_matmul_precision("highest"):
+        return [np.asarray(tokens) for tokens in run(encoder, images)]
+
+
+def _torch_tokens(model: Any, pixels: Any) -> list[Any]:
+    """What enters the first block, what leaves each, and the normalised end."""
+    caught: list[Any] = []
+
+    def keep(_, arguments, output):
+        if not caught:
+            caught.append(arguments[0])
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = next(
+        module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("layer", "layers")
+    )
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    tokens = model(pixels).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    if model.config.model_type == "clip_vision_model":  # normalises the class token only
+        tokens = getattr(model, "vision_model", model).post_layernorm(tokens)
+    return [*caught, tokens]

@@ -1,0 +1,234 @@
+"""The commands as a user runs them."""
+
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fd_jax import model_folder
+from fd_jax.convert import cli, importing, listing, sources, verifying
+from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
+from tests.convert import synthetic
+
+ROOT = Path(__file__).parents[2]
+NAME = "fd_official_distilled_clip_vit_b"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sources of shrunk files in the place of the real ones."""
+    for name in synthetic.names():
+        monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+
+
+@pytest.fixture
+def weights(small, tmp_path):
+    """A shrunk file of the official distillation."""
+    given = synthetic.structure(NAME)
+    return synthetic.write(given, synthetic.values(given), tmp_path)
+
+
+def run(*arguments):
+    """Runs a command in this process; returns its status."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_import_says_what_it_read_dropped_and_resized(weights, tmp_path, capsys):
+    output = tmp_path / "model"
+    status = run("import", "--source", NAME, "--input", weights, "--output", output)
+    out = capsys.readouterr().out
+    assert status == 0
+    assert f"as {NAME}" in out
+    assert "dropped 62 tensors, the frozen teacher (take it with --part=teacher)" in out
+    assert "beside the weights: optimizer/state/0/step" in out
+    status = run(
+        *("import", "--source", NAME, "--input", weights, "--output", output),
+        *("--overwrite", "--image-size", 20),
+    )
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "resized encoder/rel_pos_bias/table from [28, 2] to [84, 2] (geometric)" in out
+    assert model_folder.load_spec(output).arch["image_size"] == 20
+
+
+def test_part_takes_the_teacher_inside(weights, tmp_path, capsys):
+    output = tmp_path / "model"
+    common = ("import", "--source", NAME, "--input", weights, "--output", output)
+    assert run(*common, "--part", "decoder") == 2
+    assert "has no part 'decoder'; expected one of student, teacher" in capsys.readouterr().err
+    assert run(*common, "--part", "teacher") == 0
+    spec = model_folder.load_spec(output)
+    assert spec.source == f"{NAME}:teacher" and spec.arch["ln_pre"]
+
+
+def test_an_existing_folder_is_never_overwritten_unasked(weights, tmp_path, capsys):
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    assert run("import", "--source", NAME, "--input", weights, "--output", output) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+    assert [p.name for p in output.iterdir()] == ["mine.txt"]
+    model = tmp_path / "other"
+    assert run("import", "--source", NAME, "--input", weights, "--output", model) == 0
+    (tmp_path / "t.safetensors").write_text("precious")
+    export = (
+        "export",
+        "--format",
+        "timm",
+        "--input",
+        model,
+        "--output",
+        tmp_path / "t.safetensors",
+    )
+    assert run(*export) == 2
+    assert (tmp_path / "t.safetensors").read_text() == "precious"
+    assert run(*export, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "dino_vitb16"}, f"the file fits .*{NAME}"),
+        ({"source": "dino"}, "no source is named 'dino'; expected one of"),
+        ({"image_size": 13}, "image_size 13 is not divisible by patch_size 4"),
+        ({"dtype": "int8"}, "dtype 'int8'; expected one of float32"),
+    ],
+)
+def test_wrong_requests_are_one_clear_error(changes, message, weights, tmp_path):
+    arguments = {"source": NAME, **changes}
+    with pytest.raises((ConversionError, ConfigError), match=message):
+        importing.import_file(path=weights, output=tmp_path / "model", **arguments)
+    assert not (tmp_path / "model").exists()
+
+
+def test_inspect_shows_everything_and_which_sources_fit(weights, capsys):
+    assert run("inspect", "--input", weights) == 0
+    out = capsys.readouterr().out
+    assert "torch zip" in out
+    assert "model/encoder.blocks.*.attn.qkv.weight float32[96, 32] x 2" in out
+    assert "float16: " in out and "bytes" in out
+    assert "config: yacs.config.CfgNode" in out
+    assert f"{NAME}: fits completely" in out
+    assert f"{NAME} --part=teacher: fits completely" in out
+
+
+def test_inspect_reads_a_model_folder(weights, tmp_path, capsys):
+    importing.import_file(NAME, weights, tmp_path / "model")
+    assert run("inspect", "--input", tmp_path / "model") == 0
+    out = capsys.readouterr().out
+    assert "fd_jax model folder" in out and '"source_sha256"' in out
+    assert "encoder/rel_pos_bias/table float32[28, 2]" in out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "openai_clip_vit_b16",
+        "deit_base_patch16_224",
+        "dinov2_vitb14_reg4",
+        "dinov3_vitb16_hf",
+        "siglip2_base_patch16_224_bigvision",
+        NAME,
+        "timm_beit_base_patch16_224",
+    ],
+)
+def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
+    given = synthetic.structure(name)
+    path = synthetic.write(given, synthetic.values(given), tmp_path)
+    importing.import_file(name, path, tmp_path / "model")
+    arguments = ("verify", "--source", name, "--input", path, "--model", tmp_path / "model")
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "bit for bit" in out and "block 1" in out
+    assert ("final norm" in out) == (name != "timm_beit_base_patch16_224")
+
+
+def test_verify_sees_another_file_and_another_network(weights, tmp_path, capsys):
+    spec, params = (result := importing.read(NAME, weights)).spec, result.params
+    changed = {**params, "projector": {**params["projector"]}}
+    changed["projector"]["bias"] = params["projector"]["bias"] + np.float32(1e-3)
+    model_folder.save(tmp_path / "model", spec, changed)
+    arguments = ("verify", "--source", NAME, "--input", weights, "--model", tmp_path / "model")
+    assert run(*arguments) == 2
+    assert "does not hold the parameters of the file: projector/bias" in capsys.readouterr().err
+    rows = [("block 0", 2e-4, 1.0)]
+    assert not verifying.Compared(1, rows).agrees
+
+
+def test_sources_prints_the_table_of_the_docs(capsys):
+    assert run("sources") == 0
+    table = capsys.readouterr().out.strip()
+    assert len(table.splitlines()) == len(sources.SOURCES) + 2
+    assert table in (ROOT / "docs" / "conversion.md").read_text(), (
+        "docs/conversion.md is not up to date: paste the output of `convert_checkpoints.py sources`"
+    )
+
+
+def test_every_source_is_tested_and_documented():
+    assert set(synthetic.names()) | {"dinov2_vits14_onnx"} == set(sources.SOURCES)
+    for source in sources.SOURCES.values():
+        assert source.file and source.oracle, source.name
+
+
+def test_the_script_exits_2_with_one_line_on_a_bad_file(tmp_path):
+    (tmp_path / "f.pt").write_bytes(b"PK\x03\x04 not really")
+    done = subprocess.run(
+        [sys.executable, "convert_checkpoints.py", "inspect", f"--input={tmp_path / 'f.pt'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "zip directory" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+KILLED = """
+import sys, time
+from fd_jax import checkpoint
+from fd_jax.convert import importing, sources
+from tests.convert import synthetic
+sources.SOURCES[{name!r}] = synthetic.small_source({name!r})
+save = checkpoint.save_tree
+def slow(path, tree):
+    save(path, tree)
+    print("written", flush=True)
+    time.sleep(60)
+checkpoint.save_tree = slow
+importing.import_file({name!r}, {weights!r}, {output!r}, overwrite={overwrite})
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_leaves_no_half_written_folder(overwrite, weights, tmp_path):
+    """Killed when the arrays are on disk but the folder is not complete."""
+    output = tmp_path / "model"
+    if overwrite:
+        importing.import_file(NAME, weights, output, image_size=16)
+    script = KILLED.format(name=NAME, weights=str(weights), output=str(output), overwrite=overwrite)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "written"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if overwrite:
+        assert model_folder.load(output)[0].arch["image_size"] == 16  # the old one, whole
+    else:
+        assert not output.exists()
+        with pytest.raises(ModelFolderError, match="no model folder"):
+            model_folder.load(output)
+    importing.import_file(NAME, weights, output, overwrite=overwrite)
+    assert model_folder.load(output)[0].arch["image_size"] == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.pth"]
+
+
+def test_the_report_names_few_kinds():
+    kinds = [f"decoder.{letter}.weight" for letter in "abcdef"]
+    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {})
+    assert re.search("dropped 6 tensors.*and 3 more kinds", listing.import_report(result))

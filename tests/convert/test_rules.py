@@ -1,0 +1,143 @@
+"""Tables: both directions, and one error that lists everything."""
+
+import numpy as np
+import pytest
+
+from fd_jax.convert import rules, transforms
+from fd_jax.convert.rules import Derived, Drop, Rule, Table
+from fd_jax.convert.tensors import Tensor
+from fd_jax.errors import ConversionError
+
+ARCH = {"depth": 2, "width": 4}
+TABLE = Table(
+    (
+        Rule("blocks.{i}.w", "encoder/blocks/{i}/kernel", transforms.LINEAR),
+        Rule("a", "encoder/a"),
+        Rule("head.weight", "head/kernel", transforms.LINEAR, optional=True),
+        Rule("head.bias", "head/bias", optional=True),
+    ),
+    (Drop("text.*", "the text tower"),),
+    (Derived("index", lambda arch: np.arange(arch["width"])),),
+)
+SHAPES = {
+    "encoder/blocks/0/kernel": (4, 3),
+    "encoder/blocks/1/kernel": (4, 3),
+    "encoder/a": (4,),
+    "head/kernel": (4, "K"),
+    "head/bias": ("K",),
+}
+
+
+def tensor(name, shape, dtype="float32", value=None):
+    return Tensor(
+        name, shape, dtype, lambda: np.zeros(shape, dtype) if value is None else np.array(value)
+    )
+
+
+def a_file(**changes):
+    shapes = {"blocks.0.w": (3, 4), "blocks.1.w": (3, 4), "a": (4,), "text.x": (7,)}
+    tensors = {name: tensor(name, shape) for name, shape in shapes.items()}
+    tensors |= {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def problems(**changes):
+    return rules.match(TABLE, a_file(**changes), SHAPES, ARCH).problems
+
+
+def test_a_file_that_fits():
+    found = rules.match(TABLE, a_file(), SHAPES, ARCH)
+    assert not found.problems and found.found == found.expected == 3
+    assert found.dropped == {"the text tower": ["text.x"]}
+    converted = dict(rules.convert(found, a_file()))
+    assert {k: v.shape for k, v in converted.items()} == {
+        k: v for k, v in SHAPES.items() if k.startswith("encoder")
+    }
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems(
+        blocks__0__w=None,
+        blocks__1__w=tensor("blocks.1.w", (4, 3)),
+        a=tensor("a", (4,), "int64"),
+        stray=tensor("stray", (1,)),
+        index=tensor("index", (4,), "int64", [0, 1, 2, 9]),
+    )
+    assert found == [
+        "missing blocks.0.w [3, 4]",
+        "blocks.1.w has shape [4, 3], expected [3, 4]",
+        "a has dtype int64, expected one of float32, float16, bfloat16",
+        "index does not hold the values that follow from the architecture",
+        "unexpected stray",
+    ]
+
+
+def test_sizes_that_only_the_file_knows_must_agree():
+    head = {
+        "head__weight": tensor("head.weight", (10, 4)),
+        "head__bias": tensor("head.bias", (10,)),
+    }
+    assert not problems(**head)
+    head["head__bias"] = tensor("head.bias", (9,))
+    assert problems(**head) == ["head.bias has shape [9], expected [K]"]
+
+
+def test_nan_in_a_derived_tensor_is_refused():
+    values = np.array([0, 1, np.nan, 3])
+    assert problems(index=tensor("index", (4,), "float64", values))
+
+
+def test_a_parameter_without_a_rule_is_a_fault_of_the_table():
+    shapes = {**SHAPES, "encoder/b": (1,)}
+    found = rules.match(TABLE, a_file(), shapes, ARCH)
+    assert found.problems == ["no rule fills the parameter encoder/b"]
+
+
+def test_writing_what_the_model_lacks_is_refused():
+    params = {"encoder/a": np.zeros(4), "encoder/blocks/0/kernel": np.zeros((4, 3))}
+    with pytest.raises(ConversionError, match="lacks .*encoder/blocks/1/kernel"):
+        dict(rules.invert(TABLE, params, ARCH, derived=True))
+
+
+def test_names_are_summarised_by_block_number():
+    names = [f"blocks.{i}.mlp.0.w" for i in range(12)] + ["norm1.w", "img/encoderblock_3/k"]
+    assert rules.summarize(names) == [
+        "blocks.*.mlp.*.w (12)",
+        "norm1.w",
+        "img/encoderblock_3/k",
+    ]
+
+
+WIDTH, HEADS = 8, 2
+ONE = {
+    transforms.SAME: (3, 4),
+    transforms.LINEAR: (WIDTH, 5),
+    transforms.CONV: (2, 2, 3, WIDTH),
+    transforms.CONV_1X1: (WIDTH, 5),
+    transforms.VECTOR_TOKEN: (1, 1, WIDTH),
+    transforms.MATRIX_TOKENS: (1, 5, WIDTH),
+    transforms.FUSED_QKV: (WIDTH, 3, WIDTH),
+    transforms.SPLIT_QKV: (WIDTH, 3, WIDTH),
+    transforms.SPLIT_QKV_IN_OUT: (WIDTH, 3, WIDTH),
+    transforms.SPLIT_POSITIONS: (1, 5, WIDTH),
+    transforms.split_qkv_heads(HEADS): (WIDTH, 3, WIDTH),
+    transforms.heads_bias(HEADS): (WIDTH,),
+    transforms.heads_out(HEADS): (WIDTH, WIDTH),
+}
+SEVERAL = {
+    transforms.FUSED_QKV_BIAS: [(WIDTH,)] * 3,
+    transforms.MASKED_QKV_BIAS: [(WIDTH,)] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("transform", "shapes"), [(t, [s]) for t, s in ONE.items()] + list(SEVERAL.items())
+)
+def test_transforms_are_inverted_bit_for_bit(transform, shapes):
+    rng = np.random.default_rng(0)
+    ours = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+    theirs = transform.inverse(*ours)
+    assert tuple(array.shape for array in theirs) == transform.source_shapes(*shapes)
+    for before, after in zip(ours, transform.forward(*theirs), strict=True):
+        assert after.dtype == before.dtype
+        np.testing.assert_array_equal(before, after)
