@@ -23,3 +23,23 @@ def embedded_data(tmp_path_factory):
     for name in ("photos", "digits"):
         prepare.prepare(name, data_dir=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A model folder of toy size with random weights."""
+    from tests import tiny
+
+    return tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(teacher, embedded_data, tmp_path_factory):
+    """Workdir and result of an unbroken run of `tiny.config`."""
+    from fd_jax import loop
+    from fd_jax.tasks.distill import DistillTask
+    from tests import tiny
+
+    workdir = tmp_path_factory.mktemp("finished")
+    config = tiny.config(teacher, **{"data.data_dir": embedded_data})
+    return workdir, loop.fit(DistillTask(config), config, workdir)

@@ -22,11 +22,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
-
-
 @pytest.fixture
 def config(teacher, embedded_data):
     return tiny.config(teacher, **{"data.data_dir": embedded_data})
@@ -38,14 +33,6 @@ def fit(config, workdir, **kwargs):
 
 def losses(workdir):
     return [row["loss"] for row in metrics.read(workdir) if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def finished(teacher, embedded_data, tmp_path_factory):
-    """An unbroken run, which others are compared with."""
-    workdir = tmp_path_factory.mktemp("finished")
-    result = fit(tiny.config(teacher, **{"data.data_dir": embedded_data}), workdir)
-    return workdir, result
 
 
 def test_workdir_holds_what_the_contract_says(finished):

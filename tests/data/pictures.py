@@ -1,0 +1,88 @@
+"""Small sources and transforms that worker processes can import."""
+
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+
+from fd_jax.data.sources import BrokenImageError, Example, SkippedError
+
+SIDE = 4
+
+
+class Pictures:
+    """Pictures whose every pixel is their index."""
+
+    name = "pictures"
+    num_classes = 7
+
+    def __init__(self, size, *, broken=(), skipped=()):
+        self.size, self.broken, self.skipped = size, broken, skipped
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BrokenImageError("cut off")
+        if index in self.skipped:
+            raise SkippedError
+        return Example(np.full((SIDE, SIDE, 3), index % 256, np.uint8), index % 7)
+
+    def describe(self, index):
+        return f"picture-{index}"
+
+
+class Noise:
+    """Adds noise from the generator it is given, so that any other generator shows."""
+
+    image_size = SIDE
+
+    def __call__(self, image, rng):
+        return image + rng.integers(0, 256, image.shape, dtype=np.uint8)
+
+
+class Plain:
+    """Leaves pictures as they are."""
+
+    image_size = SIDE
+
+    def __call__(self, image, rng):
+        return image
+
+
+class Hangs(Plain):
+    """Sleeps over one picture."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def __call__(self, image, rng):
+        if image[0, 0, 0] == self.index:
+            time.sleep(6)
+        return image
+
+
+class Stops(Plain):
+    """Sends its own process a signal at one picture, once; tells its id first."""
+
+    def __init__(self, index, number, pid_file):
+        self.index, self.number, self.pid_file = index, number, pid_file
+
+    def __call__(self, image, rng):
+        if image[0, 0, 0] == self.index:
+            pathlib.Path(self.pid_file).write_text(str(os.getpid()))
+            os.kill(os.getpid(), self.number)
+        return image
+
+
+class Wrong(Plain):
+    """Has a bug."""
+
+    def __call__(self, image, rng):
+        raise TypeError("a bug, not a broken picture")
+
+
+SIGKILL, SIGSTOP = signal.SIGKILL, signal.SIGSTOP

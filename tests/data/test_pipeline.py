@@ -1,0 +1,253 @@
+"""The order of examples is arithmetic; nothing about hosts, threads or processes may show in it."""
+
+import itertools
+import json
+import os
+import pathlib
+
+from absl import logging
+import numpy as np
+import pytest
+
+from fd_jax.data import pipeline
+from fd_jax.errors import DataError
+from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Noise, Pictures, Plain, Stops, Wrong
+
+SIZE, BATCH, SEED = 29, 4, 5  # 7 batches an epoch, one example left over
+
+
+@pytest.fixture
+def loader():
+    """Makes loaders and closes them."""
+    opened = []
+
+    def make(source=None, transform=None, **options):
+        source = Pictures(SIZE) if source is None else source
+        options = {"batch_size": BATCH, "seed": SEED, "threads": 2, **options}
+        opened.append(pipeline.TrainLoader(source, transform or Noise(), **options))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    """Three epochs, read with one thread."""
+    made = pipeline.TrainLoader(Pictures(SIZE), Noise(), batch_size=BATCH, seed=SEED, threads=1)
+    batches = take(made, 21)
+    made.close()
+    return batches
+
+
+def test_batches_hold_what_is_documented(unbroken):
+    batch = unbroken[0]
+    assert set(batch) == {"image", "label", "weight", "index"}
+    assert batch["image"].shape == (BATCH, 4, 4, 3) and batch["image"].dtype == np.uint8
+    assert batch["label"].dtype == batch["index"].dtype == np.int32
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 7)
+    np.testing.assert_array_equal(batch["weight"], np.ones(BATCH, np.float32))
+
+
+def test_an_epoch_visits_no_example_twice_and_epochs_differ(unbroken):
+    epochs = [
+        np.concatenate([batch["index"] for batch in unbroken[start : start + 7]])
+        for start in (0, 7, 14)
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == 28 and set(epoch) <= set(range(SIZE))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 1  # another example is left over
+
+
+def test_augmentation_differs_between_epochs(unbroken):
+    def noise_of(index, batches):
+        for batch in batches:
+            for row in np.flatnonzero(batch["index"] == index):
+                return batch["image"][row]
+        return None
+
+    common = set.intersection(
+        *({int(i) for b in unbroken[s : s + 7] for i in b["index"]} for s in (0, 7))
+    )
+    same = [np.array_equal(noise_of(i, unbroken[:7]), noise_of(i, unbroken[7:14])) for i in common]
+    assert not any(same)
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(4, 0), (2, 1), (2, 2)])
+def test_threads_and_worker_processes_do_not_show(loader, unbroken, threads, workers):
+    assert_same(take(loader(threads=threads, workers=workers), 9), unbroken[:9])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_read_the_same_global_batches(loader, unbroken, hosts):
+    shares = [take(loader(rows=rows), 9) for rows in np.array_split(np.arange(BATCH), hosts)]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_same(joined, unbroken[:9])
+
+
+def test_rows_need_not_be_neighbours(loader, unbroken):
+    got = take(loader(rows=np.array([0, 3]), workers=0), 3)
+    wanted = [{name: value[[0, 3]] for name, value in batch.items()} for batch in unbroken[:3]]
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("start", [1, 7, 12])
+def test_resuming_equals_never_stopping(loader, unbroken, start):
+    assert_same(take(loader(start_step=start), 21 - start), unbroken[start:])
+
+
+def test_resuming_with_workers_equals_never_stopping(loader, unbroken):
+    assert_same(take(loader(start_step=5, workers=2), 4), unbroken[5:9])
+
+
+def test_another_seed_is_another_order(loader, unbroken):
+    assert not np.array_equal(next(loader(seed=SEED + 1))["index"], unbroken[0]["index"])
+
+
+def test_indices_and_state_tell_where_a_step_stands(loader, unbroken):
+    made = loader()
+    for step in (0, 6, 7, 20):
+        np.testing.assert_array_equal(made.indices(step), unbroken[step]["index"])
+    assert json.loads(json.dumps(made.state(16))) == {"epoch": 2, "batch": 2, "replaced": []}
+
+
+def test_an_epoch_shorter_than_a_batch_is_refused(loader):
+    with pytest.raises(DataError, match="pictures has 29 examples, fewer than one batch of 30"):
+        loader(batch_size=30)
+
+
+def test_a_broken_example_gives_way_to_the_next_of_the_order(loader, unbroken, caplog):
+    broken, following = unbroken[0]["index"][1:3]
+    logging.get_absl_logger().addHandler(caplog.handler)
+    made = loader(Pictures(SIZE, broken={broken}))
+    batches = take(made, 7)
+    np.testing.assert_array_equal(
+        batches[0]["index"], np.where(unbroken[0]["index"] == broken, following, made.indices(0))
+    )
+    np.testing.assert_array_equal(batches[0]["image"][1], unbroken[0]["image"][2])
+    assert_same(batches[1:], unbroken[1:7])
+    assert made.state(7)["replaced"] == [broken]
+    assert f"picture-{broken}: cut off" in caplog.text
+
+
+def test_replacements_are_the_same_on_every_host(loader):
+    source = Pictures(SIZE, broken={3, 8, 9, 20})
+    whole = take(loader(source), 7)
+    halves = [take(loader(source, rows=rows), 7) for rows in np.array_split(np.arange(BATCH), 2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(
+            batch["index"], np.concatenate([first["index"], second["index"]])
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_examples_stop_the_run_with_the_list(loader, workers):
+    made = loader(Pictures(SIZE, broken={3, 8, 20}), max_broken=2, workers=workers)
+    with pytest.raises(DataError, match="3 broken images.*max_broken=2") as error:
+        take(made, 21)
+    for index in (3, 8, 20):
+        assert f"picture-{index}: cut off" in str(error.value)
+
+
+def test_a_broken_example_counts_once_however_often_it_comes(loader):
+    made = loader(Pictures(SIZE, broken={3}), max_broken=1)
+    assert len(take(made, 28)) == 28 and list(made.replaced) == [3]
+
+
+def test_nothing_readable_stops_at_once(loader):
+    with pytest.raises(DataError, match="3 broken images"):
+        next(loader(Pictures(SIZE, broken=set(range(SIZE))), max_broken=2))
+
+
+def test_examples_to_skip_are_replaced_but_not_broken(loader, unbroken):
+    skipped, following = unbroken[0]["index"][:2]
+    made = loader(Pictures(SIZE, skipped={skipped}), max_broken=0)
+    assert next(made)["index"][0] == following and not made.replaced
+
+
+def test_a_bug_is_no_broken_picture(loader):
+    with pytest.raises(TypeError, match="a bug"):
+        next(loader(transform=Wrong()))
+
+
+def test_a_read_that_hangs_is_named(loader, unbroken):
+    stuck = unbroken[2]["index"][1]
+    made = loader(transform=Hangs(stuck), timeout=1.0)
+    with pytest.raises(DataError, match=f"no batch for step .* within 1 s: .*picture-{stuck}"):
+        take(made, 3)
+
+
+def test_a_worker_that_dies_is_named(loader, unbroken, tmp_path):
+    at = unbroken[3]["index"][0]  # batch 3 is worker 1's second
+    made = loader(transform=Stops(at, SIGKILL, tmp_path / "pid"), workers=2, threads=1)
+    with pytest.raises(DataError, match=r"worker died before step [23]: .*worker [01] of 2") as got:
+        take(made, 8)
+    assert "exit code -9" in str(got.value)
+
+
+def test_a_worker_that_is_stuck_is_named_and_ended(loader, unbroken, tmp_path):
+    at = unbroken[5]["index"][0]  # batch 5 is worker 1's third
+    made = loader(transform=Stops(at, SIGSTOP, tmp_path / "pid"), workers=2, threads=1, timeout=4.0)
+    with pytest.raises(DataError, match=r"no batch for step \d within 4 s: .*worker 1 of 2") as got:
+        take(made, 8)
+    pid = pathlib.Path(tmp_path / "pid").read_text()
+    assert f"(process {pid})" in str(got.value)
+    made.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def test_evaluation_sees_every_example_once():
+    batches = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH))
+    assert [len(batch["image"]) for batch in batches] == [BATCH] * 8
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    index = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(index[weight > 0], np.arange(SIZE))
+    np.testing.assert_array_equal(index[weight == 0], [-1, -1, -1])
+    np.testing.assert_array_equal(batches[-1]["label"], [28 % 7, -1, -1, -1])
+    assert weight.sum() == SIZE
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_evaluation_is_exact_for_any_number_of_hosts(hosts):
+    whole = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH))
+    shares = [
+        list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH, rows=rows))
+        for rows in np.array_split(np.arange(BATCH), hosts)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+def test_evaluation_stops_after_its_limit():
+    batches = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH, limit=2))
+    np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(8))
+
+
+def test_evaluation_leaves_out_broken_examples_up_to_a_number():
+    source = Pictures(SIZE, broken={2, 6})
+    batches = list(pipeline.eval_batches(source, Plain(), batch_size=BATCH, max_broken=2))
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    np.testing.assert_array_equal(np.flatnonzero(weight[:SIZE] == 0), [2, 6])
+    with pytest.raises(DataError, match="2 broken images.*\n.*picture-2.*\n.*picture-6"):
+        list(pipeline.eval_batches(source, Plain(), batch_size=BATCH, max_broken=1))
