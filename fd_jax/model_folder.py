@@ -50,9 +50,15 @@ def save(
     checkpoint.save_tree(staging / "params", params)
     if first:
         (staging / "model.json").write_text(spec.to_json())
+        # The old one steps aside whole: a kill here never leaves a half-deleted model.
+        replaced = folder.parent / f".{folder.name}.replaced"
+        if replaced.exists():
+            replaced.rmtree()
         if folder.exists():
-            folder.rmtree()
+            folder.rename(replaced)
         staging.rename(folder)
+        if replaced.exists():
+            replaced.rmtree()
     _barrier("model_folder_done")
 
 

@@ -190,35 +190,52 @@ def test_the_script_exits_2_with_one_line_on_a_bad_file(tmp_path):
 
 KILLED = """
 import sys, time
+from etils import epath
 from fd_jax import checkpoint
 from fd_jax.convert import importing, sources
 from tests.convert import synthetic
 sources.SOURCES[{name!r}] = synthetic.small_source({name!r})
-save = checkpoint.save_tree
-def slow(path, tree):
-    save(path, tree)
-    print("written", flush=True)
+def stop():
+    print("stopped", flush=True)
     time.sleep(60)
-checkpoint.save_tree = slow
+save, local = checkpoint.save_tree, type(epath.Path("."))
+rmtree = local.rmtree
+if {moment!r} == "arrays are written":
+    checkpoint.save_tree = lambda path, tree: (save(path, tree), stop())
+else:
+    local.rmtree = lambda path: stop() if path.name.endswith(".replaced") else rmtree(path)
 importing.import_file({name!r}, {weights!r}, {output!r}, overwrite={overwrite})
 """
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_kill_leaves_no_half_written_folder(overwrite, weights, tmp_path):
-    """Killed when the arrays are on disk but the folder is not complete."""
+@pytest.mark.parametrize(
+    ("overwrite", "moment", "left"),
+    [
+        (False, "arrays are written", None),
+        (True, "arrays are written", 16),
+        (True, "the old folder goes", 12),
+    ],
+)
+def test_a_kill_leaves_no_half_written_folder(overwrite, moment, left, weights, tmp_path):
+    """After a kill there is no folder, the old one or the new one, by its image size."""
     output = tmp_path / "model"
     if overwrite:
         importing.import_file(NAME, weights, output, image_size=16)
-    script = KILLED.format(name=NAME, weights=str(weights), output=str(output), overwrite=overwrite)
+    script = KILLED.format(
+        name=NAME,
+        weights=str(weights),
+        output=str(output),
+        overwrite=overwrite,
+        moment=moment,
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline().strip() == "written"
+    assert process.stdout.readline().strip() == "stopped"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if overwrite:
-        assert model_folder.load(output)[0].arch["image_size"] == 16  # the old one, whole
+    if left is not None:
+        assert model_folder.load(output)[0].arch["image_size"] == left
     else:
         assert not output.exists()
         with pytest.raises(ModelFolderError, match="no model folder"):
