@@ -23,7 +23,7 @@ HostBatch = dict[str, Any]
 
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
-_GOODBYE = 3.0  # seconds that workers get to end by themselves
+_GOODBYE = 2.0  # seconds that workers get to end by themselves
 
 # What a random stream is for, so that no two purposes share one.
 _ORDER, _AUGMENT, _EVALUATE = range(1, 4)
