@@ -1,0 +1,91 @@
+"""Targets and losses against torch and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from fd_jax import losses
+
+
+@pytest.fixture
+def tokens():
+    rng = np.random.default_rng(0)
+    # A large common part, as real feature maps have: what cancels badly shows here.
+    return (rng.normal(size=(4, 9, 64)) + 30 * rng.normal(size=64)).astype(np.float32)
+
+
+def test_whiten_is_torchs_layer_norm_without_affine(tokens):
+    want = torch.nn.functional.layer_norm(torch.from_numpy(tokens).double(), (64,), eps=1e-5)
+    np.testing.assert_allclose(losses.whiten(tokens), want.numpy(), atol=2e-6)
+
+
+def test_whiten_with_another_eps_is_seen():
+    small = np.random.default_rng(0).normal(scale=1e-2, size=(4, 64)).astype(np.float32)
+    want = torch.nn.functional.layer_norm(torch.from_numpy(small), (64,), eps=1e-5).numpy()
+    np.testing.assert_allclose(losses.whiten(small), want, atol=2e-6)
+    assert np.abs(losses.whiten(small, eps=1e-6) - want).max() > 1e-3
+
+
+def test_whiten_takes_bfloat16_and_gives_float32(tokens):
+    assert losses.whiten(jnp.asarray(tokens, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_l2(tokens):
+    want = torch.nn.functional.normalize(torch.from_numpy(tokens), dim=-1, eps=1e-12)
+    np.testing.assert_allclose(losses.normalize_target(tokens, "l2"), want.numpy(), atol=1e-7)
+    np.testing.assert_array_equal(losses.l2_normalize(jnp.zeros((2, 3))), 0)
+
+
+def test_raw_target_is_untouched(tokens):
+    np.testing.assert_array_equal(losses.normalize_target(tokens, "none"), tokens)
+
+
+def test_unknown_normalisation_is_refused(tokens):
+    with pytest.raises(ValueError, match="expected one of"):
+        losses.normalize_target(tokens, "batch")
+
+
+def test_smooth_l1_spot_values():
+    distance = jnp.array([0.0, 1.0, 2.0, 3.0, -5.0])
+    np.testing.assert_allclose(
+        losses.smooth_l1(distance, jnp.zeros(5), beta=2.0), [0, 0.25, 1, 2, 4]
+    )
+
+
+def test_smooth_l1_and_gradient_are_torchs():
+    rng = np.random.default_rng(1)
+    prediction, target = rng.normal(scale=3, size=(2, 5, 7, 11)).astype(np.float32)
+    p = torch.from_numpy(prediction).requires_grad_()
+    want = torch.nn.functional.smooth_l1_loss(p, torch.from_numpy(target), beta=2.0)
+    want.backward()
+
+    def loss(prediction):
+        return jnp.mean(losses.smooth_l1(prediction, target, beta=2.0))
+
+    got, grad = jax.value_and_grad(loss)(prediction)
+    np.testing.assert_allclose(got, want.item(), rtol=1e-6)
+    np.testing.assert_allclose(grad, p.grad.numpy(), rtol=1e-5, atol=1e-9)
+    closed = np.clip((prediction - target) / 2, -1, 1) / prediction.size
+    np.testing.assert_allclose(grad, closed, rtol=1e-5, atol=1e-9)
+    wrong = jax.grad(lambda p: jnp.mean(losses.smooth_l1(p, target, beta=1.0)))(prediction)
+    assert np.abs(wrong - closed).max() > 1e-4
+
+
+def test_cross_entropy_is_torchs():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(scale=4, size=(6, 10)).astype(np.float32)
+    target = rng.dirichlet(np.ones(10), size=6).astype(np.float32)
+    want = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(target), reduction="none"
+    )
+    np.testing.assert_allclose(losses.cross_entropy(logits, target), want.numpy(), rtol=2e-6)
+
+
+def test_cosine_similarity_is_torchs(tokens):
+    other = np.roll(tokens, 1, axis=0)
+    want = torch.nn.functional.cosine_similarity(
+        torch.from_numpy(tokens), torch.from_numpy(other), dim=-1
+    )
+    np.testing.assert_allclose(losses.cosine_similarity(tokens, other), want.numpy(), atol=1e-6)

@@ -1,0 +1,181 @@
+"""Updates against torch and numpy, fed the same gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from fd_jax import optimizer
+
+STEPS = 5
+SCHEDULE = optimizer.Schedule(
+    start=1e-4, peak=1e-2, minimum=1e-5, warmup_steps=2, total_steps=10, lag=1
+)
+SHAPES = {
+    "blocks": {"0": {"fc1": {"kernel": (8, 6), "bias": (6,)}}, "1": {"table": (9, 4)}},
+    "cls_token": (1, 1, 8),
+    "head": {"kernel": (6, 3), "bias": (3,)},
+}
+NO_DECAY = (r"(^|/)cls_token$",)
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    is_shape = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    return jax.tree.map(
+        lambda shape: (scale * rng.normal(size=shape)).astype(np.float32), SHAPES, is_leaf=is_shape
+    )
+
+
+def gradients():
+    """Large at first, so that clipping acts, then small."""
+    return [tree(10 + step, scale=3.0 if step < 3 else 0.01) for step in range(STEPS)]
+
+
+def run(tx, params):
+    state = tx.init(params)
+    for grads in gradients():
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def expected_rate(step, scale=1.0):
+    """The schedule of reference section 3 in plain float64, one step late."""
+    u = max(step - 1, 0)
+    peak = 1e-2 * scale
+    if u < 2:
+        return 1e-4 + u * (peak - 1e-4) / 2
+    return 1e-5 + (peak - 1e-5) / 2 * (1 + np.cos(np.pi * (u - 2) / 8))
+
+
+def torch_run(params, *, scales=None, clip=3.0, decayed=None):
+    """The same with torch.optim.AdamW: one group per tensor, rates set before each step."""
+    flat, treedef = jax.tree.flatten(params)
+    paths = [optimizer.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    scales = jax.tree.leaves(scales) if scales is not None else [1.0] * len(flat)
+    tensors = [torch.nn.Parameter(torch.from_numpy(leaf.copy())) for leaf in flat]
+    decayed = decayed or {"blocks/0/fc1/kernel", "blocks/1/table", "head/kernel"}
+    groups = [
+        {"params": [tensor], "weight_decay": 0.05 if path in decayed else 0.0}
+        for path, tensor in zip(paths, tensors, strict=True)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
+    for step, grads in enumerate(gradients()):
+        for tensor, grad in zip(tensors, jax.tree.leaves(grads), strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        torch.nn.utils.clip_grad_norm_(tensors, clip)
+        for group, scale in zip(adamw.param_groups, scales, strict=True):
+            group["lr"] = expected_rate(step, scale)
+        adamw.step()
+    return jax.tree.unflatten(treedef, [tensor.detach().numpy() for tensor in tensors])
+
+
+def adamw(params, **kwargs):
+    settings = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+        "clip_norm": 3.0,
+        "no_decay": NO_DECAY,
+    }
+    return optimizer.adamw(kwargs.pop("schedule", SCHEDULE), params, **{**settings, **kwargs})
+
+
+def close(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
+
+
+def test_five_steps_equal_torch():
+    params = tree(0)
+    close(run(adamw(params), params)[0], torch_run(params))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"eps": 1e-3},
+        {"weight_decay": 0.0},
+        {"clip_norm": None},
+        {"no_decay": ()},
+        {"schedule": optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=0)},
+    ],
+)
+def test_a_wrong_setting_is_seen(wrong):
+    params = tree(0)
+    with pytest.raises(AssertionError):
+        close(run(adamw(params, **wrong), params)[0], torch_run(params))
+
+
+def test_layer_decay_equals_torch():
+    params = tree(0)
+    scales = optimizer.layer_scales(
+        params,
+        lambda path: {"cls_token": 0, "blocks/0": 1, "blocks/1": 2}.get(
+            path[: 9 if path[0] == "c" else 8], 3
+        ),
+        last=3,
+        decay=0.65,
+    )
+    assert scales["cls_token"] == pytest.approx(0.65**3)
+    assert scales["head"]["bias"] == 1.0
+    close(run(adamw(params, layer_scales=scales), params)[0], torch_run(params, scales=scales))
+
+
+def test_floors_of_the_schedule_are_not_scaled_unless_asked():
+    """Quirk 3: with a small scale the rate falls in warm-up and rises afterwards."""
+    scale = 1e-3
+    assert SCHEDULE(0, scale) == pytest.approx(1e-4)
+    assert SCHEDULE(3, scale) < SCHEDULE(0, scale)
+    assert SCHEDULE(100, scale) == pytest.approx(1e-5)
+    sound = optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=1, scale_floors=True)
+    for step in (0, 1, 3, 7, 100):
+        assert sound(step, scale) == pytest.approx(float(sound(step)) * scale, rel=1e-5)
+
+
+def test_clipping_follows_torch_at_the_limit():
+    grads = {"a": np.array([3.0, 4.0], np.float32)}  # norm 5
+    for limit in (1.0, 5.0, 7.0):
+        tensor = torch.nn.Parameter(torch.zeros(2))
+        tensor.grad = torch.tensor([3.0, 4.0])
+        torch.nn.utils.clip_grad_norm_([tensor], limit)
+        clip = optimizer.clip_by_norm(limit)
+        got, _ = clip.update(grads, clip.init(grads))
+        np.testing.assert_allclose(got["a"], tensor.grad.numpy(), rtol=1e-6)
+
+
+def test_lars_has_the_published_spot_values():
+    """Reference section 6: two steps of a [1, 2] kernel and of a bias."""
+    flat = optimizer.Schedule(0.1, 0.1, 0.1, 0, 10, lag=0)
+    tx = optimizer.lars(flat, momentum=0.9, weight_decay=0.0)
+    params = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([1.0])}
+    grads = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.array([0.5])}
+    state = tx.init(params)
+    seen = []
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append((float(params["kernel"][0, 1]), float(params["bias"][0])))
+    np.testing.assert_allclose(seen, [(3.9995, 0.95), (3.99855, 0.855)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("moments,bytes_per_number", [("bfloat16", 6), ("factored", 0)])
+def test_smaller_moments_are_smaller_and_still_descend(moments, bytes_per_number):
+    params = {"kernel": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}
+    flat = optimizer.Schedule(1e-2, 1e-2, 1e-2, 0, 10, lag=0)
+    tx = adamw(params, schedule=flat, moments=moments, clip_norm=None, weight_decay=0.0)
+    state = tx.init(params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / params["kernel"].size
+    assert size == pytest.approx(bytes_per_number, abs=0.1)
+
+    def loss(params):
+        return jnp.mean(jnp.square(params["kernel"]))
+
+    before = loss(params)
+    for _ in range(5):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert loss(params) < before
