@@ -31,10 +31,10 @@ def read(path: Path) -> Container:
         graph = onnx.load(str(path), load_external_data=False).graph
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
         raise damaged(path, f"not an ONNX graph ({error!s:.80})") from error
-    users = _first_users(graph)
+    users = _first_users(path, graph)
     tensors = {}
     for initializer in graph.initializer:
-        name = initializer.name
+        name = _text(path, initializer.name)
         if name.startswith(_ANONYMOUS):
             name = users.get(name, name)
         if name in tensors:
@@ -42,16 +42,24 @@ def read(path: Path) -> Container:
         tensors[name] = _tensor(path, name, initializer)
     if not tensors:
         raise damaged(path, "the graph has no initialisers")
-    entries = {f"input {value.name}": "graph input" for value in graph.input}
+    entries = {f"input {_text(path, value.name)}": "graph input" for value in graph.input}
     return Container(path, "ONNX", (path,), tensors, entries)
 
 
-def _first_users(graph) -> dict[str, str]:
+def _first_users(path: Path, graph) -> dict[str, str]:
     users: dict[str, str] = {}
     for node in graph.node:
+        name = _text(path, node.name).strip("/").replace("/", ".")
         for argument in node.input:
-            users.setdefault(argument, node.name.strip("/").replace("/", "."))
+            users.setdefault(argument, name)
     return users
+
+
+def _text(path: Path, name: str | bytes) -> str:
+    # protobuf hands out text that is not UTF-8 as bytes
+    if isinstance(name, bytes):
+        raise damaged(path, "a name in the graph is not text")
+    return name
 
 
 def _tensor(path: Path, name: str, initializer) -> Tensor:

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import pickletools
 import struct
-from typing import Any, BinaryIO
+from typing import Any
 
 from fd_jax.errors import ConversionError
 
@@ -164,7 +164,7 @@ class _Machine:
         self.marked: list[list[Any]] = []  # the stacks below each MARK
         self.memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:
+    def run(self, stream: Any) -> Any:
         """The value a pickle builds; leaves the stream behind its last opcode."""
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in _VALUES:
@@ -311,11 +311,12 @@ def _call(called: Any, arguments: Any) -> Any:
     )
 
 
-def load(stream: BinaryIO, where: str) -> Any:
+def load(stream: Any, where: str) -> Any:
     """Reads one pickle from a stream positioned at it; leaves the stream behind it.
 
     Args:
-      stream: binary file object.
+      stream: has `read`, `readline` and `tell` as a binary file; must not give, or make room for,
+        more than there is.
       where: names the file in errors.
 
     Returns:

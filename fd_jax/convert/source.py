@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
+import json
 from typing import Any
 
 from fd_jax.convert.rules import Match, Rule, Table, match, required_names
@@ -142,6 +144,12 @@ def unstacked(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every parameter a model folder of this network may hold, by path."""
+    return _shapes(spec.family, json.dumps(spec.arch))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(family: str, arch: str) -> dict[str, Shape]:
+    spec = ModelSpec(family, json.loads(arch))
     width = spec.arch["width"]
     encoder: Mapping[str, Shape] = flat_shapes({"encoder": spec.abstract()[1]})
     return {

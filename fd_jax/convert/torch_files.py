@@ -46,16 +46,16 @@ def read_zip(path: Path, archive: MappedZip) -> Container:
 def read_legacy(path: Path) -> Container:
     """Opens a file written by torch before 1.6 (or with its old format asked for)."""
     file = MappedFile(path)
-    with open(path, "rb") as stream:
-        if pickles.load(stream, str(path)) != _LEGACY_MAGIC:
-            raise ConversionError(f"{path}: a pickle, but not one written by torch.save")
-        pickles.load(stream, str(path))  # protocol version
-        system = pickles.load(stream, str(path))
-        if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise ConversionError(f"{path}: not written by torch on a little-endian machine")
-        tree = pickles.load(stream, str(path))
-        keys = pickles.load(stream, str(path))
-        position = stream.tell()
+    stream = file.data  # as a stream it gives no more than there is, whatever length is asked for
+    if pickles.load(stream, str(path)) != _LEGACY_MAGIC:
+        raise ConversionError(f"{path}: a pickle, but not one written by torch.save")
+    pickles.load(stream, str(path))  # protocol version
+    system = pickles.load(stream, str(path))
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ConversionError(f"{path}: not written by torch on a little-endian machine")
+    tree = pickles.load(stream, str(path))
+    keys = pickles.load(stream, str(path))
+    position = stream.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise damaged(path, "the list of storages is not a list of names")
     itemsizes = {

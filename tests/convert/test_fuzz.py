@@ -1,0 +1,42 @@
+"""A bounded run of `fuzz`; the module itself tries as many as asked for."""
+
+from pathlib import Path
+import tempfile
+
+from hypothesis import HealthCheck, given, settings, strategies
+import pytest
+
+from fd_jax.convert import importing, sources
+from tests.convert import fuzz
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    """Undamaged shrunk files; the registry holds their sources while this module runs."""
+    real = dict(sources.SOURCES)
+    fuzz.install()
+    yield fuzz.seed_files()
+    sources.SOURCES.update(real)
+
+
+def test_the_undamaged_files_are_read(seeds, tmp_path):
+    for container, data in seeds.items():
+        source, name = fuzz.SEEDS[container]
+        (tmp_path / name).write_bytes(data)
+        importing.read(source, tmp_path / name, allow_other_hash=True)
+
+
+@settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    container=strategies.sampled_from([*fuzz.SEEDS, "misnested"]),
+    rng=strategies.randoms(use_true_random=False),
+)
+def test_damaged_files_are_read_or_refused_with_one_error(seeds, container, rng):
+    with tempfile.TemporaryDirectory() as folder:
+        assert fuzz.one(container, seeds, rng, Path(folder)) in ("imported", "refused")
