@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Sequence
 import sys
 
+from etils import epath
+
 from fd_jax.data import sources
 from fd_jax.errors import DataError, UserError
 
@@ -32,6 +34,8 @@ def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = 
     import tensorflow_datasets as tfds
 
     builder = sources.find_builder(name, data_dir)
+    if not builder.is_prepared():
+        _check_manual_files(name, manual_dir)
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     try:
         builder.download_and_prepare(download_config=config, file_format="array_record")
@@ -39,6 +43,17 @@ def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = 
         raise DataError(f"{name} cannot be prepared: {error}") from error
     splits = ", ".join(f"{s.num_examples} {n}" for n, s in builder.info.splits.items())
     return f"{name}: {splits} examples in {builder.data_dir}"
+
+
+def _check_manual_files(name: str, manual_dir: str | None) -> None:
+    """TFDS would go on without the splits whose files are missing."""
+    files = sources.MANUAL_FILES.get(name, ())
+    missing = [
+        file for file in files if not (manual_dir and (epath.Path(manual_dir) / file).exists())
+    ]
+    if missing:
+        where = f"is not in {manual_dir}" if manual_dir else "needs a --manual_dir"
+        raise DataError(f"{name} cannot be prepared: {', '.join(missing)} {where}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

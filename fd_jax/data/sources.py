@@ -11,6 +11,9 @@ from fd_jax.errors import DataError
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 FOLDER_PREFIX = "folder:"
 
+# What nobody may download for the user, by the dataset that needs it.
+MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+
 # File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
 # fine-tuning (reference 4.1); one of them belongs to ImageNet-1K.
 OFFICIAL_SKIPPED = tuple(
@@ -100,14 +103,19 @@ class FolderSource:
         if not root.is_dir():
             raise DataError(f"no folder of images at {folder}")
         self.name = f"{FOLDER_PREFIX}{root}"
-        folders = (path for path in root.iterdir() if not path.name.startswith("."))
-        classes = sorted(path.name for path in folders if path.is_dir())
+        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+        classes = sorted(path.name for path in inside if path.is_dir())
+        loose = [path.name for path in inside if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        if classes and loose:
+            raise DataError(
+                f"{folder} has {len(loose)} images ({loose[0]}...) beside its {len(classes)} "
+                "class folders; put each into a folder, or point to one without sub-folders"
+            )
         self.num_classes = len(classes) or None
-        self._files: list[tuple[str, int]] = []
-        for label, group in enumerate(classes) if classes else [(-1, "")]:
-            files = root.rglob("*") if not group else (root / group).rglob("*")
-            wanted = sorted(str(path) for path in files if _is_image(path.name, skip))
-            self._files += [(path, label) for path in wanted]
+        groups = [(root / name, label) for label, name in enumerate(classes)] or [(root, -1)]
+        self._files = [
+            (path, label) for group, label in groups for path in _image_files(group, skip)
+        ]
         if not self._files:
             raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
 
@@ -206,7 +214,7 @@ def prepare_command(name: str, data_dir: str | None) -> str:
     command = f"python -m fd_jax.data.prepare --name={name}"
     if data_dir:
         command += f" --data_dir={data_dir}"
-    if name.startswith("imagenet2012"):
+    if name in MANUAL_FILES:
         command += " --manual_dir=FOLDER_WITH_THE_TAR_FILES"
     return command
 
@@ -216,10 +224,10 @@ def not_prepared(name: str, where: str, data_dir: str | None) -> str:
     text = (
         f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
     )
-    if name.startswith("imagenet2012"):
+    if name in MANUAL_FILES:
         text += (
-            "\nwhere that folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
-            "image-net.org. It calls builder.download_and_prepare(file_format='array_record')."
+            f"\nwhere that folder holds {' and '.join(MANUAL_FILES[name])} from image-net.org. "
+            "It calls builder.download_and_prepare(file_format='array_record')."
         )
     return text
 
@@ -229,5 +237,11 @@ def _file_name(record: dict[str, Any]) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 
-def _is_image(name: str, skip: Sequence[str]) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(tuple(skip))
+def _image_files(folder: epath.Path, skip: Sequence[str]) -> list[str]:
+    """Sorted paths of the pictures in a folder, at any depth."""
+    return sorted(
+        str(parent / name)
+        for parent, _, names in folder.walk()
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(tuple(skip))
+    )

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fd_jax.data.builders.photos import encode_png
+
 TEST_EVERY = 5  # of each class, every fifth digit is for testing
 
 
@@ -42,4 +44,5 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             seen[label] += 1
             if is_test == (split == "test"):
                 pixels = np.round(grey / 16 * 255).astype(np.uint8)  # stored as 0..16
-                yield key, {"image": np.repeat(pixels[..., None], 3, axis=-1), "label": int(label)}
+                image = encode_png(np.repeat(pixels[..., None], 3, axis=-1))
+                yield key, {"image": image, "label": int(label)}

@@ -1,0 +1,101 @@
+"""The embedded datasets against the packages they come from."""
+
+import collections
+import functools
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from fd_jax.data import sources, transforms
+from fd_jax.data.builders import photos
+
+
+@functools.cache
+def picture_of(name):
+    return photos.load_picture(name)
+
+
+@pytest.fixture(scope="module")
+def tiles(embedded_data):
+    """All stored tiles: split -> (picture, top, left, pixels)."""
+    found = {}
+    for split in ("train", "test"):
+        source = sources.open_source("photos", split, data_dir=embedded_data)
+        found[split] = []
+        for index in range(len(source)):
+            name = source.describe(index).split("(")[1].rstrip(")")
+            picture, top, left = name.rsplit("_", 2)
+            example = source[index]
+            assert list(photos.PICTURES)[example.label] == picture
+            found[split].append((picture, int(top), int(left), transforms.decode(example.image)))
+    return found
+
+
+def test_tiles_are_pixels_of_the_pictures_at_the_stated_place(tiles):
+    for split, entries in tiles.items():
+        side = photos.TILE[split]
+        for picture, top, left, pixels in entries:
+            wanted = picture_of(picture)[top : top + side, left : left + side]
+            assert pixels.shape == (side, side, 3)
+            np.testing.assert_array_equal(pixels, wanted)
+
+
+def test_no_pixel_is_in_both_splits(tiles):
+    for name in photos.PICTURES:
+        height, width, _ = picture_of(name).shape
+        covered = {}
+        for split, entries in tiles.items():
+            mask = covered[split] = np.zeros((height, width), bool)
+            for picture, top, left, pixels in entries:
+                if picture == name:
+                    mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = True
+        assert not (covered["train"] & covered["test"]).any()
+        columns = np.flatnonzero(covered["train"].any(axis=0))
+        assert columns.max() + 1 == round(0.7 * width)
+        assert covered["train"][:, columns].all()  # every pixel of the side is in some tile
+
+
+def test_there_are_enough_tiles_and_no_picture_dominates(tiles):
+    counts = collections.Counter(entry[0] for entry in tiles["train"])
+    assert sum(counts.values()) >= 1000
+    assert set(counts) == set(photos.PICTURES)
+    assert max(counts.values()) <= 1.2 * min(counts.values())
+    places = [entry[:3] for split in tiles.values() for entry in split]
+    assert len(set(places)) == len(places)
+
+
+def test_overlap_is_what_the_docstring_says():
+    shares = {}
+    for name in photos.PICTURES:
+        boxes = photos.tile_boxes(*picture_of(name).shape[:2])["train"]
+        strides = [np.diff(sorted({box[axis] for box in boxes})).max() for axis in (0, 1)]
+        shares[name] = 1 - max(strides) / photos.TILE["train"]
+    assert shares.pop("retina") == pytest.approx(0.26, abs=0.005)
+    assert shares.pop("hubble_deep_field") == pytest.approx(0.55, abs=0.005)
+    assert min(shares.values()) >= 0.73 and max(shares.values()) < 0.9
+
+
+def test_grey_pictures_become_rgb():
+    brick = photos.load_picture("brick")
+    assert brick.shape == (512, 512, 3)
+    np.testing.assert_array_equal(brick[..., 0], brick[..., 2])
+
+
+def test_digits_are_all_there_once_and_stratified(embedded_data):
+    stored, counts = [], {}
+    for split in ("train", "test"):
+        source = sources.open_source("digits", split, data_dir=embedded_data)
+        assert source.num_classes == 10
+        examples = [source[index] for index in range(len(source))]
+        counts[split] = np.bincount([example.label for example in examples])
+        for image, label in examples:
+            pixels = transforms.decode(image)
+            assert pixels.shape == (8, 8, 3)
+            stored.append((label, pixels[..., 1].tobytes()))
+    grey, target = datasets.load_digits(return_X_y=True)
+    scaled = np.round(grey / 16 * 255).astype(np.uint8)
+    wanted = [(int(label), image.tobytes()) for image, label in zip(scaled, target, strict=True)]
+    assert sorted(stored) == sorted(wanted)
+    share = counts["test"] / (counts["train"] + counts["test"])
+    assert np.all(np.abs(share - 0.2) < 0.005)

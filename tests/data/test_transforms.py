@@ -1,0 +1,241 @@
+"""Against Pillow, which is what torchvision's transforms call; crops against their distribution."""
+
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+from scipy import stats
+
+from fd_jax.data import transforms
+from fd_jax.data.builders.photos import load_picture
+from fd_jax.data.sources import BrokenImageError
+from fd_jax.errors import ConfigError
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def encode(pixels, kind="JPEG", mode=None, **options):
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    (image.convert(mode) if mode else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pillow(data):
+    """torchvision's loader."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return load_picture("coffee")[:375, :500]
+
+
+@pytest.fixture(scope="module")
+def jpegs():
+    """Real-sized JPEGs: smooth ones, fine textures, a grey one."""
+    names = ("coffee", "china", "chelsea", "motorcycle_left", "brick")
+    made = [encode(load_picture(name)[:375, :500], quality=92) for name in names]
+    return [*made, encode(load_picture("grass")[:375, :500], mode="L", quality=92)]
+
+
+# --- decoding --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 95},
+        {"quality": 95, "subsampling": 0},
+        {"progressive": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        {"kind": "PNG"},
+        {"kind": "PNG", "mode": "RGBA"},
+        {"kind": "PNG", "mode": "P"},
+        {"kind": "PNG", "mode": "1"},
+        {"kind": "WEBP"},
+        {"kind": "BMP"},
+    ],
+    ids=str,
+)
+def test_decoding_gives_the_pixels_that_pillow_gives(photo, options):
+    data = encode(photo, **options)
+    error = np.abs(transforms.decode(data).astype(int) - np.asarray(pillow(data)))
+    assert error.max() <= 1 and error.mean() < 1e-3
+
+
+def test_the_exif_orientation_is_not_applied(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    data = encode(photo, quality=95, exif=exif.tobytes())
+    assert transforms.decode(data).shape == photo.shape
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm(photo):
+    data = encode(photo)
+    np.testing.assert_array_equal(transforms.decode(data + bytes(1000)), transforms.decode(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_a_picture_that_is_cut_off_is_broken(photo, kind, share):
+    data = encode(photo, kind)
+    with pytest.raises(BrokenImageError, match="cannot decode"):
+        transforms.decode(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff\xd9", bytes(5000)])
+def test_bytes_that_are_no_picture_are_broken(data):
+    with pytest.raises(BrokenImageError):
+        transforms.decode(data)
+
+
+def test_pixels_pass_and_grey_ones_are_repeated():
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert transforms.decode(pixels) is pixels
+    np.testing.assert_array_equal(
+        transforms.decode(pixels[..., :1]), np.repeat(pixels[..., :1], 3, axis=-1)
+    )
+
+
+# --- the crop --------------------------------------------------------------------------------
+
+
+def boxes(count, height, width, **options):
+    rng = np.random.default_rng(0)
+    made = [transforms.random_resized_crop_box(rng, height, width, **options) for _ in range(count)]
+    return np.array(made)
+
+
+def test_crop_area_aspect_and_place_are_uniform_where_every_draw_fits():
+    top, left, h, w = boxes(4000, 4000, 4000, min_area=0.08, max_area=0.5).T
+    uniform = {
+        "area": ((h * w) / 4000**2, 0.08, 0.5),
+        "log aspect": (np.log(w / h), np.log(3 / 4), np.log(4 / 3)),
+        "top": (top / (4000 - h), 0, 1),
+        "left": (left / (4000 - w), 0, 1),
+    }
+    for name, (values, low, high) in uniform.items():
+        assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 1e-3, name
+    assert abs(np.corrcoef(h * w, w / h)[0, 1]) < 0.05
+
+
+def test_draws_that_do_not_fit_are_drawn_again():
+    """Mean area and aspect given that the crop fits, by quadrature over the uniform square."""
+    height, width, low = 375, 500, 0.08
+    area, aspect = np.meshgrid(
+        np.linspace(low, 1, 2001), np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 2001))
+    )
+    pixels = area * height * width
+    fits = (np.sqrt(pixels * aspect) <= width + 0.5) & (np.sqrt(pixels / aspect) <= height + 0.5)
+    _, _, h, w = boxes(20000, height, width, min_area=low).T
+    for drawn, wanted in (
+        (h * w / (height * width), area[fits]),
+        (np.log(w / h), np.log(aspect[fits])),
+    ):
+        assert abs(drawn.mean() - wanted.mean()) < 4 * wanted.std() / np.sqrt(len(drawn))
+        assert drawn.std() == pytest.approx(wanted.std(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ((10, 1000), (0, 493, 10, 13)),  # 4/3 of the height, centred
+        ((1000, 10), (493, 0, 13, 10)),
+        ((12, 15), (0, 0, 12, 15)),  # its own aspect is allowed: all of it
+    ],
+)
+def test_after_ten_misses_comes_the_largest_centred_crop(size, wanted):
+    miss = {"min_area": 4.0, "max_area": 4.0}  # more than there is
+    np.testing.assert_array_equal(boxes(20, *size, **miss), [wanted] * 20)
+
+
+# --- distillation ----------------------------------------------------------------------------
+
+
+def torchvision_crop(data, size, method, *, seed, min_area):
+    image = pillow(data)
+    rng = np.random.default_rng(seed)
+    top, left, h, w = transforms.random_resized_crop_box(
+        rng, image.height, image.width, min_area=min_area
+    )
+    crop = image.crop((left, top, left + w, top + h)).resize((size, size), FILTERS[method])
+    return np.asarray(crop), rng.random() < 0.5
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [98, 224])
+def test_crops_match_torchvisions_pil_path(jpegs, method, size):
+    transform = transforms.DistillTransform(size, min_area=0.08, interpolation=method, flip=True)
+    flips = []
+    for seed, data in enumerate(jpegs * 3):
+        got = transform(data, np.random.default_rng(seed))
+        wanted, flipped = torchvision_crop(data, size, method, seed=seed, min_area=0.08)
+        error = np.abs(got.astype(int) - (wanted[:, ::-1] if flipped else wanted))
+        assert got.shape == (size, size, 3) and got.dtype == np.uint8
+        assert error.mean() <= 2 and np.percentile(error, 99) <= 6  # what is promised
+        assert error.max() <= 2  # what is there: the same arithmetic, decoders within rounding
+        flips.append(flipped)
+    assert len(set(flips)) == 2
+
+
+def test_a_resize_without_antialiasing_would_not_match(jpegs):
+    import cv2
+
+    rng = np.random.default_rng(1)
+    worst = 0.0
+    for data in jpegs:
+        image = pillow(data)
+        top, left, h, w = transforms.random_resized_crop_box(rng, 375, 500, min_area=0.5)
+        crop = np.asarray(image)[top : top + h, left : left + w]
+        plain = cv2.resize(crop, (98, 98), interpolation=cv2.INTER_LINEAR)
+        good = np.asarray(Image.fromarray(crop).resize((98, 98), Image.Resampling.BILINEAR))
+        worst = max(worst, np.percentile(np.abs(plain.astype(int) - good), 99))
+    assert worst > 12
+
+
+def test_without_flip_nothing_is_mirrored(photo):
+    transform = transforms.DistillTransform(32, min_area=1.0, interpolation="bilinear", flip=False)
+    made = {transform(photo, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("interpolation", "cubic"), ("min_area", 0.0), ("min_area", 1.5)]
+)
+def test_settings_that_do_not_exist_are_refused(field, value):
+    options = {"min_area": 0.5, "interpolation": "bilinear", "flip": True, field: value}
+    with pytest.raises(ConfigError, match=f"data.{field} is"):
+        transforms.DistillTransform(32, **options)
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "short"), [(224, 256), (336, 384), (384, 438), (448, 512), (512, 585)]
+)
+def test_the_short_side_is_that_of_the_reference(size, short):
+    assert transforms.EvalTransform(size).short_side == short
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resized", "corner"),
+    [
+        (375, 500, (256, 341), (16, 58)),  # 58.5 rounds to even
+        (500, 375, (341, 256), (58, 16)),
+        (300, 451, (256, 384), (16, 80)),
+        (451, 300, (384, 256), (80, 16)),
+        (97, 131, (256, 345), (16, 60)),  # 60.5 rounds to even; the picture is enlarged
+        (375, 375, (256, 256), (16, 16)),
+    ],
+)
+def test_evaluation_resizes_the_short_side_and_crops_the_centre(height, width, resized, corner):
+    picture = load_picture("astronaut")[:height, :width]
+    picture = np.asarray(Image.fromarray(picture).resize((width, height)))
+    whole = Image.fromarray(picture).resize(resized[::-1], Image.Resampling.BICUBIC)
+    top, left = corner
+    wanted = np.asarray(whole)[top : top + 224, left : left + 224]
+    np.testing.assert_array_equal(transforms.EvalTransform(224)(picture), wanted)
