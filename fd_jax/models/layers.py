@@ -32,6 +32,10 @@ def truncated_normal(std: float, limit: float) -> nnx.Initializer:
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding  # parameters are created unsharded here; sharding.py places them
         bound = limit / std
+        if bound > 6:
+            # In float32 the inverse error function reaches infinity for a draw in 2^24, and the
+            # cut would turn that into a weight at the limit, a hundred deviations out.
+            return std * jax.random.normal(key, shape, dtype)
         return std * jax.random.truncated_normal(key, -bound, bound, shape, dtype)
 
     return init
