@@ -4,7 +4,10 @@ Trees of a model folder are written once and whole. Checkpoints of a run are wri
 device works on, committed by Orbax when they are complete, and never restored from before that.
 """
 
+from collections.abc import Callable
+import dataclasses
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -16,8 +19,58 @@ from fd_jax.errors import CheckpointError
 from fd_jax.typing import PyTree
 
 
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is made when its turn to be written comes, and dropped after that.
+
+    Attributes:
+      shape, dtype: of the array.
+      load: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def __deepcopy__(self, memo):
+        return self  # Orbax copies what it writes in the background; this does not change
+
+
+class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays, which makes `LazyArray`s a few at a time."""
+
+    async def _background_serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        batch, pending = [], 0
+        for index, (value, info, arg) in enumerate(zip(values, infos, args, strict=True), start=1):
+            array = value.load() if isinstance(value, LazyArray) else value
+            batch.append((array, info, arg))
+            pending += array.nbytes
+            if pending >= _BATCH_BYTES or index == len(values):
+                await super()._background_serialize(*map(list, zip(*batch, strict=True)))
+                batch, pending = [], 0
+
+
+# Enough to keep several cores compressing, little beside any model.
+_BATCH_BYTES = 64 << 20
+ocp.type_handlers.register_type_handler(
+    np.ndarray,
+    _HostArrayHandler(),
+    func=lambda kind: issubclass(kind, (np.ndarray, LazyArray)),
+    override=True,
+)
+
+
 def save_tree(path: epath.Path, tree: PyTree) -> None:
-    """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it."""
+    """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it.
+
+    Leaves are numpy or jax arrays, or `LazyArray`s where the tree should never be in memory whole.
+    """
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
 
@@ -34,7 +87,7 @@ def load_tree(path: epath.Path) -> PyTree:
 def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array below `save_tree`'s folder by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+        tree = checkpointer.metadata(path.resolve()).item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(keys, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))

@@ -1,7 +1,8 @@
 """A file of weights in, a model folder out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -9,15 +10,20 @@ from etils import epath
 import numpy as np
 
 from fd_jax import model_folder
+from fd_jax.checkpoint import LazyArray
 from fd_jax.convert import rules, sources
 from fd_jax.convert.containers import open_container
 from fd_jax.convert.rules import Match
-from fd_jax.convert.source import Source
+from fd_jax.convert.source import Source, shapes
 from fd_jax.convert.tensors import DTYPES, Container, Tensor
+from fd_jax.convert.transforms import Shape
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
 AUTO = "auto"
+# Smaller parameters are not worth the trouble; position tables may have to be resized.
+_LAZY_SIZE = 1 << 18
+_POSITIONS = ("pos_embed", "rel_pos_bias/table")
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,6 +82,7 @@ def import_file(
         image_size=image_size,
         dtype=dtype,
         allow_other_hash=allow_other_hash,
+        lazy=True,
     )
     model_folder.save(output, result.spec, result.params, overwrite=overwrite)
     return result
@@ -89,8 +96,13 @@ def read(
     image_size: int | None = None,
     dtype: str = "float32",
     allow_other_hash: bool = False,
+    lazy: bool = False,
 ) -> Imported:
-    """Converts a file in memory; arguments as in `import_file`."""
+    """Converts a file in memory; arguments as in `import_file`.
+
+    With `lazy`, large parameters are `checkpoint.LazyArray`s: read from the mapped file and
+    converted one after another when they are written.
+    """
     if dtype not in STORED_DTYPES:
         raise ConversionError(f"dtype {dtype!r}; expected one of {', '.join(STORED_DTYPES)}")
     container = open_container(path)
@@ -104,13 +116,11 @@ def read(
             f"{container.path}: has the SHA-256 {digest}, but {chosen.name} is the file with "
             f"{chosen.sha256}. Its structure fits: pass --allow-other-hash to import it knowingly"
         )
-    params = _nested(
-        (path, array.astype(DTYPES[dtype], copy=False))
-        for path, array in rules.convert(found, tensors)
-    )
+    spec = chosen.parts[part].spec
+    params = _nested(_converted(found, tensors, shapes(spec), DTYPES[dtype], lazy=lazy))
     label = chosen.name if part == chosen.default_part else f"{chosen.name}:{part}"
     spec = dataclasses.replace(
-        chosen.parts[part].spec,
+        spec,
         classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
         source=label,
         source_sha256=digest,
@@ -182,12 +192,33 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
     )
 
 
+def _converted(
+    found: Match,
+    tensors: dict[str, Tensor],
+    expected: Mapping[str, Shape],
+    dtype: np.dtype,
+    *,
+    lazy: bool,
+) -> Iterator[tuple[str, np.ndarray | LazyArray]]:
+    for path, load in rules.convert(found, tensors):
+
+        def in_dtype(load=load):
+            return load().astype(dtype, copy=False)
+
+        shape = tuple(size for size in expected[path] if isinstance(size, int))
+        known = len(shape) == len(expected[path])
+        if lazy and known and math.prod(shape) >= _LAZY_SIZE and not path.endswith(_POSITIONS):
+            yield path, LazyArray(shape, dtype, in_dtype)
+        else:
+            yield path, in_dtype()
+
+
 def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
     taken = (name for step in found.steps for name in step.sources)
     return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}
 
 
-def _nested(items: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:
+def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, array in items:
         *parents, leaf = path.split("/")

@@ -152,11 +152,18 @@ def match(
     return Match(steps, dropped, problems, found, expected)
 
 
-def convert(found: Match, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """Runs a match: yields (parameter path, array) one rule at a time, in the file's dtype."""
+def convert(
+    found: Match, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Runs a match: yields (parameter path, what makes its array in the file's dtype)."""
     for step in found.steps:
-        arrays = step.transform.forward(*(tensors[name].load() for name in step.sources))
-        yield from zip(step.targets, arrays, strict=True)
+        for index, path in enumerate(step.targets):
+
+            def load(step=step, index=index):
+                sources = (tensors[name].load() for name in step.sources)
+                return step.transform.forward(*sources)[index]
+
+            yield path, load
 
 
 def invert(

@@ -49,7 +49,7 @@ def test_a_file_that_fits():
     found = rules.match(TABLE, a_file(), SHAPES, ARCH)
     assert not found.problems and found.found == found.expected == 3
     assert found.dropped == {"the text tower": ["text.x"]}
-    converted = dict(rules.convert(found, a_file()))
+    converted = {path: load() for path, load in rules.convert(found, a_file())}
     assert {k: v.shape for k, v in converted.items()} == {
         k: v for k, v in SHAPES.items() if k.startswith("encoder")
     }
