@@ -37,12 +37,12 @@ class LazyArray:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def __deepcopy__(self, memo):
-        return self  # Orbax copies what it writes in the background; this does not change
-
 
 class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's handler of numpy arrays, which makes `LazyArray`s a few at a time."""
+    """Orbax's handler of numpy arrays, which makes `LazyArray`s a few at a time and copies none."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
 
     async def _background_serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
@@ -58,12 +58,6 @@ class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
 
 # Enough to keep several cores compressing, little beside any model.
 _BATCH_BYTES = 64 << 20
-ocp.type_handlers.register_type_handler(
-    np.ndarray,
-    _HostArrayHandler(),
-    func=lambda kind: issubclass(kind, (np.ndarray, LazyArray)),
-    override=True,
-)
 
 
 def save_tree(path: epath.Path, tree: PyTree) -> None:
@@ -71,7 +65,15 @@ def save_tree(path: epath.Path, tree: PyTree) -> None:
 
     Leaves are numpy or jax arrays, or `LazyArray`s where the tree should never be in memory whole.
     """
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree)):
+        host, device = _HostArrayHandler(), ocp.type_handlers.ArrayHandler()
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, device), (np.ndarray, host), (LazyArray, host)
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    else:
+        handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
 
 
