@@ -94,11 +94,14 @@ def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
 
 
 def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
-    """Some held-out pictures, spread over the split. [M, size, size, 3] uint8"""
-    count = feed.examples("eval")
-    return np.stack(
-        [feed.picture("eval", i * count // MAP_PICTURES, size) for i in range(MAP_PICTURES)]
-    )
+    """Some held-out pictures, of different labels where there are any. [M, size, size, 3] uint8"""
+    chosen: dict[int, int] = {}
+    for index in range(feed.examples("eval")):
+        label = feed.label("eval", index)
+        chosen.setdefault(label if label >= 0 else -1 - index, index)
+        if len(chosen) == MAP_PICTURES:
+            break
+    return np.stack([feed.picture("eval", index, size) for index in chosen.values()])
 
 
 def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:

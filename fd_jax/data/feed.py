@@ -106,6 +106,10 @@ class Feed:
         """Number of images in a split, "train" or "eval"."""
         return len(self._source(which))
 
+    def label(self, which: str, index: int) -> int:
+        """Label of one image; -1 where there is none."""
+        return self._source(which)[index].label
+
     def picture(self, which: str, index: int, size: int) -> np.ndarray:
         """One image, resized and centre-cropped to any size. -> [size, size, 3] uint8"""
         transform = transforms.EvalTransform(size)

@@ -201,9 +201,8 @@ def test_loss_and_gradients_equal_torchs(tmp_path):
 
 def hf_disk_name(name):
     """transformers 5 calls some modules otherwise in memory than on disk."""
-    if name.startswith("relative_position_bias."):
-        return f"encoder.{name}"
     swaps = (
+        ("shared_position_bias.", "encoder.relative_position_bias."),
         ("layers.", "encoder.layer."),
         ("attention.q_proj", "attention.attention.query"),
         ("attention.k_proj", "attention.attention.key"),
