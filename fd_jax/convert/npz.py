@@ -1,11 +1,12 @@
 """Reads npz archives, never with pickled objects; bfloat16 as numpy stores it (void of 2 bytes)."""
 
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from fd_jax.convert.tensors import DTYPES, Container, Tensor, check_shape, damaged
-from fd_jax.convert.zips import _DAMAGE, MappedZip
+from fd_jax.convert.zips import DAMAGE, MappedZip
 from fd_jax.errors import ConversionError
 
 
@@ -48,7 +49,7 @@ def _inflate(path: Path, archive: MappedZip, entry: str, size: int) -> bytes:
     try:
         with archive.open(entry) as stream:
             data = stream.read(size + 1)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise damaged(path, f"the zip entry {entry!r} cannot be unpacked ({error})") from error
     if len(data) != size:
         raise damaged(path, f"the zip entry {entry!r} has {len(data)} bytes, expected {size}")
@@ -65,7 +66,7 @@ def _header(path: Path, archive: MappedZip, entry: str, name: str):
             }[version]
             shape, fortran, dtype = read(stream)
             header = stream.tell()
-    except (*_DAMAGE, TypeError, SyntaxError, RecursionError) as error:
+    except (*DAMAGE, TypeError, SyntaxError, TokenError, RecursionError) as error:
         raise damaged(path, f"array {name!r} has no valid header ({error!s:.80})") from error
     kind = "bfloat16" if dtype.str == "|V2" else dtype.name
     if kind not in DTYPES or not (dtype.isnative or dtype.byteorder == "|"):

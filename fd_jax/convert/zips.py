@@ -11,7 +11,7 @@ from fd_jax.errors import ConversionError
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 # What a damaged archive makes `zipfile` and `zlib` raise.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -33,7 +33,7 @@ class MappedZip:
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise damaged(path, f"the zip directory cannot be read ({error!s:.80})") from error
         self.entries = {info.filename: info for info in infos}
         if len(self.entries) != len(infos):
@@ -73,5 +73,5 @@ class MappedZip:
         """A stream of an entry that may be compressed."""
         try:
             return zipfile.ZipFile(self.path).open(self.entries[name])
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise damaged(self.path, f"the zip entry {name!r} cannot be read ({error})") from error

@@ -115,23 +115,15 @@ def _shrunk(size, sizes):
 def values(given: Structure, seed=0) -> dict[str, dict[str, np.ndarray]]:
     """Random values per tree; what follows from the architecture has its true value."""
     rng = np.random.default_rng(seed)
-    part = small_source(given.source)
-    derived = {}
-    spec = next(iter(part.parts.values())).spec
-    if any("relative_position_index" in n for t in given.trees.values() for n in t):
-        derived["relative_position_index"] = _beit_index(
-            spec.arch["image_size"] // spec.arch["patch_size"]
-        )
-    out = {}
-    for tree, tensors in given.trees.items():
-        out[tree] = {
-            name: derived.get(name.split(".")[-1], _value(rng, name, shape, dtype))
-            for name, (shape, dtype) in tensors.items()
-        }
-    return out
+    return {
+        tree: {name: _value(rng, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
+        for tree, tensors in given.trees.items()
+    }
 
 
 def _value(rng, name, shape, dtype):
+    if name.endswith("relative_position_index"):
+        return _beit_index(math.isqrt(shape[0] - 1))
     if dtype == "int64":
         return np.full(shape, 224, np.int64)
     if name.endswith("qkv.bias_mask"):

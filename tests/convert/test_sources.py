@@ -401,3 +401,66 @@ def test_blocks_beyond_ten_stay_in_order(tmp_path, monkeypatch):
     oracle, tensors = oracles.reference(name, "classifier", trees)
     expected = oracle(tensors, model.spec.arch, images, tmp_path / "torch")
     assert difference(np.asarray(model(images).tokens), expected) < TOLERANCE
+
+
+def _as(tree_path, prefix=""):
+    """Nests and prefixes the single tree of a structure, and puts it into a torch file."""
+
+    def change(given, trees):
+        tensors = {f"{prefix}{n}": v for n, v in trees[""].items()}
+        return dataclasses.replace(given, container="torch"), {tree_path: tensors}
+
+    return change
+
+
+def _with_classifier(given, trees):
+    tensors = {f"dinov2.{n}": v for n, v in trees[""].items()}
+    tensors["classifier.weight"] = np.zeros((5, 64), np.float32)
+    tensors["classifier.bias"] = np.zeros(5, np.float32)
+    return given, {"": tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param("openai_clip_vit_b16", _as(""), id="state dict saved again"),
+        pytest.param("open_clip_vit_b16_laion2b", _as("state_dict", "module."), id="own training"),
+        pytest.param("hf_clip_vit_base_patch16", _as(""), id="pytorch_model.bin"),
+        pytest.param("timm_beit_base_patch16_224", _as("module"), id="BEiT v2's nesting"),
+        pytest.param("dinov2_vitb14_hf", _with_classifier, id="classification repository"),
+    ],
+)
+def test_other_forms_of_the_same_file_are_read_alike(name, change, tmp_path):
+    given, trees = _trees(name)
+    expected = importing.read(name, synthetic.write(given, trees, tmp_path)).params
+    given, trees = change(given, trees)
+    other = tmp_path / "other"
+    other.mkdir()
+    found = importing.read(name, synthetic.write(given, trees, other)).params
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["hf_clip_vit_base_patch16", "open_clip_vit_b16_laion2b"])
+def test_keys_that_only_old_files_have_are_dropped(name, tmp_path):
+    given = synthetic.structure(name, optional=True)
+    assert len(given.trees[""]) > len(synthetic.structure(name).trees[""])
+    result = importing.read(name, synthetic.write(given, synthetic.values(given), tmp_path))
+    kept = importing.read(name, synthetic.write(*_trees(name), tmp_path))
+    assert sum(map(len, result.dropped.values())) > sum(map(len, kept.dropped.values()))
+
+
+def test_an_uninitialised_bias_mask_is_refused(tmp_path):
+    given, trees = _trees("dinov3_vitb16")
+    nan = {n: v * np.nan if n.endswith("bias_mask") else v for n, v in trees[""].items()}
+    path = synthetic.write(given, {"": nan}, tmp_path)
+    with pytest.raises(ConversionError, match="bias_mask does not hold the values"):
+        importing.read("dinov3_vitb16", path)
+
+
+def test_a_wrong_relative_position_index_is_refused(tmp_path):
+    name = "fd_official_distilled_dino_vit_b"
+    given, trees = _trees(name)
+    key = "encoder.rel_pos_bias.relative_position_index"
+    wrong = {"model": {**trees["model"], key: trees["model"][key].T.copy()}}
+    with pytest.raises(ConversionError, match=f"{key} does not hold"):
+        importing.read(name, synthetic.write(given, wrong, tmp_path))
