@@ -36,7 +36,7 @@ class ModelSpec:
       classes: outputs of the classifier head beside the encoder; 0 where there is none.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
-      source_dtypes: dtype in the source file per parameter path, where it is not float32.
+      source_dtypes: dtype per tensor name of the source file, where it is not float32.
       notes: free text for people: licence, what was dropped.
       format_version: of this file.
     """

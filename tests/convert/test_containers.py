@@ -366,3 +366,29 @@ def test_reading_needs_no_torch_onnx_or_tensorflow(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_harmless_values_beside_the_weights_do_not_stop_a_file(legacy, tmp_path):
+    """torch's own safe mode refuses most of these; none is needed, and none is made."""
+    tree = {
+        "w": torch.ones(2),
+        "accuracy": np.float64(84.9),
+        "array": np.ones(3),
+        "path": pathlib.PurePosixPath("/data"),
+        "counts": collections.defaultdict(int, {"a": 1}),
+        "ordered": collections.OrderedDict(a=1),
+        "set": {1, 2},
+        "size": torch.Size([2, 3]),
+        "device": torch.device("cpu"),
+        "dtype": torch.float16,
+        "complex": 2**100,
+    }
+    torch.save(tree, tmp_path / "f.pt", _use_new_zipfile_serialization=not legacy)
+    container = open_container(tmp_path / "f.pt")
+    assert list(container.tensors) == ["w"]
+    assert container.entries["accuracy"].endswith("multiarray.scalar")
+    assert container.entries["path"] == "pathlib.PurePosixPath"
+    assert container.entries["complex"] == "int of many digits"
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "f.pt", weights_only=True)
