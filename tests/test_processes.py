@@ -1,0 +1,144 @@
+"""Several real processes through `train.py`: the losses of one, one writer, stopping together."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fd_jax
+from fd_jax import loop, metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES = 2  # fake devices of each process
+
+CONFIG = """
+from tests import tiny
+
+def get_config(arg=""):
+    return tiny.config({teacher!r}, **{{"data.data_dir": {data!r}, "mesh.fsdp": 2}})
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(teacher, embedded_data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "tiny_processes.py"
+    path.write_text(CONFIG.format(teacher=teacher, data=embedded_data))
+    return path
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+class Run:
+    """`count` processes of one training run."""
+
+    def __init__(self, config_file, workdir, count, *flags, devices=DEVICES):
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={workdir}"]
+        if count > 1:
+            command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+        self.processes = [
+            subprocess.Popen(
+                [*command, *([f"--process_id={i}"] if count > 1 else []), *flags],
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for i in range(count)
+        ]
+
+    def wait(self, timeout=240):
+        """Exit statuses and outputs."""
+        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        return [process.returncode for process in self.processes], outputs
+
+    def wait_for_step(self, step):
+        lines = []
+        for line in self.processes[0].stdout:
+            lines.append(line)
+            if line.startswith(f"step {step}/"):
+                return
+        raise AssertionError("".join(lines))
+
+
+def losses(workdir):
+    return np.array([row["loss"] for row in metrics.read(workdir) if "loss" in row])
+
+
+@pytest.fixture(scope="module")
+def one_process(config_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    statuses, outputs = Run(config_file, workdir, 1, devices=4).wait()
+    assert statuses == [0], outputs
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count,devices", [(2, 2), (4, 2)])
+def test_several_processes_give_the_losses_of_one(
+    one_process, config_file, tmp_path, count, devices
+):
+    statuses, outputs = Run(config_file, tmp_path, count, devices=devices).wait()
+    assert statuses == [0] * count, outputs
+    np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
+    evaluations = [
+        [row["eval_loss"] for row in metrics.read(folder) if "eval_loss" in row]
+        for folder in (tmp_path, one_process)
+    ]
+    np.testing.assert_allclose(*evaluations, rtol=1e-6)
+    # One writer: a row per step, and one stream of progress lines.
+    assert [row["step"] for row in metrics.read(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert "step 1/6" in outputs[0]
+    assert not any(re.search(r"^step ", output, re.M) for output in outputs[1:])
+    ours, theirs = (fd_jax.load_model(folder / "model") for folder in (tmp_path, one_process))
+    kernel = ("blocks", "1", "mlp", "fc1", "kernel")
+    a, b = ours.params["encoder"], theirs.params["encoder"]
+    for name in kernel:
+        a, b = a[name], b[name]
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
+    one_process, config_file, tmp_path
+):
+    run = Run(config_file, tmp_path, 2)
+    run.wait_for_step(1)
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    statuses, outputs = run.wait()
+    assert statuses == [loop.PREEMPTED] * 2, outputs
+    assert "stopped by SIGTERM at step" in outputs[0]
+    reached = int(re.search(r"at step (\d+)", outputs[0]).group(1))
+    assert 0 < reached < 6
+    assert (tmp_path / "checkpoints" / str(reached)).is_dir()
+    statuses, outputs = Run(config_file, tmp_path, 1, devices=4).wait()
+    assert statuses == [0], outputs
+    np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_the_others_with_a_message(config_file, tmp_path):
+    """Within the heartbeat timeout, which is a flag; the default is 100 s."""
+    run = Run(config_file, tmp_path, 2, "--heartbeat_timeout=10", "--config.steps=100000")
+    run.wait_for_step(2)
+    run.processes[1].kill()
+    statuses, outputs = run.wait(timeout=90)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] not in (0, loop.PREEMPTED)
+    assert re.search(r"unhealthy|heartbeat|UNAVAILABLE|peer|connection", outputs[0], re.I)
