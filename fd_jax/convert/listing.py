@@ -33,7 +33,7 @@ def source_table() -> str:
                 source.file,
                 ", ".join(source.parts),
                 _network(spec),
-                _STATISTICS[spec.mean, spec.std],
+                _STATISTICS.get((spec.mean, spec.std), f"{spec.mean} / {spec.std}"),
                 _positions(spec),
                 source.oracle + (f"; {source.note}" if source.note else ""),
             )

@@ -20,7 +20,8 @@ _SIMILARITY = "scale and bias of the similarity"
 
 def _both(source: str, target: str, names: tuple[str, str]) -> tuple[Rule, Rule]:
     """Rules of a flax layer, whose layout is ours."""
-    return tuple(Rule(f"{source}/{name}", f"{target}/{name}") for name in names)  # type: ignore
+    first, second = (Rule(f"{source}/{name}", f"{target}/{name}") for name in names)
+    return first, second
 
 
 def big_vision(heads: int) -> Table:
