@@ -43,6 +43,7 @@ def test_workdir_holds_what_the_contract_says(finished):
     names = {path.name for path in workdir.iterdir()}
     assert {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model"} <= names
     assert list((workdir / "tensorboard").iterdir())
+    assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace of config.profile_steps"
     row = metrics.read(workdir)[0]
     wanted = {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", "input_wait"}
     assert wanted <= row.keys()

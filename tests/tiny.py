@@ -67,6 +67,7 @@ def config(teacher="", **fields):
     made.teacher.path = teacher
     made.data.update(name="photos", eval_split="test", image_size=32, threads=2)
     made.update(batch_size=16, steps=6, log_every=1)
+    made.profile_steps = 1
     made.checkpoint.every = 2
     made.eval.update(every=6, batches=2)
     made.optim.update(peak_lr=1e-3, lr_batch=16, warmup_epochs=0.01)
