@@ -10,4 +10,4 @@ from fd_jax import entry
 from fd_jax.tasks.distill import DistillTask
 
 if __name__ == "__main__":
-    entry.run(DistillTask)
+    entry.run(entry.train(DistillTask))

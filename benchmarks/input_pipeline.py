@@ -62,7 +62,7 @@ def draw(count: int) -> list[Draw]:
 
 
 def ours(jpegs: list[bytes], draws: list[Draw]) -> Iterator[np.ndarray]:
-    """What `DistillTransform` does after its draws."""
+    """What `TrainTransform` does after its draws."""
     for data, ((top, left, h, w), flip) in zip(itertools.cycle(jpegs), draws, strict=False):
         crop = transforms.decode(data)[top : top + h, left : left + w]
         out = transforms.resize(crop, SIZE, SIZE, "bilinear")
@@ -142,7 +142,7 @@ class Jpegs:
 
 def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 40) -> float:
     """Images per CPU-second that the loader delivers once it runs."""
-    transform = transforms.DistillTransform(
+    transform = transforms.TrainTransform(
         SIZE, min_area=MIN_AREA, interpolation="bilinear", flip=True
     )
     loader = pipeline.TrainLoader(

@@ -34,7 +34,12 @@ def common() -> Config:
     config.log_every = 50  # steps
     config.profile_steps = 0  # > 0: trace this many steps into workdir/profile
     config.checkpoint = {"every": 1000, "keep": 2, "keep_every": 0}  # steps
-    config.eval = {"every": 5000, "batches": 20}  # steps; 0 batches: the whole split
+    config.eval = {
+        "every": 5000,  # steps; 0: every `epochs` epochs
+        "epochs": 0.0,
+        "batches": 20,  # 0: the whole split
+        "knn": 0,  # > 0: also the accuracy of that many nearest neighbours
+    }
     config.data = {
         "name": "imagenet2012",  # TFDS name, or folder:/path
         "split": "train",
@@ -43,13 +48,18 @@ def common() -> Config:
         "image_size": 224,
         "min_area": 0.08,  # of the random crop
         "interpolation": "bilinear",
+        "crop": "retried",  # until it fits, or "single": drawn once and cut (linear probe)
         "flip": True,
+        "rand_augment": "",  # policy as timm writes it, such as "rand-m9-mstd0.5-inc1"
+        "eval_resize": 256 / 224,  # short side of a held-out picture to the centre crop's side
+        "eval_crop": True,  # False: the whole picture squashed to the square
         "skip_official": False,  # leave out the 27 files that the original skips
         "threads": 16,  # decoding threads per worker process
         "workers": 0,  # worker processes; 0 decodes in this one
         "max_broken": 100,  # unreadable images that are replaced before the run stops
     }
     config.optim = {
+        "name": "adamw",  # or "lars"
         "peak_lr": 3e-4,  # rates are per `lr_batch` images and scaled to the batch size
         "start_lr": 5e-7,
         "min_lr": 5e-6,
@@ -59,7 +69,10 @@ def common() -> Config:
         "scale_floors": False,
         "betas": (0.9, 0.999),
         "eps": 1e-8,
+        "momentum": 0.9,  # of LARS
         "weight_decay": 0.05,
+        "decay_vectors": False,  # decay biases and norms too
+        "layer_decay": 1.0,  # factor of the learning rate from one layer to the one below
         "clip_norm": 3.0,  # 0: no clipping
         "moments": "float32",  # or "bfloat16", "factored"
     }
@@ -117,6 +130,123 @@ def distillation(
     return config
 
 
+def fine_tuning(
+    *,
+    drop_path: float,
+    layer_decay: float,
+    peak_lr: float,
+    floor_lr: float,
+    epochs: float = 100,
+    warmup_epochs: float = 20,
+    image_size: int = 224,
+) -> Config:
+    """Supervised fine-tuning of `init_from` with the original's recipe (paper, Table 7).
+
+    Args:
+      drop_path: of the last block.
+      layer_decay: factor of the learning rate from one layer to the one below.
+      peak_lr: per 512 images.
+      floor_lr: start of the warm-up and end of the cosine, per 512 images.
+      epochs: of training.
+      warmup_epochs: of them.
+      image_size: of training and evaluation; position tables are resized to it.
+    """
+    config = common()
+    config.epochs = float(epochs)
+    config.model = {
+        "family": "",  # of a network from random weights, with its `arch`; init_from brings both
+        "arch": {},
+        "classes": 1000,
+        "trains": "all",  # or "head": linear probe of a frozen encoder
+        "head": "fresh",  # or "keep": the one of init_from
+        "head_scale": 0.001,  # of the fresh head's initial weights
+        "pooling": "mean_norm",  # or "norm_mean", "mean", "cls"
+        "final_norm": False,  # keep the encoder's own final norm
+        "untie_positions": True,  # a shared position bias becomes one per block
+        "drop_path": drop_path,
+    }
+    config.mixing = {
+        "mixup": 0.8,  # alpha of its Beta distribution; 0: off
+        "cutmix": 1.0,
+        "switch": 0.5,  # probability of cutmix where both are on
+        "smoothing": 0.1,
+        "erasing": 0.25,  # probability
+    }
+    config.reference_quirks = False  # evaluate with CLIP's pixel statistics, as the original does
+    config.eval.update(every=0, epochs=1.0, batches=0)
+    config.data.update(
+        image_size=image_size, interpolation="bicubic", rand_augment="rand-m9-mstd0.5-inc1"
+    )
+    config.optim.update(
+        peak_lr=peak_lr,
+        start_lr=floor_lr,
+        min_lr=floor_lr,
+        warmup_epochs=float(warmup_epochs),
+        layer_decay=layer_decay,
+        clip_norm=5.0,
+    )
+    return config
+
+
+def clip_recipe(
+    *,
+    peak_lr: float,
+    layer_decay: float,
+    epochs: float,
+    warmup_epochs: float,
+    image_size: int = 224,
+    batch_size: int = 2048,
+) -> Config:
+    """FT-CLIP: the better direct recipe of Dong et al. 2022 (arXiv 2212.06138).
+
+    Rates are absolute, whatever the batch, as its authors give them.
+    """
+    config = fine_tuning(
+        drop_path=0.0,
+        layer_decay=layer_decay,
+        peak_lr=peak_lr,
+        floor_lr=1e-6,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        image_size=image_size,
+    )
+    config.batch_size = batch_size
+    config.ema_decay = 0.9998
+    config.model.pooling = "norm_mean"
+    config.mixing.update(mixup=0.0, cutmix=0.0)
+    config.optim.update(lr_batch=config.batch_size, clip_norm=0.0)
+    config.data.eval_resize = 1.0
+    return config
+
+
+def linear_probe(*, epochs: float, pooling: str = "cls", final_norm: bool = True) -> Config:
+    """MAE's linear probe on a frozen encoder, which the paper follows (reference 6).
+
+    Args:
+      epochs: 90 for B, 50 for L.
+      pooling: "cls" as in MAE, "mean_norm" as in the official code.
+      final_norm: whether the encoder's trained final norm comes first; the official code drops it.
+    """
+    config = fine_tuning(drop_path=0.0, layer_decay=1.0, peak_lr=0.1, floor_lr=0.0, epochs=epochs)
+    config.batch_size = 16384
+    config.model.update(trains="head", pooling=pooling, final_norm=final_norm, head_scale=1.0)
+    config.model.untie_positions = False
+    config.mixing.update(mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0)
+    config.data.update(rand_augment="", crop="single")
+    config.optim.update(
+        name="lars", lr_batch=256, weight_decay=0.0, clip_norm=0.0, warmup_epochs=10.0, lag=0
+    )
+    return config
+
+
+def official_probe(config: Config) -> Config:
+    """The probe as the official code runs it by default (reference 6, quirk 23)."""
+    config.batch_size = 2048
+    config.model.update(pooling="mean_norm", final_norm=False)
+    config.optim.update(lr_batch=512, weight_decay=0.05, clip_norm=5.0, lag=1)
+    return config
+
+
 def arguments(text: str, **defaults: str) -> dict[str, Any]:
     """Reads "name=value,flag" after the colon of `--config=file.py:...`.
 
@@ -148,6 +278,17 @@ def shrink(config: Config) -> Config:
     config.teacher.update(path="teachers/dinov2_vits14_onnx", source="", image_size=56)
     config.data.update(name="photos", eval_split="test", data_dir="data", image_size=56, threads=2)
     config.update(batch_size=8, steps=20, log_every=5)
+    config.eval.update(every=20, batches=2)
+    config.checkpoint.every = 10
+    config.optim.warmup_epochs = 0.05
+    return config
+
+
+def shrink_fine_tuning(config: Config) -> Config:
+    """The same recipe in under a minute on a CPU: `init_from` on the digits, at 56 pixels."""
+    config.data.update(name="digits", eval_split="test", data_dir="data", image_size=56, threads=2)
+    config.model.classes = 10
+    config.update(batch_size=16, steps=20, log_every=5)
     config.eval.update(every=20, batches=2)
     config.checkpoint.every = 10
     config.optim.warmup_epochs = 0.05

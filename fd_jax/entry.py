@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from fd_jax import loop
+from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
@@ -31,8 +32,14 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def run(make_task: Callable[[Config], Task]) -> None:
-    """Parses flags and trains the task that `make_task` builds from the config."""
+Action = Callable[[Config, str], int]
+
+
+def run(action: Action) -> None:
+    """Parses flags, joins the other processes, and does `action` with the config and the workdir.
+
+    What the action returns is the exit status.
+    """
 
     def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
@@ -43,13 +50,22 @@ def run(make_task: Callable[[Config], Task]) -> None:
         assert _WORKDIR.value is not None
         _start_processes()
         config = ml_collections.FrozenConfigDict(_CONFIG.value)
-        result = loop.fit(make_task(config), config, _WORKDIR.value, accept_config=_ACCEPT.value)
+        return action(config, _WORKDIR.value)
+
+    run_app(main)
+
+
+def train(make_task: Callable[[Config], Task]) -> Action:
+    """The action that trains the task which `make_task` builds from the config."""
+
+    def action(config: Config, workdir: str) -> int:
+        result = loop.fit(make_task(config), config, workdir, accept_config=_ACCEPT.value)
         if result.preempted:
-            print(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
+            say(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
             return loop.PREEMPTED
         return 0
 
-    run_app(main)
+    return action
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -14,8 +14,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import metrics, model_folder, program, sharding
+from fd_jax import evaluation, metrics, model_folder, program, sharding
 from fd_jax.checkpoint import Checkpoints
+from fd_jax.console import say
 from fd_jax.data import place
 from fd_jax.data.feed import Feed
 from fd_jax.errors import CheckpointError, UserError
@@ -67,6 +68,7 @@ def fit(
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     feed = Feed(**config.data)
+    task.check_data(feed)
     steps_per_epoch = feed.steps_per_epoch(config.batch_size)
     total_steps = config.steps or round(config.epochs * steps_per_epoch)
     claim_workdir(workdir, config, accept=accept_config)
@@ -133,6 +135,8 @@ class _Trainer:
         self.task, self.config, self.workdir = task, config, workdir
         self.program, self.feed, self.checkpoints = run, feed, checkpoints
         self.start, self.total_steps = start, total_steps
+        steps_per_epoch = feed.steps_per_epoch(config.batch_size)
+        self.eval_every = config.eval.every or round(config.eval.epochs * steps_per_epoch)
         self.sharding = sharding.batch_sharding(run.mesh)
         self.rows = place.local_rows(self.sharding, config.batch_size)
         self.loader = feed.train(
@@ -147,7 +151,7 @@ class _Trainer:
     def run(self, state: TrainState) -> Result:
         began = time.monotonic()
         train_step = self.program.compile_train_step()
-        _say(f"compiled the step in {time.monotonic() - began:.1f} s")
+        say(f"compiled the step in {time.monotonic() - began:.1f} s")
         evaluation: dict[str, float] = {}
         pending = None  # metrics are read one step late, while the device works on the next
         stop = False
@@ -164,7 +168,7 @@ class _Trainer:
                     stop = self._read(step, pending) or stop
                     pending = None
                     self._log(step + 1)
-                if self._due(step + 1, self.config.eval.every) and not stop:
+                if self._due(step + 1, self.eval_every) and not stop:
                     evaluation = self._evaluate(step + 1, state)
                 if stop or self._due(step + 1, self.config.checkpoint.every):
                     self._save(step + 1, state)
@@ -216,7 +220,7 @@ class _Trainer:
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
         self.writer.write(step, scalars)
-        _say(
+        say(
             f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
             f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
             f"ETA {metrics.duration(self.clock.remaining(step))}"
@@ -225,17 +229,21 @@ class _Trainer:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         if self.feed.eval_source is None:
             return {}
+        run, feed, config = self.program, self.feed, self.config
+        result = {}
         with self.clock.paused():
-            params = state.params if state.ema is None else state.ema
-            total = metrics.Mean()
-            size = self.config.batch_size
-            limit = self.config.eval.batches
-            for host in self.feed.sequential("eval", batch_size=size, rows=self.rows, limit=limit):
-                batch = place.to_global(host, self.sharding, rows=self.rows, batch_size=size)
-                total.add(self.program.eval_step(params, state.extra, self.frozen, batch))
-        result = {f"eval_{name}": value for name, value in total.result().items()}
+            versions = {"eval": state.params}
+            if state.ema is not None:
+                versions["eval_ema"] = state.ema
+            for prefix, params in versions.items():
+                figures = evaluation.evaluate(
+                    run, feed, config, params, state.extra, self.frozen, limit=config.eval.batches
+                )
+                if config.eval.knn:
+                    figures |= evaluation.neighbours(run, feed, config, params, self.frozen)
+                result |= {f"{prefix}_{name}": value for name, value in figures.items()}
         self.writer.write(step, result)
-        _say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
+        say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result
 
     def _save(self, step: int, state: TrainState) -> None:
@@ -244,7 +252,7 @@ class _Trainer:
 
     def _export(self, state: TrainState) -> None:
         params = state.params if state.ema is None else state.ema
-        spec, parts = self.task.export(params)
+        spec, parts = self.task.export(params, state.extra)
         model_folder.save(self.workdir / "model", spec, parts, overwrite=True)
 
     def _due(self, step: int, every: int) -> bool:
@@ -351,8 +359,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
     return flat
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)

@@ -8,8 +8,14 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 
 FILE_NAME = "metrics.jsonl"
+
+
+def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) of per-example values [B] under the weights [B]."""
+    return jnp.sum(values * weight), jnp.sum(weight)
 
 
 class Mean:

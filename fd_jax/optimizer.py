@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fd_jax.errors import ConfigError
 from fd_jax.typing import Config, PyTree
 
 Moments = Literal["float32", "bfloat16", "factored"]
@@ -57,12 +58,17 @@ def from_config(
     no_decay: tuple[str, ...],
     layer_scales: PyTree | None = None,
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """AdamW and its schedule from `config.optim`, for a tree of arrays or shapes.
+    """The optimizer of `config.optim` and its schedule, for a tree of arrays or shapes.
 
     Learning rates in the config are per `optim.lr_batch` images (512 in the original) and are
     scaled to the global batch here, once.
+
+    Raises:
+      ConfigError: an unknown optimizer, or LARS asked to decay what it never decays.
     """
     optim = config.optim
+    if optim.name not in ("adamw", "lars"):
+        raise ConfigError(f"optim.name={optim.name!r} is unknown; expected 'adamw' or 'lars'")
     scale = config.batch_size / optim.lr_batch
     schedule = Schedule(
         start=optim.start_lr * scale,
@@ -73,6 +79,19 @@ def from_config(
         lag=optim.lag,
         scale_floors=optim.scale_floors,
     )
+    if optim.name == "lars":
+        if optim.decay_vectors:
+            raise ConfigError(
+                "optim.decay_vectors=True, but LARS leaves biases and other vectors without weight "
+                "decay by definition; set it to False or take optim.name='adamw'"
+            )
+        tx = lars(
+            schedule,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            clip_norm=optim.clip_norm or None,
+        )
+        return tx, schedule
     tx = adamw(
         schedule,
         params,
@@ -81,6 +100,7 @@ def from_config(
         weight_decay=optim.weight_decay,
         clip_norm=optim.clip_norm or None,
         no_decay=no_decay,
+        decay_vectors=optim.decay_vectors,
         layer_scales=layer_scales,
         moments=optim.moments,
     )
@@ -96,6 +116,7 @@ def adamw(
     weight_decay: float,
     clip_norm: float | None,
     no_decay: tuple[str, ...],
+    decay_vectors: bool = False,
     layer_scales: PyTree | None = None,
     moments: Moments = "float32",
 ) -> optax.GradientTransformation:
@@ -109,6 +130,7 @@ def adamw(
       weight_decay: see `decay_mask` for what it spares.
       clip_norm: bound on the global gradient norm, or None.
       no_decay: path patterns that the model family spares.
+      decay_vectors: whether biases, norms and other vectors are decayed too.
       layer_scales: tree of floats like `params` (see `layer_scales`), or None for 1 everywhere.
       moments: "bfloat16" keeps the first moment in bfloat16 (a quarter less state; its small
         updates round away near convergence); "factored" keeps row and column means of the second
@@ -119,10 +141,11 @@ def adamw(
     else:
         mu_dtype = jnp.bfloat16 if moments == "bfloat16" else None
         precondition = optax.scale_by_adam(*betas, eps=eps, mu_dtype=mu_dtype)
+    mask = decay_mask(params, no_decay, vectors=decay_vectors)
     return optax.chain(
         clip_by_norm(clip_norm) if clip_norm is not None else optax.identity(),
         precondition,
-        optax.add_decayed_weights(weight_decay, mask=decay_mask(params, no_decay)),
+        optax.add_decayed_weights(weight_decay, mask=mask),
         scale_by_schedule(schedule, layer_scales),
     )
 
@@ -190,16 +213,18 @@ def scale_by_schedule(schedule: Schedule, scales: PyTree | None) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
-def decay_mask(params: PyTree, no_decay: tuple[str, ...]) -> PyTree:
+def decay_mask(params: PyTree, no_decay: tuple[str, ...], *, vectors: bool = False) -> PyTree:
     """True where weight decay applies (reference 3).
 
-    Spared: tensors of at most one dimension, and paths in which a pattern of the model family is
-    found ("blocks/0/attn/qkv/kernel" is a path).
+    Spared: tensors of at most one dimension unless `vectors` is set, and paths in which a pattern
+    of the model family is found ("blocks/0/attn/qkv/kernel" is a path).
     """
 
     def decays(path, leaf):
         name = path_name(path)
-        return leaf.ndim > 1 and not any(re.search(pattern, name) for pattern in no_decay)
+        return (vectors or leaf.ndim > 1) and not any(
+            re.search(pattern, name) for pattern in no_decay
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -30,6 +30,7 @@ class Program:
       create: (key, initial host arrays) -> TrainState, created already sharded.
       train_step: jitted (state, frozen, batch) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
+      features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
     """
 
     mesh: Mesh
@@ -40,6 +41,7 @@ class Program:
     create: Callable[[jax.Array, PyTree], TrainState]
     train_step: Any
     eval_step: Any
+    features: Any
 
     def place_frozen(self, host: PyTree) -> PyTree:
         """Puts the frozen weights onto the mesh, split like the student's."""
@@ -100,6 +102,7 @@ def build(
         create=create,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, whole)),
         eval_step=jax.jit(task.evaluate, out_shardings=whole),
+        features=jax.jit(task.features, out_shardings=sharding.batch_sharding(mesh)),
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import entry, metrics, model_folder
+from fd_jax import entry, figures, metrics, model_folder
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
 from fd_jax.evals import agreement
@@ -105,7 +105,7 @@ def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
 
 
 def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
-    plt = _pyplot()
+    plt = figures.pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -113,7 +113,7 @@ def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
     axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
     axes.legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _plot_maps(
@@ -133,7 +133,7 @@ def _plot_maps(
         for name, tokens in maps.items()
     }
     colour = principal_colours(patches["teacher"])
-    plt = _pyplot()
+    plt = figures.pyplot()
     columns = ["held-out picture", *patches]
     figure, axes = plt.subplots(
         len(pictures),
@@ -151,7 +151,7 @@ def _plot_maps(
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -206,21 +206,6 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
         "",
     ]
     return "\n".join(lines)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: epath.Path) -> None:
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    _pyplot().close(figure)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -84,3 +84,36 @@ def batch(size=16, side=32, seed=0):
         "weight": np.ones(size, np.float32),
         "index": np.arange(size, dtype=np.int32),
     }
+
+
+def save_student(folder, seed=5, **arch):
+    """Writes the model folder of a distilled student, with its projector, random weights."""
+    made = {**base.student(STUDENT, image_size=32), **arch}
+    spec = specs.ModelSpec("vit", made, source="distilled")
+    _, encoder = specs.split(spec.build(rngs=nnx.Rngs(seed)))
+    width = STUDENT["width"]
+    projector = {"kernel": np.ones((width, 48), np.float32), "bias": np.ones(48, np.float32)}
+    parts = {"encoder": randomize(encoder, seed, scale=0.1), "projector": projector}
+    model_folder.save(folder, spec, parts)
+    return str(folder)
+
+
+def fine_tuning(init_from="", **fields):
+    """A fine-tuning config of toy size on the digits; `fields` as in `config`."""
+    made = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-5)
+    made.init_from = init_from
+    made.model.classes = 10
+    made.data.update(name="digits", eval_split="test", image_size=32, threads=2)
+    made.update(batch_size=16, steps=4, log_every=1)
+    made.checkpoint.every = 2
+    made.eval.update(every=4, batches=2)
+    made.optim.update(lr_batch=16, warmup_epochs=0.01)
+    made.update_from_flattened_dict(fields)
+    return made
+
+
+def labelled_batch(size=16, side=32, classes=10, seed=0):
+    """A host batch of random pictures with random labels."""
+    rng = np.random.default_rng(seed + 100)
+    label = rng.integers(0, classes, size).astype(np.int32)
+    return {**batch(size, side, seed), "label": label}

@@ -98,7 +98,13 @@ SOURCES = (
         {
             "classifier": Part(
                 PER_BLOCK,
-                ModelSpec("vit", arch("B", 16, shared=False), mean=_HALF, std=_HALF),
+                ModelSpec(
+                    "vit",
+                    arch("B", 16, shared=False),
+                    mean=_HALF,
+                    std=_HALF,
+                    pooling="mean_norm",
+                ),
                 ("model/", "module/", ""),
             )
         },

@@ -40,7 +40,9 @@ def _finetuned(size: str, patch_size: int) -> Source:
         "ckpt_epoch_<last>.pth of main_finetune.py",
         {
             "classifier": Part(
-                PER_BLOCK, ModelSpec("vit", beit.arch(size, patch_size, shared=False)), ("model/",)
+                PER_BLOCK,
+                ModelSpec("vit", beit.arch(size, patch_size, shared=False), pooling="mean_norm"),
+                ("model/",),
             )
         },
         "transformers BeitForImageClassification",

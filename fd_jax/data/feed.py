@@ -23,7 +23,11 @@ class Feed:
       image_size: side of what comes out, in pixels.
       min_area: of the random crop, as a share of the picture.
       interpolation: "bilinear" or "bicubic", antialiased.
+      crop: "retried" or "single", see `transforms.TrainTransform`.
       flip: whether half of the training images are mirrored.
+      rand_augment: policy in timm's notation; "" for none.
+      eval_resize: short side of a held-out picture to the side of the centre crop.
+      eval_crop: False squashes held-out pictures to the square instead.
       skip_official: leaves out the files that the original skips (reference 4.1).
       threads: decoding threads per process.
       workers: worker processes; 0 decodes in this one.
@@ -40,7 +44,11 @@ class Feed:
         image_size: int,
         min_area: float,
         interpolation: transforms.Interpolation,
+        crop: transforms.Crop,
         flip: bool,
+        rand_augment: str,
+        eval_resize: float,
+        eval_crop: bool,
         skip_official: bool,
         threads: int,
         workers: int,
@@ -55,10 +63,17 @@ class Feed:
         self.train_source = open_source(split=split)
         self.eval_source = open_source(split=eval_split) if eval_split else None
         self.image_size = image_size
-        self.train_transform = transforms.DistillTransform(
-            image_size, min_area=min_area, interpolation=interpolation, flip=flip
+        self.train_transform = transforms.TrainTransform(
+            image_size,
+            min_area=min_area,
+            interpolation=interpolation,
+            flip=flip,
+            crop=crop,
+            rand_augment=rand_augment,
         )
-        self.eval_transform = transforms.EvalTransform(image_size)
+        self.eval_transform = transforms.EvalTransform(
+            image_size, ratio=eval_resize, crop=eval_crop
+        )
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -101,6 +116,17 @@ class Feed:
             threads=self.threads,
             max_broken=self.max_broken,
         )
+
+    @property
+    def classes(self) -> int:
+        """Number of labels.
+
+        Raises:
+          DataError: the data has none.
+        """
+        if self.train_source.num_classes is None:
+            raise DataError(f"{self.train_source.name} has no class labels")
+        return self.train_source.num_classes
 
     def examples(self, which: str) -> int:
         """Number of images in a split, "train" or "eval"."""

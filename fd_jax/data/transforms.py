@@ -12,10 +12,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from fd_jax.data.randaugment import RandAugment
 from fd_jax.data.sources import BrokenImageError
 from fd_jax.errors import ConfigError
 
 Interpolation = Literal["bilinear", "bicubic"]
+Crop = Literal["retried", "single"]
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -122,53 +124,92 @@ def random_resized_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-class DistillTransform:
-    """The paper's only augmentation: random resized crop and horizontal flip (reference 4.1).
+def single_crop_box(
+    rng: np.random.Generator, height: int, width: int, *, min_area: float
+) -> tuple[int, int, int, int]:
+    """A crop drawn once and cut to the picture, as in MAE's linear probe (reference 4.5).
+
+    Arguments and result as in `random_resized_crop_box`.
+    """
+    area = height * width * rng.uniform(min_area, 1.0)
+    aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+    w = min(round(math.sqrt(area * aspect)), width)
+    h = min(round(math.sqrt(area / aspect)), height)
+    return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+
+
+_CROPS = {"retried": random_resized_crop_box, "single": single_crop_box}
+
+
+class TrainTransform:
+    """Random resized crop and horizontal flip (reference 4.1), then RandAugment where asked (4.2).
 
     Args:
       image_size: side of the result in pixels.
       min_area: least share of the picture in a crop.
       interpolation: of the resize.
       flip: whether half of the pictures are mirrored.
+      crop: "retried" until it fits into the picture, or "single".
+      rand_augment: policy in timm's notation; "" for none.
 
     Raises:
-      ConfigError: a share or a filter that does not exist.
+      ConfigError: a share, a filter, a crop or a policy that does not exist.
     """
 
     def __init__(
-        self, image_size: int, *, min_area: float, interpolation: Interpolation, flip: bool
+        self,
+        image_size: int,
+        *,
+        min_area: float,
+        interpolation: Interpolation,
+        flip: bool,
+        crop: Crop = "retried",
+        rand_augment: str = "",
     ):
-        if interpolation not in _FILTERS:
-            raise ConfigError(
-                f"data.interpolation is {interpolation!r}; expected one of {sorted(_FILTERS)}"
-            )
+        for field, value, known in (
+            ("interpolation", interpolation, _FILTERS),
+            ("crop", crop, _CROPS),
+        ):
+            if value not in known:
+                raise ConfigError(f"data.{field} is {value!r}; expected one of {sorted(known)}")
         if not 0 < min_area <= 1:
             raise ConfigError(f"data.min_area is {min_area}; expected a share in (0, 1]")
         self.image_size = image_size
         self.min_area = min_area
         self.interpolation: Interpolation = interpolation
         self.flip = flip
+        self.crop_box = _CROPS[crop]
+        self.augment = RandAugment.parse(rand_augment) if rand_augment else None
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Encoded or decoded picture -> uint8 [S, S, 3]."""
         pixels = decode(image)
-        top, left, h, w = random_resized_crop_box(rng, *pixels.shape[:2], min_area=self.min_area)
+        top, left, h, w = self.crop_box(rng, *pixels.shape[:2], min_area=self.min_area)
         crop = pixels[top : top + h, left : left + w]
         out = resize(crop, self.image_size, self.image_size, self.interpolation)
-        return mirror(out) if self.flip and rng.random() < 0.5 else out
+        if self.flip and rng.random() < 0.5:
+            out = mirror(out)
+        return out if self.augment is None else self.augment(out, rng)
 
 
 class EvalTransform:
-    """Short side to int(256/224 * S), bicubic, then the centre S x S (reference 4.4).
+    """Short side to int(ratio * S), bicubic, then the centre S x S (reference 4.4).
 
     Args:
       image_size: S.
       ratio: of the short side to S.
+      crop: False squashes the whole picture to S x S instead.
+
+    Raises:
+      ConfigError: a ratio below 1, which would leave the picture smaller than the crop.
     """
 
-    def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO):
+    def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO, crop: bool = True):
+        if ratio < 1:
+            raise ConfigError(f"data.eval_resize is {ratio}; expected 1 or more")
         self.image_size = image_size
         self.short_side = int(ratio * image_size)
+        self.crop = crop
 
     def __call__(
         self, image: bytes | np.ndarray, rng: np.random.Generator | None = None
@@ -176,6 +217,8 @@ class EvalTransform:
         """Encoded or decoded picture -> uint8 [S, S, 3]; `rng` is not used."""
         del rng
         pixels = decode(image)
+        if not self.crop:
+            return resize(pixels, self.image_size, self.image_size, "bicubic")
         height, width = pixels.shape[:2]
         if height < width:
             height, width = self.short_side, int(self.short_side * width / height)

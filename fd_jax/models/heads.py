@@ -1,13 +1,17 @@
 """What stands on top of an encoder."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fd_jax.errors import ConfigError
 from fd_jax.models import layers
+from fd_jax.models.features import FeatureMap
+
+Pooling = Literal["cls", "mean", "mean_norm", "norm_mean"]
 
 
 class Projector(nnx.Module):
@@ -43,3 +47,64 @@ class Projector(nnx.Module):
             rows, self.kernel[...], self.bias[...], self.dtype, self.grad_dtype
         )
         return out.reshape(*tokens.shape[:-1], -1)
+
+
+class Classifier(nnx.Module):
+    """Pools a feature map into one vector and maps it to class logits.
+
+    Attributes:
+      pooling: "cls" the class token, "mean" the mean patch token, "mean_norm" LayerNorm `fc_norm`
+        of that mean (fine-tuning in the original, reference 2.1), "norm_mean" the mean of the
+        patch tokens after `fc_norm` (FT-CLIP, reference 11).
+      affine: whether `fc_norm` has scale and bias to train.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        *,
+        pooling: Pooling,
+        norm_eps: float,
+        affine: bool = True,
+        kernel_init: nnx.Initializer,
+        grad_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if pooling not in Pooling.__args__:
+            raise ConfigError(f"pooling={pooling!r} is unknown; expected one of {Pooling.__args__}")
+        self.pooling = pooling
+        self.fc_norm = (
+            nnx.LayerNorm(
+                width,
+                epsilon=norm_eps,
+                use_bias=affine,
+                use_scale=affine,
+                use_fast_variance=False,
+                rngs=rngs,
+            )
+            if "norm" in pooling
+            else None
+        )
+        self.head = layers.Dense(
+            width,
+            classes,
+            dtype=jnp.float32,
+            grad_dtype=grad_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+
+    def pool(self, features: FeatureMap) -> jax.Array:
+        """The vector of each image. -> [B, D] float32."""
+        if self.pooling == "cls":
+            return features.cls_token.astype(jnp.float32)
+        patches = features.patches.astype(jnp.float32)
+        if self.pooling == "norm_mean" and self.fc_norm is not None:
+            return jnp.mean(self.fc_norm(patches), axis=1)
+        mean = jnp.mean(patches, axis=1)
+        return mean if self.fc_norm is None else self.fc_norm(mean)
+
+    def __call__(self, features: FeatureMap) -> jax.Array:
+        """-> [B, K] logits, float32."""
+        return self.head(self.pool(features))

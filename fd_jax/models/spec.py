@@ -11,6 +11,7 @@ import numpy as np
 
 from fd_jax.errors import ModelFolderError
 from fd_jax.models import resize
+from fd_jax.models.heads import Pooling
 from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
@@ -34,6 +35,7 @@ class ModelSpec:
       pixel_scale: factor from uint8 to the range of `mean` and `std`.
       position_resize: how this source's code resizes absolute positions, see `resize.py`.
       classes: outputs of the classifier head beside the encoder; 0 where there is none.
+      pooling: what that head reads, see `heads.Classifier`.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype per tensor name of the source file, where it is not float32.
@@ -48,6 +50,7 @@ class ModelSpec:
     pixel_scale: float = 1 / 255
     position_resize: resize.PositionResize = "size"
     classes: int = 0
+    pooling: Pooling = "cls"
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -293,6 +293,25 @@ class ViT(nnx.Module):
 
         return resized(params)
 
+    @staticmethod
+    def untied(arch: dict[str, Any]) -> dict[str, Any]:
+        """The architecture in which every block has a position bias of its own."""
+        shared = arch["position"] == "shared_rpb"
+        return {**arch, "position": "rpb"} if shared else arch
+
+    @staticmethod
+    def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
+        """Copies a shared bias table into every block (reference 5.1), for `untied(arch)`."""
+        if arch["position"] != "shared_rpb":
+            return params
+        rest = {name: value for name, value in params.items() if name != "rel_pos_bias"}
+        table = params["rel_pos_bias"]
+        rest["blocks"] = {
+            index: {**block, "attn": {**block["attn"], "rel_pos_bias": table}}
+            for index, block in params["blocks"].items()
+        }
+        return rest
+
     def _run(self, images, drops, keep):
         x = self.embed(images)
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()

@@ -4,9 +4,9 @@ from typing import Any, Protocol
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import optax
 
+from fd_jax.data.feed import Feed
 from fd_jax.models.spec import ModelSpec
 from fd_jax.optimizer import Schedule
 from fd_jax.typing import Batch, Metrics, PyTree
@@ -18,6 +18,10 @@ class Task(Protocol):
     Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
     "index": int32 [B]}; weight is 0 for padding.
     """
+
+    def check_data(self, feed: Feed) -> None:
+        """Refuses data that this task cannot use, before anything is computed."""
+        ...
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, extra); traced by jit, so that they are created sharded."""
@@ -49,13 +53,17 @@ class Task(Protocol):
         """Metrics of a batch as it comes from the data, padding excluded by its weight."""
         ...
 
+    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """One vector per image, for nearest neighbours. -> [B, D] float32."""
+        ...
+
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, Schedule]:
         """The transformation for a tree of shapes, and the rate to report."""
         ...
 
-    def export(self, params: PyTree) -> tuple[ModelSpec, PyTree]:
+    def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """What goes into the model folder at the end."""
         ...
 
@@ -64,8 +72,3 @@ def apply_frozen(definition: nnx.GraphDef, params: PyTree, *args, **kwargs) -> A
     """Calls a network without letting a gradient into it or its input."""
     module = nnx.merge(definition, jax.lax.stop_gradient(params))
     return jax.lax.stop_gradient(module(*args, **kwargs))
-
-
-def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of per-example values [B] under the weights [B]."""
-    return jnp.sum(values * weight), jnp.sum(weight)

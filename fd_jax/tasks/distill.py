@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from fd_jax import losses, model_folder, optimizer
+from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
+from fd_jax.metrics import weighted
 from fd_jax.models import resize
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Projector
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
-from fd_jax.tasks.base import apply_frozen, weighted
+from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 TargetKind = Literal["full", "cls", "gap", "logits"]
@@ -85,6 +87,11 @@ class DistillTask:
         self.cls = bool(self.student.cls and self.teacher.cls)
         self._check_match()
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
+
+    def check_data(self, feed: Feed) -> None:
+        """Labels are read for nearest neighbours only."""
+        if self.config.eval.knn:
+            _ = feed.classes  # refuses data without labels
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random student and projector."""
@@ -157,6 +164,13 @@ class DistillTask:
             metrics["cosine"] = weighted(cosine, weight)
         return metrics
 
+    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """The student's mean patch token after its final norm. -> [B, D_s] float32."""
+        del frozen
+        student = nnx.merge(self.student_def, params["encoder"])
+        features = student(self.student_spec.normalize(batch["image"], self.dtype))
+        return jnp.mean(features.patches.astype(jnp.float32), axis=1)
+
     def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
         """What the student has to predict. -> [B, T, D_t] float32, or [B, 1, K] logits."""
         images = batch["image"]
@@ -196,8 +210,9 @@ class DistillTask:
             no_decay=FAMILIES[self.student_spec.family].NO_DECAY,
         )
 
-    def export(self, params: PyTree) -> tuple[ModelSpec, PyTree]:
+    def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """Student and projector; a logits student's head is its projector."""
+        del extra
         return self.student_spec, params
 
     def _distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:

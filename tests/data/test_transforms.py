@@ -168,7 +168,7 @@ def torchvision_crop(data, size, method, *, seed, min_area):
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [98, 224])
 def test_crops_match_torchvisions_pil_path(jpegs, method, size):
-    transform = transforms.DistillTransform(size, min_area=0.08, interpolation=method, flip=True)
+    transform = transforms.TrainTransform(size, min_area=0.08, interpolation=method, flip=True)
     flips = []
     for seed, data in enumerate(jpegs * 3):
         got = transform(data, np.random.default_rng(seed))
@@ -197,7 +197,7 @@ def test_a_resize_without_antialiasing_would_not_match(jpegs):
 
 
 def test_without_flip_nothing_is_mirrored(photo):
-    transform = transforms.DistillTransform(32, min_area=1.0, interpolation="bilinear", flip=False)
+    transform = transforms.TrainTransform(32, min_area=1.0, interpolation="bilinear", flip=False)
     made = {transform(photo, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert len(made) == 1
 
@@ -208,7 +208,7 @@ def test_without_flip_nothing_is_mirrored(photo):
 def test_settings_that_do_not_exist_are_refused(field, value):
     options = {"min_area": 0.5, "interpolation": "bilinear", "flip": True, field: value}
     with pytest.raises(ConfigError, match=f"data.{field} is"):
-        transforms.DistillTransform(32, **options)
+        transforms.TrainTransform(32, **options)
 
 
 # --- evaluation ------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_wrong_teacher_source_is_named(folder):
 
 def test_student_goes_on_from_a_model_folder(folder, tmp_path):
     task, params, _ = make(folder)
-    spec, parts = task.export(params)
+    spec, parts = task.export(params, {})
     model_folder.save(tmp_path / "student", spec, parts)
     again, _, _ = make(folder, init_from=str(tmp_path / "student"))
     jax.tree.map(np.testing.assert_array_equal, again.load_initial(), parts)
@@ -213,7 +213,7 @@ def test_student_goes_on_from_a_model_folder(folder, tmp_path):
 
 def test_a_distilled_student_can_teach(folder, tmp_path):
     task, params, _ = make(folder)
-    spec, parts = task.export(params)
+    spec, parts = task.export(params, {})
     model_folder.save(tmp_path / "student", spec, parts)
     task, params, frozen = make(str(tmp_path / "student"), **{"teacher.source": ""})
     loss, _ = task.loss(params, {}, frozen, tiny.batch())

@@ -1,0 +1,149 @@
+"""Mixup, CutMix and random erasing of whole global batches, on the device (reference 4.2, 4.3).
+
+Everything is drawn for the global batch from one key, so the result depends on neither the mesh nor
+the number of hosts.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fd_jax.errors import ConfigError
+
+ERASED_AREA = (0.02, 1 / 3)  # of the picture
+ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASE_TRIES = 10
+
+
+def smooth_one_hot(label: jax.Array, classes: int, smoothing: float) -> jax.Array:
+    """Label-smoothed targets: s / K off the label, 1 - s more on it. [B] -> [B, K] float32."""
+    return jax.nn.one_hot(label, classes) * (1 - smoothing) + smoothing / classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """Mixes every image of a batch with its partner from the other end, all with one lambda.
+
+    The original draws once per device's batch (quirk 10); here it is once per global batch.
+
+    Attributes:
+      mixup: alpha of lambda's Beta distribution for mixup; 0 for no mixup.
+      cutmix: alpha for CutMix; 0 for no CutMix.
+      switch: probability of CutMix where both are on.
+      batch_size: of the global batch.
+
+    Raises:
+      ConfigError: a negative alpha, neither of both, or a batch without partners.
+    """
+
+    mixup: float
+    cutmix: float
+    switch: float
+    batch_size: int
+
+    def __post_init__(self):
+        if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0:
+            raise ConfigError(
+                f"mixing.mixup={self.mixup} and mixing.cutmix={self.cutmix}: alphas are positive, "
+                "or 0 for off, and one of them is on"
+            )
+        if self.batch_size % 2:
+            raise ConfigError(
+                f"mixup and cutmix pair the images of a batch, and batch_size={self.batch_size} is "
+                f"odd; use {self.batch_size + 1}, or set mixing.mixup=0 and mixing.cutmix=0"
+            )
+
+    def __call__(
+        self, key: jax.Array, images: jax.Array, target: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draws and mixes. images [B, S, S, 3] float, target [B, K] -> the same shapes."""
+        which_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
+        size = images.shape[1]
+        lam = jax.random.beta(mixup_key, self.mixup or 1.0, self.mixup or 1.0)
+        weight = jnp.full((size, size), lam)  # of an image against its partner, per pixel
+        if self.cutmix:
+            cut_lam = jax.random.beta(cutmix_key, self.cutmix, self.cutmix)
+            centre = jax.random.randint(centre_key, (2,), 0, size)
+            cut = 1.0 - box_mask(size, cut_lam, centre)
+            share = self.switch if self.mixup else 1.0
+            weight = jnp.where(jax.random.uniform(which_key) < share, cut, weight)
+        return mix(images, target, weight)
+
+
+def mix(images: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mixes each example with the one at its place from the end, in pixels and in targets.
+
+    The weight of the targets is the mean weight of the pixels: mixup's lambda, and for a box the
+    area that was truly left.
+
+    Args:
+      images: [B, S, S, 3].
+      target: [B, K] distributions.
+      weight: [S, S] of each example's own pixels.
+    """
+    w = weight[None, :, :, None].astype(images.dtype)
+    lam = jnp.mean(weight)
+    mixed = w * images + (1 - w) * images[::-1]
+    return mixed, lam * target + (1 - lam) * target[::-1]
+
+
+def box_mask(size: int, lam: jax.Array, centre: jax.Array) -> jax.Array:
+    """CutMix's box: side int(S sqrt(1 - lambda)) around a centre, cut at the border. -> [S, S]"""
+    half = jnp.floor(size * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
+    low = jnp.clip(centre - half, 0, size)
+    high = jnp.clip(centre + half, 0, size)
+    place = jnp.arange(size)
+    inside = (place[:, None] >= low) & (place[:, None] < high)  # [S, 2]: row and column
+    return (inside[:, None, 0] & inside[None, :, 1]).astype(jnp.float32)
+
+
+def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
+    """Random erasing, "pixel" mode: one box per chosen image becomes normal noise.
+
+    Args:
+      key: of the draws; the noise is drawn per pixel and channel, after normalisation.
+      images: [B, S, S, 3] normalised float.
+      probability: of an image being chosen.
+    """
+    batch, size = images.shape[:2]
+    chosen_key, box_key, noise_key = jax.random.split(key, 3)
+    chosen = jax.random.uniform(chosen_key, (batch,)) < probability
+    uniform = jax.random.uniform(box_key, (batch, ERASE_TRIES, 4))
+    top, left, height, width, fits = erased_box(uniform, size)
+    place = jnp.arange(size)
+    rows = (place >= top[:, None]) & (place < (top + height)[:, None])
+    columns = (place >= left[:, None]) & (place < (left + width)[:, None])
+    mask = (rows[:, :, None] & columns[:, None, :]) & (chosen & fits)[:, None, None]
+    noise = jax.random.normal(noise_key, images.shape, images.dtype)
+    return jnp.where(mask[..., None], noise, images)
+
+
+def erased_box(uniform: jax.Array, size: int) -> tuple[jax.Array, ...]:
+    """The box of each image: the first try that is smaller than the image in both directions.
+
+    Args:
+      uniform: [B, tries, 4] numbers in [0, 1) for area, aspect, top and left.
+      size: S.
+
+    Returns:
+      (top, left, height, width, fits), each [B]; `fits` is False where no try did.
+    """
+    low, high = ERASED_AREA
+    area = size * size * (low + uniform[..., 0] * (high - low))
+    log_low, log_high = (math.log(value) for value in ERASED_ASPECT)
+    aspect = jnp.exp(log_low + uniform[..., 1] * (log_high - log_low))
+    height = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    width = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (height < size) & (width < size)
+    first = jnp.argmax(fits, axis=1)
+
+    def pick(values):
+        return jnp.take_along_axis(values, first[:, None], axis=1)[:, 0]
+
+    height, width = pick(height), pick(width)
+    # 0 to S - side, both included
+    top = jnp.floor(pick(uniform[..., 2]) * (size - height + 1)).astype(jnp.int32)
+    left = jnp.floor(pick(uniform[..., 3]) * (size - width + 1)).astype(jnp.int32)
+    return top, left, height, width, jnp.any(fits, axis=1)

@@ -1,0 +1,126 @@
+"""Evaluation without training: accuracy of a classifier folder, and how fast it runs."""
+
+import json
+import time
+
+from etils import epath
+import jax
+import ml_collections
+import numpy as np
+
+from fd_jax import evaluation, model_folder, program, sharding
+from fd_jax.console import say
+from fd_jax.data.feed import Feed
+from fd_jax.errors import ConfigError
+from fd_jax.evals import classification
+from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.typing import Config
+
+THROUGHPUT_SECONDS = 10.0
+
+
+def measure(
+    config: Config, workdir: epath.PathLike, *, per_class: bool = False, throughput: bool = False
+) -> dict[str, float]:
+    """Evaluates the classifier in `config.init_from`, or else in `workdir`/model.
+
+    Writes evaluation.json into the workdir; per_class.md and confusion.png where asked.
+
+    Args:
+      config: of fine-tuning; its data, evaluation and mesh fields count.
+      workdir: receives the figures.
+      per_class: also a table per class and a picture of the confusion matrix.
+      throughput: also images per second of the compiled forward pass on batches that are there.
+
+    Returns:
+      Loss, top-1 and top-5 accuracy over the whole held-out split, and what was asked for.
+
+    Raises:
+      UserError: no such folder, no head in it, or one for other classes.
+    """
+    workdir = epath.Path(workdir)
+    config = _as_classifier(config, workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(config.batch_size, 1, mesh)
+    task = ClassifyTask(config)
+    # The training split takes no part, and need not be there.
+    feed = Feed(**{**config.data.to_dict(), "split": config.data.eval_split})
+    task.check_data(feed)
+    run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
+    state = run.create(jax.random.key(0), task.load_initial())
+
+    figures = evaluation.evaluate(
+        run, feed, config, state.params, state.extra, {}, limit=config.eval.batches
+    )
+    if throughput:
+        figures["images_per_second"] = _throughput(run, feed, config, state)
+    say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
+    if per_class:
+        matrix = _confusion(run, task, feed, config, state)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        record = {
+            "init_from": config.init_from,
+            "data": f"{config.data.name}/{config.data.eval_split}",
+            **figures,
+        }
+        (workdir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        if per_class:
+            (workdir / "per_class.md").write_text(classification.per_class_table(matrix))
+            classification.plot_confusion(matrix, workdir / "confusion.png")
+    say(f"written to {workdir}")
+    return figures
+
+
+def _as_classifier(config: Config, workdir: epath.Path) -> Config:
+    """The config with the folder named and its own head kept."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    if not config.data.eval_split:
+        raise ConfigError("--eval_only measures data.eval_split, which is empty; name a split")
+    if not config.init_from and (workdir / "model").exists():
+        config.init_from = str(workdir / "model")
+    if not config.init_from:
+        raise ConfigError(
+            f"--eval_only needs a trained classifier: there is no {workdir / 'model'}; "
+            "name its folder in --config.init_from"
+        )
+    spec = model_folder.load_spec(config.init_from)
+    if not spec.classes:
+        raise ConfigError(
+            f"--eval_only: {config.init_from} ({spec.source}) has no classifier head; "
+            "fine-tune or probe it first"
+        )
+    config.model.update(
+        trains="all",
+        head="keep",
+        pooling=spec.pooling,
+        classes=spec.classes,
+        final_norm=spec.arch.get("final_norm", True),
+        untie_positions=False,
+    )
+    config.ema_decay = 0.0
+    return ml_collections.FrozenConfigDict(config)
+
+
+def _throughput(run, feed, config, state) -> float:
+    """Images per second of the forward pass alone, compilation left out."""
+    batch = next(iter(evaluation.batches(run, feed, "eval", config.batch_size, limit=1)))
+    jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < THROUGHPUT_SECONDS:
+        jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
+        count += config.batch_size
+    return count / (time.monotonic() - began)
+
+
+def _confusion(run, task, feed, config, state) -> np.ndarray:
+    """[K, K] counts, row = label, column = prediction."""
+
+    def predict(params, extra, batch):
+        logits = task.logits(params, extra, {}, batch)
+        return classification.confusion(logits, batch["label"], batch["weight"])
+
+    step = jax.jit(predict, out_shardings=sharding.replicated(run.mesh))
+    batches = evaluation.batches(run, feed, "eval", config.batch_size, limit=config.eval.batches)
+    counts = [np.asarray(step(state.params, state.extra, batch)) for batch in batches]
+    return np.sum(counts, axis=0)

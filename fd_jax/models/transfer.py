@@ -1,0 +1,83 @@
+"""A trained network as the start of another one: what is taken over, and what is not.
+
+Fine-tuning keeps the encoder of a model folder, gives every block its own position bias, drops the
+final norm that distillation trained, and begins with a fresh head (reference 5.1).
+"""
+
+import dataclasses
+
+from fd_jax.errors import ConfigError
+from fd_jax.models.spec import FAMILIES, ModelSpec
+from fd_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """How the new network differs from the one it starts from.
+
+    Attributes:
+      image_size: side of its input; position tables are resized to it.
+      final_norm: whether the encoder keeps its own final norm.
+      untie: whether a shared position bias becomes one per block.
+      keep_head: whether the classifier head (and its `fc_norm`) is taken over.
+    """
+
+    image_size: int
+    final_norm: bool
+    untie: bool
+    keep_head: bool
+
+
+def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
+    """The encoder that `start` fills, without reading weights.
+
+    Raises:
+      ConfigError: a final norm is to be kept that is not there.
+    """
+    family = FAMILIES[spec.family]
+    arch = {**spec.arch, "image_size": changes.image_size}
+    if changes.final_norm and not spec.arch.get("final_norm", True):
+        raise ConfigError(
+            f"final_norm=True, but the network of {spec.source!r} ends without one; "
+            "set model.final_norm=False"
+        )
+    if "final_norm" in arch:
+        arch["final_norm"] = changes.final_norm
+    return dataclasses.replace(spec, arch=family.untied(arch) if changes.untie else arch)
+
+
+def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, list[str]]:
+    """The arrays that the new network starts from, and a report.
+
+    Args:
+      spec: of the model folder.
+      parts: of the model folder, numpy arrays.
+      changes: see there.
+
+    Returns:
+      {"encoder": ...} and, where the head is kept, "head" and "fc_norm"; what they do not name
+      starts fresh. And lines that tell what was copied, resized and dropped.
+    """
+    family = FAMILIES[spec.family]
+    report = []
+    resized, encoder = spec.resized(parts["encoder"], changes.image_size)
+    if resized is not spec:
+        old = spec.arch["image_size"]
+        report.append(f"resized  position tables from {old} px to {changes.image_size} px")
+    arch = resized.arch
+    if changes.untie and family.untied(arch) != arch:
+        encoder = family.untie_positions(encoder, arch)
+        report.append("copied   the shared position bias into every block")
+    dropped = [name for name in parts if name not in ("encoder", "head", "fc_norm")]
+    if not changes.final_norm and "norm" in encoder:
+        encoder = {name: value for name, value in encoder.items() if name != "norm"}
+        dropped.append("encoder/norm")
+    taken = {"encoder": encoder}
+    for name in ("head", "fc_norm"):
+        if name in parts and changes.keep_head:
+            taken[name] = parts[name]
+        elif name in parts:
+            dropped.append(name)
+    if dropped:
+        report.append(f"dropped  {', '.join(sorted(dropped))}")
+    return taken, report

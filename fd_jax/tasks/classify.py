@@ -1,0 +1,332 @@
+"""Classification: fine-tuning, training from random weights, and the linear probe.
+
+The probe is the same task with the encoder frozen: forward only, its weights beside the state.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from etils import epath
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from fd_jax import losses, model_folder, optimizer
+from fd_jax.console import say
+from fd_jax.data import mixing
+from fd_jax.data.feed import Feed
+from fd_jax.errors import ConfigError, DataError
+from fd_jax.evals import classification
+from fd_jax.metrics import weighted
+from fd_jax.models import layers, transfer
+from fd_jax.models.heads import Classifier
+from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
+from fd_jax.precision import compute_dtype
+from fd_jax.tasks.base import apply_frozen
+from fd_jax.typing import Batch, Config, Metrics, PyTree
+
+Trains = Literal["all", "head"]
+Head = Literal["fresh", "keep"]
+
+HEAD_STD = {"all": 0.02, "head": 0.01}  # of the head's initial weights (reference 2.1 and 6)
+BATCH_NORM_EPS = 1e-6
+BATCH_NORM_MOMENTUM = 0.1  # share of the new batch in the running statistics
+
+
+class ClassifyTask:
+    """Encoder, head and recipe of one run, from its config."""
+
+    def __init__(self, config: Config, *, init_spec: ModelSpec | None = None):
+        """Checks the config and defines the network; reads no weights.
+
+        Args:
+          config: see configs/base.py for the fields.
+          init_spec: stands in for the folder `config.init_from`, for planning without weights.
+
+        Raises:
+          ConfigError: the combination cannot work, with the numbers.
+          ModelFolderError: no model at `config.init_from`.
+        """
+        model = config.model
+        _check_choice("model.trains", model.trains, Trains.__args__)
+        _check_choice("model.head", model.head, Head.__args__)
+        self.config = config
+        self.dtype = compute_dtype(config.dtype)
+        self.probe = model.trains == "head"
+        self.changes = transfer.Changes(
+            image_size=config.data.image_size,
+            final_norm=model.final_norm,
+            untie=model.untie_positions,
+            keep_head=model.head == "keep",
+        )
+        start = init_spec or _starting_spec(config)
+        self._check_start(start)
+        self.spec = dataclasses.replace(
+            transfer.target_spec(start, self.changes),
+            classes=model.classes,
+            pooling=model.pooling,
+            source=_source_name(config, start),
+        )
+        self.statistics = self.spec
+        if config.reference_quirks:  # the original evaluates every model so (quirk 1)
+            self.statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
+        self.encoder_def, self._encoder_shapes = self.spec.abstract(**self._runtime())
+        self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
+        if model.pooling == "cls" and not self.encoder.cls:
+            raise ConfigError("model.pooling='cls', but the network has no class token; use 'mean'")
+        self.classifier_def, _ = split(nnx.eval_shape(lambda: self._classifier(nnx.Rngs(0))))
+        self.mixing = None
+        if not self.probe and (config.mixing.mixup or config.mixing.cutmix):
+            self.mixing = mixing.Mixing(
+                mixup=config.mixing.mixup,
+                cutmix=config.mixing.cutmix,
+                switch=config.mixing.switch,
+                batch_size=config.batch_size,
+            )
+
+    def check_data(self, feed: Feed) -> None:
+        """Refuses data whose labels do not fit the head.
+
+        Raises:
+          DataError: there are no labels, or more classes than the head has outputs.
+        """
+        classes = self.spec.classes
+        for source in filter(None, (feed.train_source, feed.eval_source)):
+            if source.num_classes is None:
+                raise DataError(f"{source.name} has no class labels, which classification needs")
+            if source.num_classes > classes:
+                raise DataError(
+                    f"{source.name} has {source.num_classes} classes, labels 0 to "
+                    f"{source.num_classes - 1}, but model.classes={classes}; "
+                    f"set --config.model.classes={source.num_classes}"
+                )
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Random parameters; of the head alone where the encoder is frozen."""
+        encoder_key, head_key = jax.random.split(key)
+        params = split(self._classifier(nnx.Rngs(head_key)))[1]
+        if self.probe:
+            return params, {
+                "mean": jnp.zeros(self.encoder.width),
+                "var": jnp.ones(self.encoder.width),
+            }
+        encoder = self.spec.build(rngs=nnx.Rngs(encoder_key), **self._runtime())
+        return {"encoder": split(encoder)[1], **params}, {}
+
+    def load_initial(self) -> PyTree:
+        """What `init_from` gives to the parameters that train; says what it took and what not."""
+        if not self.config.init_from:
+            return {}
+        taken = self._take(report=True)
+        return {name: value for name, value in taken.items() if name != "encoder" or not self.probe}
+
+    def load_frozen(self) -> PyTree:
+        """The probed encoder in the compute dtype; {} where everything trains."""
+        if not self.probe:
+            return {}
+        encoder = self._take()["encoder"]
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), {"encoder": encoder})
+
+    def abstract_frozen(self) -> PyTree:
+        """Shapes of `load_frozen`."""
+        if not self.probe:
+            return {}
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype),
+            {"encoder": self._encoder_shapes},
+        )
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Normalises, mixes and erases the whole batch; adds targets and drop-path numbers.
+
+        "image" becomes float [B, S, S, 3] in the compute dtype; "target" [B, K] is a smoothed,
+        mixed distribution.
+        """
+        recipe = self.config.mixing
+        mix_key, erase_key, drop_key = jax.random.split(key, 3)
+        batch = dict(batch)
+        images = self.spec.normalize(batch["image"])
+        smoothing = 0.0 if self.probe else recipe.smoothing
+        target = mixing.smooth_one_hot(batch["label"], self.spec.classes, smoothing)
+        if self.mixing is not None:
+            images, target = self.mixing(mix_key, images, target)
+        if recipe.erasing and not self.probe:
+            images = mixing.erase(erase_key, images, probability=recipe.erasing)
+        batch["image"], batch["target"] = images.astype(self.dtype), target
+        if self.config.model.drop_path and not self.probe:
+            rows = images.shape[0]
+            batch["drops"] = jax.random.uniform(drop_key, (rows, self.encoder.depth, 2))
+        return batch
+
+    def loss(
+        self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """Mean cross entropy against the prepared targets."""
+        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        pooled = classifier.pool(self._encode(params, frozen, batch["image"], batch.get("drops")))
+        if self.probe:
+            pooled, extra = _batch_norm(pooled, extra)
+        each = losses.cross_entropy(classifier.head(pooled), batch["target"])
+        total, count = weighted(each, batch["weight"])
+        return total / count, (extra, {"loss": (total, count)})
+
+    def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
+        """Cross entropy against the labels, top-1 and top-5 accuracy."""
+        logits = self.logits(params, extra, frozen, batch)
+        return classification.scores(logits, batch["label"], batch["weight"])
+
+    def logits(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """Class scores of a batch as it comes from the data. -> [B, K] float32."""
+        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        pooled = classifier.pool(self._encode(params, frozen, self._eval_images(batch), None))
+        if self.probe:
+            pooled = (pooled - extra["mean"]) * jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
+        return classifier.head(pooled)
+
+    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """The pooled vector of each image, before the head. -> [B, D] float32."""
+        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        return classifier.pool(self._encode(params, frozen, self._eval_images(batch), None))
+
+    def optimizer(
+        self, params: PyTree, *, steps_per_epoch: int, total_steps: int
+    ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
+        """The config's optimizer, with a rate per layer where `optim.layer_decay` asks for it."""
+        family = FAMILIES[self.spec.family]
+
+        def layer_id(path: str) -> int:
+            return family.layer_id(path.removeprefix("encoder/"), self.spec.arch)
+
+        decay = self.config.optim.layer_decay
+        scales = None
+        if decay != 1.0:
+            last = layer_id("head/kernel")
+            scales = optimizer.layer_scales(params, layer_id, last=last, decay=decay)
+        return optimizer.from_config(
+            self.config,
+            params,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            no_decay=family.NO_DECAY,
+            layer_scales=scales,
+        )
+
+    def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
+        """Encoder and head; a probe's BatchNorm goes into the head's weights."""
+        if not self.probe:
+            return self.spec, params
+        scale = jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
+        kernel = params["head"]["kernel"] * scale[:, None]
+        bias = params["head"]["bias"] - extra["mean"] @ kernel
+        parts = {"encoder": self._take()["encoder"], "head": {"kernel": kernel, "bias": bias}}
+        if "norm" in self.spec.pooling:
+            width = self.encoder.width
+            parts["fc_norm"] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+        return self.spec, parts
+
+    def _encode(self, params: PyTree, frozen: PyTree, images: jax.Array, drops: Any):
+        if self.probe:
+            return apply_frozen(self.encoder_def, frozen["encoder"], images)
+        return nnx.merge(self.encoder_def, params["encoder"])(images, drops=drops)
+
+    def _eval_images(self, batch: Batch) -> jax.Array:
+        return self.statistics.normalize(batch["image"], self.dtype)
+
+    def _take(self, *, report: bool = False) -> PyTree:
+        """The parts of `init_from` that this network starts from."""
+        folder = self.config.init_from
+        spec, parts = model_folder.load(folder)
+        taken, lines = transfer.start(spec, parts, self.changes)
+        if report:
+            say(f"init_from {folder} ({spec.source}):")
+            tensors = jax.tree.leaves(taken)
+            values = sum(leaf.size for leaf in tensors)
+            say(f"  loaded   {len(tensors)} tensors, {values:,} values: {', '.join(sorted(taken))}")
+            for line in lines:
+                say(f"  {line}")
+            parts = {"head", "fc_norm"} if "norm" in self.spec.pooling else {"head"}
+            say(f"  fresh    {', '.join(sorted(parts - taken.keys())) or 'nothing'}")
+        return taken
+
+    def _runtime(self) -> dict[str, Any]:
+        return {
+            "drop_path": self.config.model.drop_path,
+            "init": "finetune",
+            "dtype": self.dtype,
+            "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
+            "attention": self.config.attention,
+            "remat": self.config.remat or None,
+        }
+
+    def _classifier(self, rngs: nnx.Rngs) -> Classifier:
+        init = layers.truncated_normal(HEAD_STD[self.config.model.trains], 2.0)
+        return Classifier(
+            self.encoder.width,
+            self.spec.classes,
+            pooling=self.spec.pooling,
+            norm_eps=self.spec.arch["norm_eps"],
+            affine=not self.probe,
+            kernel_init=layers.scaled(init, self.config.model.head_scale),
+            grad_dtype=jnp.dtype(self.config.grad_reduce_dtype),
+            rngs=rngs,
+        )
+
+    def _check_start(self, start: ModelSpec) -> None:
+        model, folder = self.config.model, self.config.init_from
+        if model.classes < 2:
+            raise ConfigError(f"model.classes={model.classes}; a classifier needs at least 2")
+        if self.probe and not folder:
+            raise ConfigError("model.trains='head' probes a trained encoder: name it in init_from")
+        if not self.changes.keep_head:
+            return
+        if self.probe:
+            raise ConfigError("model.trains='head' trains a fresh head; set model.head='fresh'")
+        if start.classes != model.classes or start.pooling != model.pooling:
+            raise ConfigError(
+                f"model.head='keep', but init_from={folder} has a head of {start.classes} classes "
+                f"on pooling {start.pooling!r}, the config asks for model.classes={model.classes} "
+                f"on {model.pooling!r}; change those or set model.head='fresh'"
+            )
+
+
+def _starting_spec(config: Config) -> ModelSpec:
+    """Of the folder `init_from`, or of the random network that the config describes."""
+    if config.init_from:
+        return model_folder.load_spec(epath.Path(config.init_from))
+    if not config.model.family:
+        raise ConfigError(
+            "init_from is empty: name the model folder to start from "
+            "(--config.init_from=RUN/model), or set model.family and model.arch"
+        )
+    arch = {**config.model.arch.to_dict(), "image_size": config.data.image_size}
+    return ModelSpec(config.model.family, arch)
+
+
+def _source_name(config: Config, start: ModelSpec) -> str:
+    if not config.init_from:
+        return f"trained by fd_jax on {config.data.name}"
+    how = "probed" if config.model.trains == "head" else "fine-tuned"
+    return f"{how} by fd_jax on {config.data.name} from {start.source}"
+
+
+def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:
+    """BatchNorm without scale and bias over the global batch, as torch trains it. x: [B, D]."""
+    mean = jnp.mean(x, axis=0)
+    var = jnp.mean(jnp.square(x - mean), axis=0)
+    unbiased = var * x.shape[0] / max(x.shape[0] - 1, 1)
+    keep = 1 - BATCH_NORM_MOMENTUM
+    running = {
+        "mean": keep * running["mean"] + BATCH_NORM_MOMENTUM * mean,
+        "var": keep * running["var"] + BATCH_NORM_MOMENTUM * unbiased,
+    }
+    return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS), running
+
+
+def _head_of(params: PyTree) -> PyTree:
+    return {name: params[name] for name in ("fc_norm", "head") if name in params}
+
+
+def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{field}={value!r} is unknown; expected one of {known}")
