@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fd_jax import program, sharding
+from fd_jax import evaluation, program, sharding
 from fd_jax.data import place
+from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
+from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
@@ -151,3 +153,77 @@ def test_tensor_axis_must_divide_a_dimension():
     params = tiny.teacher_spec(width=36, heads=4, mlp_width=64).abstract()[1]
     with pytest.raises(ConfigError, match="36 is not divisible by mesh.fsdp=8"):
         sharding.param_shardings(params, mesh)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return tiny.save_student(tmp_path_factory.mktemp("students") / "tiny")
+
+
+def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, **fields):
+    """Losses of a classification with mixup, cutmix, erasing and drop path on."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    config = tiny.fine_tuning(folder, accumulation=accumulation, **fields)
+    task = ClassifyTask(config)
+    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
+    state = run.create(jax.random.key(0), task.load_initial())
+    frozen = run.place_frozen(task.load_frozen())
+    rows = place.local_rows(sharding.batch_sharding(mesh), config.batch_size)
+    losses = []
+    for step in range(steps):
+        host = {**tiny.labelled_batch(seed=step), "stop": np.zeros(16, np.int32)}
+        batch = place.to_global(
+            host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
+        )
+        state, metrics = run.train_step(state, frozen, batch)
+        total, count = jax.device_get(metrics["loss"])
+        losses.append(total / count)
+    return np.array(losses)
+
+
+PROBE = {"model.trains": "head", "model.untie_positions": False, "model.head_scale": 1.0}
+
+
+@pytest.mark.parametrize("fields", [{"model.head_scale": 1.0}, PROBE], ids=["all", "head"])
+def test_classification_agrees_on_meshes(classifier, fields):
+    want = fine_tune(classifier, 1, **fields)
+    np.testing.assert_allclose(fine_tune(classifier, 8, **fields), want, rtol=3e-6)
+
+
+def test_classification_agrees_with_accumulation(classifier):
+    want = fine_tune(classifier, 1, **{"model.head_scale": 1.0})
+    got = fine_tune(classifier, 2, accumulation=2, **{"model.head_scale": 1.0})
+    np.testing.assert_allclose(got, want, rtol=3e-6)
+    other = fine_tune(classifier, 1, **{"model.head_scale": 1.0, "seed": 1})
+    assert np.abs(other / want - 1).max() > 1e-4
+
+
+@pytest.mark.parametrize("devices,batch_size", [(1, 16), (3, 12), (8, 16)])
+def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batch_size):
+    """A prime number of examples on meshes that do not divide it."""
+    fields = {
+        "data.data_dir": embedded_data,
+        "data.eval_split": "test[:97]",
+        "batch_size": batch_size,
+        "model.head_scale": 1.0,
+        "mixing.mixup": 0.0,
+        "mixing.cutmix": 0.0,
+    }
+    config = tiny.fine_tuning(classifier, **fields)
+    task = ClassifyTask(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
+    state = run.create(jax.random.key(0), task.load_initial())
+    feed = Feed(**config.data)
+    got = evaluation.evaluate(run, feed, config, state.params, state.extra, {})
+
+    source, params = feed.eval_source, jax.device_get(state.params)
+    assert source is not None
+    assert len(source) == 97
+    right = []
+    for index in range(97):
+        image, label = source[index]
+        picture = np.asarray(feed.eval_transform(image))[None]
+        logits = np.asarray(task.logits(params, {}, {}, {"image": picture}))[0]
+        right.append([label == logits.argmax(), label in np.argsort(-logits)[:5]])
+    assert [got["top1"], got["top5"]] == [np.mean([r[k] for r in right]) for k in (0, 1)]
