@@ -11,4 +11,6 @@ import sys
 from fd_jax.convert import cli
 
 if __name__ == "__main__":
+    # A write that fails (a full disk) leaves callbacks behind; `main` prints the one message.
+    sys.unraisablehook = lambda _: None
     sys.exit(cli.main())

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import dataclasses
 import json
 import math
+import os
+import re
 from typing import Any
 
 from etils import epath
@@ -64,6 +66,9 @@ def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it.
 
     Leaves are numpy or jax arrays, or `LazyArray`s where the tree should never be in memory whole.
+
+    Raises:
+      OSError: the disk is full, or whatever else the system says.
     """
     if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree)):
         host, device = _HostArrayHandler(), ocp.type_handlers.ArrayHandler()
@@ -73,8 +78,14 @@ def save_tree(path: epath.Path, tree: PyTree) -> None:
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     else:
         handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
+    except ValueError as error:
+        # TensorStore words the system's errors as text.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def load_tree(path: epath.Path) -> PyTree:

@@ -47,28 +47,44 @@ def save(
             staging.rmtree()
         staging.mkdir()
     _barrier("model_folder_staged")
-    checkpoint.save_tree(staging / "params", params)
-    if first:
-        (staging / "model.json").write_text(spec.to_json())
-        # The old one steps aside whole: a kill here never leaves a half-deleted model.
-        replaced = folder.parent / f".{folder.name}.replaced"
-        if replaced.exists():
-            replaced.rmtree()
-        if folder.exists():
-            folder.rename(replaced)
-        staging.rename(folder)
-        if replaced.exists():
-            replaced.rmtree()
+    try:
+        checkpoint.save_tree(staging / "params", params)
+        if first:
+            (staging / "model.json").write_text(spec.to_json())
+            _replace(folder, staging)
+    except BaseException:
+        if first and staging.exists():  # an interrupt or a full disk leaves no litter
+            staging.rmtree()
+        raise
     _barrier("model_folder_done")
 
 
+def _replace(folder: epath.Path, staging: epath.Path) -> None:
+    """The old one steps aside whole: a kill here never leaves a half-deleted model."""
+    replaced = folder.parent / f".{folder.name}.replaced"
+    if replaced.exists():
+        replaced.rmtree()
+    if folder.exists():
+        folder.rename(replaced)
+    staging.rename(folder)
+    if replaced.exists():
+        replaced.rmtree()
+
+
 def check_free(folder: epath.PathLike, *, overwrite: bool) -> None:
-    """Refuses a destination that exists, before any work is done for it."""
+    """Refuses a destination that exists, before any work is done for it.
+
+    Overwriting replaces model folders and empty ones: a slip of the pen deletes nothing else.
+    """
     folder = epath.Path(folder)
-    if folder.exists() and not overwrite:
+    if not folder.exists():
+        return
+    if not overwrite:
         raise ModelFolderError(
             f"{folder} exists and is not overwritten; name another folder or ask for overwriting"
         )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "model.json").exists()):
+        raise ModelFolderError(f"{folder} is no model folder, so it is not overwritten")
 
 
 def load_spec(folder: epath.PathLike) -> ModelSpec:

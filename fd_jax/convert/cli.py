@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+import os
 import sys
 
+from absl import logging
 import jax
 
 from fd_jax.convert import exporting, importing, listing, rules, verifying
@@ -14,11 +16,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; what the user got wrong becomes one message and the status 2."""
     arguments = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
+    logging.set_verbosity(logging.FATAL)  # Orbax logs with a traceback what it then raises
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what stood at the output before is untouched", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -32,13 +41,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=lambda _: print(listing.source_table()))
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")
-    command.add_argument("--input", required=True, help="any weights file or folder")
+    command.add_argument("--input", required=True, type=_path, help="any weights file or folder")
     command.set_defaults(run=lambda a: print(listing.inspect(a.input)))
 
     command = commands.add_parser("import", help="turn a file into a model folder")
     command.add_argument("--source", required=True, help="a name from `sources`, or auto")
-    command.add_argument("--input", required=True, help="the file, or a Hugging Face folder")
-    command.add_argument("--output", required=True, help="model folder to write")
+    command.add_argument(
+        "--input", required=True, type=_path, help="the file, or a Hugging Face folder"
+    )
+    command.add_argument("--output", required=True, type=_path, help="model folder to write")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument("--image-size", type=int, help="resize positions for this input side")
     command.add_argument(
@@ -52,21 +63,27 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="write a model folder for another library")
     command.add_argument("--format", required=True, choices=exporting.FORMATS)
-    command.add_argument("--input", required=True, help="model folder")
-    command.add_argument("--output", required=True, help="file, or folder for huggingface")
+    command.add_argument("--input", required=True, type=_path, help="model folder")
+    command.add_argument(
+        "--output", required=True, type=_path, help="file, or folder for huggingface"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what stands there")
     command.set_defaults(run=_export)
 
     command = commands.add_parser("verify", help="compare a model folder with torch, by block")
     command.add_argument("--source", required=True, help="source of the file")
-    command.add_argument("--input", required=True, help="the file")
-    command.add_argument("--model", required=True, help="the model folder made from it")
+    command.add_argument("--input", required=True, type=_path, help="the file")
+    command.add_argument("--model", required=True, type=_path, help="the model folder made from it")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
         "--allow-other-hash", action="store_true", help="take a file with another SHA-256"
     )
     command.set_defaults(run=_verify)
     return parser
+
+
+# Shells leave the "~" of --input=~/file alone.
+_path = os.path.expanduser
 
 
 def _export(arguments: argparse.Namespace) -> None:

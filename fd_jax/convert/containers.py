@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from fd_jax.convert import npz, onnx_files, safetensors_io, torch_files
+from fd_jax.convert import foreign, npz, onnx_files, safetensors_io, torch_files
 from fd_jax.convert.tensors import Container, Tensor, damaged
 from fd_jax.convert.zips import MappedZip
 from fd_jax.errors import ConversionError
@@ -27,21 +27,29 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         that is not on the list of harmless ones.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, never raises
         raise ConversionError(f"{path}: no such file or folder; {_EXPECTED}")
-    return _open_folder(path) if path.is_dir() else _open_file(path)
+    if path.is_dir():
+        return _open_folder(_snapshot(path))
+    if path.name in _INDEXES:
+        return _open_shards(path.parent, path.name)
+    container = _open_file(path)
+    # The public names mean a Hugging Face folder, even where only the file in it is named.
+    if path.name in _SINGLES:
+        return dataclasses.replace(container, config=_config(path.parent))
+    return container
 
 
 def _open_file(path: Path) -> Container:
+    if not path.is_file():
+        raise ConversionError(f"{path}: a device or pipe; {_EXPECTED}")
     try:
         with open(path, "rb") as stream:
-            head = stream.read(128)
+            head = stream.read(foreign.HEAD)
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
     if not head:
         raise damaged(path, "the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
     if head.startswith(b"PK\x03\x04"):
         return _open_zip(path)
     if head.startswith(torch_files.LEGACY_HEAD):
@@ -50,6 +58,8 @@ def _open_file(path: Path) -> Container:
         return safetensors_io.read(path)
     if path.suffix == ".onnx":
         return onnx_files.read(path)
+    if known := foreign.hint(path, head):
+        raise ConversionError(f"{path}: {known}")
     raise ConversionError(f"{path}: not a weights file (it begins with {head[:16]!r}); {_EXPECTED}")
 
 
@@ -65,6 +75,15 @@ def _open_zip(path: Path) -> Container:
     )
 
 
+def _snapshot(path: Path) -> Path:
+    """The newest version inside a repository of Hugging Face's cache; other folders as they are."""
+    main = path / "refs" / "main"
+    if not main.is_file():
+        return path
+    version = path / "snapshots" / main.read_text().strip()
+    return version if version.is_dir() else path
+
+
 def _open_folder(path: Path) -> Container:
     for name in _INDEXES:
         if (path / name).exists():
@@ -74,7 +93,7 @@ def _open_folder(path: Path) -> Container:
             inner = _open_file(path / name)
             return dataclasses.replace(inner, path=path, config=_config(path))
     raise ConversionError(
-        f"{path}: a folder without {' or '.join(_SINGLES)}; {_EXPECTED}, or name the file inside"
+        f"{path}: a folder without {' or '.join(_SINGLES)}; {foreign.folder_hint(path)}"
     )
 
 

@@ -43,19 +43,39 @@ def export(
     if layout not in FORMATS:
         raise ConversionError(f"format {layout!r}; expected one of {', '.join(FORMATS)}")
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise ConversionError(f"{output} exists and is not overwritten; pass --overwrite to do so")
+    _check_free(output, layout, overwrite=overwrite)
+    if Path(folder).is_file():
+        raise ConversionError(
+            f"{folder} is a file; `import` makes a model folder of it, which `export` then reads"
+        )
     spec, params = model_folder.load(folder)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".{output.name}.incomplete"
-    _remove(staging)
+    staging, replaced = (output.parent / f".{output.name}.{x}" for x in ("incomplete", "replaced"))
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(staging)
         left = FORMATS[layout](spec, flat(params), staging)
-        _remove(output)
-        staging.rename(output)
+        if output.is_dir():  # steps aside whole, so that a kill never leaves half of it
+            _remove(replaced)
+            output.rename(replaced)
+        staging.replace(output)
+        _remove(replaced)
+    except OSError as error:
+        raise ConversionError(f"{output}: cannot be written ({error.strerror})") from error
     finally:
         _remove(staging)
     return left
+
+
+def _check_free(output: Path, layout: str, *, overwrite: bool) -> None:
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ConversionError(f"{output} exists and is not overwritten; pass --overwrite to do so")
+    if layout == "huggingface":
+        if not (output / "config.json").exists():
+            raise ConversionError(f"{output} is no Hugging Face folder, so it is not overwritten")
+    elif not output.is_file():
+        raise ConversionError(f"{output} is not a file, so it is not overwritten; name a file")
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -132,7 +152,10 @@ def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) 
         name: torch.from_numpy(np.array(array))
         for name, array in rules.invert(table, params, spec.arch, derived=True)
     }
-    torch.save({"model": tensors}, path)
+    try:
+        torch.save({"model": tensors}, path)
+    except RuntimeError as error:  # its words for a full disk
+        raise ConversionError(f"the .pth file cannot be written ({error!s:.80})") from error
     return _left(params, table, spec)
 
 
@@ -192,5 +215,5 @@ def _write_json(path: Path, value: Any) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()

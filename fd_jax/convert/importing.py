@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -24,6 +25,8 @@ AUTO = "auto"
 # Smaller parameters are not worth the trouble; position tables may have to be resized.
 _LAZY_SIZE = 1 << 18
 _POSITIONS = ("pos_embed", "rel_pos_bias/table")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+MAX_IMAGE_SIZE = 1 << 13  # position tables grow with its square
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -74,6 +77,8 @@ def import_file(
       ModelFolderError: the output exists.
       ConfigError: the architecture cannot have this image size.
     """
+    if image_size is not None and image_size > MAX_IMAGE_SIZE:
+        raise ConversionError(f"image size {image_size}; expected at most {MAX_IMAGE_SIZE}")
     model_folder.check_free(output, overwrite=overwrite)
     result = read(
         source,
@@ -84,7 +89,10 @@ def import_file(
         allow_other_hash=allow_other_hash,
         lazy=True,
     )
-    model_folder.save(output, result.spec, result.params, overwrite=overwrite)
+    try:
+        model_folder.save(output, result.spec, result.params, overwrite=overwrite)
+    except OSError as error:
+        raise ConversionError(f"{output}: cannot be written ({error.strerror})") from error
     return result
 
 
@@ -185,6 +193,8 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
     fitting = [s.name for s in _fitting(container) if s.name != source.name]
     if fitting:
         lines.append(f"the file fits {', '.join(fitting)}")
+    if _SHARD.search(container.path.name):
+        lines.append("the file is one of several shards: name the folder that holds them all")
     listing = "\n  ".join(lines)
     raise ConversionError(
         f"{container.path} ({container.kind}) is not a {source.name} file "

@@ -343,6 +343,8 @@ class ViT(nnx.Module):
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
+    if image_size < patch_size:
+        raise ConfigError(f"image_size {image_size} is less than patch_size {patch_size}")
     if image_size % patch_size:
         lower = image_size // patch_size * patch_size
         raise ConfigError(

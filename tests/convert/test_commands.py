@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from fd_jax import model_folder
+from fd_jax import checkpoint, model_folder
 from fd_jax.convert import cli, importing, listing, sources, verifying
 from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
 from tests.convert import synthetic
@@ -89,11 +89,92 @@ def test_an_existing_folder_is_never_overwritten_unasked(weights, tmp_path, caps
     assert run(*export, "--overwrite") == 0
 
 
+def test_overwriting_replaces_nothing_but_what_was_written_before(weights, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    model, exported = tmp_path / "model", tmp_path / "exported"
+    imported = ("import", "--source", NAME, "--input", weights, "--overwrite", "--output")
+    assert run(*imported, mine) == 2
+    assert "mine is no model folder, so it is not overwritten" in capsys.readouterr().err
+    assert run(*imported, model) == run(*imported, model) == 0
+    export = ("export", "--input", model, "--overwrite", "--output")
+    assert run(*export, mine, "--format", "huggingface") == 2
+    assert run(*export, mine, "--format", "timm") == 2
+    assert run(*export, model, "--format", "huggingface") == 2
+    assert "model is no Hugging Face folder" in capsys.readouterr().err
+    for layout in ("huggingface", "huggingface"):
+        assert run(*export, exported, "--format", layout) == 0
+    assert (mine / "thesis.tex").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "model", "exported", "model.pth"}
+
+
+def test_what_cannot_be_written_is_one_error_and_leaves_nothing(weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    common = ("import", "--source", NAME, "--input", weights, "--output")
+    assert run(*common, tmp_path / "file" / "model") == 2
+    assert "file/model: cannot be written" in capsys.readouterr().err
+    assert run(*common, tmp_path / "model") == 0
+    export = ("export", "--input", tmp_path / "model", "--format", "timm", "--output")
+    assert run(*export, tmp_path / "file" / "x.safetensors") == 2
+    assert "file/x.safetensors: cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_error(weights, tmp_path, monkeypatch):
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
+    with pytest.raises(ConversionError, match="model: cannot be written .No space left"):
+        importing.import_file(NAME, weights, tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth"]
+
+
+def test_damage_in_a_tensor_that_is_read_while_writing(weights, tmp_path, monkeypatch):
+    """Large tensors are read only when their turn to be written comes."""
+    monkeypatch.setattr(importing, "_LAZY_SIZE", 1)
+    data = bytearray(weights.read_bytes())
+    name = "encoder.blocks.1.mlp.fc2.weight"
+    given = synthetic.structure(NAME)
+    data[data.index(synthetic.values(given)["model"][name].tobytes())] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ConversionError, match="model.pth: damaged .* does not match its checksum"):
+        importing.import_file(NAME, weights, tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth"]
+
+
+def test_a_tilde_means_home(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("import", "--source", NAME, "--input=~/model.pth", "--output=~/model") == 0
+    assert (tmp_path / "model" / "model.json").exists()
+
+
+def test_a_shard_alone_is_told_to_be_one(weights, tmp_path):
+    import torch
+
+    shard = tmp_path / "pytorch_model-00001-of-00002.bin"
+    torch.save({"model": {"encoder.cls_token": torch.zeros(1, 1, 32)}}, shard)
+    with pytest.raises(ConversionError, match="one of several shards: name the folder"):
+        importing.read(NAME, shard)
+
+
+def test_export_of_a_weights_file_and_import_of_a_model_folder(weights, tmp_path, capsys):
+    export = ("export", "--format", "timm", "--output", tmp_path / "x", "--input")
+    assert run(*export, weights) == 2
+    assert "`import` makes a model folder of it" in capsys.readouterr().err
+    importing.import_file(NAME, weights, tmp_path / "model")
+    with pytest.raises(ConversionError, match="it is a model folder already"):
+        importing.read(NAME, tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"source": "dino_vitb16"}, f"the file fits .*{NAME}"),
         ({"source": "dino"}, "no source is named 'dino'; expected one of"),
+        ({"image_size": 0}, "image_size 0 is less than patch_size 4"),
+        ({"image_size": -4}, "image_size -4 is less than patch_size 4"),
+        ({"image_size": 1 << 20}, "image size 1048576; expected at most"),
         ({"image_size": 13}, "image_size 13 is not divisible by patch_size 4"),
         ({"dtype": "int8"}, "dtype 'int8'; expected one of float32"),
     ],
@@ -186,6 +267,17 @@ def test_the_script_exits_2_with_one_line_on_a_bad_file(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "zip directory" in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_is_no_error(weights):
+    done = subprocess.run(
+        f"{sys.executable} convert_checkpoints.py inspect --input={weights} | head -1",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        shell=True,
+    )
+    assert "torch zip" in done.stdout and not done.stderr
 
 
 KILLED = """

@@ -1,14 +1,18 @@
 """The readers: equal to torch's and numpy's own, and one clear error for everything else."""
 
+import bz2
 import collections
+import gzip
 import io
 import json
+import lzma
 import os
 import pathlib
 import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import ml_dtypes
@@ -155,16 +159,18 @@ def test_sharded_hugging_face_folders(tmp_path):
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "model-1.safetensors")
     save_file({"b": np.zeros(3, np.float32)}, tmp_path / "model-2.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    index_file = tmp_path / "model.safetensors.index.json"
+    index_file.write_text(json.dumps(index))
     container = open_container(tmp_path)
+    assert list(container.tensors) == list(open_container(index_file).tensors) == ["a", "b"]
     assert container.kind == "safetensors in 2 shards"
     assert [t.shape for t in container.tensors.values()] == [(2,), (3,)]
     index["weight_map"]["c"] = "../../secret.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    index_file.write_text(json.dumps(index))
     with pytest.raises(ConversionError, match="not in the folder"):
         open_container(tmp_path)
     index["weight_map"]["c"] = "model-2.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    index_file.write_text(json.dumps(index))
     with pytest.raises(ConversionError, match=r"disagree about \['c'\]"):
         open_container(tmp_path)
 
@@ -267,9 +273,6 @@ RECORD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"hello world, this is text", "not a weights file"),
-    "html": (b"<!DOCTYPE html><html>rate limited", "not a weights file"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
-    "plain pickle": (pickle.dumps({"a": 1}), "not a weights file"),
     "zip of text": (None, "neither data.pkl"),
     "truncated torch": (torch_bytes({"w": torch.ones(9)})[:-100], "zip directory"),
     "truncated npz": (numpy_bytes(a=np.ones(3))[:-40], "zip directory"),
@@ -304,6 +307,69 @@ def test_bad_files_give_one_error_that_names_them(case, tmp_path):
     with pytest.raises(ConversionError, match=message) as caught:
         open_container(path)
     assert str(path) in str(caught.value)
+
+
+def tar_bytes():
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
+    return out.getvalue()
+
+
+FOREIGN = {
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+    "gzip": (gzip.compress(b"x"), "compressed with gzip; unpack it first: gunzip"),
+    "bzip2": (bz2.compress(b"x"), "compressed with bzip2"),
+    "xz": (lzma.compress(b"x"), "compressed with xz"),
+    "tar": (tar_bytes(), "a tar archive; unpack it first"),
+    "web page": (b"<!DOCTYPE html><title>404</title>", "the download failed; fetch the file"),
+    "json": (b'{"error": "gated"}', "JSON text, not weights"),
+    "keras": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    "gguf": (b"GGUF\x03\0\0\0", "a GGUF file"),
+    "array": (b"\x93NUMPY\x01\0", "a single numpy array"),
+    "pickle": (pickle.dumps({"w": 1}), "a Python pickle that torch.save did not write"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_files_of_other_kinds_are_told_by_name_with_what_to_do(case, tmp_path):
+    data, message = FOREIGN[case]
+    path = tmp_path / "weights.bin"
+    path.write_bytes(data)
+    with pytest.raises(ConversionError, match=message) as caught:
+        open_container(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_says_what_to_name_instead(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"")
+    with pytest.raises(ConversionError, match="name one of the files in it: a.pth$"):
+        open_container(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    with pytest.raises(ConversionError, match=f"model folder of this run is {tmp_path}/model"):
+        open_container(tmp_path)
+    with pytest.raises(ConversionError, match="it is a model folder already"):
+        open_container(tmp_path / "model")
+
+
+def test_devices_and_impossible_names_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConversionError, match="a device or pipe"):
+        open_container(tmp_path / "pipe")
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(ConversionError, match="no such file or folder"):
+            open_container(tmp_path / name)
+
+
+def test_the_cache_of_hugging_face_leads_to_its_newest_version(tmp_path):
+    for version in ("old", "new"):
+        folder = tmp_path / "snapshots" / version
+        folder.mkdir(parents=True)
+        save_file({version: np.ones(2)}, folder / "model.safetensors")
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("new")
+    assert list(open_container(tmp_path).tensors) == ["new"]
 
 
 def test_missing_files_and_folders_without_weights(tmp_path):
