@@ -3,8 +3,8 @@ r"""Fine-tunes or probes a model folder by classification, or measures one that 
     python finetune.py --config=configs/finetune_clip_vit_b16.py \
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/finetune_clip_vit_b16
 
-The same command on the same workdir resumes. With --eval_only nothing is trained: the network of
---config.init_from (or of WORKDIR/model), its head included, is measured on the held-out split.
+The same command on the same workdir resumes. With --eval_only nothing is trained: the classifier
+in WORKDIR/model, or else the one in --config.init_from, is measured on the held-out split.
 """
 
 from absl import flags
@@ -13,7 +13,9 @@ from fd_jax import entry, measure
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.typing import Config
 
-_EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Measure init_from instead of training.")
+_EVAL_ONLY = flags.DEFINE_bool(
+    "eval_only", False, "Measure WORKDIR/model, or else init_from, instead of training."
+)
 _PER_CLASS = flags.DEFINE_bool(
     "per_class", False, "With --eval_only: also a table per class and a picture of the confusions."
 )

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import jax
+
 from fd_jax import metrics, sharding
 from fd_jax.data import place
 from fd_jax.data.feed import Feed
@@ -43,10 +45,11 @@ def neighbours(
     """Weighted k-nearest-neighbour accuracy of the features, training split as the bank."""
 
     def features(which: str) -> knn.Features:
-        rows = [
-            (program.features(params, frozen, batch), batch["label"], batch["weight"])
-            for batch in batches(program, feed, which, config.batch_size)
-        ]
+        rows = []
+        for batch in batches(program, feed, which, config.batch_size):
+            # One batch in flight is enough, and bounds the memory of what runs ahead.
+            vectors = jax.block_until_ready(program.features(params, frozen, batch))
+            rows.append((vectors, batch["label"], batch["weight"]))
         return knn.Features(*zip(*rows, strict=True))
 
     bank = features("train")

@@ -22,7 +22,7 @@ THROUGHPUT_SECONDS = 10.0
 def measure(
     config: Config, workdir: epath.PathLike, *, per_class: bool = False, throughput: bool = False
 ) -> dict[str, float]:
-    """Evaluates the classifier in `config.init_from`, or else in `workdir`/model.
+    """Evaluates the classifier in `workdir`/model, or else the one in `config.init_from`.
 
     Writes evaluation.json into the workdir; per_class.md and confusion.png where asked.
 
@@ -77,7 +77,7 @@ def _as_classifier(config: Config, workdir: epath.Path) -> Config:
     config = ml_collections.ConfigDict(config.to_dict())
     if not config.data.eval_split:
         raise ConfigError("--eval_only measures data.eval_split, which is empty; name a split")
-    if not config.init_from and (workdir / "model").exists():
+    if (workdir / "model").exists():
         config.init_from = str(workdir / "model")
     if not config.init_from:
         raise ConfigError(

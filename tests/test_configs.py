@@ -10,10 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import ablations, base
+from configs import ablations, base, finetune_teacher
 from fd_jax import optimizer
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
+from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
@@ -130,6 +131,121 @@ def test_large_student_has_the_published_number_of_tensors():
     assert len(jax.tree.leaves(params)) == 368
 
 
+# name: patch, epochs, warm-up, drop path, layer decay, peak and floor at 2048 (reference 3)
+FINE_TUNING = {
+    "finetune_clip_vit_b16_100ep": (16, 100, 20, 0.1, 0.65, 5e-3, 1e-6),
+    "finetune_clip_vit_b16": (16, 100, 20, 0.3, 0.60, 5e-3, 1e-6),
+    "finetune_dino_vit_b16": (16, 100, 20, 0.2, 0.60, 6e-3, 1e-6),
+    "finetune_deit_vit_b16": (16, 100, 20, 0.3, 0.65, 5e-3, 1e-6),
+    "finetune_clip_vit_l14": (14, 50, 5, 0.4, 0.75, 1e-3, 2e-6),
+}
+# name: image size, batch, epochs, warm-up, layer decay, absolute peak (reference 11)
+FT_CLIP = {
+    "ft_clip_vit_b16": (224, 2048, 50, 10, 0.6, 6e-4),
+    "ft_clip_vit_b16_384": (384, 2048, 50, 10, 0.6, 7e-4),
+    "ft_clip_vit_l14": (224, 2048, 30, 5, 0.65, 4e-4),
+    "ft_clip_vit_l14_336": (336, 640, 30, 5, 0.65, 6e-4),
+}
+
+
+def classifier_for(config, patch=16):
+    """The task on a network of the right shape, without its weights, and its schedule."""
+    shape = base.VIT_L14 if patch == 14 else base.VIT_B16
+    arch = base.student(shape, image_size=224)
+    task = ClassifyTask(config, init_spec=specs.ModelSpec("vit", arch, source="distilled"))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    total = round(config.epochs * STEPS_PER_EPOCH)
+    _, schedule = task.optimizer(params, steps_per_epoch=STEPS_PER_EPOCH, total_steps=total)
+    return task, schedule, total
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_values_are_the_originals(name):
+    patch, epochs, warmup, drop_path, decay, peak, floor = FINE_TUNING[name]
+    config = load(name)
+    task, schedule, total = classifier_for(config, patch)
+    assert (config.epochs, config.model.drop_path) == (epochs, drop_path)
+    assert (config.optim.layer_decay, config.optim.weight_decay) == (decay, 0.05)
+    assert (config.optim.clip_norm, config.batch_size) == (5.0, 2048)
+    assert config.mixing.to_dict() == {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "switch": 0.5,
+        "smoothing": 0.1,
+        "erasing": 0.25,
+    }
+    assert config.data.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert (config.data.interpolation, config.data.min_area) == ("bicubic", 0.08)
+    assert not config.reference_quirks
+    assert task.spec.arch["position"] == "rpb"
+    assert not task.spec.arch["final_norm"]
+    steps = warmup * STEPS_PER_EPOCH
+    for step, rate in ((0, floor), (1, floor), (steps + 1, peak), (total + 1, floor)):
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
+
+
+def test_lowest_layers_of_the_large_model_fall_in_warm_up():
+    """Quirk 3: their peak lies below the floor, which is not scaled."""
+    _, schedule, _ = classifier_for(load("finetune_clip_vit_l14"), 14)
+    scale = 0.75**25
+    np.testing.assert_allclose(1e-3 * scale, 7.53e-7, rtol=1e-3)
+    assert schedule(3000, scale) < schedule(0, scale)
+
+
+@pytest.mark.parametrize("name", FT_CLIP)
+def test_ft_clip_values_are_its_authors(name):
+    size, batch, epochs, warmup, decay, peak = FT_CLIP[name]
+    config = load(name)
+    _, schedule, total = classifier_for(config, 14 if "l14" in name else 16)
+    assert (config.data.image_size, config.batch_size, config.epochs) == (size, batch, epochs)
+    assert (config.optim.layer_decay, config.optim.clip_norm) == (decay, 0)
+    assert (config.ema_decay, config.model.drop_path) == (0.9998, 0)
+    assert (config.mixing.mixup, config.mixing.cutmix) == (0, 0)
+    assert (config.mixing.smoothing, config.mixing.erasing) == (0.1, 0.25)
+    assert (config.data.eval_resize, config.model.pooling) == (1.0, "norm_mean")
+    steps = warmup * STEPS_PER_EPOCH
+    for step, rate in ((0, 1e-6), (steps + 1, peak), (total + 1, 1e-6)):
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name,epochs", [("linear_vit_b16", 90), ("linear_vit_l14", 50)])
+def test_probe_values_are_maes(name, epochs):
+    config = load(name)
+    _, schedule, total = classifier_for(config)
+    assert (config.batch_size, config.epochs, config.model.trains) == (16384, epochs, "head")
+    assert (config.optim.name, config.optim.momentum) == ("lars", 0.9)
+    assert (config.optim.weight_decay, config.optim.clip_norm) == (0, 0)
+    assert (config.model.pooling, config.data.rand_augment) == ("cls", "")
+    for step, rate in ((0, 0.0), (10 * STEPS_PER_EPOCH, 6.4), (total, 0.0)):
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, atol=1e-12)
+    official = load(name, "official")
+    _, schedule, _ = classifier_for(official)
+    np.testing.assert_allclose(schedule(10 * STEPS_PER_EPOCH + 1), 0.4, rtol=1e-6)
+    assert (official.optim.weight_decay, official.optim.clip_norm) == (0.05, 5.0)
+
+
+@pytest.mark.parametrize(
+    "name,arg",
+    [
+        ("finetune_mae_vit_b16", ""),
+        *(("finetune_teacher", f"teacher={name}") for name in finetune_teacher.TEACHERS),
+        ("finetune_clip_vit_l14_336", "stage=22k"),
+        ("finetune_clip_vit_l14_336", "stage=1k"),
+    ],
+)
+def test_other_fine_tuning_configs_build(name, arg):
+    config = load(name, arg)
+    task, _, _ = classifier_for(config, 14 if "_l" in name + arg else 16)
+    assert task.spec.classes == (21841 if "22k" in arg else 1000)
+    assert task.spec.arch["image_size"] == (336 if arg == "stage=1k" else 224)
+
+
+@pytest.mark.parametrize("name", [*FINE_TUNING, *FT_CLIP, "linear_vit_b16", "finetune_teacher"])
+def test_fine_tuning_configs_shrink(name):
+    config = load(name, "smoke")
+    assert (config.data.name, config.model.classes, config.steps) == ("digits", 10, 20)
+
+
 @pytest.mark.parametrize("table", ablations.TABLES)
 def test_ablation_rows_differ_where_they_say(table):
     default = {"2": "full", "3": "whiten", "4": "shared_rpb", "5": "0.1"}[table]
@@ -150,6 +266,14 @@ def test_ablation_rows_differ_where_they_say(table):
 def test_ablations_take_the_best_drop_path_of_their_teacher(teacher, source, rate):
     config = load("ablations", f"table=2,row=cls,teacher={teacher}")
     assert (config.teacher.source, config.student.drop_path) == (source, rate)
+
+
+@pytest.mark.parametrize(
+    "name,arg", [("finetune_teacher", "teacher=vgg"), ("finetune_clip_vit_l14_336", "stage=21k")]
+)
+def test_unknown_arguments_are_refused(name, arg):
+    with pytest.raises(ValueError, match="expected one of"):
+        load(name, arg)
 
 
 @pytest.mark.parametrize("arg", ["table=9,row=x", "table=2,row=x", "teacher=vgg", "colour=red"])

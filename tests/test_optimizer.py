@@ -162,6 +162,38 @@ def test_lars_has_the_published_spot_values():
     np.testing.assert_allclose(seen, [(3.9995, 0.95), (3.99855, 0.855)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_five_lars_steps_equal_numpy(weight_decay):
+    """Trust ratio and decay for matrices only, momentum on the scaled gradient (reference 6)."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 4), "bias": (4,), "zero": (3, 2)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    params["zero"][:] = 0  # no norm, so no trust ratio
+    schedule = optimizer.Schedule(0.0, 0.5, 0.0, 2, 5, lag=0)
+    tx = optimizer.lars(schedule, momentum=0.9, weight_decay=weight_decay)
+    got = jax.tree.map(jnp.asarray, params)
+    state = tx.init(got)
+    want = {name: value.astype(np.float64) for name, value in params.items()}
+    momentum = {name: np.zeros(shape) for name, shape in shapes.items()}
+    rates = [0.0, 0.25, 0.5, 0.375, 0.125]  # warm-up over two steps, then half a cosine over three
+    for step, rate in enumerate(rates):
+        grads = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+        updates, state = tx.update(grads, state, got)
+        got = optax.apply_updates(got, updates)
+        assert float(schedule(step)) == pytest.approx(rate, abs=1e-7)
+        for name, value in want.items():
+            change = grads[name].astype(np.float64)
+            if value.ndim > 1:
+                change = change + weight_decay * value
+                norms = np.linalg.norm(value), np.linalg.norm(change)
+                if min(norms) > 0:
+                    change = change * 0.001 * norms[0] / norms[1]
+            momentum[name] = 0.9 * momentum[name] + change
+            want[name] = value - rate * momentum[name]
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("moments,bytes_per_number", [("bfloat16", 6), ("factored", 0)])
 def test_smaller_moments_are_smaller_and_still_descend(moments, bytes_per_number):
     params = {"kernel": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}

@@ -51,12 +51,12 @@ def accuracy(
     Raises:
       ConfigError: fewer than k examples in the bank.
     """
-    size = int(sum(jnp.sum(weight) for weight in bank.weights))
+    # Batch by batch the bank would be gathered anew for every query; joined it stays in place.
+    joined = [_join(parts, mesh) for parts in bank]
+    size = int(jnp.sum(joined[2]))
     if not 0 < k <= size:
         raise ConfigError(f"eval.knn={k} neighbours asked for, but the bank has {size} examples")
     vote = jax.jit(functools.partial(votes, mesh=mesh, classes=classes, k=k))
-    # Batch by batch the bank would be gathered anew for every query; joined it stays in place.
-    joined = [_join(parts, mesh) for parts in bank]
     total = Mean()
     for vector, label, weight in zip(*queries, strict=True):
         total.add(_hits(vote(*joined, vector), label, weight))
@@ -122,4 +122,4 @@ def _hits(vote: jax.Array, label: jax.Array, weight: jax.Array):
 
 def _join(parts: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
     sharding = jax.NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return jax.jit(jnp.concatenate, out_shardings=sharding)(list(parts))
+    return jax.block_until_ready(jax.jit(jnp.concatenate, out_shardings=sharding)(list(parts)))

@@ -276,8 +276,6 @@ class ClassifyTask:
         model, folder = self.config.model, self.config.init_from
         if model.classes < 2:
             raise ConfigError(f"model.classes={model.classes}; a classifier needs at least 2")
-        if self.probe and not folder:
-            raise ConfigError("model.trains='head' probes a trained encoder: name it in init_from")
         if not self.changes.keep_head:
             return
         if self.probe:
@@ -294,6 +292,8 @@ def _starting_spec(config: Config) -> ModelSpec:
     """Of the folder `init_from`, or of the random network that the config describes."""
     if config.init_from:
         return model_folder.load_spec(epath.Path(config.init_from))
+    if config.model.trains == "head":
+        raise ConfigError("model.trains='head' probes a trained encoder: name it in init_from")
     if not config.model.family:
         raise ConfigError(
             "init_from is empty: name the model folder to start from "
