@@ -1,6 +1,7 @@
-"""TFDS builders of the datasets that come with Python packages; importing registers them."""
+"""TFDS builders of the datasets that come with packages; importing registers them."""
 
 from fd_jax.data.builders.digits import Digits
+from fd_jax.data.builders.fashion_mnist import FashionMnistDebian
 from fd_jax.data.builders.photos import Photos
 
-__all__ = ["Digits", "Photos"]
+__all__ = ["Digits", "FashionMnistDebian", "Photos"]
