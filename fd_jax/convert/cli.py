@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import os
 import sys
+import time
 
 from absl import logging
 import jax
@@ -38,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("sources", help="list what can be read and written")
-    command.set_defaults(run=lambda _: print(listing.source_table()))
+    command.set_defaults(
+        run=lambda _: print(listing.source_table(), listing.format_table(), sep="\n\n")
+    )
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")
     command.add_argument("--input", required=True, type=_path, help="any weights file or folder")
@@ -82,6 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Progress:
+    """Says on the error stream how far a long command is, once in a while."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= self.EVERY:
+            self._last = time.monotonic()
+            print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
 # Shells leave the "~" of --input=~/file alone.
 _path = os.path.expanduser
 
@@ -118,6 +135,7 @@ def _import(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         allow_other_hash=arguments.allow_other_hash,
+        progress=_Progress(),
     )
     print(listing.import_report(result))
     print(f"wrote {arguments.output}")

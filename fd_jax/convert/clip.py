@@ -110,22 +110,35 @@ VIT_L14 = Part(OPENAI, _spec("L", 14, 224))
 _NOTE = "QuickGELU and epsilon 1e-5 stand in no key; the final norm is visual.ln_post"
 _OPENAI_ORACLE = "transformers CLIPVisionModel, ln_post on every token"
 
-SOURCES = (
-    Source("openai_clip_vit_b16", "ViT-B-16.pt", {"image": VIT_B16}, _OPENAI_ORACLE, _NOTE),
-    Source("openai_clip_vit_l14", "ViT-L-14.pt", {"image": VIT_L14}, _OPENAI_ORACLE, _NOTE),
-    Source(
-        "openai_clip_vit_l14_336",
-        "ViT-L-14-336px.pt",
-        {"image": Part(OPENAI, _spec("L", 14, 336))},
+# OpenAI's download addresses hold the checksums.
+_PUBLISHED = {
+    "b16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "l14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "l14_336": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+
+def _openai(size: str, file: str, part: Part) -> Source:
+    return Source(
+        f"openai_clip_vit_{size}",
+        file,
+        {"image": part},
         _OPENAI_ORACLE,
         _NOTE,
-    ),
+        published=_PUBLISHED[size],
+    )
+
+
+SOURCES = (
+    _openai("b16", "ViT-B-16.pt", VIT_B16),
+    _openai("l14", "ViT-L-14.pt", VIT_L14),
+    _openai("l14_336", "ViT-L-14-336px.pt", Part(OPENAI, _spec("L", 14, 336))),
     Source(
         "hf_clip_vit_base_patch16",
         "openai/clip-vit-base-patch16: model.safetensors or pytorch_model.bin",
         {"image": dataclasses.replace(VIT_B16, table=HUGGINGFACE)},
         _OPENAI_ORACLE,
-        "config.json decides between QuickGELU and GELU where it is there",
+        "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
     ),
     Source(
@@ -133,7 +146,7 @@ SOURCES = (
         "openai/clip-vit-large-patch14: model.safetensors or pytorch_model.bin",
         {"image": dataclasses.replace(VIT_L14, table=HUGGINGFACE)},
         _OPENAI_ORACLE,
-        "config.json decides between QuickGELU and GELU where it is there",
+        "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
     ),
     Source(

@@ -112,6 +112,7 @@ def _hub(size: str) -> Source:
         {"backbone": Part(HUB, _spec(size))},
         _ORACLE,
         "k biases are masked out; a mask of NaN (never initialised) is refused; gated licence",
+        published=_HASHES[size],
     )
 
 

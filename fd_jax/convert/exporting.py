@@ -1,6 +1,7 @@
 """A model folder in, a file or folder for other libraries out."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax import model_folder
-from fd_jax.convert import layouts, rules, safetensors_io, sources
+from fd_jax.convert import layouts, own, rules, safetensors_io, sources
 from fd_jax.convert.rules import Table
 from fd_jax.convert.tensors import DTYPES
 from fd_jax.errors import ConversionError
@@ -53,7 +54,7 @@ def export(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove(staging)
-        left = FORMATS[layout](spec, flat(params), staging)
+        left = FORMATS[layout].write(spec, flat(params), staging)
         if output.is_dir():  # steps aside whole, so that a kill never leaves half of it
             _remove(replaced)
             output.rename(replaced)
@@ -92,6 +93,10 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """The names, shapes and dtypes of the file the model came from, as safetensors."""
     name, _, part = spec.source.partition(":")
+    if name not in sources.SOURCES:
+        raise ConversionError(
+            f"this network was not imported but comes from {spec.source!r}; choose another format"
+        )
     source = sources.get(name)
     table = source.parts[part or source.default_part].table
     tensors = {}
@@ -161,7 +166,7 @@ def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) 
 
 def _write_safetensors(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """Our own paths and the text of model.json in the metadata."""
-    safetensors_io.write(path, params, {"model.json": spec.to_json()})
+    safetensors_io.write(path, params, {own.METADATA: spec.to_json()})
     return []
 
 
@@ -181,13 +186,49 @@ def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path)
     return [name for name in params if not name.startswith("encoder/")]
 
 
-FORMATS: dict[str, Callable[[ModelSpec, dict[str, np.ndarray], Path], list[str]]] = {
-    "timm": _write_timm,
-    "huggingface": _write_huggingface,
-    "official": _write_official,
-    "source": _write_source,
-    "safetensors": _write_safetensors,
-    "stablehlo": _write_stablehlo,
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A layout that models are written in.
+
+    Attributes:
+      write: (spec, flat parameters, path that does not exist) -> names it has no place for.
+      writes: what it is, for people.
+    """
+
+    write: Callable[[ModelSpec, dict[str, np.ndarray], Path], list[str]]
+    writes: str
+
+
+FORMATS = {
+    "timm": Format(
+        _write_timm,
+        "safetensors in timm's names: `Beit` for our students, `VisionTransformer` for plain "
+        "networks; timm computes its index buffers itself and takes none from a file",
+    ),
+    "huggingface": Format(
+        _write_huggingface,
+        "a folder with `config.json`, `model.safetensors` and `preprocessor_config.json` that "
+        "`AutoModel.from_pretrained` opens",
+    ),
+    "official": Format(
+        _write_official,
+        "a `.pth` with exactly the `encoder.*` keys under `model` that the original's "
+        "`main_finetune.py` reads, index buffer included (needs `torch`)",
+    ),
+    "source": Format(
+        _write_source,
+        "safetensors in the names, shapes and dtypes of the file the model came from",
+    ),
+    "safetensors": Format(
+        _write_safetensors,
+        "one file with our own parameter paths and `model.json` in the metadata; "
+        "`import --source=fd_jax` reads it back",
+    ),
+    "stablehlo": Format(
+        _write_stablehlo,
+        "one file for serving: uint8 images [b, H, W, 3] in, tokens [b, N, D] out, weights "
+        "inside, for CPU, CUDA and TPU",
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """A file of weights in, a model folder out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import math
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.checkpoint import LazyArray
-from fd_jax.convert import rules, sources
+from fd_jax.convert import own, rules, sources
 from fd_jax.convert.containers import open_container
 from fd_jax.convert.rules import Match
 from fd_jax.convert.source import Source, shapes
@@ -30,6 +30,10 @@ MAX_IMAGE_SIZE = 1 << 13  # position tables grow with its square
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
+# (what is being done, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """What an import took, left and changed.
@@ -40,6 +44,7 @@ class Imported:
       params: parts of a model folder: nested dicts of arrays.
       dropped: reason -> names left behind.
       resized: parameter path -> (shape in the file, shape now).
+      sha256: of the file.
     """
 
     source: str
@@ -47,6 +52,7 @@ class Imported:
     params: dict[str, Any]
     dropped: dict[str, list[str]]
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    sha256: str
 
 
 def import_file(
@@ -59,6 +65,7 @@ def import_file(
     dtype: str = "float32",
     overwrite: bool = False,
     allow_other_hash: bool = False,
+    progress: Progress | None = None,
 ) -> Imported:
     """Converts a file and writes the model folder.
 
@@ -71,6 +78,7 @@ def import_file(
       dtype: to store the parameters in.
       overwrite: whether an existing folder is replaced.
       allow_other_hash: whether a source that names one file takes another of the same structure.
+      progress: called with what is being done, the bytes done and their total.
 
     Raises:
       ConversionError: the file cannot be read safely or is not what the source says.
@@ -87,6 +95,7 @@ def import_file(
         image_size=image_size,
         dtype=dtype,
         allow_other_hash=allow_other_hash,
+        progress=progress,
         lazy=True,
     )
     try:
@@ -104,6 +113,7 @@ def read(
     image_size: int | None = None,
     dtype: str = "float32",
     allow_other_hash: bool = False,
+    progress: Progress | None = None,
     lazy: bool = False,
 ) -> Imported:
     """Converts a file in memory; arguments as in `import_file`.
@@ -114,32 +124,73 @@ def read(
     if dtype not in STORED_DTYPES:
         raise ConversionError(f"dtype {dtype!r}; expected one of {', '.join(STORED_DTYPES)}")
     container = open_container(path)
-    chosen = identify(container) if source == AUTO else sources.get(source)
+    chosen = _chosen(source, container)
     part = check_part(chosen, part)
     found, tensors = chosen.match(container, part)
     refuse_problems(chosen, container, found)
-    digest = container.sha256()
+    digest = container.sha256(_counter(progress, "checking the sum of", container.size))
     if chosen.sha256 not in (None, digest) and not allow_other_hash:
         raise ConversionError(
             f"{container.path}: has the SHA-256 {digest}, but {chosen.name} is the file with "
             f"{chosen.sha256}. Its structure fits: pass --allow-other-hash to import it knowingly"
         )
     spec = chosen.parts[part].spec
-    params = _nested(_converted(found, tensors, shapes(spec), DTYPES[dtype], lazy=lazy))
+    items = list(_converted(found, tensors, shapes(spec), DTYPES[dtype], lazy=lazy))
+    params = _nested(_counted(items, _counter(progress, "writing", _nbytes(items))))
     label = chosen.name if part == chosen.default_part else f"{chosen.name}:{part}"
-    spec = dataclasses.replace(
-        spec,
-        classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
-        source=label,
-        source_sha256=digest,
-        source_dtypes=_source_dtypes(found, tensors),
-    )
+    if chosen.name != own.NAME:  # whose file says all this itself
+        spec = dataclasses.replace(
+            spec,
+            classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
+            source=label,
+            source_sha256=digest,
+            source_dtypes=_source_dtypes(found, tensors),
+        )
     before = model_folder.flat_shapes(params)
     if image_size is not None:
         spec, params["encoder"] = spec.resized(params["encoder"], image_size)
     after = model_folder.flat_shapes(params)
     resized = {path: (before[path], after[path]) for path in after if before[path] != after[path]}
-    return Imported(label, spec, params, found.dropped, resized)
+    return Imported(label, spec, params, found.dropped, resized, digest)
+
+
+def _chosen(name: str, container: Container) -> Source:
+    if name == own.NAME or (name == AUTO and own.METADATA in container.metadata):
+        return own.source(container)
+    return identify(container) if name == AUTO else sources.get(name)
+
+
+def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """A function that adds up bytes and reports the sum."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(what, done, total)
+
+    return add
+
+
+def _nbytes(items: list[tuple[str, np.ndarray | LazyArray]]) -> int:
+    return sum(array.size * array.dtype.itemsize for _, array in items)
+
+
+def _counted(items: list[tuple[str, np.ndarray | LazyArray]], add: Callable[[int], None]):
+    """The same, but a lazy array is added up when it is made."""
+    for path, array in items:
+        if isinstance(array, LazyArray):
+
+            def load(array=array):
+                made = array.load()
+                add(made.nbytes)
+                return made
+
+            yield path, dataclasses.replace(array, load=load)
+        else:
+            add(array.nbytes)
+            yield path, array
 
 
 def check_part(source: Source, part: str | None) -> str:

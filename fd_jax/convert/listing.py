@@ -7,7 +7,7 @@ import os
 from etils import epath
 
 from fd_jax import checkpoint, model_folder
-from fd_jax.convert import rules, sources
+from fd_jax.convert import exporting, rules, sources
 from fd_jax.convert.containers import open_container
 from fd_jax.convert.importing import Imported
 from fd_jax.convert.tensors import DTYPES, Container
@@ -38,6 +38,17 @@ def source_table() -> str:
                 source.oracle + (f"; {source.note}" if source.note else ""),
             )
         )
+    return _markdown(rows)
+
+
+def format_table() -> str:
+    """The table of formats that can be written, as markdown; the docs hold the same text."""
+    rows = [("format", "writes"), ("---", "---")]
+    rows += [(f"`{name}`", layout.writes) for name, layout in exporting.FORMATS.items()]
+    return _markdown(rows)
+
+
+def _markdown(rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -123,12 +134,25 @@ def import_report(result: Imported) -> str:
     shapes = model_folder.flat_shapes(result.params)
     numbers = sum(math.prod(shape) for shape in shapes.values())
     lines = [f"read {len(shapes)} parameters ({numbers:,} numbers) as {result.source}"]
+    lines.append(_checksum(result))
     for reason, names in result.dropped.items():
         lines.append(f"dropped {len(names)} tensors, {reason}: {', '.join(_heads(names))}")
     for name, (before, after) in result.resized.items():
         method = result.spec.position_resize if name.endswith("pos_embed") else "geometric"
         lines.append(f"resized {name} from {list(before)} to {list(after)} ({method})")
     return "\n".join(lines)
+
+
+def _checksum(result: Imported) -> str:
+    source = sources.SOURCES.get(result.source.partition(":")[0])
+    if source is None or not source.published:
+        return f"SHA-256 {result.sha256}"
+    if result.sha256.startswith(source.published):
+        return f"SHA-256 {result.sha256}, that of the public {source.file}"
+    return (
+        f"SHA-256 {result.sha256}; that of the public {source.file} begins with "
+        f"{source.published[:8]}: this one was trained on, saved again or changed"
+    )
 
 
 def _heads(names: list[str]) -> list[str]:

@@ -10,8 +10,9 @@ from fd_jax.models.spec import ModelSpec
 # The distillation module: student `encoder`, projector `decoder`, frozen teacher `feature_model`.
 DISTILLED = prefixed(SHARED, "encoder.") + Table(
     (
-        Rule("decoder.0.weight", "projector/kernel", CONV_1X1),
-        Rule("decoder.0.bias", "projector/bias"),
+        # Our export and files stripped for fine-tuning lack it.
+        Rule("decoder.0.weight", "projector/kernel", CONV_1X1, optional=True),
+        Rule("decoder.0.bias", "projector/bias", optional=True),
     ),
     (Drop("feature_model.*", "the frozen teacher (take it with --part=teacher)"),),
 )

@@ -67,7 +67,8 @@ def read(path: Path) -> Container:
     if start + end != file.size:
         raise damaged(path, f"the header describes {start + end} bytes, the file has {file.size}")
     entries = {f"__metadata__/{key}": str(value)[:80] for key, value in metadata.items()}
-    return Container(path, "safetensors", (path,), tensors, entries)
+    texts = {str(key): str(value) for key, value in metadata.items()}
+    return Container(path, "safetensors", (path,), tensors, entries, metadata=texts)
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

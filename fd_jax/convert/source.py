@@ -56,6 +56,8 @@ class Source:
       oracle: what its features are compared with in the tests.
       note: what the keys do not tell.
       sha256: the only file this source is meant for, or None.
+      published: how the SHA-256 of the public file begins, where its publisher tells (torch hub
+        puts eight digits into the name); another file is imported, and told to be another.
       unstack: prefix of tensors whose leading axis is the block number, see `unstacked`.
       hf: whether a config.json beside the file names activation and epsilon as transformers does.
     """
@@ -66,6 +68,7 @@ class Source:
     oracle: str
     note: str = ""
     sha256: str | None = None
+    published: str = ""
     unstack: str | None = None
     hf: bool = False
 

@@ -19,6 +19,7 @@ def get(name: str) -> Source:
     """
     if name not in SOURCES:
         raise ConversionError(
-            f"no source is named {name!r}; expected one of {', '.join(sorted(SOURCES))}, or auto"
+            f"no source is named {name!r}; expected one of {', '.join(sorted(SOURCES))}, "
+            "fd_jax (our own safetensors export), or auto"
         )
     return SOURCES[name]

@@ -57,6 +57,7 @@ class Container:
       tensors: all tensors by name, in file order.
       entries: everything else in the file: name -> type or short value.
       config: the `config.json` of a Hugging Face folder, otherwise None.
+      metadata: the texts in the header of a safetensors file.
     """
 
     path: Path
@@ -65,27 +66,32 @@ class Container:
     tensors: Mapping[str, Tensor]
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, object] | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def sha256(self) -> str:
-        """Checksum of the weight file, or of the `<sum>  <name>` lines of its shards."""
-        sums = [file_sha256(file) for file in self.files]
+    def sha256(self, read: Callable[[int], object] = lambda count: None) -> str:
+        """Checksum of the weight file, or of the `<sum>  <name>` lines of its shards.
+
+        `read` is told after every piece how many bytes it had.
+        """
+        sums = [file_sha256(file, read) for file in self.files]
         if len(sums) == 1:
             return sums[0]
         lines = [f"{digest}  {file.name}\n" for digest, file in zip(sums, self.files, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+def file_sha256(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces; `read` is told the bytes of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_HASH_CHUNK):
             digest.update(chunk)
+            read(len(chunk))
     return digest.hexdigest()
 
 

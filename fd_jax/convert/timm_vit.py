@@ -75,6 +75,7 @@ SOURCES = (
         {"classifier": Part(TABLE + HEAD, DEIT, ("model/",))},
         "transformers ViTForImageClassification",
         "the head reads the class token",
+        published="b5f2ef4d",
     ),
     Source(
         "mae_vit_base_pretrain",

@@ -1,7 +1,9 @@
 """Compares a model folder with the file it came from, both run on the same input.
 
 The reference is the class of transformers for this network, running in torch, with the parameters
-of the file (not of the folder) in the names it expects.
+of the file (not of the folder). A Hugging Face file has the names this class expects, so its
+tensors go in as they are; those of other files are renamed by our tables, which the tests check
+against independent ones.
 """
 
 import dataclasses
@@ -16,7 +18,9 @@ import jax
 import numpy as np
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing
+from fd_jax.convert import exporting, importing, rules, safetensors_io, sources
+from fd_jax.convert.containers import open_container
+from fd_jax.convert.source import Source
 from fd_jax.convert.tensors import DTYPES
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
@@ -31,10 +35,12 @@ class Compared:
 
     Attributes:
       parameters: how many arrays were compared with the file's, all bit for bit.
+      untouched: how many tensors the reference took from the file under their own names.
       rows: (what, largest difference, largest value of the reference).
     """
 
     parameters: int
+    untouched: int
     rows: list[tuple[str, float, float]]
 
     @property
@@ -70,6 +76,7 @@ def verify(
         raise ConversionError(
             f"verify compares with torch; pip install torch transformers ({error})"
         ) from error
+    transformers.utils.logging.disable_progress_bar()
     spec, params = model_folder.load(folder)
     params = exporting.flat(params)
     dtype = next(iter(params.values())).dtype.name
@@ -88,6 +95,11 @@ def verify(
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference"
         _write_reference(read, reference)
+        chosen = sources.SOURCES.get(read.source.partition(":")[0])
+        if chosen is not None and chosen.hf:
+            untouched = _take_as_they_are(chosen, path, part, reference)
+        else:
+            untouched = 0
         model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     with torch.no_grad():
@@ -98,12 +110,14 @@ def verify(
         (name, float(np.abs(found - expected).max()), float(np.abs(expected).max()))
         for name, found, expected in zip(names, ours, theirs, strict=False)
     ]
-    return Compared(len(params), rows)
+    return Compared(len(params), untouched, rows)
 
 
 def report(compared: Compared) -> str:
     """The comparison as a table."""
     lines = [f"{compared.parameters} parameters equal the file's, bit for bit"]
+    if compared.untouched:
+        lines.append(f"the reference holds {compared.untouched} tensors as they stand in the file")
     lines += ["largest difference after each part, and relative to the largest value:"]
     lines += [f"  {what:10} {off:.2e} {off / large:.2e}" for what, off, large in compared.rows]
     return "\n".join(lines)
@@ -116,7 +130,21 @@ def _write_reference(read: importing.Imported, folder: Path) -> None:
         if name.startswith("encoder/")
     }
     spec = dataclasses.replace(read.spec, classes=0)
-    exporting.FORMATS["huggingface"](spec, params, folder)
+    exporting.FORMATS["huggingface"].write(spec, params, folder)
+
+
+def _take_as_they_are(source: Source, path, part: str | None, folder: Path) -> int:
+    """Puts the file's tensors into the reference by name; resized positions stay as they are."""
+    _, theirs = source.match(open_container(path), importing.check_part(source, part))
+    weights = folder / "model.safetensors"
+    tensors = safetensors_io.read(weights).tensors
+    same = {n for n, t in tensors.items() if n in theirs and theirs[n].shape == t.shape}
+    arrays = {
+        name: (theirs[name] if name in same else tensor).load().astype(np.float32)
+        for name, tensor in tensors.items()
+    }
+    safetensors_io.write(weights, arrays, {"format": "pt"})
+    return len(same)
 
 
 def _compare_parameters(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
@@ -128,7 +156,8 @@ def _compare_parameters(expected: dict[str, np.ndarray], found: dict[str, np.nda
     ]
     if wrong:
         raise ConversionError(
-            f"the model folder does not hold the parameters of the file: {', '.join(wrong)}"
+            "the model folder does not hold the parameters of the file: "
+            f"{', '.join(rules.summarize(wrong))}"
         )
 
 

@@ -1,5 +1,7 @@
 """The commands as a user runs them."""
 
+import dataclasses
+import hashlib
 from pathlib import Path
 import re
 import signal
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from fd_jax import checkpoint, model_folder
-from fd_jax.convert import cli, importing, listing, sources, verifying
+from fd_jax.convert import cli, exporting, importing, listing, sources, verifying
 from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
 from tests.convert import synthetic
 
@@ -212,6 +214,7 @@ def test_inspect_reads_a_model_folder(weights, tmp_path, capsys):
         "deit_base_patch16_224",
         "dinov2_vitb14_reg4",
         "dinov3_vitb16_hf",
+        "siglip2_base_patch16_224_hf",
         "siglip2_base_patch16_224_bigvision",
         NAME,
         "timm_beit_base_patch16_224",
@@ -225,6 +228,7 @@ def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
     assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert "bit for bit" in out and "block 1" in out
+    assert ("tensors as they stand in the file" in out) == name.endswith("_hf")
     assert ("final norm" in out) == (name != "timm_beit_base_patch16_224")
 
 
@@ -237,14 +241,40 @@ def test_verify_sees_another_file_and_another_network(weights, tmp_path, capsys)
     assert run(*arguments) == 2
     assert "does not hold the parameters of the file: projector/bias" in capsys.readouterr().err
     rows = [("block 0", 2e-4, 1.0)]
-    assert not verifying.Compared(1, rows).agrees
+    assert not verifying.Compared(1, 0, rows).agrees
+
+
+def test_verify_sees_a_wrong_table_where_the_file_is_the_references(small, tmp_path, monkeypatch):
+    """A Hugging Face file's tensors reach the reference by name: a swapped rule cannot hide."""
+    name = "dinov2_vitb14_hf"
+    given = synthetic.structure(name)
+    path = synthetic.write(given, synthetic.values(given), tmp_path)
+    source = sources.SOURCES[name]
+    part = source.parts["backbone"]
+    swap = {"norm1": "norm2", "norm2": "norm1"}
+    rules = tuple(
+        dataclasses.replace(rule, sources=re.sub("norm[12]", lambda m: swap[m[0]], rule.sources))
+        if isinstance(rule.sources, str)
+        else rule
+        for rule in part.table.rules
+    )
+    wrong = dataclasses.replace(part, table=dataclasses.replace(part.table, rules=rules))
+    monkeypatch.setitem(
+        sources.SOURCES, name, dataclasses.replace(source, parts={"backbone": wrong})
+    )
+    importing.import_file(name, path, tmp_path / "model")
+    compared = verifying.verify(name, path, tmp_path / "model")
+    assert compared.untouched == 43 and not compared.agrees
 
 
 def test_sources_prints_the_table_of_the_docs(capsys):
     assert run("sources") == 0
-    table = capsys.readouterr().out.strip()
-    assert len(table.splitlines()) == len(sources.SOURCES) + 2
-    assert table in (ROOT / "docs" / "conversion.md").read_text(), (
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2
+    assert len(tables[0].splitlines()) == len(sources.SOURCES) + 2
+    assert len(tables[1].splitlines()) == len(exporting.FORMATS) + 2
+    text = (ROOT / "docs" / "conversion.md").read_text()
+    assert all(table in text for table in tables), (
         "docs/conversion.md is not up to date: paste the output of `convert_checkpoints.py sources`"
     )
 
@@ -337,7 +367,44 @@ def test_a_kill_leaves_no_half_written_folder(overwrite, moment, left, weights, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.pth"]
 
 
+def test_import_tells_whether_the_file_is_the_public_one(weights, tmp_path, capsys, monkeypatch):
+    common = ("import", "--source", NAME, "--input", weights, "--overwrite", "--output")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    source = sources.SOURCES[NAME]
+    for published, message in (
+        ("", f"SHA-256 {digest}\n"),
+        (digest[:8], f"{digest}, that of the public {source.file}"),
+        ("0123456789", "begins with 01234567: this one was trained on, saved again or changed"),
+    ):
+        changed = dataclasses.replace(source, published=published)
+        monkeypatch.setitem(sources.SOURCES, NAME, changed)
+        assert run(*common, tmp_path / "model") == 0
+        assert message in capsys.readouterr().out
+
+
+def test_published_checksums_are_those_in_the_file_names():
+    for source in synthetic.REAL.values():
+        digits = re.search(r"-([0-9a-f]{8})\.pth$", source.file)
+        if digits:
+            assert source.published == digits[1]
+        assert len(source.published) in (0, 8, 64)
+
+
+def test_progress_counts_every_byte_once(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importing, "_LAZY_SIZE", 1000)
+    calls = []
+    importing.import_file(NAME, weights, tmp_path / "a", progress=lambda *call: calls.append(call))
+    last = {what: (done, total) for what, done, total in calls}
+    assert list(last) == ["checking the sum of", "writing"]
+    assert last["checking the sum of"] == (weights.stat().st_size,) * 2
+    written = sum(a.nbytes for a in exporting.flat(model_folder.load(tmp_path / "a")[1]).values())
+    assert last["writing"] == (written, written)
+    monkeypatch.setattr(cli._Progress, "EVERY", 0.0)
+    assert run("import", "--source", NAME, "--input", weights, "--output", tmp_path / "b") == 0
+    assert re.search(r"^writing \d\.\d of \d\.\d GB$", capsys.readouterr().err, re.MULTILINE)
+
+
 def test_the_report_names_few_kinds():
     kinds = [f"decoder.{letter}.weight" for letter in "abcdef"]
-    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {})
+    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {}, "")
     assert re.search("dropped 6 tensors.*and 3 more kinds", listing.import_report(result))
