@@ -92,15 +92,22 @@ def load_tree(path: epath.Path) -> PyTree:
     """Reads a tree written by `save_tree` as numpy arrays, whatever devices wrote it."""
     path = path.resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        tree = _description(checkpointer, path)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, restore_args=as_numpy)
+
+
+def _description(checkpointer: ocp.Checkpointer, path: epath.Path) -> PyTree:
+    found = checkpointer.metadata(path).item_metadata
+    if found is None:
+        raise ValueError(f"what describes the arrays in {path} is missing or damaged")
+    return found.tree
 
 
 def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array below `save_tree`'s folder by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path.resolve()).item_metadata.tree
+        tree = _description(checkpointer, path.resolve())
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(keys, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))

@@ -4,6 +4,8 @@
 `fc_norm`; `model.json` is the `ModelSpec`, written last, so that a folder without it is no model.
 """
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 from etils import epath
@@ -114,12 +116,28 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
     """
     folder = epath.Path(folder)
     spec = load_spec(folder)
-    try:
+    with _readable(folder):
         params = checkpoint.load_tree(folder / "params")
-    except Exception as error:  # Orbax and its storage raise many kinds for damaged files
-        raise ModelFolderError(f"the weights in {folder} cannot be read: {error}") from error
     _check_against_spec(folder, spec, params)
     return spec, params
+
+
+def describe(
+    folder: epath.PathLike,
+) -> tuple[ModelSpec, dict[str, tuple[tuple[int, ...], str]]]:
+    """The spec, and shape and dtype of every array by "a/b" path; reads no values."""
+    folder = epath.Path(folder)
+    spec = load_spec(folder)
+    with _readable(folder):
+        return spec, checkpoint.describe_tree(folder / "params")
+
+
+@contextlib.contextmanager
+def _readable(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+        raise ModelFolderError(f"the weights in {folder} cannot be read: {error}") from error
 
 
 class Model:

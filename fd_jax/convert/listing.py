@@ -6,7 +6,7 @@ import os
 
 from etils import epath
 
-from fd_jax import checkpoint, model_folder
+from fd_jax import model_folder
 from fd_jax.convert import exporting, rules, sources
 from fd_jax.convert.containers import open_container
 from fd_jax.convert.importing import Imported
@@ -80,11 +80,8 @@ def inspect(path: str | os.PathLike[str]) -> str:
 
 
 def _inspect_model_folder(path: str | os.PathLike[str]) -> str:
-    spec = model_folder.load_spec(path)
-    tensors = [
-        (name, shape, dtype)
-        for name, (shape, dtype) in checkpoint.describe_tree(epath.Path(path) / "params").items()
-    ]
+    spec, arrays = model_folder.describe(path)
+    tensors = [(name, shape, dtype) for name, (shape, dtype) in arrays.items()]
     return f"{path}: fd_jax model folder\n{spec.to_json()}{_tree(tensors)}"
 
 

@@ -207,6 +207,19 @@ def test_inspect_reads_a_model_folder(weights, tmp_path, capsys):
     assert "encoder/rel_pos_bias/table float32[28, 2]" in out
 
 
+@pytest.mark.parametrize("damaged", ["_METADATA", "manifest.ocdbt"])
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"garbage")])
+def test_a_damaged_model_folder_is_one_error(damaged, change, weights, tmp_path, capsys):
+    importing.import_file(NAME, weights, tmp_path / "model")
+    change(tmp_path / "model" / "params" / damaged)
+    export = ("export", "--format", "timm", "--output", tmp_path / "x", "--input")
+    assert run(*export, tmp_path / "model") == 2
+    assert f"the weights in {tmp_path}/model cannot be read" in capsys.readouterr().err
+    if damaged == "_METADATA":  # arrays are described apart from their values
+        assert run("inspect", "--input", tmp_path / "model") == 2
+        assert "cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name",
     [
