@@ -8,16 +8,20 @@ longer than two seconds of the processor, and on one that takes much more memory
 
 import argparse
 import collections
+import io
+import json
 from pathlib import Path
 import random
 import sys
 import tempfile
 import time
 import tracemalloc
+import zipfile
 
+from absl import logging
 import numpy as np
 
-from fd_jax.convert import importing, listing, sources
+from fd_jax.convert import exporting, importing, listing, safetensors_io, sources
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic, test_onnx
 
@@ -33,6 +37,8 @@ SEEDS = {
     "npz": ("siglip2_base_patch16_224_bigvision", "f.npz"),
     "compressed npz": ("siglip2_base_patch16_224_bigvision", "f.npz"),
     "onnx": ("dinov2_vits14_onnx", "f.onnx"),
+    "own safetensors": ("fd_jax", "f.safetensors"),
+    "sharded folder": ("dinov2_vitb14_hf", "folder.zip"),
 }
 EXTREMES = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 8, b"\x00" * 8, b"\xff\xff\xff\x7f")
 
@@ -42,8 +48,16 @@ def seed_file(container: str, folder: Path) -> bytes:
     name, _ = SEEDS[container]
     if container == "onnx":
         return test_onnx.write_graph(folder, test_onnx.hub_tensors()).read_bytes()
+    if container == "own safetensors":
+        (folder / "f.pth").write_bytes(seed_file("torch legacy", folder))
+        result = importing.read("dino_vitb16", folder / "f.pth")
+        path = folder / "own.safetensors"
+        exporting.FORMATS["safetensors"].write(result.spec, exporting.flat(result.params), path)
+        return path.read_bytes()
     given = synthetic.structure(name)
     trees = synthetic.values(given)
+    if container == "sharded folder":
+        return sharded(trees[""], folder)
     if container == "torch legacy":
         path = synthetic.write_torch(
             given, trees, folder / "legacy.pth", _use_new_zipfile_serialization=False
@@ -54,6 +68,31 @@ def seed_file(container: str, folder: Path) -> bytes:
     else:
         path = synthetic.write(given, trees, folder)
     return path.read_bytes()
+
+
+def sharded(arrays: dict[str, np.ndarray], folder: Path) -> bytes:
+    """A Hugging Face folder of two shards, index and config.json, as a zip file to carry it."""
+    names = sorted(arrays)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        safetensors_io.write(folder / shard, {name: arrays[name] for name in held}, {})
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"hidden_act": "gelu", "layer_norm_eps": 1e-6}))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in (*shards, "model.safetensors.index.json", "config.json"):
+            archive.write(folder / name, name)
+    return out.getvalue()
+
+
+def damage_folder(data: bytes, other: bytes, rng: random.Random, folder: Path) -> Path:
+    """Unpacks `sharded` and damages one of its files."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
+    path = rng.choice(sorted(folder.iterdir()))
+    path.write_bytes(damage(path.read_bytes(), other, rng))
+    return folder
 
 
 def seed_files() -> dict[str, bytes]:
@@ -142,7 +181,8 @@ def attempt(path: Path, source: str, output: Path) -> str:
     tracemalloc.stop()
     # Writing a good file with Orbax is no matter of this test.
     assert outcome == "imported" or seconds < SECONDS, f"took {seconds:.1f} s"
-    assert peak < BYTES + 20 * path.stat().st_size, f"took {peak:,} bytes"
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    assert peak < BYTES + 20 * size, f"took {peak:,} bytes"
     return outcome
 
 
@@ -154,6 +194,10 @@ def one(container: str, seeds: dict[str, bytes], rng: random.Random, folder: Pat
     source, name = SEEDS[container]
     path = folder / name
     other = rng.choice(list(seeds.values()))
+    if container == "sharded folder":
+        path.mkdir()
+        damage_folder(seeds[container], other, rng, path)
+        return attempt(path, source, output)
     path.write_bytes(damage(seeds[container], other, rng))
     return attempt(path, source, output)
 
@@ -162,6 +206,7 @@ def install() -> None:
     """Puts shrunk sources in the place of the real ones."""
     for name in [*synthetic.names(), test_onnx.NAME]:
         sources.SOURCES[name] = synthetic.small_source(name)
+    importing._LAZY_SIZE = 1000  # as large tensors are: read when their turn to be written comes
 
 
 def main() -> None:
@@ -171,6 +216,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     install()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it then raises
     seeds = seed_files()
     outcomes: collections.Counter = collections.Counter()
     containers = [*SEEDS, "misnested"]
