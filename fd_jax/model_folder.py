@@ -63,14 +63,18 @@ def save(
 
 def _replace(folder: epath.Path, staging: epath.Path) -> None:
     """The old one steps aside whole: a kill here never leaves a half-deleted model."""
-    replaced = folder.parent / f".{folder.name}.replaced"
-    if replaced.exists():
-        replaced.rmtree()
+    replaced = _replaced(folder)
     if folder.exists():
+        if replaced.exists():
+            replaced.rmtree()
         folder.rename(replaced)
     staging.rename(folder)
     if replaced.exists():
         replaced.rmtree()
+
+
+def _replaced(folder: epath.Path) -> epath.Path:
+    return folder.parent / f".{folder.name}.replaced"
 
 
 def check_free(folder: epath.PathLike, *, overwrite: bool) -> None:
@@ -93,6 +97,11 @@ def load_spec(folder: epath.PathLike) -> ModelSpec:
     """Reads `model.json` only."""
     folder = epath.Path(folder)
     if not folder.exists():
+        if (_replaced(folder) / "model.json").exists():
+            raise ModelFolderError(
+                f"no model folder at {folder}: a command that replaced it was killed between two "
+                f"renames. The old one is {_replaced(folder)}: rename it, or run the command again"
+            )
         raise ModelFolderError(
             f"no model folder at {folder}; `convert_checkpoints.py import` makes one from a "
             "weights file, `train.py` leaves one in <workdir>/model"

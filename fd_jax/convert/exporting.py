@@ -55,7 +55,7 @@ def export(
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove(staging)
         left = FORMATS[layout].write(spec, flat(params), staging)
-        if output.is_dir():  # steps aside whole, so that a kill never leaves half of it
+        if output.is_dir():  # steps aside whole: a kill never leaves half of it
             _remove(replaced)
             output.rename(replaced)
         staging.replace(output)

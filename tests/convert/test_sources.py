@@ -230,6 +230,11 @@ def test_export_to_huggingface_opens_with_the_same_features(name, tmp_path):
     else:
         expected = oracles.run(lambda x: model(x).last_hidden_state, images)
     assert difference(features(result.spec, result.params, images), expected) < TOLERANCE
+    pixels = np.random.default_rng(3).integers(0, 256, images.shape, np.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    theirs = processor(list(pixels), return_tensors="np")["pixel_values"]
+    ours = np.asarray(result.spec.normalize(pixels))
+    np.testing.assert_allclose(np.moveaxis(theirs, 1, -1), ours, atol=1e-5)
 
 
 def test_official_export_has_exactly_the_original_keys(tmp_path):
