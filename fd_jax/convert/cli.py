@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import os
 import sys
 import time
+from typing import NoReturn
 
 from absl import logging
 import jax
@@ -13,9 +14,16 @@ from fd_jax.convert import exporting, importing, listing, rules, verifying
 from fd_jax.errors import ConversionError, UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_as_script(name: str) -> NoReturn:
+    """Runs the command of `sys.argv` and exits."""
+    # A write that fails (a full disk) leaves callbacks behind; `main` prints the one message.
+    sys.unraisablehook = lambda _: None
+    sys.exit(main(name=name))
+
+
+def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.py") -> int:
     """Runs one command; what the user got wrong becomes one message and the status 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(name).parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
     logging.set_verbosity(logging.FATAL)  # Orbax logs with a traceback what it then raises
     try:
@@ -32,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoints.py", description="Weights of public models in and out."
-    )
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name, description="Weights of public models in and out.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("sources", help="list what can be read and written")
