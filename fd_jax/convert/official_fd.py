@@ -2,20 +2,28 @@
 
 from fd_jax.convert import beit, clip, timm_vit
 from fd_jax.convert.beit import PER_BLOCK, SHARED, prefixed
-from fd_jax.convert.rules import Drop, Rule, Table
+from fd_jax.convert.rules import Drop, Rule, Table, as_tuple
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.transforms import CONV_1X1
 from fd_jax.models.spec import ModelSpec
 
 # The distillation module: student `encoder`, projector `decoder`, frozen teacher `feature_model`.
-DISTILLED = prefixed(SHARED, "encoder.") + Table(
+# Our export and files stripped for fine-tuning have the encoder alone.
+_STUDENT = prefixed(SHARED, "encoder.") + Table(
     (
-        # Our export and files stripped for fine-tuning lack it.
         Rule("decoder.0.weight", "projector/kernel", CONV_1X1, optional=True),
         Rule("decoder.0.bias", "projector/bias", optional=True),
-    ),
-    (Drop("feature_model.*", "the frozen teacher (take it with --part=teacher)"),),
+    )
 )
+
+
+def _left_behind(teacher: Table) -> Table:
+    """Drops of everything in a teacher; another teacher's tensors stay unexpected."""
+    why = "the frozen teacher (take it with --part=teacher)"
+    names = [name for rule in teacher.rules for name in as_tuple(rule.sources)]
+    names += [drop.names for drop in teacher.drops]
+    return Table((), tuple(Drop(f"feature_model.{n.replace('{i}', '*')}", why) for n in names))
+
 
 _UNDER_TEACHER = ("model/feature_model.",)
 
@@ -26,7 +34,9 @@ def _distilled(teacher_name: str, size: str, patch_size: int, teacher: Part) -> 
         "ckpt_epoch_299.pth of main_fd.py",
         {
             "student": Part(
-                DISTILLED, ModelSpec("vit", beit.arch(size, patch_size, shared=True)), ("model/",)
+                _STUDENT + _left_behind(teacher.table),
+                ModelSpec("vit", beit.arch(size, patch_size, shared=True)),
+                ("model/",),
             ),
             "teacher": Part(teacher.table, teacher.spec, _UNDER_TEACHER),
         },

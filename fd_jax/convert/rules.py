@@ -38,10 +38,17 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """Tensors that are left behind, and why. `names` is a glob over names in the file."""
+    """Tensors that are left behind, and why.
+
+    Attributes:
+      names: a glob over names in the file.
+      why: for people.
+      required: whether a file without any of them is of another kind.
+    """
 
     names: str
     why: str
+    required: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +156,11 @@ def match(
             reason = _drop_reason(table, name)
             dropped.setdefault(reason, []).append(name) if reason else leftover.append(name)
     problems += [f"unexpected {line}" for line in summarize(leftover)]
+    problems += [
+        f"missing {drop.names}, {drop.why}"
+        for drop in table.drops
+        if drop.required and not fnmatch.filter(tensors, drop.names)
+    ]
     return Match(steps, dropped, problems, found, expected)
 
 
@@ -230,11 +242,15 @@ def summarize(names: Sequence[str]) -> list[str]:
 
 def _steps(table: Table, arch: Mapping[str, Any]) -> Iterator[tuple[Step, bool]]:
     for rule in table.rules:
-        sources = (rule.sources,) if isinstance(rule.sources, str) else rule.sources
-        targets = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
+        sources, targets = as_tuple(rule.sources), as_tuple(rule.targets)
         for names in instances(sources + targets, arch["depth"]):
             split = len(sources)
             yield Step(names[:split], names[split:], rule.transform), rule.optional
+
+
+def as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One name or several as several."""
+    return (names,) if isinstance(names, str) else names
 
 
 def _mismatches(

@@ -1,7 +1,5 @@
 """DINO, DeiT and MAE: the ViT of timm, which all three use."""
 
-import dataclasses
-
 from fd_jax.convert.rules import Drop, Rule, Table
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
 from fd_jax.convert.transforms import FUSED_QKV, FUSED_QKV_BIAS
@@ -28,9 +26,11 @@ TABLE = Table(
         *norm("norm", "encoder/norm"),
     )
 )
-HEAD = Table(tuple(dataclasses.replace(rule, optional=True) for rule in linear("head", "head")))
-DINO_HEAD = Table((), (Drop("head.*", "DINO's projection head"),))
-MAE_DECODER = Table((), (Drop("decoder_*", "MAE's decoder"), Drop("mask_token", "MAE's decoder")))
+HEAD = Table(linear("head", "head"))
+DINO_HEAD = Table((), (Drop("head.*", "DINO's projection head", required=True),))
+MAE_DECODER = Table(
+    (), (Drop("decoder_*", "MAE's decoder", required=True), Drop("mask_token", "MAE's decoder"))
+)
 
 ARCH = {
     "image_size": 224,
@@ -80,7 +80,7 @@ SOURCES = (
     Source(
         "mae_vit_base_pretrain",
         "mae_pretrain_vit_base.pth",
-        {"encoder": Part(TABLE + MAE_DECODER, DEIT, ("model/",))},
+        {"encoder": Part(TABLE, DEIT, ("model/",))},
         _ORACLE,
         "the position table is the fixed sine-cosine one, stored in the file",
     ),
