@@ -107,6 +107,8 @@ def load_spec(folder: epath.PathLike) -> ModelSpec:
             "weights file, `train.py` leaves one in <workdir>/model"
         )
     description = folder / "model.json"
+    if (folder / "model" / "model.json").exists():
+        raise ModelFolderError(f"{folder} is a run; its model folder is {folder / 'model'}")
     if not description.exists():
         raise ModelFolderError(
             f"{folder} holds no model.json: it is not a model folder, or its writing was cut off"

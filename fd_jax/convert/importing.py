@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -45,6 +46,7 @@ class Imported:
       dropped: reason -> names left behind.
       resized: parameter path -> (shape in the file, shape now).
       sha256: of the file.
+      not_finite: parameters with NaN or infinity in them; complete once all are converted.
     """
 
     source: str
@@ -53,6 +55,7 @@ class Imported:
     dropped: dict[str, list[str]]
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     sha256: str
+    not_finite: list[str]
 
 
 def import_file(
@@ -135,7 +138,9 @@ def read(
             f"{chosen.sha256}. Its structure fits: pass --allow-other-hash to import it knowingly"
         )
     spec = chosen.parts[part].spec
-    items = list(_converted(found, tensors, shapes(spec), DTYPES[dtype], lazy=lazy))
+    not_finite: list[str] = []
+    convert = functools.partial(_in_dtype, container, DTYPES[dtype], not_finite)
+    items = list(_converted(found, tensors, shapes(spec), DTYPES[dtype], convert, lazy=lazy))
     params = _nested(_counted(items, _counter(progress, "writing", _nbytes(items))))
     label = chosen.name if part == chosen.default_part else f"{chosen.name}:{part}"
     if chosen.name != own.NAME:  # whose file says all this itself
@@ -151,7 +156,7 @@ def read(
         spec, params["encoder"] = spec.resized(params["encoder"], image_size)
     after = model_folder.flat_shapes(params)
     resized = {path: (before[path], after[path]) for path in after if before[path] != after[path]}
-    return Imported(label, spec, params, found.dropped, resized, digest)
+    return Imported(label, spec, params, found.dropped, resized, digest, not_finite)
 
 
 def _chosen(name: str, container: Container) -> Source:
@@ -258,13 +263,14 @@ def _converted(
     tensors: dict[str, Tensor],
     expected: Mapping[str, Shape],
     dtype: np.dtype,
+    convert: Callable[[str, np.ndarray], np.ndarray],
     *,
     lazy: bool,
 ) -> Iterator[tuple[str, np.ndarray | LazyArray]]:
     for path, load in rules.convert(found, tensors):
 
-        def in_dtype(load=load):
-            return load().astype(dtype, copy=False)
+        def in_dtype(load=load, path=path):
+            return convert(path, load())
 
         shape = tuple(size for size in expected[path] if isinstance(size, int))
         known = len(shape) == len(expected[path])
@@ -272,6 +278,22 @@ def _converted(
             yield path, LazyArray(shape, dtype, in_dtype)
         else:
             yield path, in_dtype()
+
+
+def _in_dtype(
+    container: Container, dtype: np.dtype, not_finite: list[str], path: str, array: np.ndarray
+) -> np.ndarray:
+    """The array in the wanted dtype; notes NaN and infinity, refuses to make any."""
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype, copy=False)
+    if not np.isfinite(stored).all():
+        if np.isfinite(array).all():
+            raise ConversionError(
+                f"{container.path}: {path} has values that {dtype.name} cannot hold; store it as "
+                "bfloat16 or float32"
+            )
+        not_finite.append(path)
+    return stored
 
 
 def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -132,6 +132,11 @@ def import_report(result: Imported) -> str:
     numbers = sum(math.prod(shape) for shape in shapes.values())
     lines = [f"read {len(shapes)} parameters ({numbers:,} numbers) as {result.source}"]
     lines.append(_checksum(result))
+    if result.not_finite:
+        broken = ", ".join(_heads(result.not_finite))
+        lines.append(
+            f"warning: NaN or infinity in {broken}: was its training cut off or diverging?"
+        )
     for reason, names in result.dropped.items():
         lines.append(f"dropped {len(names)} tensors, {reason}: {', '.join(_heads(names))}")
     for name, (before, after) in result.resized.items():

@@ -80,6 +80,9 @@ def verify(
     spec, params = model_folder.load(folder)
     params = exporting.flat(params)
     dtype = next(iter(params.values())).dtype.name
+    made_from, _, made_part = spec.source.partition(":")
+    if part is None and made_from == source and made_part:
+        part = made_part
     # The reference's parameters come from the file, at the size and in the dtype of the folder.
     read = importing.read(
         source,
@@ -97,7 +100,7 @@ def verify(
         _write_reference(read, reference)
         chosen = sources.SOURCES.get(read.source.partition(":")[0])
         if chosen is not None and chosen.hf:
-            untouched = _take_as_they_are(chosen, path, part, reference)
+            untouched = _take_as_they_are(chosen, path, part, reference, DTYPES[dtype])
         else:
             untouched = 0
         model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
@@ -133,14 +136,17 @@ def _write_reference(read: importing.Imported, folder: Path) -> None:
     exporting.FORMATS["huggingface"].write(spec, params, folder)
 
 
-def _take_as_they_are(source: Source, path, part: str | None, folder: Path) -> int:
-    """Puts the file's tensors into the reference by name; resized positions stay as they are."""
+def _take_as_they_are(source: Source, path, part: str | None, folder: Path, dtype: np.dtype) -> int:
+    """Puts the file's tensors into the reference by name, rounded to the model folder's dtype.
+
+    Positions that were resized stay as they are.
+    """
     _, theirs = source.match(open_container(path), importing.check_part(source, part))
     weights = folder / "model.safetensors"
     tensors = safetensors_io.read(weights).tensors
     same = {n for n, t in tensors.items() if n in theirs and theirs[n].shape == t.shape}
     arrays = {
-        name: (theirs[name] if name in same else tensor).load().astype(np.float32)
+        name: (theirs[name] if name in same else tensor).load().astype(dtype).astype(np.float32)
         for name, tensor in tensors.items()
     }
     safetensors_io.write(weights, arrays, {"format": "pt"})

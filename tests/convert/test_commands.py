@@ -245,6 +245,21 @@ def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
     assert ("final norm" in out) == (name != "timm_beit_base_patch16_224")
 
 
+@pytest.mark.parametrize("dtype", importing.STORED_DTYPES)
+def test_verify_compares_what_was_stored(dtype, small, tmp_path):
+    """A network of half precision differs from its file, but not from the rounded file."""
+    name = "dinov2_vitb14_hf"
+    given = synthetic.structure(name)
+    path = synthetic.write(given, synthetic.values(given), tmp_path)
+    importing.import_file(name, path, tmp_path / "model", dtype=dtype, image_size=12)
+    assert verifying.verify(name, path, tmp_path / "model").agrees
+
+
+def test_verify_knows_the_part_of_the_model_folder(weights, tmp_path):
+    importing.import_file(NAME, weights, tmp_path / "model", part="teacher")
+    assert verifying.verify(NAME, weights, tmp_path / "model").agrees
+
+
 def test_verify_sees_another_file_and_another_network(weights, tmp_path, capsys):
     spec, params = (result := importing.read(NAME, weights)).spec, result.params
     changed = {**params, "projector": {**params["projector"]}}
@@ -395,6 +410,23 @@ def test_import_tells_whether_the_file_is_the_public_one(weights, tmp_path, caps
         assert message in capsys.readouterr().out
 
 
+def test_numbers_that_are_none_are_told_and_none_are_made(small, tmp_path, capsys):
+    given = synthetic.structure(NAME)
+    trees = synthetic.values(given)
+    trees["model"]["encoder.blocks.1.mlp.fc1.bias"][3] = 1e5
+    path = synthetic.write(given, trees, tmp_path)
+    common = ("import", "--source", NAME, "--input", path, "--overwrite", "--output")
+    assert run(*common, tmp_path / "model", "--dtype", "float16") == 2
+    assert "encoder/blocks/1/mlp/fc1/bias has values that float16" in capsys.readouterr().err
+    assert run(*common, tmp_path / "model", "--dtype", "bfloat16") == 0
+    assert "warning" not in capsys.readouterr().out
+    trees["model"]["encoder.blocks.1.mlp.fc1.bias"][3] = np.nan
+    synthetic.write(given, trees, tmp_path)
+    assert run(*common, tmp_path / "model") == 0
+    out = capsys.readouterr().out
+    assert "warning: NaN or infinity in encoder/blocks/1/mlp/fc1/bias:" in out
+
+
 def test_published_checksums_are_those_in_the_file_names():
     for source in synthetic.REAL.values():
         digits = re.search(r"-([0-9a-f]{8})\.pth$", source.file)
@@ -419,5 +451,5 @@ def test_progress_counts_every_byte_once(weights, tmp_path, monkeypatch, capsys)
 
 def test_the_report_names_few_kinds():
     kinds = [f"decoder.{letter}.weight" for letter in "abcdef"]
-    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {}, "")
+    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {}, "", [])
     assert re.search("dropped 6 tensors.*and 3 more kinds", listing.import_report(result))
