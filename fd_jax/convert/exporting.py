@@ -142,12 +142,7 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
 
 def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """What the original repository's main_finetune.py reads: {"model": {"encoder.*"}}."""
-    if spec.arch["position"] != "shared_rpb" or not layouts.is_beit(spec.arch):
-        raise ConversionError(
-            "the layout official is that of its distilled student: shared relative positions, no k "
-            f"bias; this network has position={spec.arch['position']!r} and "
-            f"qkv_bias={spec.arch['qkv_bias']!r}"
-        )
+    layouts.check_needs(spec.arch, layouts.OFFICIAL_NEEDS, "official")
     try:
         import torch
     except ImportError as error:

@@ -65,6 +65,15 @@ def timm(arch: Mapping[str, Any]) -> Table:
 
 
 OFFICIAL = beit.prefixed(beit.SHARED, "encoder.")
+OFFICIAL_NEEDS = (
+    "a class token",
+    "a final norm",
+    "a bias of the patch embedding",
+    "a shared relative position table",
+    "biases of q and v alone",
+    "the exact GELU",
+    "norm epsilon 1e-6",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +85,42 @@ class HuggingFace:
       architecture: class name as in config.json.
       table: rules of its files.
       config: (spec) -> fields of config.json beyond the common ones.
+      needs: what the class always has; without it transformers would make it up.
     """
 
     model_type: str
     architecture: str
     table: Table
     config: Callable[[ModelSpec], dict[str, Any]]
+    needs: tuple[str, ...]
+
+
+# Properties that a foreign class takes for granted: words for people -> whether a network has it.
+_NEEDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "a class token": lambda arch: arch["cls_token"],
+    "a final norm": lambda arch: arch["final_norm"],
+    "a bias of the patch embedding": lambda arch: arch["patch_bias"],
+    "absolute positions": lambda arch: arch["position"] == "ape",
+    "a shared relative position table": lambda arch: arch["position"] == "shared_rpb",
+    "biases of q, k and v": lambda arch: arch["qkv_bias"] == "qkv",
+    "biases of q and v alone": lambda arch: arch["qkv_bias"] == "qv",
+    "layer scale": lambda arch: arch["layer_scale"] is not None,
+    "register tokens": lambda arch: arch["registers"] > 0,
+    "the exact GELU": lambda arch: arch["activation"] == "gelu_erf",
+    "norm epsilon 1e-6": lambda arch: arch["norm_eps"] == 1e-6,
+    "an MLP whose width is a multiple": lambda arch: arch["mlp_width"] % arch["width"] == 0,
+}
+_PLAIN = ("a class token", "a final norm", "a bias of the patch embedding")
+_ABSOLUTE = ("a final norm", "absolute positions", "biases of q, k and v")
+
+
+def check_needs(arch: Mapping[str, Any], needs: tuple[str, ...], layout: str) -> None:
+    """Refuses a network that lacks what a layout takes for granted."""
+    if lacking := [need for need in needs if not _NEEDS[need](arch)]:
+        raise ConversionError(
+            f"the layout {layout} asks for {', '.join(lacking)}, which this network does not have; "
+            "export as safetensors instead"
+        )
 
 
 _VIT_LAYER = "encoder.layer.{i}"
@@ -149,40 +188,57 @@ def _dinov3_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def huggingface(spec: ModelSpec, *, head: bool) -> HuggingFace:
-    """The transformers class of a network; `head` asks for the image classifier."""
-    arch = spec.arch
+    """The transformers class of a network; `head` asks for the image classifier.
+
+    Raises:
+      ConversionError: there is none.
+    """
+    layout = _nearest(spec.arch, head=head)
+    check_needs(spec.arch, layout.needs, f"huggingface ({layout.architecture})")
+    return layout
+
+
+def _nearest(arch: Mapping[str, Any], *, head: bool) -> HuggingFace:
     if arch["position"] == "rope":
-        return HuggingFace("dinov3_vit", "DINOv3ViTModel", dinov3.HUGGINGFACE, _dinov3_config)
+        needs = (*_PLAIN, "biases of q and v alone", "layer scale", "register tokens")
+        table, name = dinov3.HUGGINGFACE, "DINOv3ViTModel"
+        return HuggingFace("dinov3_vit", name, table, _dinov3_config, needs)
     if is_beit(arch):
         return _beit(head=head)
     if arch["ln_pre"]:
-        return HuggingFace("clip_vision_model", "CLIPVisionModel", clip.HUGGINGFACE, lambda _: {})
+        needs = ("a class token", *_ABSOLUTE)
+        table, name = clip.HUGGINGFACE, "CLIPVisionModel"
+        return HuggingFace("clip_vision_model", name, table, lambda _: {}, needs)
     if not arch["cls_token"]:
         return HuggingFace(
             "siglip_vision_model",
             "SiglipVisionModel",
             siglip2.HUGGINGFACE,
             lambda _: {"vision_use_head": False},
+            ("a bias of the patch embedding", *_ABSOLUTE),
         )
+    needs = (*_PLAIN, "absolute positions", "biases of q, k and v")
     if arch["layer_scale"] is not None:
+        needs = (*needs, "an MLP whose width is a multiple")
         if arch["registers"]:
             table = dinov2.HUGGINGFACE_REGISTERS
             name = "Dinov2WithRegistersModel"
-            return HuggingFace("dinov2_with_registers", name, table, _dino_config)
-        return HuggingFace("dinov2", "Dinov2Model", dinov2.HUGGINGFACE, _dino_config)
+            return HuggingFace("dinov2_with_registers", name, table, _dino_config, needs)
+        return HuggingFace("dinov2", "Dinov2Model", dinov2.HUGGINGFACE, _dino_config, needs)
     trunk = Table(_VIT_TRUNK)
     if head:
         table = beit.prefixed(trunk, "vit.") + Table(linear("classifier", "head"))
-        return HuggingFace("vit", "ViTForImageClassification", table, _vit_config)
-    return HuggingFace("vit", "ViTModel", trunk, _vit_config)
+        return HuggingFace("vit", "ViTForImageClassification", table, _vit_config, needs)
+    return HuggingFace("vit", "ViTModel", trunk, _vit_config, needs)
 
 
 def _beit(*, head: bool) -> HuggingFace:
+    needs = ("a class token", "a bias of the patch embedding")
     trunk = Table(_VIT_TRUNK + _BEIT_EXTRA + _BEIT_POOLER)
     if head:
         table = beit.prefixed(trunk, "beit.") + Table(linear("classifier", "head"))
-        return HuggingFace("beit", "BeitForImageClassification", table, _beit_config)
-    return HuggingFace("beit", "BeitModel", trunk, _beit_config)
+        return HuggingFace("beit", "BeitForImageClassification", table, _beit_config, needs)
+    return HuggingFace("beit", "BeitModel", trunk, _beit_config, needs)
 
 
 def huggingface_config(layout: HuggingFace, spec: ModelSpec) -> dict[str, Any]:

@@ -18,7 +18,8 @@ _STATISTICS = {
     (CLIP_MEAN, CLIP_STD): "CLIP",
     ((0.5,) * 3, (0.5,) * 3): "0.5 / 0.5",
 }
-_NEAREST = 5
+_NEAREST = 5  # sources that are listed though they do not fit,
+_NEAR = 0.1  # where they share at least this part of the tensors
 
 
 def source_table() -> str:
@@ -114,6 +115,8 @@ def _matches(container: Container) -> str:
             if not source.share_of_names(container, part):
                 continue
             found, _ = source.match(container, part)
+            if found.problems and found.found < _NEAR * found.expected:
+                continue
             label = source.name + ("" if part == source.default_part else f" --part={part}")
             if not found.problems:
                 note = f" ({source.note})" if source.note else ""
