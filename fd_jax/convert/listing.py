@@ -34,7 +34,7 @@ def source_table() -> str:
                 source.file,
                 ", ".join(source.parts),
                 _network(spec),
-                _STATISTICS.get((spec.mean, spec.std), f"{spec.mean} / {spec.std}"),
+                _statistics(spec),
                 _positions(spec),
                 source.oracle + (f"; {source.note}" if source.note else ""),
             )
@@ -59,6 +59,10 @@ def _network(spec: ModelSpec) -> str:
         f"{arch['width']} x {arch['depth']}, patch {arch['patch_size']}, {arch['image_size']} px, "
         f"{arch['activation']}, eps {arch['norm_eps']:g}"
     )
+
+
+def _statistics(spec: ModelSpec) -> str:
+    return _STATISTICS.get((spec.mean, spec.std), f"{spec.mean} / {spec.std}")
 
 
 def _positions(spec: ModelSpec) -> str:
@@ -133,15 +137,20 @@ def import_report(result: Imported) -> str:
     """What was read, dropped and why, and resized."""
     shapes = model_folder.flat_shapes(result.params)
     numbers = sum(math.prod(shape) for shape in shapes.values())
-    lines = [f"read {len(shapes)} parameters ({numbers:,} numbers) as {result.source}"]
-    lines.append(_checksum(result))
+    spec = result.spec
+    lines = [
+        f"read {len(shapes)} parameters ({numbers:,} numbers) as {result.source}",
+        f"network {_network(spec)}; statistics {_statistics(spec)}; positions {_positions(spec)}",
+        _checksum(result),
+    ]
     if result.not_finite:
         broken = ", ".join(_heads(result.not_finite))
         lines.append(
             f"warning: NaN or infinity in {broken}: was its training cut off or diverging?"
         )
     for reason, names in result.dropped.items():
-        lines.append(f"dropped {len(names)} tensors, {reason}: {', '.join(_heads(names))}")
+        count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+        lines.append(f"dropped {count}, {reason}: {', '.join(_heads(names))}")
     for name, (before, after) in result.resized.items():
         method = result.spec.position_resize if name.endswith("pos_embed") else "geometric"
         lines.append(f"resized {name} from {list(before)} to {list(after)} ({method})")

@@ -451,5 +451,6 @@ def test_progress_counts_every_byte_once(weights, tmp_path, monkeypatch, capsys)
 
 def test_the_report_names_few_kinds():
     kinds = [f"decoder.{letter}.weight" for letter in "abcdef"]
-    result = importing.Imported("s", None, {}, {"the decoder": kinds}, {}, "", [])
+    spec = synthetic.REAL["mae_vit_base_full"].parts["encoder"].spec
+    result = importing.Imported("s", spec, {}, {"the decoder": kinds}, {}, "", [])
     assert re.search("dropped 6 tensors.*and 3 more kinds", listing.import_report(result))
