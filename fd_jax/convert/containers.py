@@ -80,7 +80,8 @@ def _snapshot(path: Path) -> Path:
     main = path / "refs" / "main"
     if not main.is_file():
         return path
-    version = path / "snapshots" / main.read_text().strip()
+    name = main.read_bytes()[:100].decode(errors="replace").strip()
+    version = path / "snapshots" / Path(name).name
     return version if version.is_dir() else path
 
 

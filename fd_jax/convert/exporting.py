@@ -95,7 +95,7 @@ def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) ->
     name, _, part = spec.source.partition(":")
     if name not in sources.SOURCES:
         raise ConversionError(
-            f"this network was not imported but comes from {spec.source!r}; choose another format"
+            f"this network was not imported (its source is {spec.source!r}); choose another format"
         )
     source = sources.get(name)
     table = source.parts[part or source.default_part].table
@@ -108,7 +108,7 @@ def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) ->
 
 def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """Names of timm, as safetensors."""
-    table = layouts.for_model(layouts.timm(spec.arch), set(params), spec.arch, "timm")
+    table = layouts.for_model(layouts.timm(spec), set(params), spec.arch, "timm")
     tensors = dict(rules.invert(table, params, spec.arch, derived=False))
     safetensors_io.write(path, tensors, {"format": "pt"})
     return _left(params, table, spec)
@@ -142,6 +142,7 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
 
 def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """What the original repository's main_finetune.py reads: {"model": {"encoder.*"}}."""
+    layouts.check_family(spec, "official")
     layouts.check_needs(spec.arch, layouts.OFFICIAL_NEEDS, "official")
     try:
         import torch

@@ -36,6 +36,15 @@ def for_model(table: Table, paths: set[str], arch: Mapping[str, Any], layout: st
     return kept
 
 
+def check_family(spec: ModelSpec, layout: str) -> None:
+    """Refuses a network of a family that no table of a layout describes."""
+    if spec.family != "vit":
+        raise ConversionError(
+            f"the layout {layout} has no names for the family {spec.family}; export as safetensors "
+            "or stablehlo instead"
+        )
+
+
 def is_beit(arch: Mapping[str, Any]) -> bool:
     """Whether a network is of BEiT's kind, as our students are: no k bias, no rotary positions."""
     return arch["qkv_bias"] == "qv" and arch["position"] != "rope"
@@ -59,9 +68,10 @@ _TIMM_BEIT = Table(
 )
 
 
-def timm(arch: Mapping[str, Any]) -> Table:
+def timm(spec: ModelSpec) -> Table:
     """Names of timm: Beit's for students of that kind, VisionTransformer's for the rest."""
-    return _TIMM_BEIT if is_beit(arch) else _TIMM_VIT
+    check_family(spec, "timm")
+    return _TIMM_BEIT if is_beit(spec.arch) else _TIMM_VIT
 
 
 OFFICIAL = beit.prefixed(beit.SHARED, "encoder.")
@@ -193,6 +203,7 @@ def huggingface(spec: ModelSpec, *, head: bool) -> HuggingFace:
     Raises:
       ConversionError: there is none.
     """
+    check_family(spec, "huggingface")
     layout = _nearest(spec.arch, head=head)
     check_needs(spec.arch, layout.needs, f"huggingface ({layout.architecture})")
     return layout

@@ -10,6 +10,7 @@ from fd_jax import model_folder
 from fd_jax.convert import exporting, rules, sources
 from fd_jax.convert.containers import open_container
 from fd_jax.convert.importing import Imported
+from fd_jax.convert.source import output_width
 from fd_jax.convert.tensors import DTYPES, Container
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
@@ -55,8 +56,9 @@ def _markdown(rows: Iterable[Iterable[str]]) -> str:
 
 def _network(spec: ModelSpec) -> str:
     arch = spec.arch
+    blocks = arch["depth"] if "depth" in arch else "+".join(map(str, arch["depths"]))
     return (
-        f"{arch['width']} x {arch['depth']}, patch {arch['patch_size']}, {arch['image_size']} px, "
+        f"{output_width(arch)} x {blocks}, patch {arch['patch_size']}, {arch['image_size']} px, "
         f"{arch['activation']}, eps {arch['norm_eps']:g}"
     )
 
@@ -66,7 +68,7 @@ def _statistics(spec: ModelSpec) -> str:
 
 
 def _positions(spec: ModelSpec) -> str:
-    position = spec.arch["position"]
+    position = spec.arch.get("position", "windows")
     return f"{position}, resized by {spec.position_resize}" if position == "ape" else position
 
 

@@ -6,7 +6,7 @@ made from the file and every fact is the one the model had.
 
 import math
 
-from fd_jax.convert.rules import Rule, Table
+from fd_jax.convert.rules import Rule, Table, depth
 from fd_jax.convert.source import Part, Source, shapes
 from fd_jax.convert.tensors import Container
 from fd_jax.errors import ConversionError, UserError
@@ -52,11 +52,12 @@ def source(container: Container) -> Source:
 def _check_sizes(spec: ModelSpec, container: Container) -> None:
     """Bounds what a damaged description can make the network's definition cost."""
     arch = spec.arch
-    numbers = [value for value in arch.values() if isinstance(value, int)]
+    numbers = [n for value in arch.values() for n in (value if type(value) is list else [value])]
+    numbers = [number for number in numbers if isinstance(number, int)]
     if min(numbers, default=0) < 0 or max(numbers, default=0) > _MOST:
         raise ValueError("a size in it is out of bounds")
-    if arch["depth"] > len(container.tensors):
-        raise ValueError(f"{arch['depth']} blocks, but {len(container.tensors)} tensors")
+    if depth(arch) > len(container.tensors):
+        raise ValueError(f"{depth(arch)} blocks, but {len(container.tensors)} tensors")
     patches = (arch["image_size"] // arch["patch_size"]) ** 2
     if patches > max(map(math.prod, (t.shape for t in container.tensors.values())), default=0):
         raise ValueError(f"{patches} positions, more than any tensor in the file has numbers")

@@ -110,9 +110,9 @@ class Match:
     expected: int
 
 
-def instances(names: Sequence[str], depth: int) -> Iterator[tuple[str, ...]]:
+def instances(names: Sequence[str], blocks: int) -> Iterator[tuple[str, ...]]:
     """The names for every block, or once where no "{i}" stands in them."""
-    indices: Sequence[int] = range(depth) if "{i}" in "".join(names) else (0,)
+    indices: Sequence[int] = range(blocks) if "{i}" in "".join(names) else (0,)
     for i in indices:
         yield tuple(name.replace("{i}", str(i)) for name in names)
 
@@ -206,8 +206,13 @@ def invert(
         )
     if derived:
         for item in table.derived:
-            for (name,) in instances((item.name,), arch["depth"]):
+            for (name,) in instances((item.name,), depth(arch)):
                 yield name, item.compute(arch)
+
+
+def depth(arch: Mapping[str, Any]) -> int:
+    """Blocks of a network, those of all stages where it has stages."""
+    return arch["depth"] if "depth" in arch else sum(arch["depths"])
 
 
 def target_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
@@ -243,7 +248,7 @@ def summarize(names: Sequence[str]) -> list[str]:
 def _steps(table: Table, arch: Mapping[str, Any]) -> Iterator[tuple[Step, bool]]:
     for rule in table.rules:
         sources, targets = as_tuple(rule.sources), as_tuple(rule.targets)
-        for names in instances(sources + targets, arch["depth"]):
+        for names in instances(sources + targets, depth(arch)):
             split = len(sources)
             yield Step(names[:split], names[split:], rule.transform), rule.optional
 
@@ -285,7 +290,7 @@ def _check_derived(
 ) -> Iterator[str]:
     for item in table.derived:
         wanted = item.compute(arch)
-        for (name,) in instances((item.name,), arch["depth"]):
+        for (name,) in instances((item.name,), depth(arch)):
             claimed.add(name)
             tensor = tensors.get(name)
             if tensor is None:

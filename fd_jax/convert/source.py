@@ -153,7 +153,7 @@ def shapes(spec: ModelSpec) -> dict[str, Shape]:
 @functools.lru_cache(maxsize=64)
 def _shapes(family: str, arch: str) -> dict[str, Shape]:
     spec = ModelSpec(family, json.loads(arch))
-    width = spec.arch["width"]
+    width = output_width(spec.arch)
     encoder: Mapping[str, Shape] = flat_shapes({"encoder": spec.abstract()[1]})
     return {
         **encoder,
@@ -164,6 +164,11 @@ def _shapes(family: str, arch: str) -> dict[str, Shape]:
         "fc_norm/scale": (width,),
         "fc_norm/bias": (width,),
     }
+
+
+def output_width(arch: Mapping[str, Any]) -> int:
+    """Channels of the feature map; where there are stages, each doubles those of the one before."""
+    return arch["width"] if "width" in arch else arch["embed_width"] << len(arch["depths"]) - 1
 
 
 def config_conflicts(config: Mapping[str, Any], arch: Mapping[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def verify(
     with torch.no_grad():
         theirs = [state.numpy() for state in _torch_tokens(model, pixels)]
     ours = _our_tokens(spec, params, images)
-    names = ["embedding", *(f"block {i}" for i in range(spec.arch["depth"])), "final norm"]
+    names = ["embedding", *(f"block {i}" for i in range(rules.depth(spec.arch))), "final norm"]
     rows = [
         (name, float(np.abs(found - expected).max()), float(np.abs(expected).max()))
         for name, found, expected in zip(names, ours, theirs, strict=False)
@@ -176,7 +176,7 @@ def _our_tokens(
     @jax.jit
     def run(encoder: Any, images: jax.Array) -> list[jax.Array]:
         module: Any = nnx.merge(definition, encoder)
-        maps = module.intermediates(images, range(spec.arch["depth"]))
+        maps = module.intermediates(images, range(rules.depth(spec.arch)))
         final = [module(images).tokens] if spec.arch["final_norm"] else []
         return [module.embed(images), *(found.tokens for found in maps), *final]
 
