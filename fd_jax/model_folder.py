@@ -55,8 +55,11 @@ def save(
             (staging / "model.json").write_text(spec.to_json())
             _replace(folder, staging)
     except BaseException:
-        if first and staging.exists():  # an interrupt or a full disk leaves no litter
-            staging.rmtree()
+        # An interrupt or a full disk leaves no litter; what writes under way still add to it is
+        # hidden and goes with the next save.
+        if first:
+            with contextlib.suppress(OSError):
+                staging.rmtree()
         raise
     _barrier("model_folder_done")
 
