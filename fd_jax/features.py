@@ -1,0 +1,224 @@
+"""Features of a dataset or a folder of pictures, for those who want nothing else.
+
+    python -m fd_jax.features --model=runs/fd/model --input=digits --split=test --output=digits.npz
+    python -m fd_jax.features --model=teachers/clip_vit_b16 --input=my/pictures --output=mine.npz
+
+The file holds "cls" [N, D] and "mean" [N, D] (the class token and the mean of the patch tokens,
+after the final norm where the network has one), "labels" [N] int32 (-1 where there are none) and
+"names" [N], in the order of the data. All devices of this process share the work. Data needs the
+packages of the extra "train".
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fd_jax import sharding
+from fd_jax.console import say
+from fd_jax.errors import ConfigError, DataError, UserError
+from fd_jax.model_folder import Model, load_model
+from fd_jax.models.features import FeatureMap
+
+# What can be kept of each picture.
+KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
+    "cls": lambda features: features.cls_token,  # [B, D]
+    "mean": lambda features: jnp.mean(features.patches, axis=1),  # [B, D]
+    "full": lambda features: features.full,  # [B, cls + H*W, D]: no registers
+}
+
+BATCH_PER_DEVICE = 32
+TELL_EVERY = 10.0  # seconds
+
+
+def extract(
+    model: Model,
+    source: Any,
+    *,
+    tokens: Sequence[str] = (),
+    batch_size: int | None = None,
+    threads: int = 16,
+    max_broken: int = 0,
+) -> dict[str, np.ndarray]:
+    """Runs every picture of a source through a network, resized and cropped as for evaluation.
+
+    Args:
+      model: of `fd_jax.load_model`.
+      source: of `fd_jax.data.sources.open_source`.
+      tokens: which of KINDS; none for "mean" and, where the network has a class token, "cls".
+      batch_size: over all devices; None for 32 on each.
+      threads: that decode.
+      max_broken: unreadable pictures that are left out before it stops.
+
+    Returns:
+      float32 [N, ...] of each of `tokens`, "labels" int32 [N], "names" str [N] and, with "full",
+      the "grid" (H, W) of its patches. N counts the pictures that could be read.
+
+    Raises:
+      ConfigError: tokens that there are not, or a batch that does not split over the devices.
+      DataError: more broken pictures than `max_broken`, or nothing else.
+    """
+    from fd_jax.data import pipeline, transforms
+
+    side = model.spec.arch["image_size"]
+    layout = jax.eval_shape(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    tokens = _choose(tokens, layout)
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    if batch_size is None:
+        batch_size = BATCH_PER_DEVICE * mesh.size
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}; expected 1 or more")
+    sharding.check_batch(batch_size, 1, mesh)
+
+    encoder = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
+    model = Model(model.spec, {"encoder": encoder})
+    keep = jax.jit(lambda features: {kind: KINDS[kind](features) for kind in tokens})
+    batches = pipeline.eval_batches(
+        source,
+        transforms.EvalTransform(side),
+        batch_size=batch_size,
+        threads=threads,
+        max_broken=max_broken,
+    )
+
+    def computed() -> Iterator[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]:
+        for batch in batches:
+            images = jax.device_put(batch["image"], sharding.batch_sharding(mesh))
+            yield batch, keep(model(model.preprocess(images)))
+
+    stored = _store(computed(), len(source))
+    index = stored.pop("index")
+    if not len(index):
+        raise DataError(f"{source.name} has no picture that can be read")
+    stored["names"] = np.array([source.describe(int(place)) for place in index], np.str_)
+    if "full" in tokens:
+        stored["grid"] = np.array(layout.grid)
+    return stored
+
+
+def _choose(tokens: Sequence[str], layout: FeatureMap) -> Sequence[str]:
+    if not tokens:
+        return ("cls", "mean") if layout.cls else ("mean",)
+    if unknown := sorted(set(tokens) - set(KINDS)):
+        raise ConfigError(f"tokens {unknown} are unknown; expected some of {sorted(KINDS)}")
+    if "cls" in tokens and not layout.cls:
+        raise ConfigError("tokens 'cls', but the network has no class token; use 'mean'")
+    return tokens
+
+
+def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndarray]:
+    """The rows of weight 1, one batch late, so that the devices work meanwhile."""
+    stored: dict[str, np.ndarray] = {}
+    count, told = 0, time.monotonic()
+    waiting = next(computed)
+    while waiting is not None:
+        (batch, features), waiting = waiting, next(computed, None)
+        read = batch["weight"] > 0
+        rows = {**features, "labels": batch["label"], "index": batch["index"]}
+        for name, value in rows.items():
+            value = np.asarray(value)[read]
+            if name not in stored:
+                stored[name] = np.empty((total, *value.shape[1:]), value.dtype)
+            stored[name][count : count + len(value)] = value
+        count += int(read.sum())
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            say(f"{count} of {total} pictures")
+    return {name: rows[:count] for name, rows in stored.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; what the user got wrong becomes one message and the status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--input", required=True, help="TFDS name, or folder of pictures")
+    parser.add_argument("--output", required=True, help="file to write, FILE.npz")
+    parser.add_argument("--split", default="train", help="of the dataset, as test or train[:10%%]")
+    parser.add_argument("--data_dir", help="where TFDS keeps prepared data")
+    parser.add_argument(
+        "--tokens", default="", help="some of cls,mean,full by commas; cls,mean if not given"
+    )
+    parser.add_argument("--image_size", type=int, help="side to resize the network for")
+    parser.add_argument("--batch_size", type=int, help="over all devices; 32 on each if not given")
+    parser.add_argument(
+        "--max_broken", type=int, default=0, help="unreadable pictures to leave out"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args(argv)
+    try:
+        _run(args)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; pip install 'fd_jax[train]' brings it", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fd_jax.data import sources
+
+    output = epath.Path(args.output)
+    temporary = _claim(output, overwrite=args.overwrite)
+    try:
+        model = load_model(args.model, image_size=args.image_size)
+        source = sources.open_source(_source_name(args.input), args.split, data_dir=args.data_dir)
+        arrays = extract(
+            model,
+            source,
+            tokens=tuple(filter(None, args.tokens.split(","))),
+            batch_size=args.batch_size,
+            max_broken=args.max_broken,
+        )
+        _save(arrays, temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
+    say(f"{source.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
+
+
+def _source_name(text: str) -> str:
+    """As `open_source` wants it: a path to a folder may come without its prefix."""
+    from fd_jax.data import sources
+
+    is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text
+    if text.startswith(sources.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
+        return text
+    return f"{sources.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
+
+
+def _claim(output: epath.Path, *, overwrite: bool) -> epath.Path:
+    """The file to write into until all is there; made now, so that what is wrong shows now."""
+    if output.suffix != ".npz":
+        raise ConfigError(f"--output={output}: expected the name of a file that ends in .npz")
+    if output.exists() and not (overwrite and output.is_file()):
+        raise ConfigError(f"{output} exists; name another file, or add --overwrite for a file")
+    temporary = output.parent / f".{output.name}.incomplete"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error}") from error
+    return temporary
+
+
+def _save(arrays: dict[str, np.ndarray], temporary: epath.Path, output: epath.Path) -> None:
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        temporary.replace(output)
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Features of digits and of a folder, against the network called by hand."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from fd_jax import features, load_model
+from fd_jax.data import sources, transforms
+from fd_jax.errors import ConfigError, DataError
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+COUNT = 37  # a prime: the last batch is padded, and the devices get unequal parts of it
+
+
+@pytest.fixture(scope="module")
+def digits(embedded_data):
+    return sources.open_source("digits", f"test[:{COUNT}]", data_dir=embedded_data)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two class folders of pictures of odd sizes, in three formats."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, size in (("b/1.png", (50, 40)), ("a/2.jpg", (33, 61)), ("a/1.bmp", (40, 40))):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def by_hand(folder, source, **load):
+    """One picture at a time through `load_model`. -> tokens [N, T, D], the last FeatureMap."""
+    model = load_model(folder, **load)
+    transform = transforms.EvalTransform(model.spec.arch["image_size"])
+    tokens = []
+    for index in range(len(source)):
+        found = model(model.preprocess(transform(source[index].image)[None]))
+        tokens.append(np.asarray(found.full[0]))
+    return np.stack(tokens), found
+
+
+def run(*flags):
+    return features.main([*flags])
+
+
+def test_digits_equal_the_model_called_by_hand(teacher, digits, embedded_data, tmp_path, capsys):
+    output = tmp_path / "made" / "digits.npz"
+    flags = (f"--model={teacher}", "--input=digits", f"--split=test[:{COUNT}]")
+    flags += (f"--data_dir={embedded_data}", f"--output={output}", "--tokens=cls,mean,full")
+    assert run(*flags, "--batch_size=16") == 0
+    assert "cls [37, 48]" in capsys.readouterr().out
+    assert list(output.parent.iterdir()) == [output]
+    with np.load(output) as made:  # no pickles
+        found = dict(made)
+    assert set(found) == {"cls", "mean", "full", "labels", "names", "grid"}
+    tokens, layout = by_hand(teacher, digits)
+    np.testing.assert_allclose(found["full"], tokens, atol=2e-5)
+    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
+    assert found["cls"].dtype == found["mean"].dtype == np.float32
+    # Rows moved by one would be far off.
+    assert np.abs(found["cls"] - np.roll(tokens[:, 0], 1, axis=0)).max() > 0.1
+    np.testing.assert_array_equal(found["labels"], [digits[i].label for i in range(COUNT)])
+    assert found["labels"].dtype == np.int32
+    assert list(found["names"]) == [digits.describe(i) for i in range(COUNT)]
+    assert tuple(found["grid"]) == layout.grid
+
+
+def test_work_is_split_over_all_devices(teacher, digits, monkeypatch):
+    seen = []
+    forward = features.Model.__call__
+
+    def watched(self, images):
+        if not isinstance(images, jax.core.Tracer):  # of shape inference, which is on no device
+            seen.append(sorted(shard.data.shape[0] for shard in images.addressable_shards))
+        return forward(self, images)
+
+    model = load_model(teacher)
+    monkeypatch.setattr(features.Model, "__call__", watched)
+    features.extract(model, digits, batch_size=16)
+    assert seen == [[2] * jax.device_count()] * 3
+
+
+def test_a_folder_at_another_size(teacher, pictures, tmp_path):
+    output = tmp_path / "mine.npz"
+    flags = (f"--model={teacher}", f"--input={pictures}", f"--output={output}")
+    assert run(*flags, "--image_size=48") == 0
+    source = sources.open_source(f"folder:{pictures}", "train")
+    tokens, layout = by_hand(teacher, source, image_size=48)
+    assert layout.grid == (6, 6)
+    found = np.load(output)
+    assert set(found.files) == {"cls", "mean", "labels", "names"}
+    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
+    assert list(found["labels"]) == [0, 0, 1]
+    assert [os.path.relpath(name, pictures) for name in found["names"]] == [
+        "a/1.bmp", "a/2.jpg", "b/1.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "folder:"])
+def test_a_folder_without_classes_has_no_labels(teacher, pictures, tmp_path, prefix):
+    output = tmp_path / "flat.npz"
+    assert run(f"--model={teacher}", f"--input={prefix}{pictures}/a", f"--output={output}") == 0
+    assert list(np.load(output)["labels"]) == [-1, -1]
+
+
+def test_a_network_without_class_token_gives_the_mean(digits, tmp_path):
+    folder = tiny.save_teacher(tmp_path / "no_cls", cls_token=False, registers=2)
+    model = load_model(folder)
+    found = features.extract(model, digits, batch_size=8)
+    assert set(found) == {"mean", "labels", "names"}
+    tokens, _ = by_hand(folder, digits)  # `full` leaves the registers out
+    np.testing.assert_allclose(found["mean"], tokens.mean(axis=1), atol=2e-5)
+    with pytest.raises(ConfigError, match="no class token; use 'mean'"):
+        features.extract(model, digits, tokens=["cls"])
+
+
+def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for number, name in enumerate(("a/1.bmp", "a/2.jpg", "b/1.png")):
+        (folder / f"{number}.png").write_bytes((pictures / name).read_bytes())
+    (folder / "1.png").write_bytes(b"not a picture")
+    source, model = sources.open_source(f"folder:{folder}", ""), load_model(teacher)
+    with pytest.raises(DataError, match="1.png"):
+        features.extract(model, source)
+    found = features.extract(model, source, max_broken=1)
+    assert [pathlib.Path(name).name for name in found["names"]] == ["0.png", "2.png"]
+    assert found["cls"].shape == (2, 48)
+    tokens, _ = by_hand(teacher, [source[0], source[2]])
+    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"model": "missing"}, "no model folder at missing"),
+        ({"input": "digitz"}, "TFDS knows no dataset 'digitz'"),
+        ({"input": "./missing"}, "no folder of images at missing"),
+        ({"input": "folder:missing"}, "no folder of images at missing"),
+        ({"split": "tset"}, "no split 'tset'"),
+        ({"tokens": "patches"}, "tokens .'patches'. are unknown"),
+        ({"image_size": "33"}, "33 is not divisible by patch_size 8"),
+        ({"batch_size": "12"}, "batch_size 12 is not divisible by 8"),
+        ({"batch_size": "0"}, "batch_size 0; expected 1"),
+        ({"output": "file/inside.npz"}, "cannot write file/inside.npz"),
+        ({"output": "features"}, "ends in .npz"),
+        ({"output": "there.npz"}, "there.npz exists"),
+        ({"output": "folder.npz", "overwrite": None}, "folder.npz exists"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(
+    teacher, embedded_data, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("file").write_text("")
+    pathlib.Path("there.npz").write_text("kept")
+    pathlib.Path("folder.npz").mkdir()
+    monkeypatch.setattr(transforms.EvalTransform, "__call__", None)  # to read would be a TypeError
+    fields = {"model": teacher, "input": "digits", "data_dir": embedded_data, "output": "new.npz"}
+    given = {**fields, **flags}
+    assert run(*(f"--{k}={v}" if v is not None else f"--{k}" for k, v in given.items())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    left = {path.name for path in pathlib.Path().iterdir()}
+    assert left == {"file", "there.npz", "folder.npz"}
+    assert pathlib.Path("there.npz").read_text() == "kept"
+
+
+def test_a_failure_midway_leaves_the_old_file(teacher, pictures, tmp_path, monkeypatch):
+    output = tmp_path / "old.npz"
+    output.write_text("kept")
+    flags = (f"--model={teacher}", f"--input={pictures}", f"--output={output}", "--overwrite")
+
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", full_disk)
+        assert run(*flags) == 2
+    assert output.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [output]
+    assert run(*flags) == 0
+    assert np.load(output)["mean"].shape == (3, 48)
+
+
+def test_as_a_command(teacher, pictures, tmp_path):
+    command = [sys.executable, "-m", "fd_jax.features", f"--model={teacher}"]
+    command += [f"--input={pictures}", f"--output={tmp_path / 'mine.npz'}", "--tokens=mean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mean [3, 48]" in done.stdout
