@@ -15,6 +15,23 @@ VIT_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width"
 VIT_L14 = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 
 
+# Swin shapes: EsViT's teacher and the student of it (reference 2.2), and SwinV2-G, whose authors
+# give channels, depths and the norm after every sixth block; 32 channels per head are assumed.
+SWIN_B_W14 = {
+    "embed_width": 128,
+    "depths": (2, 2, 18, 2),
+    "heads": (4, 8, 16, 32),
+    "window": 14,
+}
+SWIN_G = {
+    "embed_width": 512,
+    "depths": (2, 2, 42, 4),
+    "heads": (16, 32, 64, 128),
+    "window": 16,
+    "extra_norm_every": 6,
+}
+
+
 def common() -> Config:
     """What the loop reads, whatever the task."""
     config: Config = ml_collections.ConfigDict()
@@ -94,6 +111,30 @@ def student(shape: dict, *, image_size: int, position: str = "shared_rpb") -> di
         "layer_scale": 0.1,
         "qkv_bias": "qv",
         "patch_bias": True,
+    }
+
+
+def swin_v1(shape: dict, *, image_size: int, norm_eps: float = 1e-5) -> dict:
+    """Architecture of a Swin V1 network (reference 2.3)."""
+    return {
+        "image_size": image_size,
+        "patch_size": 4,
+        "mlp_ratio": 4,
+        "activation": "gelu_erf",
+        "norm_eps": norm_eps,
+        "final_norm": True,
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in shape.items()},
+    }
+
+
+def swin_v2(shape: dict, *, image_size: int, position: str = "rpb") -> dict:
+    """Architecture of a distilled Swin V2 student (reference 2.2)."""
+    return {
+        "position": position,
+        "pretrained_windows": [0] * len(shape["depths"]),
+        "residual_scale": 1e-5,
+        "extra_norm_every": 0,
+        **swin_v1(shape, image_size=image_size),
     }
 
 

@@ -30,6 +30,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/fc1/kernel$", ("embed", "mlp")),
     (r"mlp/fc2/kernel$", ("mlp", "embed")),
     (r"patch_embed/kernel$", (None, None, None, "embed")),
+    (r"downsample/reduction/kernel$", ("embed", None)),
+    (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
     (r"(^|/)(projector|head)/kernel$", ("embed", None)),
     (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens)$", ()),
 )

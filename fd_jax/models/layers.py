@@ -140,12 +140,17 @@ def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> j
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
     """X + parameter in float32, back in the dtype of `x`; so its gradient is summed in float32."""
-    return (x.astype(jnp.float32) + parameter).astype(x.dtype)
+    return (x.astype(at_least_float32(x.dtype)) + parameter).astype(x.dtype)
 
 
 def scale_by_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
     """X * parameter in float32, back in the dtype of `x`."""
-    return (x.astype(jnp.float32) * parameter).astype(x.dtype)
+    return (x.astype(at_least_float32(x.dtype)) * parameter).astype(x.dtype)
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """Where sums and statistics are taken: float32, or float64 where a test runs in it."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def attend(
@@ -163,7 +168,8 @@ def attend(
       q: [B, N, A, d] queries; `k` and `v` have the same shape.
       k: keys.
       v: values.
-      bias: [A, N, N] or [B, A, N, N] float32, added to the logits, or None.
+      bias: [A, N, N] or [G, A, N, N] float32, added to the logits, or None. G divides B, and
+        bias g belongs to the rows g, g + G, g + 2G, ... (windows of one image are G rows).
       scale: factor on q k^T.
       kind: "xla" writes the einsums out; "dot_product" calls `jax.nn.dot_product_attention`, which
         picks a fused kernel where the device has one. Equal within rounding.
@@ -172,8 +178,11 @@ def attend(
       [B, N, A, d] in the dtype of `v`.
     """
     if kind == "dot_product":
-        batched = None if bias is None else bias.reshape((-1, *bias.shape[-3:])).astype(q.dtype)
-        return jax.nn.dot_product_attention(q, k, v, bias=batched, scale=scale)
+        if bias is not None:
+            bias = bias.reshape((-1, *bias.shape[-3:])).astype(q.dtype)
+            if bias.shape[0] > 1:
+                bias = jnp.tile(bias, (q.shape[0] // bias.shape[0], 1, 1, 1))
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale)
     probabilities = attention_probabilities(q, k, bias=bias, scale=scale).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)
 
@@ -181,10 +190,12 @@ def attend(
 def attention_probabilities(
     q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float
 ) -> jax.Array:
-    """Softmax over keys in float32. q, k: [B, N, A, d] -> [B, A, N, N]."""
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
+    """Softmax over keys in float32. q, k: [B, N, A, d] -> [B, A, N, N]; `bias` as in `attend`."""
+    wide = at_least_float32(q.dtype)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=wide)
     if bias is not None:
-        logits = logits + bias
+        grouped = logits.reshape(-1, *bias.shape) if bias.ndim == 4 else logits
+        logits = (grouped + bias).reshape(logits.shape)
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -255,7 +266,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         qkv_bias: QkvBias,
-        rel_pos_bias: "RelativePositionBias | None",
+        rel_pos_bias: Callable[[], jax.Array] | None,
         kind: AttentionKind,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -288,13 +299,31 @@ class Attention(nnx.Module):
             q, k = rotate(q), rotate(k)
         return q, k, v
 
+    def scaled(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+        """What the logits are the scaled product of: queries, keys, and the factor."""
+        return q, k, q.shape[-1] ** -0.5
+
     def __call__(
-        self, x: jax.Array, *, shared_bias: jax.Array | None, rotate: "Rotation | None"
+        self,
+        x: jax.Array,
+        *,
+        shared_bias: jax.Array | None,
+        rotate: "Rotation | None" = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `shared_bias` is [A, N, N] or None."""
+        """[B, N, D] -> [B, N, D].
+
+        Args:
+          x: tokens; the windows of a windowed network are rows of the batch.
+          shared_bias: [A, N, N] for attention without a bias of its own, or None.
+          rotate: rotary position embedding, or None.
+          mask: [G, N, N] added to the bias of row g of every G, see `attend`; or None.
+        """
         q, k, v = self.qkv_heads(x, rotate)
         bias = shared_bias if self.rel_pos_bias is None else self.rel_pos_bias()
-        scale = q.shape[-1] ** -0.5
+        if mask is not None:
+            bias = mask[:, None] if bias is None else bias + mask[:, None]
+        q, k, scale = self.scaled(q, k)
         out = attend(q, k, v, bias=bias, scale=scale, kind=self.kind)
         return self.proj(out.reshape(x.shape))
 

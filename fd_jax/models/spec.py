@@ -12,11 +12,14 @@ import numpy as np
 from fd_jax.errors import ModelFolderError
 from fd_jax.models import resize
 from fd_jax.models.heads import Pooling
+from fd_jax.models.swin_v1 import SwinV1
+from fd_jax.models.swin_v2 import SwinV2
 from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
 FORMAT_VERSION = 1
-FAMILIES: dict[str, Any] = {"vit": ViT}  # the class of each family; ViT shows what it has to offer
+# The class of each family; ViT shows what it has to offer.
+FAMILIES: dict[str, Any] = {"vit": ViT, "swin": SwinV1, "swin_v2": SwinV2}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,0 +1,374 @@
+"""What the two Swin Transformers share: stages of windowed blocks, the grid halved in between.
+
+swin_v1.py has the one of EsViT and other teachers, swin_v2.py the one of students up to SwinV2-G.
+V1 normalises before each branch and before the reduction of a merging, V2 after them; their
+attentions and position biases differ.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fd_jax.errors import ConfigError
+from fd_jax.models import layers, windows
+from fd_jax.models.features import FeatureMap
+from fd_jax.models.vit import REMAT_POLICIES
+
+MERGE = 2  # tokens per axis that become one between stages
+KERNEL_INIT = layers.truncated_normal(0.02, 2.0)  # cut at absolute +-2, which cuts nothing
+
+
+class PatchMerging(nnx.Module):
+    """Four neighbouring tokens become one of twice the channels.
+
+    Attributes:
+      norm_first: V1 normalises the 4 D channels before the reduction, V2 the 2 D after it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        norm: nnx.LayerNorm,
+        norm_first: bool,
+        dtype: jnp.dtype,
+        grad_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.norm_first = norm_first
+        self.norm = norm
+        self.reduction = layers.Dense(
+            4 * width,
+            2 * width,
+            use_bias=False,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            kernel_init=KERNEL_INIT,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, grid: int) -> jax.Array:
+        """[B, g*g, D] -> [B, g*g/4, 2D]; channels by (column, row) parity, row fastest."""
+        batch, _, width = x.shape
+        half = grid // MERGE
+        x = x.reshape(batch, half, MERGE, half, MERGE, width).transpose(0, 1, 3, 4, 2, 5)
+        x = x.reshape(batch, half * half, MERGE * MERGE * width)
+        return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+
+
+class Block(nnx.Module):
+    """Windowed attention and an MLP, each in a residual branch with its own drop path.
+
+    V1: x += attn(norm1(x)); x += mlp(norm2(x)). V2: x += norm1(attn(x)); x += norm2(mlp(x)), and
+    in some blocks of the giant a further `extra_norm` on x itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: int,
+        window: int,
+        shift: int,
+        norm1: nnx.LayerNorm,
+        attn: layers.Attention,
+        norm2: nnx.LayerNorm,
+        mlp: layers.Mlp,
+        norm_first: bool,
+        extra_norm: nnx.LayerNorm | None,
+        drop_path: float,
+    ):
+        self.grid, self.window, self.shift = grid, window, shift
+        self.norm_first = norm_first
+        self.drop_path = drop_path
+        self.norm1 = norm1
+        self.attn = attn
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.extra_norm = extra_norm
+
+    def __call__(
+        self, x: jax.Array, drops: jax.Array | None, shared_bias: jax.Array | None
+    ) -> jax.Array:
+        """[B, g*g, D] -> [B, g*g, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
+        drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
+        branch = self._branch(x, self.norm1, lambda y: self._attend(y, shared_bias))
+        x = x + layers.drop_path(branch, drop_attn, rate=self.drop_path)
+        branch = self._branch(x, self.norm2, self.mlp)
+        x = x + layers.drop_path(branch, drop_mlp, rate=self.drop_path)
+        return x if self.extra_norm is None else self.extra_norm(x)
+
+    def _branch(self, x, norm, layer):
+        return layer(norm(x)) if self.norm_first else norm(layer(x))
+
+    def _attend(self, x: jax.Array, shared_bias: jax.Array | None) -> jax.Array:
+        size = (self.grid, self.window, self.shift)
+        mask = jnp.asarray(windows.shift_mask(*size)) if self.shift else None
+        out = self.attn(windows.partition(x, *size), shared_bias=shared_bias, mask=mask)
+        return windows.join(out, *size)
+
+
+class Stage(nnx.Module):
+    """Blocks on one grid, and the merging that ends all stages but the last."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        rel_pos_bias: windows.ContinuousBias | None,
+        downsample: PatchMerging | None,
+    ):
+        # Text keys: see the note on nnx.merge in vit.py.
+        self.blocks = nnx.Dict({str(index): block for index, block in enumerate(blocks)})
+        self.rel_pos_bias = rel_pos_bias
+        self.downsample = downsample
+
+
+class Swin(nnx.Module):
+    """What both versions share; returns the feature map of the last stage.
+
+    Architecture:
+      image_size: side of the square input in pixels, fixed at construction.
+      patch_size: side of a patch; the grid of stage s is image_size / patch_size / 2^s.
+      embed_width: channels of the first stage; each stage doubles them.
+      depths, heads: blocks and attention heads of each stage. Three stages end at 1/16 of the
+        input's side, as a ViT with patches of 16 does.
+      window: tokens on a side of the square window. Where the grid is no larger, the window is the
+        grid and nothing is shifted.
+      mlp_ratio: hidden width of the MLPs per channel.
+      activation, norm_eps: as the source has them.
+      final_norm: whether the encoder ends with a LayerNorm.
+
+    Run time: drop_path (of the last block, linear in depth from 0), dtype, grad_dtype, attention
+    and remat as in `vit.ViT`. `init` is taken for the sake of that interface and changes nothing:
+    students and fine-tuned networks of this family start alike.
+    """
+
+    cls = 0
+    registers = 0
+    norm_first: bool  # whether a norm stands before its layer (V1) or after it (V2)
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        embed_width: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        window: int,
+        mlp_ratio: int,
+        activation: layers.Activation,
+        norm_eps: float,
+        final_norm: bool,
+        drop_path: float = 0.0,
+        init: str = "finetune",
+        dtype: jnp.dtype = jnp.float32,
+        grad_dtype: jnp.dtype = jnp.float32,
+        attention: layers.AttentionKind = "xla",
+        remat: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        del init
+        _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat)
+        self.image_size = image_size
+        self.window = window
+        self.depths, self.depth = tuple(depths), sum(depths)
+        self.width = embed_width * MERGE ** (len(depths) - 1)
+        self.grids = grids(image_size, patch_size, len(depths))
+        self.grid = (self.grids[-1], self.grids[-1])
+        self.remat = remat
+        self.dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+
+        def norm(width: int) -> nnx.LayerNorm:
+            return layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+
+        def block(stage: int, index: int) -> Block:
+            width, grid = embed_width * MERGE**stage, self.grids[stage]
+            number = sum(depths[:stage]) + index
+            # The residual branches of deep blocks start smaller, as in the ViT.
+            out_init = layers.scaled(KERNEL_INIT, 1 / math.sqrt(2 * (number + 1)))
+            common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **self.dtypes, "rngs": rngs}
+            return Block(
+                grid=grid,
+                window=min(window, grid),
+                shift=window // 2 if index % 2 and grid > window else 0,
+                norm1=self._branch_norm(norm(width)),
+                attn=self._attention(stage, width, heads[stage], kind=attention, **common),
+                norm2=self._branch_norm(norm(width)),
+                mlp=layers.Mlp(width, mlp_ratio * width, activation=activation, **common),
+                norm_first=self.norm_first,
+                extra_norm=norm(width) if self._ends_with_norm(index) else None,
+                drop_path=drop_path * number / max(self.depth - 1, 1),
+            )
+
+        def stage(number: int) -> Stage:
+            width, last = embed_width * MERGE**number, number == len(depths) - 1
+            return Stage(
+                [block(number, index) for index in range(depths[number])],
+                rel_pos_bias=self._stage_bias(number, heads[number], rngs),
+                downsample=None
+                if last
+                else PatchMerging(
+                    width,
+                    norm=norm((4 if self.norm_first else 2) * width),
+                    norm_first=self.norm_first,
+                    **self.dtypes,
+                    rngs=rngs,
+                ),
+            )
+
+        self.patch_embed = layers.PatchEmbed(
+            patch_size,
+            embed_width,
+            use_bias=True,
+            kernel_init=KERNEL_INIT,
+            rngs=rngs,
+            **self.dtypes,
+        )
+        self.patch_norm = norm(embed_width)
+        self.stages = nnx.Dict({str(number): stage(number) for number in range(len(depths))})
+        self.norm = norm(self.width) if final_norm else None
+
+    @staticmethod
+    def layer_id(path: str, arch: dict[str, Any]) -> int:
+        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+
+        0 for the patch embedding; 1 + blocks before it for a block; the id of its stage's last
+        block for a merging and for a bias that a stage shares; depth + 1 for what comes after.
+        """
+        parts = path.split("/")
+        if parts[0] in ("patch_embed", "patch_norm"):
+            return 0
+        if parts[0] != "stages":
+            return sum(arch["depths"]) + 1
+        stage = int(parts[1])
+        if parts[2] == "blocks":
+            return sum(arch["depths"][:stage]) + int(parts[3]) + 1
+        return sum(arch["depths"][: stage + 1])
+
+    def __call__(
+        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
+    ) -> FeatureMap:
+        """The feature map of the last block.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          final_norm: whether the encoder's own final norm (if it has one) is applied.
+          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
+        """
+        x = self._run(images, drops, keep=())[0]
+        if final_norm and self.norm is not None:
+            x = self.norm(x)
+        return _feature_map(x, self.grid[0])
+
+    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
+        """The feature maps after the named blocks (0-based over all stages), before any merging."""
+        outside = [index for index in blocks if not 0 <= index < self.depth]
+        if outside:
+            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
+        kept = self._run(images, None, keep=tuple(blocks))[1]
+        return [kept[index] for index in blocks]
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
+        size = (self.image_size, self.image_size)
+        if images.shape[1:3] != size:
+            raise ValueError(
+                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
+            )
+        return self.patch_norm(self.patch_embed(images))
+
+    def _run(self, images, drops, keep):
+        x = self.embed(images)
+        kept, number = {}, 0
+        for index, depth in enumerate(self.depths):
+            stage = self.stages[str(index)]
+            shared_bias = None if stage.rel_pos_bias is None else stage.rel_pos_bias()
+            for block in range(depth):
+                block_drops = None if drops is None else drops[:, number]
+                x = self._run_block(stage.blocks[str(block)], x, block_drops, shared_bias)
+                if number in keep:
+                    kept[number] = _feature_map(x, self.grids[index])
+                number += 1
+            if stage.downsample is not None:
+                x = stage.downsample(x, self.grids[index])
+        return x, kept
+
+    def _run_block(self, block, x, drops, shared_bias):
+        def run(block, x, drops, shared_bias):
+            return block(x, drops, shared_bias)
+
+        if self.remat is not None:
+            name = REMAT_POLICIES[self.remat]
+            policy = None if name is None else getattr(jax.checkpoint_policies, name)
+            run = jax.checkpoint(run, policy=policy)
+        return run(block, x, drops, shared_bias)
+
+    def _attention(self, stage: int, width: int, heads: int, **kwargs) -> layers.Attention:
+        raise NotImplementedError
+
+    def _branch_norm(self, norm: nnx.LayerNorm) -> nnx.LayerNorm:
+        """The norm of a residual branch as it starts."""
+        return norm
+
+    def _stage_bias(self, stage: int, heads: int, rngs: nnx.Rngs) -> windows.ContinuousBias | None:
+        """The bias that the blocks of a stage share, if they do."""
+        del stage, heads, rngs
+
+    def _ends_with_norm(self, index: int) -> bool:
+        """Whether a block (counted in its stage) normalises the main branch."""
+        del index
+        return False
+
+
+def grids(image_size: int, patch_size: int, stages: int) -> tuple[int, ...]:
+    """Side of the grid of each stage."""
+    return tuple(image_size // patch_size // MERGE**stage for stage in range(stages))
+
+
+def _feature_map(tokens: jax.Array, side: int) -> FeatureMap:
+    return FeatureMap(tokens, cls=0, registers=0, grid=(side, side))
+
+
+def _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat):
+    for name, value in (("image_size", image_size), ("window", window)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{name}={value!r}: a side of a square is expected, a whole number above 0; "
+                "windows and images that are not square are not supported"
+            )
+    if len(depths) != len(heads):
+        raise ConfigError(
+            f"depths={list(depths)} has {len(depths)} stages, heads={list(heads)} has {len(heads)}"
+        )
+    unit = patch_size * MERGE ** (len(depths) - 1)
+    if image_size < unit or image_size % unit:
+        lower = max(image_size // unit, 1) * unit
+        raise ConfigError(
+            f"image_size {image_size} is not divisible by patch_size {patch_size} x "
+            f"{MERGE ** (len(depths) - 1)} (the stages halve the grid); use {lower} or "
+            f"{lower + unit}"
+        )
+    sides = grids(image_size, patch_size, len(depths))
+    for stage, side in enumerate(sides):
+        if side > window and side % window:
+            unit = patch_size * window * MERGE ** (len(depths) - 1)
+            raise ConfigError(
+                f"the grid of stage {stage} is {side} x {side}, which windows of {window} do not "
+                f"divide; set window to a divisor, or image_size to a multiple of {unit}"
+            )
+        if embed_width * MERGE**stage % heads[stage]:
+            raise ConfigError(
+                f"width {embed_width * MERGE**stage} of stage {stage} is not divisible by "
+                f"{heads[stage]} heads"
+            )
+    for name, value, known in (
+        ("activation", activation, tuple(layers.ACTIVATIONS)),
+        ("remat", remat, (None, *REMAT_POLICIES)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")

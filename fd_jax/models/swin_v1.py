@@ -1,0 +1,55 @@
+"""Swin Transformer, the EsViT teacher's network."""
+
+from typing import Any
+
+from fd_jax.models import layers, windows
+from fd_jax.models.resize import PositionResize, resize_rel_pos_table
+from fd_jax.models.swin import Swin, grids
+
+
+class SwinV1(Swin):
+    """Swin Transformer: pre-norm, scaled dot products, a bias table per block."""
+
+    norm_first = True
+
+    # Spared from weight decay although they have more than one dimension (reference 3).
+    NO_DECAY = (r"rel_pos_bias/table$",)
+
+    @staticmethod
+    def resize_positions(
+        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+    ) -> dict[str, Any]:
+        """Parameters of the same network for another image size.
+
+        The window stays; a table changes where the grid is smaller than the window before or after.
+        Arguments as in `ViT.resize_positions`.
+        """
+        del method  # of absolute tables, which this family has not
+        sides = grids(image_size, arch["patch_size"], len(arch["depths"]))
+        stages = {}
+        for number, stage in params["stages"].items():
+            window = min(arch["window"], sides[int(number)])
+            blocks = {}
+            for index, block in stage["blocks"].items():
+                table = resize_rel_pos_table(
+                    block["attn"]["rel_pos_bias"]["table"], window, extra=0
+                )
+                attn = {**block["attn"], "rel_pos_bias": {"table": table}}
+                blocks[index] = {**block, "attn": attn}
+            stages[number] = {**stage, "blocks": blocks}
+        return {**params, "stages": stages}
+
+    @staticmethod
+    def untied(arch: dict[str, Any]) -> dict[str, Any]:
+        """The architecture with a bias per block, which is the only one there is."""
+        return arch
+
+    @staticmethod
+    def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
+        """The parameters for `untied(arch)`."""
+        del arch
+        return params
+
+    def _attention(self, stage, width, heads, **kwargs):
+        bias = windows.WindowBias(min(self.window, self.grids[stage]), heads)
+        return layers.Attention(width, heads, qkv_bias="qkv", rel_pos_bias=bias, **kwargs)
