@@ -47,6 +47,8 @@ def get_config(arg: str = ""):
         name=data, split=DATA[data]["split"], eval_split="test", data_dir="data", image_size=SIZE
     )
     config.data.update(min_area=0.5, flip=data != "digits", rand_augment="", threads=2)
+    if stage != "distill":
+        config.model.classes = 10
     config.update(log_every=10**6)
     config.checkpoint.every = 10**6
     config.eval.update(every=10**6, epochs=0.0, batches=0)

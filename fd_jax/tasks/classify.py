@@ -101,6 +101,8 @@ class ClassifyTask:
                     f"{source.num_classes - 1}, but model.classes={classes}; "
                     f"set --config.model.classes={source.num_classes}"
                 )
+            if source.num_classes < classes:
+                say(f"note: model.classes={classes}, but {source.name} has {source.num_classes}")
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters; of the head alone where the encoder is frozen."""
