@@ -16,16 +16,17 @@ from fd_jax.errors import ConversionError, UserError
 
 def run_as_script(name: str) -> NoReturn:
     """Runs the command of `sys.argv` and exits."""
-    # A write that fails (a full disk) leaves callbacks behind; `main` prints the one message.
+    # What holds for a process that does nothing else. `main` prints the one message: Orbax logs
+    # with a traceback what it then raises, and a write that fails (a full disk) leaves callbacks.
     sys.unraisablehook = lambda _: None
+    logging.set_verbosity(logging.FATAL)
+    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
     sys.exit(main(name=name))
 
 
 def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.py") -> int:
     """Runs one command; what the user got wrong becomes one message and the status 2."""
     arguments = _parser(name).parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
-    logging.set_verbosity(logging.FATAL)  # Orbax logs with a traceback what it then raises
     try:
         arguments.run(arguments)
         sys.stdout.flush()
