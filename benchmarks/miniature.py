@@ -55,6 +55,21 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in rows[-1].items()}
 
 
+def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict[str, float]]:
+    """A function (stage, folder below workdir, **fields) -> figures, which tells its time."""
+
+    def run(stage: str, where: str, **fields) -> dict[str, float]:
+        config = miniature.get_config(f"stage={stage},data={data}")
+        config.update_from_flattened_dict({"seed": seed, **fields})
+        began = time.monotonic()
+        result = train(config, workdir / where)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(result.items()))
+        print(f"{data} seed {seed} {where}: {shown}  in {time.monotonic() - began:.0f} s")
+        return result
+
+    return run
+
+
 def save_random(folder: pathlib.Path, arch: dict, seed: int) -> str:
     """A model folder of a student that has learned nothing."""
     if not folder.exists():
@@ -66,15 +81,7 @@ def save_random(folder: pathlib.Path, arch: dict, seed: int) -> str:
 
 def one_seed(data: str, seed: int, workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     """All rows of one dataset and seed."""
-
-    def run(stage: str, where: str, **fields) -> dict[str, float]:
-        config = miniature.get_config(f"stage={stage},data={data}")
-        config.update_from_flattened_dict({"seed": seed, **fields})
-        began = time.monotonic()
-        result = train(config, workdir / where)
-        print(f"{data} seed {seed} {where}: {result} in {time.monotonic() - began:.0f} s")
-        return result
-
+    run = run_stage(workdir, data, seed)
     run("pretrain", "teacher/run")
     teacher = str(workdir / "teacher/run/model")
     run("distill", "student/run", **{"teacher.path": teacher})
@@ -112,6 +119,32 @@ def _cell(values: list[float], reference: list[float]) -> str:
     return cell
 
 
+def collect(
+    figures: dict[str, Figures], data: str, found: dict[str, dict[str, float]]
+) -> dict[str, Figures]:
+    """Appends one seed's figures."""
+    for row, columns in found.items():
+        for column, value in columns.items():
+            by_row = figures.setdefault(data, {}).setdefault(row, {})
+            by_row.setdefault(column, []).append(value)
+    return figures
+
+
+def finish(figures: dict[str, Figures], workdir: pathlib.Path, *, began: float) -> None:
+    """Prints the table and writes it into the workdir."""
+    text = table(figures)
+    (workdir / "table.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (workdir / "table.md").write_text(text)
+    print(f"\ntop-1 in percent, mean ± standard deviation over the seeds\n\n{text}")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes; written to {workdir}/table.md")
+
+
+def set_up(workdir: pathlib.Path) -> None:
+    """Quiet logs; programs that were compiled once are read again."""
+    logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -119,23 +152,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/miniature"))
     args = parser.parse_args()
-    logging.set_verbosity(logging.WARNING)
-    # Seeds share their programs' shapes but not their constants; what can be reused, is.
-    jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
+    set_up(args.workdir)
     figures: dict[str, Figures] = {}
     began = time.monotonic()
     for data in args.data:
         for seed in range(args.seeds):
             found = one_seed(data, seed, args.workdir.absolute() / data / str(seed))
-            for row, columns in found.items():
-                for column, value in columns.items():
-                    by_row = figures.setdefault(data, {}).setdefault(row, {})
-                    by_row.setdefault(column, []).append(value)
-    text = table(figures)
-    (args.workdir / "table.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (args.workdir / "table.md").write_text(text)
-    print(f"\ntop-1 in percent, mean ± standard deviation of {args.seeds} seeds\n\n{text}")
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes; written to {args.workdir}/table.md")
+            collect(figures, data, found)
+    finish(figures, args.workdir, began=began)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ runs all of it over several seeds (benchmarks/miniature.py); one stage by hand i
 
 from configs import base
 
-SHAPE = {"patch_size": 4, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256}
+SHAPE = {"patch_size": 7, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256}
 SIZE = 28
 
 # The teacher is DeiT's kind: absolute positions, class token, trained by image classification.

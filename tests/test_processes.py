@@ -13,6 +13,7 @@ import pytest
 
 import fd_jax
 from fd_jax import loop, metrics
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = 2  # fake devices of each process
@@ -20,15 +21,26 @@ DEVICES = 2  # fake devices of each process
 CONFIG = """
 from tests import tiny
 
+FIELDS = {{"data.data_dir": {data!r}, "mesh.fsdp": 2, "eval.knn": 5}}
+
 def get_config(arg=""):
-    return tiny.config({teacher!r}, **{{"data.data_dir": {data!r}, "mesh.fsdp": 2}})
+    return tiny.{recipe}({start!r}, **FIELDS)
 """
 
 
 @pytest.fixture(scope="module")
 def config_file(teacher, embedded_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "tiny_processes.py"
-    path.write_text(CONFIG.format(teacher=teacher, data=embedded_data))
+    path.write_text(CONFIG.format(recipe="config", start=teacher, data=embedded_data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifying_config_file(embedded_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifying")
+    student = tiny.save_student(folder / "student")
+    path = folder / "tiny_classifying.py"
+    path.write_text(CONFIG.format(recipe="fine_tuning", start=student, data=embedded_data))
     return path
 
 
@@ -41,7 +53,7 @@ def free_port():
 class Run:
     """`count` processes of one training run."""
 
-    def __init__(self, config_file, workdir, count, *flags, devices=DEVICES):
+    def __init__(self, config_file, workdir, count, *flags, devices=DEVICES, script="train.py"):
         env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -49,7 +61,7 @@ class Run:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={workdir}"]
+        command = [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}"]
         if count > 1:
             command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
         self.processes = [
@@ -82,6 +94,21 @@ def losses(workdir):
     return np.array([row["loss"] for row in metrics.read(workdir) if "loss" in row])
 
 
+def evaluations(workdir):
+    """Every held-out figure of a run, as rows of name and value."""
+    rows = [row for row in metrics.read(workdir) if "eval_loss" in row]
+    return [sorted((k, v) for k, v in row.items() if k.startswith("eval_")) for row in rows]
+
+
+def assert_same_evaluations(left, right):
+    left, right = evaluations(left), evaluations(right)
+    assert left and len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert [name for name, _ in one] == [name for name, _ in other]
+        assert "eval_knn_top1" in dict(one)
+        np.testing.assert_allclose([v for _, v in one], [v for _, v in other], rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def one_process(config_file, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
@@ -98,11 +125,7 @@ def test_several_processes_give_the_losses_of_one(
     statuses, outputs = Run(config_file, tmp_path, count, devices=devices).wait()
     assert statuses == [0] * count, outputs
     np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
-    evaluations = [
-        [row["eval_loss"] for row in metrics.read(folder) if "eval_loss" in row]
-        for folder in (tmp_path, one_process)
-    ]
-    np.testing.assert_allclose(*evaluations, rtol=1e-6)
+    assert_same_evaluations(tmp_path, one_process)
     # One writer: a row per step, and one stream of progress lines.
     assert [row["step"] for row in metrics.read(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "step 1/6" in outputs[0]
@@ -113,6 +136,25 @@ def test_several_processes_give_the_losses_of_one(
     for name in kernel:
         a, b = a[name], b[name]
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_config_file, tmp_path):
+    """Mixing, accuracy and neighbours over a split that neither processes nor batches divide."""
+    flags = ("--config.data.eval_split=test[:97]", "--config.eval.batches=0")
+    for count, devices, folder in ((1, 4, "one"), (2, 2, "two")):
+        run = Run(
+            classifying_config_file,
+            tmp_path / folder,
+            count,
+            *flags,
+            devices=devices,
+            script="finetune.py",
+        )
+        statuses, outputs = run.wait()
+        assert statuses == [0] * count, outputs
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
+    assert_same_evaluations(tmp_path / "two", tmp_path / "one")
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(

@@ -2,13 +2,17 @@
 
 import collections
 import functools
+import gzip
+import os
 
 import numpy as np
 import pytest
 from sklearn import datasets
 
-from fd_jax.data import sources, transforms
+from fd_jax.data import prepare, sources, transforms
+from fd_jax.data.builders import fashion_mnist as fashion_mnist_builder
 from fd_jax.data.builders import photos
+from fd_jax.errors import DataError
 
 
 @functools.cache
@@ -99,3 +103,40 @@ def test_digits_are_all_there_once_and_stratified(embedded_data):
     assert sorted(stored) == sorted(wanted)
     share = counts["test"] / (counts["train"] + counts["test"])
     assert np.all(np.abs(share - 0.2) < 0.005)
+
+
+@pytest.fixture(scope="module")
+def fashion_mnist(tmp_path_factory):
+    """A data_dir with Debian's Fashion-MNIST; only outside CI may the package be absent."""
+    if not fashion_mnist_builder.FOLDER.exists() and not os.environ.get("CI"):
+        pytest.skip("apt-get install dataset-fashion-mnist brings what this test reads")
+    folder = str(tmp_path_factory.mktemp("fashion_mnist"))
+    line = prepare.prepare("fashion_mnist_debian", data_dir=folder)
+    assert "60000 train" in line and "10000 test" in line
+    return folder
+
+
+@pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
+def test_fashion_mnist_is_what_the_package_holds(fashion_mnist, split, file):
+    """The oracle knows the files' headers: 16 and 8 bytes before pixels and labels."""
+    folder = fashion_mnist_builder.FOLDER
+    with gzip.open(folder / f"{file}-images-idx3-ubyte.gz") as stream:
+        pixels = np.frombuffer(stream.read()[16:], np.uint8).reshape(-1, 28, 28)
+    with gzip.open(folder / f"{file}-labels-idx1-ubyte.gz") as stream:
+        labels = np.frombuffer(stream.read()[8:], np.uint8)
+    source = sources.open_source("fashion_mnist_debian", split, data_dir=fashion_mnist)
+    assert len(source) == len(pixels) and source.num_classes == 10
+    seen = []
+    for index in range(0, len(source), len(source) // 100):
+        image = transforms.decode(source[index].image)
+        assert image.shape == (28, 28, 3) and (image == image[..., :1]).all()
+        (place,) = np.flatnonzero((pixels == image[..., 0]).all(axis=(1, 2)))
+        assert source[index].label == labels[place]
+        seen.append(place)
+    assert len(set(seen)) == len(seen)
+
+
+def test_fashion_mnist_without_the_package_says_what_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(fashion_mnist_builder, "FOLDER", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
+        prepare.prepare("fashion_mnist_debian", data_dir=str(tmp_path / "data"))

@@ -1,0 +1,36 @@
+r"""A small ViT on Fashion-MNIST from random weights, so that a broken recipe shows.
+
+    python -m benchmarks.fashion_mnist
+
+runs it and compares the accuracy with the one it has to reach.
+"""
+
+from configs import base, miniature
+
+SHAPE = {"patch_size": 4, "width": 96, "depth": 4, "heads": 3, "mlp_width": 384}
+
+
+def get_config(arg: str = ""):
+    """See configs/base.py for the fields; argument: smoke."""
+    config = base.fine_tuning(
+        drop_path=0.05,
+        layer_decay=1.0,
+        peak_lr=2e-3,
+        floor_lr=1e-5,
+        epochs=4,
+        warmup_epochs=1,
+        image_size=miniature.SIZE,
+    )
+    arch = base.student(SHAPE, image_size=miniature.SIZE)
+    config.model.update(family="vit", arch=arch, classes=10, head_scale=1.0)
+    config.batch_size = 128
+    config.mixing.update(mixup=0.2, cutmix=0.0, erasing=0.1)
+    config.data.update(
+        name="fashion_mnist_debian", eval_split="test", data_dir="data", threads=2, min_area=0.6
+    )
+    config.data.rand_augment = ""
+    config.optim.lr_batch = config.batch_size
+    config.checkpoint.every = 500
+    if base.arguments(arg)["smoke"]:
+        config.steps = 3
+    return config
