@@ -1,0 +1,95 @@
+r"""One distillation step of ViT-B/16 from CLIP ViT-B/16 on this CPU, against eager PyTorch.
+
+    python -m benchmarks.step_vs_torch --rounds 7
+
+Batch 4, float32, the same shapes and the same work on both sides (benchmarks/torch_step.py), random
+weights. The two take turns, each round runs some steps of each, and the medians are compared; the
+compile time stands beside them. Both may use all cores.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks.torch_step import Step
+from configs import distill_clip_vit_b16
+from fd_jax import program, sharding
+from fd_jax.convert.sources import SOURCES
+from fd_jax.tasks.distill import DistillTask
+
+BATCH, STEPS = 4, 2
+
+
+def ours(images: np.ndarray):
+    """A function that makes one step and waits for it, and the seconds of compilation."""
+    config = distill_clip_vit_b16.get_config()
+    config.update(batch_size=BATCH, dtype="float32")
+    (part,) = SOURCES[config.teacher.source].parts.values()
+    task = DistillTask(config, teacher_spec=part.spec)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    run = program.build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
+    began = time.monotonic()
+    step = run.compile_train_step()
+    compile_seconds = time.monotonic() - began
+    state = run.create(jax.random.key(0), {})
+    rng = np.random.default_rng(0)
+    frozen = run.place_frozen(
+        jax.tree.map(
+            lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), task.abstract_frozen()
+        )
+    )
+    place = sharding.batch_sharding(mesh)
+    batch = {
+        "image": images,
+        "label": np.zeros(BATCH, np.int32),
+        "weight": np.ones(BATCH, np.float32),
+        "index": np.arange(BATCH, dtype=np.int32),
+        "stop": np.zeros(BATCH, np.int32),
+    }
+    batch = {name: jax.device_put(value, place) for name, value in batch.items()}
+
+    def one() -> None:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready((state, metrics))
+
+    return one, compile_seconds
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), dtype=np.uint8)
+    jax_step, compile_seconds = ours(images)
+    theirs, tensor = Step(), torch.from_numpy(images)
+    sides = {"fd_jax": jax_step, "PyTorch, eager": lambda: theirs(tensor)}
+    for step in sides.values():
+        step()  # allocation, caches
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, step in sides.items():
+            began = time.monotonic()
+            for _ in range(STEPS):
+                step()
+            times[name].append((time.monotonic() - began) / STEPS)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(
+            f"{name:15s} median {medians[name]:.2f} s a step "
+            f"({min(values):.2f} to {max(values):.2f}, {args.rounds} rounds)"
+        )
+    a, b = medians.values()
+    print(f"ratio {a / b:.2f}; compiled in {compile_seconds:.0f} s; {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()
