@@ -49,8 +49,8 @@ def measure(start: str, name: str, run: Callable[..., dict], *, tune: bool) -> d
 def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     """Runs a config to its end, or reads what an earlier run of it left; its last evaluation."""
     make = DistillTask if "teacher" in config else ClassifyTask
-    if not (workdir / "model").exists():
-        loop.fit(make(config), config, workdir)
+    if not (workdir / "model").exists() and loop.fit(make(config), config, workdir).preempted:
+        raise SystemExit(loop.PREEMPTED)
     rows = [row for row in metrics.read(epath.Path(workdir)) if "eval_loss" in row]
     return {name.removeprefix("eval_"): value for name, value in rows[-1].items()}
 

@@ -46,7 +46,7 @@ def get_config(arg: str = ""):
     config.data.update(
         name=data, split=DATA[data]["split"], eval_split="test", data_dir="data", image_size=SIZE
     )
-    config.data.update(min_area=0.5, flip=data != "digits", rand_augment="", threads=2)
+    config.data.update(min_area=0.8, flip=data != "digits", rand_augment="", threads=2)
     if stage != "distill":
         config.model.classes = 10
     config.update(log_every=10**6)
@@ -98,7 +98,7 @@ def _classifier(layer_decay: float = 1.0):
     config = base.fine_tuning(
         drop_path=0.0,
         layer_decay=layer_decay,
-        peak_lr=2e-3,
+        peak_lr=3e-3,
         floor_lr=1e-5,
         warmup_epochs=1,
         image_size=SIZE,

@@ -302,7 +302,8 @@ def test_sources_prints_the_table_of_the_docs(capsys):
     assert len(tables[0].splitlines()) == len(sources.SOURCES) + 2
     assert len(tables[1].splitlines()) == len(exporting.FORMATS) + 2
     text = (ROOT / "docs" / "conversion.md").read_text()
-    assert all(table in text for table in tables), (
+    missing = [line for table in tables for line in table.splitlines() if line not in text]
+    assert not missing and all(table in text for table in tables), (
         "docs/conversion.md is not up to date: paste the output of `convert_checkpoints.py sources`"
     )
 

@@ -210,8 +210,8 @@ def test_a_worker_that_dies_is_named(loader, tmp_path):
 def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
     source, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=4.0)
-    with pytest.raises(DataError, match="no batch for step .* within 4 s") as error:
+    made = loader(source, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
+    with pytest.raises(DataError, match="no batch for step .* within 10 s") as error:
         take(made, LATE + 1)
     pid = pid_file.read_text()
     assert f"data worker 1 of 2 (process {pid})" in str(error.value)
