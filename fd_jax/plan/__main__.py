@@ -5,7 +5,7 @@ r"""What a run needs and can reach on TPUs, told by their compiler without one.
       --start=configs/distill_clip_vit_b16.py --config.batch_size=4096 --output=plan.json
 
 The real train step is compiled, with neither weights nor data: a minute or two. Needs the extra
-"plan", and one such process at a time on a machine, which is libtpu's rule.
+"plan".
 """
 
 from collections.abc import Sequence

@@ -13,12 +13,14 @@ from jax.experimental import topologies
 from fd_jax import hardware
 from fd_jax.errors import ConfigError
 
-# Without these libtpu asks a cloud's metadata server, for minutes, which TPU it runs on. The
-# accelerator named here is not the one compiled for.
+# Without these libtpu asks a cloud's metadata server, for minutes, which TPU it runs on, and one
+# process at a time may load it: a lock that guards a TPU, and there is none. The accelerator named
+# here is not the one compiled for.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -48,8 +50,6 @@ class Slice:
 def describe(name: str) -> Slice:
     """The devices of a topology such as "v5e:4x4"; needs libtpu and no TPU.
 
-    libtpu takes a lock of the whole machine: one process at a time can do this.
-
     Raises:
       ConfigError: an unknown topology, no libtpu, or one that this jax does not go with.
     """
@@ -64,8 +64,11 @@ def describe(name: str) -> Slice:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # jax and libtpu raise several kinds
         text = str(error)
-        if "in use" in text or "lockfile" in text:
-            raise ConfigError(f"libtpu is in use by another process; wait for it: {text}") from None
+        if "lockfile" in text:
+            raise ConfigError(
+                "another process holds libtpu's lock: a run on a TPU of this machine, or a plan that "
+                f"another user started; wait for it, or plan elsewhere ({text.strip()})"
+            ) from None
         raise ConfigError(
             f"libtpu cannot describe the topology {name!r} ({text.strip()}); take one of "
             f"{', '.join(hardware.topologies())}"
