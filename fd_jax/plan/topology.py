@@ -66,8 +66,8 @@ def describe(name: str) -> Slice:
         text = str(error)
         if "lockfile" in text:
             raise ConfigError(
-                "another process holds libtpu's lock: a run on a TPU of this machine, or a plan that "
-                f"another user started; wait for it, or plan elsewhere ({text.strip()})"
+                "another process holds libtpu's lock, perhaps a run on a TPU of this machine; wait "
+                f"for it, or plan elsewhere ({text.strip()})"
             ) from None
         raise ConfigError(
             f"libtpu cannot describe the topology {name!r} ({text.strip()}); take one of "

@@ -43,7 +43,10 @@ def config(depth=2, **fields):
 
 def define(made):
     depth = made.student.arch.depth
-    arch = {**base.student({**STUDENT, **TEACHER, "depth": depth}, image_size=224), "position": "ape"}
+    arch = {
+        **base.student({**STUDENT, **TEACHER, "depth": depth}, image_size=224),
+        "position": "ape",
+    }
     task = DistillTask(made, teacher_spec=ModelSpec("vit", {**arch, "layer_scale": None}))
     return experiment.Experiment(task, made, (), None, 625, 1000)
 

@@ -18,19 +18,28 @@ MARGIN = 1.03
 
 
 class Step:
-    """What compile_step.py found."""
+    """What compile_step.py finds, in a process that starts at once and is waited for when read."""
 
     def __init__(self, folder, *flags):
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         environment["JAX_PLATFORMS"] = "cpu"
-        command = [sys.executable, "-m", "tests.plan.compile_step", f"--output={folder}", *flags]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.plan.compile_step", f"--output={folder}", *flags],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        assert done.returncode == 0, done.stderr
-        self.facts = json.loads((folder / "facts.json").read_text())
-        self.module = hlo.Module((folder / "step.txt").read_text())
+
+    def wait(self):
+        output, _ = self._process.communicate(timeout=300)
+        assert self._process.returncode == 0, output
+        self.facts = json.loads((self._folder / "facts.json").read_text())
+        self.module = hlo.Module((self._folder / "step.txt").read_text())
         self.collectives = self.module.collectives(MESH)
+        return self
 
     def of_kind(self, kind):
         return [c for c in self.collectives if c.kind == kind]
@@ -44,14 +53,25 @@ class Step:
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory):
-    return Step(tmp_path_factory.mktemp("step"))
+def both(tmp_path_factory):
+    """The step; and one with moments and teacher on every chip, bfloat16 reductions, nothing
+    donated, and a position bias per example.
+    """
+    steps = [
+        Step(tmp_path_factory.mktemp("step")),
+        Step(tmp_path_factory.mktemp("broken"), "--broken"),
+    ]
+    return [step.wait() for step in steps]
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    """Moments and teacher on every chip, bfloat16 reductions, nothing donated, bias per example."""
-    return Step(tmp_path_factory.mktemp("broken"), "--broken")
+def step(both):
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def broken(both):
+    return both[1]
 
 
 def expected_gathers(depth):
@@ -92,7 +112,7 @@ def test_gradients_are_summed_once(step):
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [3, 4])
 def test_gathers_grow_with_depth_as_the_formula(depth, tmp_path):
-    deeper = Step(tmp_path, f"--depth={depth}")
+    deeper = Step(tmp_path, f"--depth={depth}").wait()
     assert sum(c.count for c in deeper.of_kind("all-gather")) == expected_gathers(depth)
 
 
@@ -139,7 +159,11 @@ def test_the_position_bias_is_not_repeated_per_example(step, broken):
 
 
 def grown(figures, committed):
-    return {name: value / committed[name] for name, value in figures.items() if value > MARGIN * committed[name]}
+    return {
+        name: value / committed[name]
+        for name, value in figures.items()
+        if value > MARGIN * committed[name]
+    }
 
 
 def test_figures_did_not_grow(step, broken):
