@@ -131,7 +131,8 @@ def table(rows: list[Row]) -> str:
     """Markdown; rows without a result say so."""
     lines = [
         "| run | slice | batch | mesh | HBM GiB per device | MB per image | FLOPs: compiler / "
-        "closed form | bounds ms: compute, HBM, interconnect | images/s per chip at most | MFU at most | "
+        "closed form | bounds ms: compute, HBM, interconnect | images/s per chip at "
+        "most | MFU at most | "
         "compiler's estimate: images/s per chip, MFU | chip-hours at least |",
         "|" + "---|" * 12,
     ]

@@ -23,6 +23,7 @@ from fd_jax.plan import experiment, planning, table, topology
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU and shape of the slice, such as v5e:4x4.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the plan.")
+_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 _START = flags.DEFINE_string(
     "start", "", "What init_from would hold: a converter source, or the config that distils it."
 )
@@ -47,9 +48,7 @@ def main(argv: Sequence[str]) -> int:
     for flag in (_CONFIG, _TOPOLOGY):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing; see python -m fd_jax.plan --help")
-    output = None if _OUTPUT.value is None else epath.Path(_OUTPUT.value)
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no folder {output.parent}")
+    output, hlo_file = _file(_OUTPUT), _file(_HLO)
     assert _TOPOLOGY.value is not None
     target = topology.describe(_TOPOLOGY.value)
     planned = experiment.define(_CONFIG.value, start=_START.value, examples=_EXAMPLES.value)
@@ -61,11 +60,22 @@ def main(argv: Sequence[str]) -> int:
         advise=_ADVICE.value,
         start=_START.value,
         examples=_EXAMPLES.value,
+        hlo_file=hlo_file,
     )
     say(table.text(plan))
     if output is not None:
         output.write_text(json.dumps(plan, indent=2) + "\n")
     return 0 if plan["fits"] else 1
+
+
+def _file(flag: flags.FlagHolder) -> epath.Path | None:
+    """A file to write; refused before anything is compiled for it."""
+    if flag.value is None:
+        return None
+    path = epath.Path(flag.value)
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{flag.name}={path}: there is no folder {path.parent}")
+    return path
 
 
 if __name__ == "__main__":

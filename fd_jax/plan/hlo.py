@@ -240,6 +240,10 @@ class Module:
                 made[int(number[1])] = instruction.shapes[0]
         return made
 
+    def rematerialized(self) -> int:
+        """Scheduled instructions that the compiler repeats of its own to save memory."""
+        return sum(bool(re.search(r"\.remat", i.name)) for _, i in self._scheduled())
+
     def stored_broadcasts(self) -> list[Shape]:
         """Arrays written to memory that only repeat a smaller one."""
         made = []

@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+from etils import epath
+
 from fd_jax import sharding
 from fd_jax.console import say
 from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
@@ -17,6 +19,7 @@ def plan_run(
     advise: bool = True,
     start: str = "",
     examples: int | None = None,
+    hlo_file: epath.Path | None = None,
 ) -> dict[str, Any]:
     """The plan of an experiment on a slice, as plain values.
 
@@ -28,6 +31,7 @@ def plan_run(
       advise: whether changes are tried where it does not fit.
       start: as the experiment was defined with.
       examples: as the experiment was defined with.
+      hlo_file: receives the compiled text, for those who want to read more.
     """
     mesh = sharding.make_mesh(**planned.config.mesh, devices=target.devices)
     facts = table.run_facts(planned, target, dict(mesh.shape))
@@ -48,5 +52,7 @@ def plan_run(
                 tell=lambda attempt: say(f"tried {table.attempt_line(attempt)}"),
             )
         return facts | table.not_fitting(error, attempts)
+    if hlo_file is not None:
+        hlo_file.write_text(step.executable.as_text() or "")
     limits = bounds.of_step(planned, target, step)
     return facts | table.fitting(planned, target, step, limits)

@@ -72,6 +72,7 @@ def fitting(
         },
         "compiler": {
             "loops": compiled.module.loops,
+            "rematerialized_instructions": compiled.module.rematerialized(),
             "flops_per_image": None if in_loops else by_compiler,
             "flops_over_closed_form": None if in_loops else by_compiler / work.executed,
             "bytes_accessed_per_image": (
@@ -157,7 +158,8 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "",
                 f"{compiler['flops_per_image'] / 1e9:.2f} G by the compiler "
-                f"({compiler['flops_over_closed_form']:.3f} of that)",
+                f"({compiler['flops_over_closed_form']:.3f} of that)"
+                + _repeated(compiler["rematerialized_instructions"]),
             ),
             (
                 "bytes per image",
@@ -223,6 +225,10 @@ def _not_fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     for index, fields in enumerate(plan["tried"]):
         rows.append(("" if index else "tried", attempt_line(Attempt(**fields))))
     return rows
+
+
+def _repeated(instructions: int) -> str:
+    return f"; memory is short: it repeats {instructions} instructions" if instructions else ""
 
 
 def _count(tree: Any) -> int:
