@@ -59,10 +59,14 @@ def make_mesh(
         grid = _on_torus(
             mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), devices=devices
         )
-    elif devices[0].platform == "tpu":
+    elif devices[0].platform == "tpu" and not any(
+        getattr(device, "core_on_chip", 0) for device in devices
+    ):
         grid = _on_torus(mesh_utils.create_device_mesh, shape, devices=devices)
     else:
-        # Elsewhere the topology is flat: the order of the devices keeps a host's rows together.
+        # Elsewhere the topology is flat: the order of the devices keeps a host's rows together. So
+        # it is with two devices on a chip, which is how the compiler describes a v4 that is not
+        # there; jax places the axes of a mesh on chips only.
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES)
 

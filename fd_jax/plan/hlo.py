@@ -5,7 +5,7 @@ that is called from several places counts for each.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
@@ -170,8 +170,21 @@ class Module:
 
     @property
     def loops(self) -> list[int]:
-        """Trip count of every loop that runs; 1 where the compiler does not know it."""
-        return [_trips(i) for _, i in self._running() if i.opcode == "while"]
+        """Trip counts of the loops that hold matmuls and are known to run more than once.
+
+        What the compiler counts once of these is wrong. Loops of random numbers, which end by
+        chance, hold none.
+        """
+        found = (i for _, i in self._running() if i.opcode == "while")
+        return [_trips(i) for i in found if _trips(i) > 1 and self._multiplies(i.called)]
+
+    def _multiplies(self, names: Sequence[str]) -> bool:
+        """Whether there is a matmul in these computations or in what they call."""
+        return any(
+            instruction.opcode in ("dot", "convolution") or self._multiplies(instruction.called)
+            for name in names
+            for instruction in self.computations.get(name, ())
+        )
 
     def cycles(self) -> int:
         """Sum of the compiler's `estimated_cycles`: its estimate, run one after the other."""
@@ -362,7 +375,7 @@ def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]
     if pairs:
         return _chains(re.findall(r"\{(\d+),(\d+)", pairs[0]))
     named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?\[?([\d, ]*)\]?\)?)? ?\{([^}]*)\}",
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?\)?)\))? ?\{([^}]*)\}",
         attributes,
     )
     if named:
@@ -376,13 +389,15 @@ def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]
     written = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
     if written:
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"groups of a collective cannot be read: {attributes[:200]}")
     return [tuple(range(devices))]  # no groups: all together
 
 
 def _named_groups(axes: str, order: str | None, over: str, *, devices: int):
     """Groups that the compiler writes as axes of a mesh of its own: mesh['a'=2,'b'=8] {'b'}."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    ids = np.array(_integers(order)) if order else np.arange(devices)
+    ids = _device_ids(order) if order else np.arange(devices)
     split: list[tuple[str, int]] = []
     wanted = []
     parts = dict.fromkeys(sizes)
@@ -402,6 +417,16 @@ def _named_groups(axes: str, order: str | None, over: str, *, devices: int):
     outer = [i for i, (name, _) in enumerate(split) if not name]
     count = math.prod(split[i][1] for i in inner)
     return [tuple(row) for row in grid.transpose(outer + inner).reshape(-1, count).tolist()]
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """An order of devices: [8,2]T(1,0) counts up, shaped and transposed; 0,2,1,3 is itself."""
+    counted = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
+    if counted is None:
+        return np.array(_integers(text))
+    shape = _integers(counted[1])
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose(_integers(counted[2])) if counted[2] else ids).reshape(-1)
 
 
 def _chains(pairs: list[tuple[str, str]]) -> list[tuple[int, ...]]:
