@@ -1,23 +1,20 @@
-"""What the training scripts share: flags, processes, and how an error reaches the user."""
+"""What the training scripts share: flags and processes."""
 
 from collections.abc import Callable, Sequence
-import os
-import sys
-from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 import ml_collections
 from ml_collections import config_flags
 
-from fd_jax import loop
+from fd_jax import application, loop
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
 _ACCEPT = flags.DEFINE_bool("accept_config", False, "Go on in a workdir that another config began.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Start jax.distributed; Cloud TPU pods and Slurm tell it the rest."
@@ -44,15 +41,15 @@ def run(action: Action) -> None:
     def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
-        for flag in (_CONFIG, _WORKDIR):
+        for flag in (_CONFIG, WORKDIR):
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
-        assert _WORKDIR.value is not None
+        assert WORKDIR.value is not None
         _start_processes()
         config = ml_collections.FrozenConfigDict(_CONFIG.value)
-        return action(config, _WORKDIR.value)
+        return action(config, WORKDIR.value)
 
-    run_app(main)
+    application.run_app(main)
 
 
 def train(make_task: Callable[[Config], Task]) -> Action:
@@ -66,42 +63,6 @@ def train(make_task: Callable[[Config], Task]) -> Action:
         return 0
 
     return action
-
-
-def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs `main` under absl; what the user got wrong becomes one message and exit status 2."""
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            return flags.FLAGS(argv)
-        except (AttributeError, KeyError) as error:  # how a locked config says it
-            field = str(error).strip("\"'")
-            _fail(f"the config has no field {field}; configs/base.py lists what there is")
-        except (flags.Error, TypeError, ValueError, OSError) as error:
-            _fail(_without_traceback(str(error)))
-
-    def guarded(argv: Sequence[str]) -> int | None:
-        try:
-            return main(argv)
-        except UserError as error:
-            _fail(str(error))
-
-    logging.set_verbosity(logging.WARNING)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow greets at length otherwise
-    app.run(guarded, flags_parser=parse)
-
-
-def _without_traceback(message: str) -> str:
-    """The first and the last line of a message into which ml_collections wrote a traceback."""
-    if "Traceback" not in message:
-        return message
-    lines = message.strip().splitlines()
-    return f"{lines[0]} {lines[-1]}"
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _start_processes() -> None:

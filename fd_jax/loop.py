@@ -23,6 +23,7 @@ from fd_jax.errors import CheckpointError, UserError
 from fd_jax.step import TrainState
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
+from fd_jax.utilization import Utilization
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
 PROFILE_AFTER = 5  # steps that a trace waits, so that it shows none of the start-up
@@ -146,6 +147,7 @@ class _Trainer:
         self.frozen = run.place_frozen(task.load_frozen())
         self.window = metrics.Mean()
         self.clock = _Clock(config.batch_size, start, total_steps)
+        self.utilization = Utilization(task, list(run.mesh.devices.flat), run.mesh.local_devices)
         self.nonfinite_in_a_row = 0
 
     def run(self, state: TrainState) -> Result:
@@ -219,6 +221,7 @@ class _Trainer:
         scalars.pop("stop", None)
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
+        scalars |= self.utilization.figures(scalars["images_per_second"])
         self.writer.write(step, scalars)
         say(
             f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 import json
 from typing import Any
 
-from absl import flags
 from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import entry, figures, metrics, model_folder
+from fd_jax import application, entry, figures, metrics, model_folder
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
 from fd_jax.evals import agreement
@@ -210,11 +209,11 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    workdir = flags.FLAGS.workdir  # defined by entry, as for the training scripts
+    workdir = entry.WORKDIR.value
     if len(argv) > 1 or workdir is None:
         raise UserError("usage: python -m fd_jax.report --workdir=WORKDIR")
     print(summary(write_report(workdir)))
 
 
 if __name__ == "__main__":
-    entry.run_app(main)
+    application.run_app(main)

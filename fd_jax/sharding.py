@@ -4,7 +4,7 @@ One table gives each parameter's axes names; one table says where a name lands o
 parameter that matches no row, or more than one, is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import re
 from typing import Any
 
@@ -56,13 +56,30 @@ def make_mesh(
                 f"mesh.data={shape[0]} is not divisible by the {slices} slices it has to span"
             )
         within = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
-    elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = _on_torus(
+            mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), devices=devices
+        )
+    elif devices[0].platform == "tpu" and not any(
+        getattr(device, "core_on_chip", 0) for device in devices
+    ):
+        grid = _on_torus(mesh_utils.create_device_mesh, shape, devices=devices)
     else:
-        # Elsewhere the topology is flat: the order of the devices keeps a host's rows together.
+        # Elsewhere the topology is flat: the order of the devices keeps a host's rows together. So
+        # it is with two devices on a chip, which is how the compiler describes a v4 that is not
+        # there; jax places the axes of a mesh on chips only.
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES)
+
+
+def _on_torus(create: Callable[..., np.ndarray], *shapes: tuple[int, ...], devices: Any):
+    """Whole axes of the torus for each axis of the mesh; parts where that cannot be.
+
+    fsdp=16 on 8 x 8 chips, say, is no product of sides.
+    """
+    try:
+        return create(*shapes, devices=devices)
+    except NotImplementedError:
+        return create(*shapes, devices=devices, allow_split_physical_axes=True)
 
 
 def resolve_mesh(sizes: dict[str, int], devices: int) -> tuple[int, int, int]:

@@ -46,10 +46,32 @@ def scaled(init: nnx.Initializer, factor: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32, **kwargs: factor * init(key, shape, dtype)
 
 
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over channels, all of it in float32, the result in `result_dtype`.
+
+    Flax casts scale and bias to the dtype of the result, so that their gradients would be summed
+    over rows and devices in it.
+    """
+
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.result_dtype = dtype
+        # E[x^2] - E[x]^2 (flax's default) cancels badly on tokens with a large common part.
+        super().__init__(
+            width,
+            epsilon=eps,
+            use_fast_variance=False,
+            dtype=at_least_float32(dtype),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        return super().__call__(x).astype(self.result_dtype)
+
+
 def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels with scale and bias: statistics in float32, result in `dtype`."""
-    # E[x^2] - E[x]^2 (flax's default) cancels badly on tokens with a large common part.
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    """LayerNorm over channels with scale and bias: computed in float32, result in `dtype`."""
+    return LayerNorm(width, eps=eps, dtype=dtype, rngs=rngs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -69,12 +91,19 @@ def linear(
       dtype: of the matmul and the result.
       grad_dtype: of the gradients of `kernel` and `bias` until they are summed.
     """
+    del grad_dtype
+    return _affine(x, kernel, bias, dtype)
+
+
+def _affine(x, kernel, bias, dtype):
     y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=1)
     return y if bias is None else y + bias.astype(dtype)
 
 
 def _linear_forward(x, kernel, bias, dtype, grad_dtype):
-    return linear(x, kernel, bias, dtype, grad_dtype), (x, kernel, bias)
+    del grad_dtype
+    # Not `linear` itself: a remat policy that keeps matmuls does not look into a custom_vjp.
+    return _affine(x, kernel, bias, dtype), (x, kernel, bias)
 
 
 def _linear_backward(dtype, grad_dtype, residuals, g):

@@ -1,15 +1,17 @@
 """What the loop asks of a task."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flax import nnx
 import jax
 import optax
 
-from fd_jax.data.feed import Feed
 from fd_jax.models.spec import ModelSpec
 from fd_jax.optimizer import Schedule
 from fd_jax.typing import Batch, Metrics, PyTree
+
+if TYPE_CHECKING:  # data needs packages that planning does without
+    from fd_jax.data.feed import Feed
 
 
 class Task(Protocol):
@@ -19,7 +21,7 @@ class Task(Protocol):
     "index": int32 [B]}; weight is 0 for padding.
     """
 
-    def check_data(self, feed: Feed) -> None:
+    def check_data(self, feed: "Feed") -> None:
         """Refuses data that this task cannot use, before anything is computed."""
         ...
 

@@ -4,7 +4,7 @@ The probe is the same task with the encoder frozen: forward only, its weights be
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from etils import epath
 from flax import nnx
@@ -15,7 +15,6 @@ import optax
 from fd_jax import losses, model_folder, optimizer
 from fd_jax.console import say
 from fd_jax.data import mixing
-from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.evals import classification
 from fd_jax.metrics import weighted
@@ -25,6 +24,9 @@ from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Batch, Config, Metrics, PyTree
+
+if TYPE_CHECKING:  # data needs packages that planning does without
+    from fd_jax.data.feed import Feed
 
 Trains = Literal["all", "head"]
 Head = Literal["fresh", "keep"]
@@ -85,7 +87,7 @@ class ClassifyTask:
                 batch_size=config.batch_size,
             )
 
-    def check_data(self, feed: Feed) -> None:
+    def check_data(self, feed: "Feed") -> None:
         """Refuses data whose labels do not fit the head.
 
         Raises:

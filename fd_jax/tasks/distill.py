@@ -1,7 +1,7 @@
 """Feature distillation: a student learns the feature map of a frozen teacher (paper section 3)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from etils import epath
 from flax import nnx
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from fd_jax import losses, model_folder, optimizer
-from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
 from fd_jax.metrics import weighted
 from fd_jax.models import resize
@@ -20,6 +19,9 @@ from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Batch, Config, Metrics, PyTree
+
+if TYPE_CHECKING:  # data needs packages that planning does without
+    from fd_jax.data.feed import Feed
 
 TargetKind = Literal["full", "cls", "gap", "logits"]
 
@@ -88,7 +90,7 @@ class DistillTask:
         self._check_match()
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
 
-    def check_data(self, feed: Feed) -> None:
+    def check_data(self, feed: "Feed") -> None:
         """Labels are read for nearest neighbours only."""
         if self.config.eval.knn:
             _ = feed.classes  # refuses data without labels

@@ -1,0 +1,203 @@
+r"""What runs need and can reach on TPU slices, by compiling each of their steps: docs/scale.md.
+
+    python -m benchmarks.scale                      # every row that has no result yet, in order
+    python -m benchmarks.scale --rows distill_b,finetune_l@v4 --list
+    python -m benchmarks.scale --table              # the table of docs/scale.md
+
+One JSON per row in benchmarks/scale/, so that it can be stopped and goes on where it was; a row is
+planned again when its file is deleted. Each row is a process of its own: `python -m fd_jax.plan`.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+FOLDER = pathlib.Path(__file__).parent / "scale"
+PLAN_SCRIPT = ("-m", "fd_jax.plan")
+
+B16, L14 = "configs/distill_clip_vit_b16.py", "configs/distill_clip_vit_l14.py"
+
+# The smallest slices that hold the published batch of 2,048 with margin, by the student's size.
+SLICES = {
+    "b": {"v5e": "v5e:4x4", "v4": "v4:2x2x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"},
+    "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
+}
+_SHARDED = ("--config.mesh.fsdp=16",)
+
+# name: config, what init_from would hold, further flags
+RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "distill_b": (B16, "", ()),
+    "distill_l": (L14, "", _SHARDED),
+    "finetune_b": ("configs/finetune_clip_vit_b16.py", B16, ()),
+    "finetune_l": ("configs/finetune_clip_vit_l14.py", L14, _SHARDED),
+    "distill_100ep_b": ("configs/distill_clip_vit_b16_100ep.py", "", ()),
+    "distill_dino_b": ("configs/distill_dino_vit_b16.py", "", ()),
+    "distill_deit_b": ("configs/distill_deit_vit_b16.py", "", ()),
+    "distill_mae_b": ("configs/distill_mae_vit_b16.py", "", ()),
+    "finetune_100ep_b": ("configs/finetune_clip_vit_b16_100ep.py", B16, ()),
+    "finetune_dino_b": (
+        "configs/finetune_dino_vit_b16.py",
+        "configs/distill_dino_vit_b16.py",
+        (),
+    ),
+    "finetune_deit_b": (
+        "configs/finetune_deit_vit_b16.py",
+        "configs/distill_deit_vit_b16.py",
+        (),
+    ),
+    "finetune_mae_b": ("configs/finetune_mae_vit_b16.py", "configs/distill_mae_vit_b16.py", ()),
+    "finetune_336_l": ("configs/finetune_clip_vit_l14_336.py:stage=1k", L14, _SHARDED),
+    "ft_clip_b": ("configs/ft_clip_vit_b16.py", "openai_clip_vit_b16", ()),
+    "ft_clip_384_b": ("configs/ft_clip_vit_b16_384.py", "openai_clip_vit_b16", ()),
+    "ft_clip_l": ("configs/ft_clip_vit_l14.py", "openai_clip_vit_l14", _SHARDED),
+    "ft_clip_336_l": ("configs/ft_clip_vit_l14_336.py", "openai_clip_vit_l14_336", _SHARDED),
+    "linear_b": ("configs/linear_vit_b16.py", B16, ()),
+    "linear_l": ("configs/linear_vit_l14.py", L14, _SHARDED),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a run on a slice."""
+
+    run: str
+    chip: str
+
+    @property
+    def name(self) -> str:
+        """As --rows takes it."""
+        return f"{self.run}@{self.chip}"
+
+    @property
+    def file(self) -> pathlib.Path:
+        """Its result."""
+        return FOLDER / f"{self.run}_{self.chip}.json"
+
+    @property
+    def slice(self) -> str:
+        """The topology it is compiled for."""
+        return SLICES[self.run[-1]][self.chip]
+
+    @property
+    def command(self) -> list[str]:
+        """The plan command, without its output."""
+        config, start, further = RUNS[self.run]
+        flags = [f"--config={config}", f"--topology={self.slice}", *further]
+        return [*PLAN_SCRIPT, *flags, *([f"--start={start}"] if start else [])]
+
+
+MAIN = ("distill_b", "distill_l", "finetune_b", "finetune_l")
+ROWS = [
+    *(Row(run, chip) for chip in SLICES["b"] for run in MAIN),
+    *(Row(run, "v5e") for run in RUNS if run not in MAIN),
+]
+
+
+def select(names: str) -> list[Row]:
+    """Rows by names, runs or chips, separated by commas; all for "".
+
+    Raises:
+      SystemExit: a name that matches no row.
+    """
+    if not names:
+        return ROWS
+    chosen = []
+    for name in names.split(","):
+        found = [row for row in ROWS if name in (row.name, row.run, row.chip)]
+        if not found:
+            sys.exit(f"error: no row is named {name!r}; there are {[r.name for r in ROWS]}")
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def plan(row: Row) -> None:
+    """Compiles one row and writes its file, whole or not at all."""
+    FOLDER.mkdir(exist_ok=True)
+    unfinished = row.file.with_suffix(".unfinished")
+    command = [sys.executable, *row.command, f"--output={unfinished}"]
+    print(f"== {row.name}: python {' '.join(row.command)}", flush=True)
+    status = subprocess.run(command).returncode
+    if status not in (0, 1) or not unfinished.exists():
+        sys.exit(f"error: {row.name} ended with status {status}; its message stands above")
+    record = json.loads(unfinished.read_text())
+    unfinished.write_text(json.dumps({"command": row.command, **record}, indent=2) + "\n")
+    unfinished.rename(row.file)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown; rows without a result say so."""
+    lines = [
+        "| run | slice | batch | mesh | HBM GiB per device | MB per image | FLOPs: compiler / "
+        "closed form | bounds ms: compute, HBM, interconnect | images/s per chip at "
+        "most | MFU at most | "
+        "compiler's estimate: images/s per chip, MFU | chip-hours at least |",
+        "|" + "---|" * 12,
+    ]
+    return "\n".join([*lines, *(_line(row) for row in rows)])
+
+
+def _line(row: Row) -> str:
+    slice_name = row.slice
+    if not row.file.exists():
+        return f"| {row.run} | {slice_name} | not yet run |" + " |" * 9
+    plan = json.loads(row.file.read_text())
+    mesh = " ".join(f"{a}={n}" for a, n in plan["mesh"].items() if n > 1)
+    remat = f", remat {plan['remat']}" if plan["remat"] else ""
+    start = f"| {row.run} | {slice_name} | {plan['batch_size']} | {mesh}{remat} |"
+    memory = plan["hbm_bytes_per_device"]
+    if not plan["fits"]:
+        needed, available = memory["total"] / 2**30, memory["available"] / 2**30
+        fitting = [a["changes"] for a in plan["tried"] if a["fits"]]
+        advice = "; or ".join(", ".join(f"{k}={v}" for k, v in c.items()) for c in fitting)
+        verdict = (
+            f"does not fit: {needed:.2f} of {available:.2f}; fits with {advice or 'nothing tried'}"
+        )
+        return f"{start} {verdict} |" + " |" * 7
+    compiler, bound, estimate = plan["compiler"], plan["bounds"], plan["estimate"]
+    if compiler["flops_per_image"] is None:
+        counts = "loops | loops"
+    else:
+        counts = (
+            f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} | "
+            f"{compiler['flops_over_closed_form']:.3f}"
+        )
+    times = ", ".join(
+        f"{bound[f'{name}_seconds'] * 1e3:.1f}" for name in ("compute", "hbm", "interconnect")
+    )
+    guess = "none"
+    if estimate["step_seconds"]:
+        guess = f"{estimate['images_per_second_per_chip']:.0f}, {estimate['mfu']:.2f}"
+    return (
+        f"{start} {memory['total'] / 2**30:.2f} | {counts} | {times} | "
+        f"{bound['images_per_second_per_chip_at_most']:.0f} | {bound['mfu_at_most']:.2f} | "
+        f"{guess} | {bound['chip_hours_at_least']:.0f} |"
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", default="", help="names, runs or chips by commas; all if not given"
+    )
+    parser.add_argument("--list", action="store_true", help="print the rows and whether they ran")
+    parser.add_argument("--table", action="store_true", help="print the table and plan nothing")
+    args = parser.parse_args()
+    rows = select(args.rows)
+    if args.table:
+        print(table(rows))
+        return
+    for row in rows:
+        if args.list:
+            print(f"{row.name:<24}{'done' if row.file.exists() else 'not yet run'}")
+        elif not row.file.exists():
+            plan(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""How a command with absl flags starts, and how an error reaches the user."""
+
+from collections.abc import Callable, Sequence
+import os
+import sys
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from fd_jax.errors import UserError
+
+
+def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs `main` under absl; what the user got wrong becomes one message and exit status 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (AttributeError, KeyError) as error:  # how a locked config says it
+            field = str(error).strip("\"'")
+            _fail(f"the config has no field {field}; configs/base.py lists what there is")
+        except (flags.Error, TypeError, ValueError, OSError) as error:
+            _fail(_without_traceback(str(error)))
+
+    def guarded(argv: Sequence[str]) -> int | None:
+        try:
+            return main(argv)
+        except UserError as error:
+            _fail(str(error))
+
+    logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow greets at length otherwise
+    app.run(guarded, flags_parser=parse)
+
+
+def _without_traceback(message: str) -> str:
+    """The first and the last line of a message into which ml_collections wrote a traceback."""
+    if "Traceback" not in message:
+        return message
+    lines = message.strip().splitlines()
+    return f"{lines[0]} {lines[-1]}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,82 @@
+r"""What a run needs and can reach on TPUs, told by their compiler without one.
+
+    python -m fd_jax.plan --config=configs/distill_clip_vit_b16.py --topology=v5e:16x16
+    python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \
+      --start=configs/distill_clip_vit_b16.py --config.batch_size=4096 --output=plan.json
+
+The real train step is compiled, with neither weights nor data: a minute or two. Needs the extra
+"plan".
+"""
+
+from collections.abc import Sequence
+import json
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from fd_jax import application
+from fd_jax.console import say
+from fd_jax.errors import ConfigError, UserError
+from fd_jax.plan import experiment, planning, table, topology
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU and shape of the slice, such as v5e:4x4.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the plan.")
+_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
+_START = flags.DEFINE_string(
+    "start", "", "What init_from would hold: a converter source, or the config that distils it."
+)
+_EXAMPLES = flags.DEFINE_integer("examples", None, "Images in an epoch, for data not known here.")
+_EFFORT = flags.DEFINE_float(
+    "effort",
+    0.0,
+    "Of the compiler, -1 to 0; -1 takes a fifth of the time and gives no estimate.",
+    lower_bound=-1.0,
+    upper_bound=0.0,
+)
+_WINDOWED = flags.DEFINE_bool(
+    "windowed_einsum", False, "Compile sharded matmuls as loops, as runs do; counts are too low."
+)
+_ADVICE = flags.DEFINE_bool("advice", True, "Where it does not fit, try what would.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plans one run; 0 if it fits, 1 if not."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
+    for flag in (_CONFIG, _TOPOLOGY):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing; see python -m fd_jax.plan --help")
+    output, hlo_file = _file(_OUTPUT), _file(_HLO)
+    assert _TOPOLOGY.value is not None
+    target = topology.describe(_TOPOLOGY.value)
+    planned = experiment.define(_CONFIG.value, start=_START.value, examples=_EXAMPLES.value)
+    plan = planning.plan_run(
+        planned,
+        target,
+        effort=_EFFORT.value,
+        windowed_einsum=_WINDOWED.value,
+        advise=_ADVICE.value,
+        start=_START.value,
+        examples=_EXAMPLES.value,
+        hlo_file=hlo_file,
+    )
+    say(table.text(plan))
+    if output is not None:
+        output.write_text(json.dumps(plan, indent=2) + "\n")
+    return 0 if plan["fits"] else 1
+
+
+def _file(flag: flags.FlagHolder) -> epath.Path | None:
+    """A file to write; refused before anything is compiled for it."""
+    if flag.value is None:
+        return None
+    path = epath.Path(flag.value)
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{flag.name}={path}: there is no folder {path.parent}")
+    return path
+
+
+if __name__ == "__main__":
+    application.run_app(main)

@@ -1,0 +1,144 @@
+"""From a config to the task it trains, with neither weights nor data at hand.
+
+Networks that a run would read from model folders are named: the folder itself where it exists, else
+a converter source ("openai_clip_vit_b16"), else the config file of the distillation that would make
+it.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+from etils import epath
+import ml_collections
+
+from fd_jax import model_folder
+from fd_jax.convert import sources
+from fd_jax.errors import ConfigError
+from fd_jax.models.spec import ModelSpec
+from fd_jax.tasks.base import Task
+from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.typing import Config
+
+# Training images by dataset and split, for those that a config names.
+EXAMPLES = {("imagenet2012", "train"): 1_281_167}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run as it would be.
+
+    Attributes:
+      task: what it trains.
+      config: its settings, with the dtype of accelerators where it says "auto".
+      networks: what stands for each network that would be read: (role, where it came from).
+      examples: images in an epoch, or None where the config counts steps.
+      steps_per_epoch: full batches in an epoch.
+      total_steps: updates.
+    """
+
+    task: Task
+    config: Config
+    networks: tuple[tuple[str, str], ...]
+    examples: int | None
+    steps_per_epoch: int
+    total_steps: int
+
+
+def define(config: Config, *, start: str = "", examples: int | None = None) -> Experiment:
+    """The experiment of a config of `configs/`.
+
+    Args:
+      config: of distillation (it has a `teacher`) or classification (it has a `model`).
+      start: stands for `config.init_from` where that folder does not exist: a converter source or
+        the path of a distillation's config file.
+      examples: images in an epoch, for data that is neither known nor here.
+
+    Raises:
+      UserError: a network or the number of images is not known, or the settings do not fit.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"
+    steps_per_epoch, total_steps, examples = _length(config, examples)
+    config = ml_collections.FrozenConfigDict(config)
+    if "teacher" in config:
+        spec, origin = _teacher(config)
+        task: Task = DistillTask(config, teacher_spec=spec)
+        networks = (("teacher", origin),)
+    elif "model" in config:
+        spec, origin = _start(config, start)
+        task = ClassifyTask(config, init_spec=spec)
+        networks = (("starts from", origin),)
+    else:
+        raise ConfigError("the config has neither a teacher nor a model: no task here trains it")
+    return Experiment(task, config, networks, examples, steps_per_epoch, total_steps)
+
+
+def _length(config: Config, examples: int | None) -> tuple[int, int, int | None]:
+    """Steps per epoch, steps in all, images per epoch."""
+    known = EXAMPLES.get((config.data.name, config.data.split))
+    examples = examples or known
+    if examples is None and not config.steps:
+        raise ConfigError(
+            f"how many images the split {config.data.split!r} of {config.data.name} has is not "
+            "known without the data: name it with --examples=N"
+        )
+    if examples is not None and examples < config.batch_size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is more than the {examples} images of an epoch"
+        )
+    per_epoch = 1 if examples is None else examples // config.batch_size
+    return per_epoch, config.steps or round(config.epochs * per_epoch), examples
+
+
+def _teacher(config: Config) -> tuple[ModelSpec, str]:
+    if (epath.Path(config.teacher.path) / "model.json").exists():
+        return model_folder.load_spec(config.teacher.path), config.teacher.path
+    if not config.teacher.source:
+        raise ConfigError(
+            f"there is no teacher at {config.teacher.path}; to plan without it, name its converter "
+            "source in --config.teacher.source"
+        )
+    spec = _of_source(config.teacher.source)
+    if config.target.kind == "logits" and not spec.classes:
+        # The head comes from the file, which is not here: ImageNet's.
+        spec = dataclasses.replace(spec, classes=1000)
+    return spec, f"converter source {config.teacher.source}"
+
+
+def _start(config: Config, start: str) -> tuple[ModelSpec | None, str]:
+    """None where the task finds it itself."""
+    if config.init_from and (epath.Path(config.init_from) / "model.json").exists():
+        return None, config.init_from
+    if start.endswith(".py"):
+        return _student(start), f"the student of {start}"
+    if start:
+        return _of_source(start), f"converter source {start}"
+    if config.model.family:
+        return None, "random weights"
+    raise ConfigError(
+        f"there is no model folder at init_from={config.init_from!r}; to plan without it, name "
+        "what the run would start from: --start=configs/distill_clip_vit_b16.py (its student) or "
+        "--start=openai_clip_vit_b16 (a converter source)"
+    )
+
+
+def _of_source(name: str) -> ModelSpec:
+    source = sources.get(name)
+    return dataclasses.replace(source.parts[source.default_part].spec, source=name)
+
+
+def _student(path: str) -> ModelSpec:
+    file = pathlib.Path(path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.exists() or spec is None or spec.loader is None:
+        raise ConfigError(f"--start={path}: there is no such config file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    if "student" not in config:
+        raise ConfigError(f"--start={path} is not the config of a distillation: it has no student")
+    arch = config.student.arch.to_dict()
+    return ModelSpec(config.student.family, arch, source=f"distilled by {path}")

@@ -1,0 +1,243 @@
+"""A plan for people and as JSON."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from fd_jax import flops
+from fd_jax.plan import hlo
+from fd_jax.plan.advice import Attempt
+from fd_jax.plan.bounds import Bounds
+from fd_jax.plan.compiled import Compiled, DoesNotFitError
+from fd_jax.plan.experiment import Experiment
+from fd_jax.plan.topology import Slice
+
+GIB = 2**30
+
+
+def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int]) -> dict[str, Any]:
+    """What is to run, before anything is compiled."""
+    config = experiment.config
+    work = flops.of_task(experiment.task)
+    params, _ = jax.eval_shape(experiment.task.init, jax.random.key(0))
+    return {
+        "topology": target.name,
+        "chips": target.chips,
+        "devices": len(target.devices),
+        "mesh": mesh_shape,
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "dtype": config.dtype,
+        "remat": config.remat,
+        "moments": config.optim.moments,
+        "epochs": config.epochs,
+        "total_steps": experiment.total_steps,
+        "images_per_epoch": experiment.examples,
+        "networks": dict(experiment.networks),
+        "parameters": {
+            "trained": _count(params),
+            "frozen": _count(experiment.task.abstract_frozen()),
+        },
+        "flops_per_image": {
+            "forward": work.forward,
+            "backward": work.backward,
+            "recomputed": work.recomputed,
+            "closed_form": work.executed,
+        },
+    }
+
+
+def fitting(
+    experiment: Experiment, target: Slice, compiled: Compiled, limits: Bounds
+) -> dict[str, Any]:
+    """What is known of a step that was compiled."""
+    batch, devices = experiment.config.batch_size, len(target.devices)
+    work = flops.of_task(experiment.task)
+    by_compiler = compiled.flops * devices / batch
+    capacity = target.chip.hbm_bytes / target.devices_per_chip
+    in_loops = bool(compiled.module.loops)
+    return {
+        "fits": True,
+        "compile": {"seconds": round(compiled.seconds, 1), "effort": compiled.effort},
+        "hbm_bytes_per_device": {
+            "arguments": compiled.arguments,
+            "outputs_not_aliased": compiled.outputs - compiled.aliased,
+            "temporaries": compiled.temporaries,
+            "code": compiled.code,
+            "total": compiled.hbm,
+            "capacity": capacity,
+        },
+        "compiler": {
+            "loops": compiled.module.loops,
+            "rematerialized_instructions": compiled.module.rematerialized(),
+            "flops_per_image": None if in_loops else by_compiler,
+            "flops_over_closed_form": None if in_loops else by_compiler / work.executed,
+            "bytes_accessed_per_image": (
+                None if in_loops else compiled.bytes_accessed * devices / batch
+            ),
+            "hbm_bytes_per_image": None if in_loops else compiled.hbm_traffic * devices / batch,
+            "estimated_cycles": compiled.module.cycles() if compiled.effort == 0 else None,
+        },
+        "collectives": [hlo.to_json(c) for c in compiled.collectives],
+        "bounds": {
+            "compute_seconds": limits.compute,
+            "hbm_seconds": limits.hbm,
+            "interconnect_seconds": limits.interconnect,
+            "limit": limits.limit,
+            "images_per_second_at_most": limits.images_per_second,
+            "images_per_second_per_chip_at_most": limits.images_per_second / target.chips,
+            "mfu_at_most": limits.mfu,
+            "chip_hours_at_least": limits.chip_hours,
+        },
+        "estimate": {
+            "step_seconds": limits.estimated_seconds,
+            "images_per_second_per_chip": (
+                batch / limits.estimated_seconds / target.chips
+                if limits.estimated_seconds
+                else None
+            ),
+            "mfu": limits.estimated_mfu,
+        },
+    }
+
+
+def not_fitting(error: DoesNotFitError, attempts: Sequence[Attempt] = ()) -> dict[str, Any]:
+    """By how much a step does not fit, and what was tried."""
+    return {
+        "fits": False,
+        "hbm_bytes_per_device": {"total": error.needed, "available": error.available},
+        "over_by_bytes": error.needed - error.available,
+        "tried": [dataclasses.asdict(attempt) for attempt in attempts],
+    }
+
+
+def text(plan: dict[str, Any]) -> str:
+    """A plan as lines for a terminal."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    counts, work = plan["parameters"], plan["flops_per_image"]
+    rows = [
+        ("slice", f"{plan['topology']}, {plan['chips']} chips, mesh {mesh}"),
+        *((role, origin) for role, origin in plan["networks"].items()),
+        (
+            "run",
+            f"{plan['total_steps']} steps of {plan['batch_size']} images, {plan['dtype']}"
+            + (f", {plan['accumulation']} micro-batches" if plan["accumulation"] > 1 else "")
+            + (f", remat {plan['remat']}" if plan["remat"] else ""),
+        ),
+        ("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen"),
+        ("FLOPs per image", f"{work['closed_form'] / 1e9:.2f} G by closed form"),
+    ]
+    if "fits" in plan:
+        rows += _fitting_rows(plan) if plan["fits"] else _not_fitting_rows(plan)
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
+
+
+def attempt_line(attempt: Attempt) -> str:
+    """One change that was tried."""
+    if attempt.refused:
+        return f"{attempt.flags}: not possible, {attempt.refused}"
+    verdict = "fits" if attempt.fits else "does not fit"
+    return f"{attempt.flags}: {verdict}, {_gib(attempt.hbm)} per device"
+
+
+def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    memory, compiler = plan["hbm_bytes_per_device"], plan["compiler"]
+    bound, estimate = plan["bounds"], plan["estimate"]
+    rows = []
+    if compiler["flops_per_image"] is None:
+        trips = ", ".join(str(count) for count in compiler["loops"])
+        rows.append(
+            ("", f"the compiler counts bodies of loops once (they run {trips} times): no counts")
+        )
+    else:
+        rows += [
+            (
+                "",
+                f"{compiler['flops_per_image'] / 1e9:.2f} G by the compiler "
+                f"({compiler['flops_over_closed_form']:.3f} of that)"
+                + _repeated(compiler["rematerialized_instructions"]),
+            ),
+            (
+                "bytes per image",
+                f"{compiler['bytes_accessed_per_image'] / 1e6:.0f} MB accessed, of them "
+                f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} MB not in VMEM (compiler)",
+            ),
+        ]
+    rows.append(
+        (
+            "HBM per device",
+            f"{_gib(memory['total'])} of {_gib(memory['capacity'])}: arguments "
+            f"{_gib(memory['arguments'])}, temporaries {_gib(memory['temporaries'])}, outputs "
+            f"{_gib(memory['outputs_not_aliased'])}, code {_gib(memory['code'])}",
+        )
+    )
+    for index, row in enumerate(plan["collectives"]):
+        rows.append(
+            (
+                "" if index else "collectives",
+                f"{row['count']} {row['kind']} over {row['axis'] or 'no axis'}, "
+                f"{row['bytes'] / 1e6:.3g} MB {'+'.join(row['dtypes'])}",
+            )
+        )
+    rows += [
+        (
+            "bounds of a step",
+            f"compute {_ms(bound['compute_seconds'])}, HBM {_ms(bound['hbm_seconds'])}, "
+            f"interconnect {_ms(bound['interconnect_seconds'])}: {bound['limit']} limits",
+        ),
+        (
+            "at most",
+            f"{bound['images_per_second_at_most']:,.0f} images/s, "
+            f"{bound['images_per_second_per_chip_at_most']:,.0f} per chip, "
+            f"MFU {bound['mfu_at_most']:.2f}",
+        ),
+        ("at least", f"{bound['chip_hours_at_least']:,.1f} chip-hours"),
+    ]
+    if estimate["step_seconds"]:
+        rows.append(
+            (
+                "compiler's estimate",
+                f"{_ms(estimate['step_seconds'])} a step, "
+                f"{estimate['images_per_second_per_chip']:,.0f} images/s per chip, "
+                f"MFU {estimate['mfu']:.2f} (not a measurement)",
+            )
+        )
+    else:
+        rows.append(("compiler's estimate", "none: cycles mean nothing below full effort"))
+    seconds, effort = plan["compile"]["seconds"], plan["compile"]["effort"]
+    rows.append(("compiled in", f"{seconds} s at effort {effort:g}"))
+    return rows
+
+
+def _not_fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = plan["hbm_bytes_per_device"]
+    rows = [
+        (
+            "does not fit",
+            f"{_gib(memory['total'])} of {_gib(memory['available'])} per device, "
+            f"{_gib(plan['over_by_bytes'])} too much",
+        )
+    ]
+    for index, fields in enumerate(plan["tried"]):
+        rows.append(("" if index else "tried", attempt_line(Attempt(**fields))))
+    return rows
+
+
+def _repeated(instructions: int) -> str:
+    return f"; memory is short: it repeats {instructions} instructions" if instructions else ""
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _gib(size: float | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:.2f} GiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,144 @@
+"""Compiles a shrunken FD step for sixteen TPU chips that are not there, and writes what it found.
+
+    python -m tests.plan.compile_step --output FOLDER [--depth 2] [--broken]
+    python -m tests.plan.compile_step --renew      # writes tests/plan/figures.json
+
+Run in a process of its own: the compiler's effort is a global setting, and the tests' eight fake
+devices are another backend.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from configs import base
+from fd_jax import program, sharding
+from fd_jax.models import layers
+from fd_jax.models.spec import ModelSpec
+from fd_jax.plan import compiled, experiment, topology
+from fd_jax.tasks.distill import DistillTask
+
+FIGURES = pathlib.Path(__file__).parent / "figures.json"
+TOPOLOGY = "v5e:4x4"
+CHIPS = 16
+IMAGES = 16  # per chip
+STUDENT = {"patch_size": 16, "width": 256, "heads": 4, "mlp_width": 1024}
+# Unlike the student's in every number that a shape shows.
+TEACHER = {"width": 384, "heads": 6, "mlp_width": 1536}
+
+
+def config(depth=2, **fields):
+    made = base.distillation(teacher="", shape={**STUDENT, "depth": depth}, drop_path=0.2)
+    made.batch_size = IMAGES * CHIPS
+    made.mesh = {"data": 1, "fsdp": CHIPS, "tensor": 1}
+    made.dtype = "bfloat16"
+    made.update_from_flattened_dict(fields)
+    return made
+
+
+def define(made):
+    depth = made.student.arch.depth
+    arch = {
+        **base.student({**STUDENT, **TEACHER, "depth": depth}, image_size=224),
+        "position": "ape",
+    }
+    task = DistillTask(made, teacher_spec=ModelSpec("vit", {**arch, "layer_scale": None}))
+    return experiment.Experiment(task, made, (), None, 625, 1000)
+
+
+def breakage():
+    """Everything wrong at once that the tests have to see."""
+    attend = layers.attend
+
+    def bias_per_example(q, k, v, *, bias, **kwargs):
+        if bias is not None:
+            bias = jnp.broadcast_to(bias, (q.shape[0], *bias.shape))
+            bias = jax.lax.optimization_barrier(bias)
+            logits_bias = bias
+
+            def probabilities(q, k, *, bias, scale):
+                del bias
+                logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k).astype(jnp.float32)
+                return jax.nn.softmax(logits + logits_bias, axis=-1)
+
+            with mock.patch.object(layers, "attention_probabilities", probabilities):
+                return attend(q, k, v, bias=None, **kwargs)
+        return attend(q, k, v, bias=bias, **kwargs)
+
+    def replicated(tx, opt_state, params, mesh):
+        del tx, params
+        return jax.tree.map(lambda _: sharding.replicated(mesh), opt_state)
+
+    def teacher_whole(tree, mesh, original=sharding.param_shardings):
+        if "projector" in tree:
+            return original(tree, mesh)
+        return jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+
+    jit = jax.jit
+
+    def without_donation(function, *, donate_argnums=(), **kwargs):
+        del donate_argnums
+        return jit(function, **kwargs)
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(layers, "attend", bias_per_example))
+    stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated))
+    stack.enter_context(mock.patch.object(sharding, "param_shardings", teacher_whole))
+    stack.enter_context(mock.patch.object(program.jax, "jit", without_donation))
+    return stack
+
+
+def measure(depth=2, *, broken=False):
+    """The compiled step, and its facts as plain values."""
+    target = topology.describe(TOPOLOGY)
+    with breakage() if broken else contextlib.nullcontext():
+        fields = {"grad_reduce_dtype": "bfloat16"} if broken else {}
+        planned = define(config(depth, **fields))
+        step = compiled.compile_step(planned, target, effort=-1.0)
+    (state, frozen, _), _ = step.executable.input_shardings
+    leaves = jax.tree_util.tree_leaves_with_path({"state": state, "frozen": frozen})
+    shapes = jax.tree.leaves({"state": step.run.state, "frozen": step.run.frozen})
+    state_leaves = len(jax.tree.leaves(step.run.state))
+    facts = {
+        "compile_seconds": step.seconds,
+        "state_leaves": state_leaves,
+        "inputs": {
+            jax.tree_util.keystr(path): {
+                "shape": list(shape.shape),
+                "whole": sharded.is_fully_replicated,
+            }
+            for (path, sharded), shape in zip(leaves, shapes, strict=True)
+        },
+        "figures": {
+            "flops_per_image": step.flops / IMAGES,
+            "bytes_per_image": step.bytes_accessed / IMAGES,
+            "arguments": step.arguments,
+            "temporaries": step.temporaries,
+            "hbm": step.hbm - step.code,
+        },
+    }
+    return step, facts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--renew", action="store_true")
+    args = parser.parse_args()
+    step, facts = measure(args.depth, broken=args.broken)
+    if args.output is not None:
+        (args.output / "step.txt").write_text(step.executable.as_text())
+        (args.output / "facts.json").write_text(json.dumps(facts))
+    if args.renew:
+        FIGURES.write_text(json.dumps(facts["figures"], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

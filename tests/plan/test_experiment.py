@@ -1,0 +1,324 @@
+"""From configs to tasks without weights or data, slices by name, and the command's errors."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import base
+from fd_jax import flops, hardware, sharding
+from fd_jax.errors import ConfigError, ConversionError
+from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def test_a_distillation_without_its_teacher():
+    config = base.distillation(teacher="openai_clip_vit_l14", shape=base.VIT_L14, drop_path=0.1)
+    planned = experiment.define(config)
+    assert planned.networks == (("teacher", "converter source openai_clip_vit_l14"),)
+    assert planned.task.teacher.width == 1024
+    assert planned.config.dtype == "bfloat16"
+    # 1,281,167 images in batches of 2,048, the rest dropped; 300 epochs
+    assert (planned.steps_per_epoch, planned.total_steps) == (625, 187_500)
+
+
+def test_a_teacher_that_is_there_is_read(teacher):
+    config = tiny.config(teacher, **{"teacher.source": "tiny"})
+    planned = experiment.define(config)
+    assert planned.networks == (("teacher", teacher),)
+    assert planned.task.teacher.width == tiny.TEACHER["width"]
+    assert (planned.total_steps, planned.examples) == (6, None)
+
+
+def test_fine_tuning_from_the_student_of_a_config():
+    config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
+    student = experiment.define(config, start=str(ROOT / "configs/distill_clip_vit_l14.py"))
+    assert student.task.spec.arch["width"] == 1024
+    assert student.task.spec.arch["position"] == "rpb"  # untied, as fine-tuning does
+    public = experiment.define(config, start="openai_clip_vit_b16")
+    assert public.task.spec.arch["activation"] == "quick_gelu"
+    config.model.family = "vit"
+    config.model.arch = base.student(base.VIT_B16, image_size=224)
+    assert experiment.define(config).networks == (("starts from", "random weights"),)
+
+
+@pytest.mark.parametrize(
+    "fields,arguments,error,message",
+    [
+        ({}, {}, ConfigError, "--start=configs"),
+        ({}, {"start": "resnet"}, ConversionError, "no source is named 'resnet'"),
+        ({}, {"start": "nowhere.py"}, ConfigError, "no such config file"),
+        ({"data.name": "folder:/x"}, {}, ConfigError, "--examples=N"),
+        ({"batch_size": 4096}, {"examples": 1000}, ConfigError, "more than the 1000 images"),
+    ],
+)
+def test_what_cannot_be_known_is_asked_for(fields, arguments, error, message):
+    config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(error, match=message):
+        experiment.define(config, **arguments)
+
+
+def test_start_needs_a_distillation(tmp_path):
+    config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
+    with pytest.raises(ConfigError, match="has no student"):
+        experiment.define(config, start=str(ROOT / "configs/finetune_clip_vit_b16.py"))
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5e:1x1", "v4:2x2x4", "v5p:4x4x4", "v6e:16x16"])
+def test_topologies_by_name(name):
+    chip, shape = hardware.parse_topology(name)
+    assert name == f"{chip.name}:{'x'.join(map(str, shape))}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v5e", "v5e:4", "v5e:4x4x4", "v4:4x4", "v5e:32x32", "H100:2x2", "v9:2x2", "v5e:0x4", ""],
+)
+def test_unknown_topologies_are_refused_with_those_known(name):
+    with pytest.raises(ConfigError, match="v5e:4x4.*v6e:16x16"):
+        hardware.parse_topology(name)
+
+
+def test_every_listed_topology_is_taken():
+    for name in hardware.topologies():
+        hardware.parse_topology(name)
+
+
+def test_chips_by_device_kind():
+    assert hardware.of_kind("TPU v5 lite") is hardware.CHIPS["v5e"]
+    assert hardware.of_kind("NVIDIA H200") is hardware.CHIPS["H200"]
+    assert hardware.of_kind(jax.devices()[0].device_kind) is None
+    # Peak compute by the units and the clock: 4 of 128 x 128 at 1.5 GHz
+    np.testing.assert_allclose(hardware.CHIPS["v5e"].clock_hz, 1.5e9, rtol=0.01)
+
+
+@pytest.mark.parametrize("found,message", [(None, "missing"), ("0.0.41", "0.0.41 is installed")])
+def test_the_wrong_libtpu_is_told(monkeypatch, found, message):
+    def version(name):
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=f"{message}.*pip install 'libtpu==0.0.42"):
+        topology.describe("v5e:2x2")
+
+
+def test_the_right_libtpu_is_taken():
+    topology.check_libtpu()
+
+
+def command(*flags):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "fd_jax.plan", *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ([], "--config is missing"),
+        (["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:3"], "is unknown"),
+        (
+            ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=/no/x"],
+            "there is no folder /no",
+        ),
+    ],
+)
+def test_the_command_tells_what_is_wrong(flags, message):
+    done = command(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,devices", [("v4:2x2x1", 8), ("v5p:2x2x1", 4), ("v5e:1x1", 1)])
+def test_slices_as_libtpu_describes_them(name, devices):
+    code = (
+        f"from fd_jax.plan import topology; s = topology.describe({name!r}); print(len(s.devices))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert done.stdout.split()[-1] == str(devices), done.stderr
+
+
+TINY_PLAN = """
+from tests import tiny
+
+def get_config(arg=""):
+    return tiny.config({teacher!r}, **{{"batch_size": 64, "teacher.source": "tiny"}})
+"""
+
+
+@pytest.mark.slow
+def test_the_command_from_end_to_end(teacher, tmp_path):
+    config = tmp_path / "tiny_plan.py"
+    config.write_text(TINY_PLAN.format(teacher=teacher))
+    flags = [f"--config={config}", "--topology=v5e:4x4", "--effort=-1"]
+    done = command(*flags, f"--output={tmp_path / 'plan.json'}", "--config.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["mesh"] == {"data": 4, "fsdp": 4, "tensor": 1}
+    assert {c["axis"] for c in plan["collectives"]} <= {"fsdp", "data", "data+fsdp"}
+    assert plan["estimate"]["step_seconds"] is None
+    assert "does not fit" not in done.stdout and "at most" in done.stdout
+
+    # 3,000 times the memory, and what was tried against it
+    done = command(
+        *flags,
+        f"--output={tmp_path / 'big.json'}",
+        "--config.batch_size=1048576",
+        "--config.data.image_size=256",
+        "--config.student.arch.image_size=256",
+        "--config.teacher.image_size=256",
+    )
+    assert done.returncode == 1, done.stderr
+    plan = json.loads((tmp_path / "big.json").read_text())
+    assert not plan["fits"] and plan["over_by_bytes"] > 0 and plan["tried"]
+
+
+class FakeStep:
+    """Stands for a compiled step where only arithmetic is tested."""
+
+    effort = 0.0
+    collectives = ()
+    hbm_traffic = 0
+
+    class module:
+        @staticmethod
+        def cycles():
+            return 1.5e9 * 0.01
+
+
+@pytest.fixture
+def planned():
+    config = tiny.config(**{"teacher.source": "openai_clip_vit_b16", "teacher.path": "/nowhere"})
+    config.student.arch.update(base.student(base.VIT_B16, image_size=224))
+    config.data.image_size = 224
+    return experiment.define(config)
+
+
+def test_bounds_are_work_over_peak(planned):
+    target = topology.Slice("v5e:2x2", hardware.CHIPS["v5e"], 4, [None] * 4)
+    found = bounds.of_step(planned, target, FakeStep())
+    work = flops.of_task(planned.task).executed * planned.config.batch_size
+    np.testing.assert_allclose(found.compute, work / (4 * 197e12))
+    assert (found.mfu, found.limit) == (1.0, "compute")
+    np.testing.assert_allclose(found.images_per_second, planned.config.batch_size / found.compute)
+    np.testing.assert_allclose(found.chip_hours, planned.total_steps * found.compute * 4 / 3600)
+    np.testing.assert_allclose(found.estimated_seconds, 0.01, rtol=0.01)
+
+    slow = FakeStep()
+    slow.hbm_traffic = 819e9  # of one device: a second
+    found = bounds.of_step(planned, target, slow)
+    np.testing.assert_allclose((found.hbm, found.seconds), 1.0)
+    assert found.limit == "HBM"
+    # Two devices share the memory of a v4's chip.
+    halves = topology.Slice("v4:2x2x1", hardware.CHIPS["v4"], 4, [None] * 8)
+    np.testing.assert_allclose(bounds.of_step(planned, halves, slow).hbm, 2 * 819e9 / 1228e9)
+    slow.effort = -1.0
+    assert bounds.of_step(planned, target, slow).estimated_seconds is None
+
+
+def test_messages_of_memory_are_read():
+    used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+    used += "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    assert compiled._memory_excess(used) == (20.5 * 2**30, 15.75 * 2**30)
+    temporaries = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    temporaries += "temporaries (256.00G) exceeds available HBM (15.75G)."
+    assert compiled._memory_excess(temporaries) == (256 * 2**30, 15.75 * 2**30)
+    assert compiled._memory_excess("INTERNAL: something else") is None
+
+
+def memory_model(config):
+    """Bytes that some changes save, for a run that needs 100 of 50."""
+    needed = 100.0
+    needed *= 0.9 if config.remat == "dots" else 0.6 if config.remat == "full" else 1.0
+    needed *= 0.7 if config.mesh.fsdp == -1 else 1.0
+    needed *= 0.95 if config.optim.moments == "bfloat16" else 1.0
+    needed *= config.batch_size / 16 / config.accumulation
+    return needed
+
+
+@pytest.mark.parametrize(
+    "available,fitting",
+    [
+        (65.0, [{"remat": "full"}, {"accumulation": 2}, {"batch_size": 8}]),
+        (
+            45.0,
+            [
+                {
+                    "mesh.data": 1,
+                    "mesh.fsdp": -1,
+                    "optim.moments": "bfloat16",
+                    "remat": "full",
+                }
+            ],
+        ),
+    ],
+)
+def test_advice_is_tried(planned, available, fitting):
+    tried = []
+
+    def compile_with(config):
+        needed = memory_model(config)
+        tried.append(config.to_dict())
+        if needed > available:
+            raise compiled.DoesNotFitError(needed, available)
+        return dataclasses.make_dataclass("Step", ["hbm"])(int(needed))
+
+    attempts = advice.find(planned, 16, compile_with)
+    assert [a.changes for a in attempts if a.fits] == fitting
+    assert len(tried) == len(attempts)
+    for attempt, config in zip(attempts, tried, strict=True):
+        assert attempt.hbm == pytest.approx(memory_model(ml_collections.ConfigDict(config)), abs=1)
+    error = compiled.DoesNotFitError(100 * 2**30, 45 * 2**30)
+    target = topology.Slice("v5e:4x4", hardware.CHIPS["v5e"], 16, [None] * 16)
+    plan = table.run_facts(planned, target, {"data": 16, "fsdp": 1, "tensor": 1})
+    text = table.text(json.loads(json.dumps(plan | table.not_fitting(error, attempts))))
+    assert "55.00 GiB too much" in text
+    assert "--config.remat=full: " in text
+
+
+def test_advice_tells_settings_that_do_not_go(planned):
+    def compile_with(config):
+        raise ConfigError("no")
+
+    attempts = advice.find(planned, 1, compile_with)
+    assert {a.refused for a in attempts} == {"no"}
+    assert not any("mesh.fsdp" in a.changes for a in attempts)  # one device has nothing to split
+
+
+def test_a_mesh_axis_may_be_a_part_of_the_torus():
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        coords: tuple
+        platform: str = "tpu"
+        device_kind: str = "TPU v5 lite"
+        process_index: int = 0
+        core_on_chip: int = 0
+
+    devices = [Device(8 * y + x, (x, y, 0)) for y in range(8) for x in range(8)]
+    mesh = sharding.make_mesh(data=-1, fsdp=16, devices=devices)
+    assert mesh.shape == {"data": 4, "fsdp": 16, "tensor": 1}
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(64))

@@ -1,0 +1,186 @@
+"""The reader of compiled text: on programs compiled here, and on lines of a TPU's compiler."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from fd_jax import sharding
+from fd_jax.plan import hlo
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(**SIZES)
+
+
+def compile_text(mesh, function, *shapes, in_specs, out_specs):
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    structs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, in_specs, strict=True)
+    ]
+    return hlo.Module(jax.jit(mapped).lower(*structs).compile().as_text())
+
+
+EXCHANGES = {
+    # name: (function of a [8, 16] shard, kind, axis, bytes of the whole arrays, share received)
+    "psum": (lambda x: jax.lax.psum(x, "fsdp"), "all-reduce", "fsdp", 512, 2 / 2),
+    "psum2": (
+        lambda x: jax.lax.psum(x, ("data", "tensor")),
+        "all-reduce",
+        "data+tensor",
+        512,
+        2 * 3 / 4,
+    ),
+    "gather": (
+        lambda x: jax.lax.all_gather(x, "tensor", tiled=True)[:8],
+        "all-gather",
+        "tensor",
+        1024,
+        1 / 2,
+    ),
+    "scatter": (
+        lambda x: jnp.tile(jax.lax.psum_scatter(x, "data", tiled=True), (2, 1)),
+        "reduce-scatter",
+        "data",
+        512,
+        1 / 2,
+    ),
+    "permute": (
+        lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 0)]),
+        "collective-permute",
+        "fsdp",
+        512,
+        1,
+    ),
+    "all": (
+        lambda x: jax.lax.all_to_all(x, "tensor", 0, 0, tiled=True),
+        "all-to-all",
+        "tensor",
+        512,
+        1 / 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_collectives_of_compiled_programs(mesh, name):
+    function, kind, axis, size, share = EXCHANGES[name]
+    module = compile_text(mesh, function, (8, 16), in_specs=(P(),), out_specs=P())
+    (found,) = module.collectives(SIZES)
+    assert (found.kind, found.axis, found.count, found.bytes) == (kind, axis, 1, size)
+    assert found.dtypes == ("f32",)
+    assert found.received == size * share
+
+
+def test_a_loop_counts_as_often_as_it_runs(mesh):
+    def looped(x):
+        def body(x, _):
+            return jnp.sin(jax.lax.psum(x, "fsdp")), None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    module = compile_text(mesh, looped, (8, 16), in_specs=(P(),), out_specs=P())
+    (found,) = module.collectives(SIZES)
+    assert (found.count, found.bytes) == (5, 5 * 512)
+    assert module.loops == []  # no matmul that would be counted too rarely
+
+
+def test_loops_with_matmuls_are_told():
+    def looped(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=7)[0]
+
+    module = hlo.Module(jax.jit(looped).lower(jnp.ones((64, 64))).compile().as_text())
+    assert module.loops == [7]
+
+
+def test_aliases_and_parameters():
+    @functools.partial(jax.jit, donate_argnums=(0,))
+    def step(state, batch):
+        return {"a": state["a"] + batch.sum(), "b": state["b"] * 2}, batch.mean()
+
+    state = {name: jax.ShapeDtypeStruct((4, 4), jnp.float32) for name in "ab"}
+    batch = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    text = step.lower(state, batch).compile().as_text()
+    module = hlo.Module(text)
+    assert module.aliased_parameters() == {0, 1}
+    assert [module.parameters()[i].dims for i in range(3)] == [(4, 4), (4, 4), (8,)]
+    assert module.parameters()[2].bytes == 16
+    kept = jax.jit(step.__wrapped__).lower(state, batch).compile().as_text()
+    assert hlo.Module(kept).aliased_parameters() == set()
+
+
+def groups(text, sizes=None):
+    return sorted(sorted(group) for group in hlo._groups(text, sizes or SIZES))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "replica_groups={{0,2},{1,3},{4,6},{5,7}}, x",
+        "replica_groups=[4,2]<=[2,2,2]T(0,2,1), x",
+        "replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}, x",
+        "replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}, x",
+        "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}, dimensions={1}, x",
+        "replica_groups=mesh['a'=2,'b'=4], device_ids=(0,1,4,5,2,3,6,7) {'a'}, x",
+        "source_target_pairs={{0,2},{2,0},{1,3},{3,1},{4,6},{6,4},{5,7},{7,5}}, x",
+    ],
+)
+def test_every_way_to_write_groups(text):
+    assert groups(text) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert hlo._axis(hlo._groups(text, SIZES), SIZES) == "fsdp"
+
+
+def test_groups_along_no_axis_are_named_nothing():
+    assert hlo._axis(hlo._groups("replica_groups={{0,3},{1,2},{4,7},{5,6}}", SIZES), SIZES) == ""
+    assert groups("channel_id=1", {"data": 4}) == [[0, 1, 2, 3]]
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(ValueError, match="cannot be read"):
+        groups("replica_groups=something new, x")
+
+
+# Lines as libtpu 0.0.42 writes them, of a program made up to hold each kind once.
+TPU = (pathlib.Path(__file__).parent / "tpu_lines.txt").read_text()
+
+
+def test_lines_of_a_tpu():
+    module = hlo.Module(TPU)
+    assert module.cycles() == 3 * 10 + 100
+    assert module.loops == []
+    assert module.aliased_parameters() == {0, 1}
+    # %a is read by four instructions, the loop writes four bytes; the rest is HBM's.
+    assert module.vmem_bytes() == 4 * 64 + 4
+    assert [s.dims for s in module.stored_broadcasts()] == [(2, 4, 8)]
+    # A fused gather stands there twice under one channel; a started one is counted once.
+    (gathers,) = module.collectives({"data": 2})
+    assert (gathers.kind, gathers.axis, gathers.count) == ("all-gather", "data", 2)
+    assert gathers.bytes == 2 * 128
+
+
+def test_text_that_is_no_program():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.Module("hello\n")
+
+
+def test_shapes_in_bytes():
+    made = hlo._shapes("(f32[2,3]{1,0}, s4[5]{0}, pred[], /*index=3*/bf16[7]{0:T(8)S(1)}, token[])")
+    assert [(s.dtype, s.bytes, s.space) for s in made] == [
+        ("f32", 24, 0),
+        ("s4", 3, 0),
+        ("pred", 1, 0),
+        ("bf16", 14, 1),
+        ("token", 0, 0),
+    ]
+    assert np.prod(made[0].dims) == 6

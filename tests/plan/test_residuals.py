@@ -1,0 +1,61 @@
+"""What the forward pass keeps for the backward pass: nothing of the teacher but its target."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fd_jax.tasks.distill import DistillTask
+from tests import tiny
+
+ROWS = 8
+TEACHER = {"width": 72, "heads": 3, "mlp_width": 150}  # no other array has these sizes
+
+
+@pytest.fixture(scope="module")
+def task():
+    return DistillTask(tiny.config(), teacher_spec=tiny.teacher_spec(**TEACHER))
+
+
+def kept(task, *, with_teacher):
+    """Shapes of the residuals of the loss, by the gradient of the student (and the teacher)."""
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {
+        "image": jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+        "weight": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
+    }
+    batch = jax.eval_shape(task.prepare, batch, jax.random.key(0))
+
+    def residuals(params, extra, frozen, batch):
+        if with_teacher:
+            return jax.vjp(lambda p, f: task.loss(p, extra, f, batch)[0], params, frozen)[1]
+        return jax.vjp(lambda p: task.loss(p, extra, frozen, batch)[0], params)[1]
+
+    made = jax.eval_shape(residuals, params, extra, task.abstract_frozen(), batch)
+    return [leaf.shape for leaf in jax.tree.leaves(made)]
+
+
+def of_the_teacher(shapes):
+    """Activations of the teacher's blocks: hidden units, or one row per image of its width."""
+    return [
+        s
+        for s in shapes
+        if (TEACHER["mlp_width"] in s or TEACHER["width"] in s or TEACHER["heads"] in s)
+        and (ROWS in s or ROWS * 17 in s)
+    ]
+
+
+def test_activations_of_the_teacher_are_not_kept(task):
+    # The difference of prediction and target, in the loss, is the only array of its width: what
+    # the smooth L1 loss needs.
+    found = of_the_teacher(kept(task, with_teacher=False))
+    assert set(found) <= {(ROWS, 17, TEACHER["width"])}
+    assert len(found) <= 4
+
+
+def test_they_would_be_seen(task, monkeypatch):
+    """Control: without the two stops of the gradient, and with a gradient asked for."""
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+    found = of_the_teacher(kept(task, with_teacher=True))
+    assert any(TEACHER["mlp_width"] in shape for shape in found)
+    assert len(found) > 20

@@ -1,0 +1,181 @@
+"""What the compiled TPU step may hold: one shrunken FD step for 16 chips, beside a broken one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fd_jax.plan import hlo
+from tests.plan.compile_step import FIGURES, IMAGES, STUDENT, TEACHER
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MESH = {"data": 1, "fsdp": 16, "tensor": 1}
+TOKENS = 197
+MARGIN = 1.03
+
+
+class Step:
+    """What compile_step.py finds, in a process that starts at once and is waited for when read."""
+
+    def __init__(self, folder, *flags):
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environment["JAX_PLATFORMS"] = "cpu"
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.plan.compile_step", f"--output={folder}", *flags],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait(self):
+        output, _ = self._process.communicate(timeout=300)
+        assert self._process.returncode == 0, output
+        self.facts = json.loads((self._folder / "facts.json").read_text())
+        self.module = hlo.Module((self._folder / "step.txt").read_text())
+        self.collectives = self.module.collectives(MESH)
+        return self
+
+    def of_kind(self, kind):
+        return [c for c in self.collectives if c.kind == kind]
+
+    def inputs(self, *words):
+        return {
+            path: fields
+            for path, fields in self.facts["inputs"].items()
+            if all(word in path for word in words)
+        }
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The step; and one with moments and teacher on every chip, bfloat16 reductions, nothing
+    donated, and a position bias per example.
+    """
+    steps = [
+        Step(tmp_path_factory.mktemp("step")),
+        Step(tmp_path_factory.mktemp("broken"), "--broken"),
+    ]
+    return [step.wait() for step in steps]
+
+
+@pytest.fixture(scope="module")
+def step(both):
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def broken(both):
+    return both[1]
+
+
+def expected_gathers(depth):
+    """Weights gathered in a step over fsdp, in an FD step of equal depths.
+
+    Student forward: 4 per block, patch embedding and projector; backward: 4 per block again, but
+    for the last fc2, whose gathered copy is still there. Teacher: 4 per block and its embedding.
+    """
+    return (4 * depth + 2) + (4 * depth - 1) + (4 * depth + 1)
+
+
+def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
+    assert {c.kind for c in step.collectives} == {"all-gather", "all-reduce"}
+    assert {c.axis for c in step.collectives} == {"fsdp"}
+    gathers = step.of_kind("all-gather")
+    assert sum(c.count for c in gathers) == expected_gathers(2)
+    assert {c.dtypes for c in gathers} == {("bf16",)}
+    weights = {
+        size
+        for width, hidden in (
+            (STUDENT["width"], STUDENT["mlp_width"]),
+            (TEACHER["width"], TEACHER["mlp_width"]),
+        )
+        for size in (3 * width * width, width * width, width * hidden, 3 * 16 * 16 * width)
+    } | {STUDENT["width"] * TEACHER["width"]}
+    for gather in gathers:
+        assert all(shape.bytes // 2 in weights for shape in gather.shapes), gather
+
+
+def test_gradients_are_summed_once(step):
+    """As many bytes as the trained parameters in float32, and some scalars."""
+    parameters = sum(_size(f["shape"]) for f in step.inputs(".params").values())
+    reduced = sum(c.bytes for c in step.of_kind("all-reduce"))
+    # The four position tables' gradient is summed as [A, N, N] in places: no more than that.
+    assert 4 * parameters <= reduced <= 4 * parameters + 4 * 4 * TOKENS**2 + 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [3, 4])
+def test_gathers_grow_with_depth_as_the_formula(depth, tmp_path):
+    deeper = Step(tmp_path, f"--depth={depth}").wait()
+    assert sum(c.count for c in deeper.of_kind("all-gather")) == expected_gathers(depth)
+
+
+def reduced_dtypes(step):
+    return {dtype for c in step.of_kind("all-reduce") for dtype in c.dtypes} - {"s32"}
+
+
+def test_gradients_are_reduced_in_float32(step, broken):
+    assert reduced_dtypes(step) == {"f32"}
+    assert "bf16" in reduced_dtypes(broken)
+
+
+def whole_kernels(step, *words):
+    return [path for path, f in step.inputs(*words, "kernel").items() if f["whole"]]
+
+
+def test_moments_and_parameters_are_sharded(step, broken):
+    assert len(step.inputs("opt_state", "kernel")) == 2 * len(step.inputs(".params", "kernel"))
+    assert whole_kernels(step, "opt_state") == []
+    assert whole_kernels(step, ".params") == []
+    assert whole_kernels(broken, "opt_state") == list(broken.inputs("opt_state", "kernel"))
+
+
+def test_the_teacher_is_sharded(step, broken):
+    assert step.inputs("frozen", "kernel")
+    assert whole_kernels(step, "frozen") == []
+    assert whole_kernels(broken, "frozen") == list(broken.inputs("frozen", "kernel"))
+
+
+def test_the_state_is_donated(step, broken):
+    assert step.module.aliased_parameters() == set(range(step.facts["state_leaves"]))
+    assert broken.module.aliased_parameters() == set()
+
+
+def biases_per_example(step):
+    """Arrays that repeat a bias [A, N, N] for each image."""
+    wanted = sorted((IMAGES, STUDENT["heads"], TOKENS, TOKENS))
+    return [s for s in step.module.stored_broadcasts() if sorted(s.dims) == wanted]
+
+
+def test_the_position_bias_is_not_repeated_per_example(step, broken):
+    assert biases_per_example(step) == []
+    assert biases_per_example(broken)
+
+
+def grown(figures, committed):
+    return {
+        name: value / committed[name]
+        for name, value in figures.items()
+        if value > MARGIN * committed[name]
+    }
+
+
+def test_figures_did_not_grow(step, broken):
+    """Renew with `python -m tests.plan.compile_step --renew` and say in the commit why."""
+    committed = json.loads(FIGURES.read_text())
+    assert committed.keys() == step.facts["figures"].keys()
+    assert grown(step.facts["figures"], committed) == {}
+    assert {"arguments", "bytes_per_image"} <= grown(broken.facts["figures"], committed).keys()
+
+
+def _size(shape):
+    size = 1
+    for side in shape:
+        size *= side
+    return size
