@@ -181,7 +181,8 @@ class Swin(nnx.Module):
         self.grids = grids(image_size, patch_size, len(depths))
         self.grid = (self.grids[-1], self.grids[-1])
         self.remat = remat
-        self.dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+        self.dtype = dtype
+        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
 
         def norm(width: int) -> nnx.LayerNorm:
             return layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
@@ -191,7 +192,7 @@ class Swin(nnx.Module):
             number = sum(depths[:stage]) + index
             # The residual branches of deep blocks start smaller, as in the ViT.
             out_init = layers.scaled(KERNEL_INIT, 1 / math.sqrt(2 * (number + 1)))
-            common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **self.dtypes, "rngs": rngs}
+            common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **dtypes, "rngs": rngs}
             return Block(
                 grid=grid,
                 window=min(window, grid),
@@ -216,7 +217,7 @@ class Swin(nnx.Module):
                     width,
                     norm=norm((4 if self.norm_first else 2) * width),
                     norm_first=self.norm_first,
-                    **self.dtypes,
+                    **dtypes,
                     rngs=rngs,
                 ),
             )
@@ -227,7 +228,7 @@ class Swin(nnx.Module):
             use_bias=True,
             kernel_init=KERNEL_INIT,
             rngs=rngs,
-            **self.dtypes,
+            **dtypes,
         )
         self.patch_norm = norm(embed_width)
         self.stages = nnx.Dict({str(number): stage(number) for number in range(len(depths))})

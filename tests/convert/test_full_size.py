@@ -44,6 +44,9 @@ def difference(name: str, folder: Path) -> float:
 
 def _features(model, images):
     tokens = np.asarray(model(images).tokens)
+    if "head" in model.params and model.spec.pooling == "mean":
+        head = model.params["head"]
+        return tokens.mean(axis=1) @ head["kernel"] + head["bias"]
     if "fc_norm" not in model.params:
         return tokens
     mean = tokens[:, 1:].mean(axis=1)
@@ -63,6 +66,8 @@ def _features(model, images):
         "siglip2_base_patch16_224_bigvision",
         "fd_official_distilled_clip_vit_b",
         "timm_beit_base_patch16_224",
+        "esvit_swin_base_w14",
+        "swinv2_large_patch4_window12to16_192to256_22kto1k_ft",
     ],
 )
 def test_features_at_full_size(name, tmp_path):
