@@ -65,7 +65,12 @@ def test_values_are_the_papers(name):
     assert config.data.interpolation == "bilinear"
     assert config.batch_size == 2048
     assert config.student.arch.position == "shared_rpb"
-    assert config.target.to_dict() == {"kind": "full", "normalize": "whiten", "after_norm": True}
+    assert config.target.to_dict() == {
+        "kind": "full",
+        "normalize": "whiten",
+        "after_norm": True,
+        "resample": "none",
+    }
     assert config.loss_beta == 2.0
     optim = config.optim
     assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.05)
@@ -318,6 +323,8 @@ def test_missing_flags_are_named():
         ({"data.image_size": 192}, "data.image_size=192"),
         ({"target.kind": "pooled"}, "target.kind='pooled'"),
         ({"target.normalize": "batch"}, "target.normalize='batch'"),
+        ({"target.resample": "cubic"}, "target.resample='cubic'"),
+        ({"teacher.stages": 3}, "teacher.stages=3, but the teacher is a vit, without stages"),
         ({"student.arch.activation": "relu"}, "activation='relu'"),
         ({"student.arch.position": "sine"}, "position='sine'"),
         ({"student.arch.cls_token": False, "target.kind": "cls"}, "class token on both sides"),
