@@ -241,6 +241,24 @@ def fine_tuning(
     return config
 
 
+def swin_fine_tuning(
+    *, drop_path: float, layer_decay: float, peak_lr: float, floor_lr: float, image_size: int = 224
+) -> Config:
+    """`fine_tuning` of a Swin: its final norm stays, the head reads the mean token after it.
+
+    The head starts at the full scale of its initial weights (reference 2.2). Arguments as there.
+    """
+    config = fine_tuning(
+        drop_path=drop_path,
+        layer_decay=layer_decay,
+        peak_lr=peak_lr,
+        floor_lr=floor_lr,
+        image_size=image_size,
+    )
+    config.model.update(pooling="mean", final_norm=True, head_scale=1.0)
+    return config
+
+
 def clip_recipe(
     *,
     peak_lr: float,
