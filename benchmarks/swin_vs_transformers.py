@@ -32,7 +32,7 @@ SOURCES = {
 
 
 def networks(family: str, folder: Path) -> tuple[torch.nn.Module, ModelSpec, dict]:
-    """transformers' network with its own initialisation, and ours with the same weights."""
+    """The network of transformers with its own initialisation, and ours with the same weights."""
     name = SOURCES[family]
     arch = sources.get(name).parts["classifier"].spec.arch
     common = {
