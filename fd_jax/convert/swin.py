@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Drop, Place, Rule, Table, prefixed
+from fd_jax.convert.rules import Derived, Drop, Place, Rule, Table
 from fd_jax.convert.source import Part, Source, conv, linear, norm
 from fd_jax.convert.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, PER_HEAD, SPLIT_QKV
 from fd_jax.models import swin, windows
@@ -179,6 +179,9 @@ HUGGINGFACE_V2 = _HF_TRUNK + Table(
     (Derived(f"{_SELF}.relative_coords_table", _coordinates, tolerance=1e-5),),
 )
 HUGGINGFACE_HEAD = Table(linear("classifier", "head"))
+_OPTIONAL_HEAD = Table(
+    tuple(dataclasses.replace(rule, optional=True) for rule in HUGGINGFACE_HEAD.rules)
+)
 
 
 SIZES = {
@@ -239,7 +242,7 @@ def _hugging_face(family: str, name: str, repository: str, arch: Mapping[str, An
     return Source(
         name,
         f"{repository} model.safetensors",
-        {"classifier": Part(prefixed(trunk, prefix) + HUGGINGFACE_HEAD, spec)},
+        {"classifier": Part(trunk + _OPTIONAL_HEAD, spec, strip=(prefix,))},
         f"transformers Swin{'v2' if version else ''}ForImageClassification",
         hf=True,
     )
