@@ -142,6 +142,8 @@ def distillation(
     *,
     teacher: str,
     shape: dict | None = None,
+    family: str = "vit",
+    image_size: int = 224,
     drop_path: float,
     epochs: float = 300,
 ) -> Config:
@@ -150,23 +152,33 @@ def distillation(
     Args:
       teacher: converter source name; the weights are expected in teachers/<name>.
       shape: of the student, VIT_B16 by default.
+      family: of the student, "vit" or "swin_v2".
+      image_size: of both networks.
       drop_path: of the student's last block.
       epochs: of distillation.
     """
     config = common()
     config.epochs = float(epochs)
+    made = swin_v2 if family == "swin_v2" else student
     config.student = {
-        "family": "vit",
-        "arch": student(shape or VIT_B16, image_size=224),
+        "family": family,
+        "arch": made(shape or VIT_B16, image_size=image_size),
         "drop_path": drop_path,
     }
+    config.data.image_size = image_size
     config.teacher = {
         "path": f"teachers/{teacher}",
         "source": teacher,  # must be what the folder was converted from; "" takes any
         "image_size": 0,  # 0: the size it was converted at
         "drop_path": 0.0,
+        "stages": 0,  # > 0: only that many of a Swin teacher; 3 end on a ViT's grid
     }
-    config.target = {"kind": "full", "normalize": "whiten", "after_norm": True}
+    config.target = {
+        "kind": "full",
+        "normalize": "whiten",
+        "after_norm": True,
+        "resample": "none",  # or "bilinear": the teacher's map is brought to the student's grid
+    }
     config.loss_beta = 2.0
     return config
 
@@ -226,6 +238,24 @@ def fine_tuning(
         layer_decay=layer_decay,
         clip_norm=5.0,
     )
+    return config
+
+
+def swin_fine_tuning(
+    *, drop_path: float, layer_decay: float, peak_lr: float, floor_lr: float, image_size: int = 224
+) -> Config:
+    """`fine_tuning` of a Swin: its final norm stays, the head reads the mean token after it.
+
+    The head starts at the full scale of its initial weights (reference 2.2). Arguments as there.
+    """
+    config = fine_tuning(
+        drop_path=drop_path,
+        layer_decay=layer_decay,
+        peak_lr=peak_lr,
+        floor_lr=floor_lr,
+        image_size=image_size,
+    )
+    config.model.update(pooling="mean", final_norm=True, head_scale=1.0)
     return config
 
 
@@ -314,9 +344,12 @@ def shrink(config: Config) -> Config:
     Everything else, loss, target, optimiser and code path, stays as the experiment has it.
     `make quickstart` prepares the teacher and the pictures.
     """
-    tiny = {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
+    tiny: dict[str, Any] = {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
+    if "depths" in config.student.arch:  # two stages that end on the teacher's 4 x 4 patches
+        tiny = {"patch_size": 7, "embed_width": 32, "depths": [2, 1], "heads": [1, 2], "window": 4}
+        tiny["pretrained_windows"] = [0, 0]
     config.student.arch.update({**tiny, "image_size": 56})
-    config.teacher.update(path="teachers/dinov2_vits14_onnx", source="", image_size=56)
+    config.teacher.update(path="teachers/dinov2_vits14_onnx", source="", image_size=56, stages=0)
     config.data.update(name="photos", eval_split="test", data_dir="data", image_size=56, threads=2)
     config.update(batch_size=8, steps=20, log_every=5)
     config.eval.update(every=20, batches=2)

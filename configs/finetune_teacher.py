@@ -4,13 +4,14 @@ r"""Direct fine-tuning of a teacher: the rows "before distillation" of Table 1.
       --config.init_from=teachers/openai_clip_vit_b16 --workdir=runs/finetune_clip_b
 
 Paper: see TEACHERS. The original code cannot fine-tune its ViT teachers and the paper gives no
-values for them; the recipe here is that of the distilled student of the same row, and each network
+values for any; the recipe here is that of the distilled student of the same row, and each network
 keeps its own structure and pixel statistics. Ours: not yet run.
 """
 
 from configs import base
 
 B = {"drop_path": 0.2, "layer_decay": 0.65, "peak_lr": 1.25e-3, "floor_lr": 2.5e-7}
+SWIN = {"drop_path": 0.4, "layer_decay": 0.80, "peak_lr": 1.25e-3, "floor_lr": 2.5e-7}
 L = {"drop_path": 0.4, "layer_decay": 0.75, "peak_lr": 2.5e-4, "floor_lr": 5e-7}
 
 # name: the recipe, and the paper's top-1 without distillation
@@ -20,6 +21,7 @@ TEACHERS = {
     "dino_b": (B, 82.8),
     "deit_b": (B, 81.8),
     "mae_b": (B, 83.6),
+    "esvit_swin_b": (SWIN, 83.9),
 }
 
 
@@ -28,5 +30,6 @@ def get_config(arg: str = ""):
     given = base.arguments(arg, teacher="clip_b")
     if given["teacher"] not in TEACHERS:
         raise ValueError(f"teacher={given['teacher']!r}; expected one of {sorted(TEACHERS)}")
-    config = base.fine_tuning(**TEACHERS[given["teacher"]][0])
+    recipe = TEACHERS[given["teacher"]][0]
+    config = (base.swin_fine_tuning if recipe is SWIN else base.fine_tuning)(**recipe)
     return base.shrink_fine_tuning(config) if given["smoke"] else config

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import ablations, base, finetune_teacher
-from fd_jax import optimizer
+from fd_jax import optimizer, sharding
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
 from fd_jax.tasks.classify import ClassifyTask
@@ -30,6 +30,16 @@ PAPER = {
     "distill_deit_vit_b16": ("deit_base_patch16_224", 16, 0.3, 300, 0.08),
     "distill_mae_vit_b16": ("mae_vit_base_pretrain", 16, 0.3, 300, 0.08),
 }
+
+
+# The same of the Swin experiments, with the rates at their own batch (reference section 3).
+SWIN_TEACHER = specs.ModelSpec(
+    "swin", base.swin_v1(base.SWIN_B_W14, image_size=224), source="esvit_swin_base_w14"
+)
+SWIN_STUDENT = specs.ModelSpec(
+    "swin_v2", base.swin_v2(base.SWIN_B_W14, image_size=224), source="distilled"
+)
+GIANT = specs.ModelSpec("swin_v2", base.swin_v2(base.SWIN_G, image_size=256), source="swinv2_giant")
 
 
 def load(name, arg=""):
@@ -65,7 +75,12 @@ def test_values_are_the_papers(name):
     assert config.data.interpolation == "bilinear"
     assert config.batch_size == 2048
     assert config.student.arch.position == "shared_rpb"
-    assert config.target.to_dict() == {"kind": "full", "normalize": "whiten", "after_norm": True}
+    assert config.target.to_dict() == {
+        "kind": "full",
+        "normalize": "whiten",
+        "after_norm": True,
+        "resample": "none",
+    }
     assert config.loss_beta == 2.0
     optim = config.optim
     assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.05)
@@ -282,6 +297,93 @@ def test_unknown_ablations_are_refused(arg):
         load("ablations", arg)
 
 
+def rates(task, config, steps_per_epoch):
+    """The schedule's rates at the start, the peak and the end."""
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    total = round(config.epochs * steps_per_epoch)
+    _, schedule = task.optimizer(params, steps_per_epoch=steps_per_epoch, total_steps=total)
+    peak = round(config.optim.warmup_epochs) * steps_per_epoch + 1
+    return [float(schedule(step)) for step in (0, peak, total + 1)]
+
+
+def test_esvit_distillation_is_the_originals():
+    config = load("distill_esvit_swin_b")
+    task = DistillTask(config, teacher_spec=SWIN_TEACHER)
+    assert (config.epochs, config.student.drop_path, config.data.min_area) == (300, 0.3, 0.08)
+    assert (task.student.grid, task.student.width) == ((7, 7), 1024)
+    assert (task.teacher.grid, task.teacher.width, task.cls) == ((7, 7), 1024, False)
+    assert (task.teacher_spec.arch["norm_eps"], task.student_spec.arch["norm_eps"]) == (1e-5, 1e-5)
+    np.testing.assert_allclose(rates(task, config, STEPS_PER_EPOCH), [4e-6, 8e-4, 4e-5], rtol=1e-6)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    assert len(jax.tree.leaves(params)) == 425
+    encoder = sum(leaf.size for leaf in jax.tree.leaves(params["encoder"]))
+    assert encoder == 86_893_816  # reference 2.2
+
+
+def test_a_vit_takes_the_third_stage_of_esvit():
+    config = load("distill_esvit_vit_b16")
+    task = DistillTask(config, teacher_spec=SWIN_TEACHER)
+    assert (task.teacher.grid, task.teacher.width) == ((14, 14), 512)
+    assert (task.student.grid, task.student.cls, task.cls) == ((14, 14), 1, False)
+    shape = jax.eval_shape(
+        task.predict, jax.eval_shape(task.init, jax.random.key(0))[0], tiny.batch(2, side=224)
+    ).shape
+    assert shape == (2, 196, 512)
+
+
+def test_esvit_fine_tuning_is_the_originals():
+    """Rates at the batch of 1024 that the original's file asks for, 1251 steps an epoch."""
+    config = load("finetune_esvit_swin_b")
+    task = ClassifyTask(config, init_spec=SWIN_STUDENT)
+    assert (config.batch_size, config.epochs, config.optim.warmup_epochs) == (1024, 100, 20)
+    assert (config.model.drop_path, config.optim.layer_decay) == (0.4, 0.8)
+    assert (config.model.head_scale, config.model.pooling) == (1.0, "mean")
+    assert task.spec.arch["final_norm"]
+    np.testing.assert_allclose(rates(task, config, 1251), [5e-7, 2.5e-3, 5e-7], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["distill_esvit_swin_b", "distill_esvit_vit_b16", "distill_swinv2_g"]
+)
+def test_swin_distillations_shrink(name):
+    """On the quickstart's teacher: 4 x 4 patches at 56 pixels."""
+    arch = {**tiny.TEACHER, "image_size": 56, "patch_size": 14}
+    config = load(name, "smoke")
+    task = DistillTask(config, teacher_spec=specs.ModelSpec("vit", arch, source="quickstart"))
+    assert task.student.grid == task.teacher.grid == (4, 4)
+    assert config.steps == 20
+
+
+def test_linear_probe_of_a_swin_reads_the_mean_after_its_norm():
+    task = ClassifyTask(load("linear_swin_b"), init_spec=SWIN_STUDENT)
+    assert task.spec.arch["final_norm"] and task.spec.pooling == "mean"
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    assert set(params) == {"head"} and extra["mean"].shape == (1024,)
+
+
+@pytest.mark.parametrize("name", ["distill_swinv2_g", "finetune_swinv2_g"])
+def test_giant_configs_have_the_published_size(name):
+    """3.0 billion parameters, as its authors say; without computing any of them."""
+    config = load(name)
+    if name.startswith("distill"):
+        task = DistillTask(config, teacher_spec=GIANT)
+        assert (task.teacher.grid, task.teacher.width) == ((8, 8), 4096)
+    else:
+        task = ClassifyTask(config, init_spec=GIANT)
+        assert task.spec.arch["image_size"] == 256
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params["encoder"])) == 2_997_843_680
+    mesh = jax.sharding.AbstractMesh((2, 16, 4), sharding.AXES)
+    placed = sharding.param_shardings(params, mesh)
+    sizes = [
+        np.prod(place.shard_shape(leaf.shape))
+        for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True)
+    ]
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Mergings are split 16 ways, vectors and bias networks not at all; the rest is split 64 ways.
+    assert sum(sizes) < 1.15 * whole / 64
+
+
 def run_train(*flags):
     return subprocess.run(
         [sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
@@ -318,6 +420,8 @@ def test_missing_flags_are_named():
         ({"data.image_size": 192}, "data.image_size=192"),
         ({"target.kind": "pooled"}, "target.kind='pooled'"),
         ({"target.normalize": "batch"}, "target.normalize='batch'"),
+        ({"target.resample": "cubic"}, "target.resample='cubic'"),
+        ({"teacher.stages": 3}, "teacher.stages=3, but the teacher is a vit, without stages"),
         ({"student.arch.activation": "relu"}, "activation='relu'"),
         ({"student.arch.position": "sine"}, "position='sine'"),
         ({"student.arch.cls_token": False, "target.kind": "cls"}, "class token on both sides"),

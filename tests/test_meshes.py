@@ -36,11 +36,11 @@ class DeviceLocalNoise(DistillTask):
         return {**batch, "student_drops": drops.reshape(rows, self.student.depth, 2)}
 
 
-def train(mesh_shape, *, accumulation=1, make_task=DistillTask):
+def train(mesh_shape, *, accumulation=1, make_task=DistillTask, config=None, steps=STEPS):
+    config = config or tiny.config(accumulation=accumulation)
     data, fsdp, tensor = mesh_shape
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
-    config = tiny.config(accumulation=accumulation)
     task = make_task(config, teacher_spec=tiny.teacher_spec())
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
     encoder = tiny.randomize(
@@ -50,7 +50,7 @@ def train(mesh_shape, *, accumulation=1, make_task=DistillTask):
     state = run.create(jax.random.key(0), {})
     rows = place.local_rows(sharding.batch_sharding(mesh), config.batch_size)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         host = {**tiny.batch(seed=step), "stop": np.zeros(16, np.int32)}
         batch = place.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
@@ -95,6 +95,27 @@ def test_device_local_randomness_is_seen(reference):
 
     losses, _ = train((2, 1, 1), make_task=make)
     assert np.abs(losses / reference[0] - 1).max() > 1e-4
+
+
+GIANT = {
+    "pretrained_windows": (6, 6, 3),
+    "extra_norm_every": 2,
+}
+
+
+def test_a_shrunken_giant_trains_alike_on_a_mesh_of_three_axes():
+    """Shifted and clipped windows, norms on the main branch; heads over the tensor axis."""
+    config = tiny.swin_config(**{"target.resample": "bilinear"})
+    config.student.arch = tiny.swin_spec(2, **GIANT).arch
+    losses = {}
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        losses[mesh], state = train(mesh, config=config, steps=4)
+    np.testing.assert_allclose(losses[2, 2, 2], losses[1, 1, 1], rtol=5e-6)
+    assert losses[2, 2, 2][-1] < losses[2, 2, 2][0]
+    attn = state.params["encoder"]["stages"]["0"]["blocks"]["0"]["attn"]
+    shard = attn["qkv"]["kernel"].addressable_shards[0].data
+    assert (attn["qkv"]["kernel"].shape, shard.shape) == ((16, 3, 16), (8, 3, 8))
+    assert "extra_norm" in state.params["encoder"]["stages"]["0"]["blocks"]["1"]
 
 
 def test_parameters_and_moments_are_sharded():

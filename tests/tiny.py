@@ -26,6 +26,9 @@ TEACHER = {
     "qkv_bias": "qkv",
     "patch_bias": True,
 }
+# Grids 8, 4, 2 under windows of 4: the first stage shifts, the second is one window, the third is
+# smaller than its window.
+SWIN = {"patch_size": 4, "embed_width": 16, "depths": (2, 1, 1), "heads": (2, 2, 4), "window": 4}
 STUDENT = {"patch_size": 8, "width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
 
 
@@ -58,6 +61,30 @@ def save_teacher(folder, *, classes=0, **arch):
         spec = specs.ModelSpec("vit", spec.arch, source="tiny", classes=classes)
     model_folder.save(folder, spec, parts)
     return str(folder)
+
+
+def swin_spec(version=1, **arch):
+    made = (base.swin_v1 if version == 1 else base.swin_v2)(SWIN, image_size=32)
+    if version == 2:
+        made["residual_scale"] = 0.5  # at the original's 1e-5 no test would see a block
+    return specs.ModelSpec("swin" if version == 1 else "swin_v2", {**made, **arch}, source="tiny")
+
+
+def save_swin(folder, version=1, **arch):
+    """Writes the model folder of a Swin with random weights."""
+    spec = swin_spec(version, **arch)
+    encoder = jax.tree.map(lambda leaf: np.zeros(leaf.shape), spec.abstract()[1])
+    model_folder.save(folder, spec, {"encoder": randomize(encoder, 1)})
+    return str(folder)
+
+
+def swin_config(teacher="", **fields):
+    """`config` with a SwinV2 student."""
+    made = config(teacher)
+    made.student.family = "swin_v2"
+    made.student.arch = swin_spec(2).arch
+    made.update_from_flattened_dict(fields)
+    return made
 
 
 def config(teacher="", **fields):

@@ -1,12 +1,11 @@
 """BEiT's ViT, which is the official feature distillation student: relative positions, no k bias."""
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Rule, Table
+from fd_jax.convert.rules import Derived, Place, Rule, Table
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
 from fd_jax.convert.transforms import FUSED_QKV
 from fd_jax.models.layers import relative_position_index
@@ -15,8 +14,9 @@ from fd_jax.models.spec import ModelSpec
 _BLOCK = "encoder/blocks/{i}"
 
 
-def _index(arch: Mapping[str, Any]) -> np.ndarray:
+def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """Row of the bias table for every query and key. [N, N]"""
+    del place
     side = arch["image_size"] // arch["patch_size"]
     return relative_position_index((side, side), cls_token=arch["cls_token"]).astype(np.int64)
 
@@ -74,19 +74,6 @@ def arch(size: str, patch_size: int, *, shared: bool) -> dict[str, Any]:
         "qkv_bias": "qv",
         "patch_bias": True,
     }
-
-
-def prefixed(table: Table, prefix: str) -> Table:
-    """The same table for names that all begin with a prefix."""
-
-    def named(names):
-        return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
-
-    return Table(
-        tuple(dataclasses.replace(r, sources=named(r.sources)) for r in table.rules),
-        tuple(dataclasses.replace(d, names=named(d.names)) for d in table.drops),
-        tuple(dataclasses.replace(d, name=named(d.name)) for d in table.derived),
-    )
 
 
 _HALF = (0.5, 0.5, 0.5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Drop, Rule, Table
+from fd_jax.convert.rules import Derived, Drop, Place, Rule, Table
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
 from fd_jax.convert.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
 from fd_jax.models.spec import ModelSpec
@@ -14,14 +14,16 @@ _BLOCK = "encoder/blocks/{i}"
 _MASK = "only masked-image training uses it"
 
 
-def _periods(arch: Mapping[str, Any]) -> np.ndarray:
+def _periods(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """Rotary periods of one axis. [d / 4]"""
+    del place
     count = arch["width"] // arch["heads"] // 4
     return (arch["rope_theta"] ** (np.arange(count) / count)).astype(np.float32)
 
 
-def _bias_mask(arch: Mapping[str, Any]) -> np.ndarray:
+def _bias_mask(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """What the hub multiplies on the fused bias: 1 for q and v, 0 for k. [3D]"""
+    del place
     return np.repeat(np.array([1, 0, 1], np.float32), arch["width"])
 
 

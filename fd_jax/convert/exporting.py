@@ -142,13 +142,12 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
 
 def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """What the original repository's main_finetune.py reads: {"model": {"encoder.*"}}."""
-    layouts.check_family(spec, "official")
-    layouts.check_needs(spec.arch, layouts.OFFICIAL_NEEDS, "official")
+    names = layouts.official(spec)
     try:
         import torch
     except ImportError as error:
         raise ConversionError("writing a .pth file needs torch; pip install torch") from error
-    table = layouts.for_model(layouts.OFFICIAL, set(params), spec.arch, "official")
+    table = layouts.for_model(names, set(params), spec.arch, "official")
     tensors = {
         name: torch.from_numpy(np.array(array))
         for name, array in rules.invert(table, params, spec.arch, derived=True)
@@ -199,7 +198,8 @@ FORMATS = {
     "timm": Format(
         _write_timm,
         "safetensors in timm's names: `Beit` for our students, `VisionTransformer` for plain "
-        "networks; timm computes its index buffers itself and takes none from a file",
+        "networks, `SwinTransformer` and `SwinTransformerV2`; timm computes its index buffers "
+        "itself and takes none from a file",
     ),
     "huggingface": Format(
         _write_huggingface,
@@ -209,7 +209,7 @@ FORMATS = {
     "official": Format(
         _write_official,
         "a `.pth` with exactly the `encoder.*` keys under `model` that the original's "
-        "`main_finetune.py` reads, index buffer included (needs `torch`)",
+        "`main_finetune.py` reads, index buffers included (needs `torch`)",
     ),
     "source": Format(
         _write_source,

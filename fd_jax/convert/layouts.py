@@ -4,12 +4,20 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from fd_jax.convert import beit, clip, dinov2, dinov3, siglip2, timm_vit
-from fd_jax.convert.rules import Rule, Table, missing_paths, summarize, target_paths
+from fd_jax.convert import beit, clip, dinov2, dinov3, siglip2, swin, timm_vit
+from fd_jax.convert.rules import (
+    Rule,
+    Table,
+    missing_paths,
+    prefixed,
+    summarize,
+    target_paths,
+)
 from fd_jax.convert.source import HF_ACTIVATIONS, conv, linear, norm
 from fd_jax.convert.transforms import SPLIT_QKV
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
+from fd_jax.models.swin import grids as swin_grids
 
 _BLOCK = "encoder/blocks/{i}"
 _BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
@@ -36,15 +44,6 @@ def for_model(table: Table, paths: set[str], arch: Mapping[str, Any], layout: st
     return kept
 
 
-def check_family(spec: ModelSpec, layout: str) -> None:
-    """Refuses a network of a family that no table of a layout describes."""
-    if spec.family != "vit":
-        raise ConversionError(
-            f"the layout {layout} has no names for the family {spec.family}; export as safetensors "
-            "or stablehlo instead"
-        )
-
-
 def is_beit(arch: Mapping[str, Any]) -> bool:
     """Whether a network is of BEiT's kind, as our students are: no k bias, no rotary positions."""
     return arch["qkv_bias"] == "qv" and arch["position"] != "rope"
@@ -69,21 +68,49 @@ _TIMM_BEIT = Table(
 
 
 def timm(spec: ModelSpec) -> Table:
-    """Names of timm: Beit's for students of that kind, VisionTransformer's for the rest."""
-    check_family(spec, "timm")
-    return _TIMM_BEIT if is_beit(spec.arch) else _TIMM_VIT
+    """Names of timm: those of `Beit`, `VisionTransformer`, `SwinTransformer` or its V2."""
+    if spec.family == "vit":
+        return _TIMM_BEIT if is_beit(spec.arch) else _TIMM_VIT
+    check_needs(spec.arch, ("a final norm",), "timm")
+    return swin.TIMM_V2 if spec.family == "swin_v2" else swin.TIMM_V1
 
 
-OFFICIAL = beit.prefixed(beit.SHARED, "encoder.")
-OFFICIAL_NEEDS = (
-    "a class token",
-    "a final norm",
-    "a bias of the patch embedding",
-    "a shared relative position table",
-    "biases of q and v alone",
-    "the exact GELU",
-    "norm epsilon 1e-6",
-)
+_OFFICIAL = {
+    "vit": (
+        beit.SHARED,
+        (
+            "a class token",
+            "a final norm",
+            "a bias of the patch embedding",
+            "a shared relative position table",
+            "biases of q and v alone",
+            "the exact GELU",
+            "norm epsilon 1e-6",
+        ),
+    ),
+    "swin": (swin.V1, ("a final norm", "the exact GELU", "norm epsilon 1e-5")),
+    "swin_v2": (
+        swin.OFFICIAL_V2,
+        (
+            "a final norm",
+            "a position bias per block",
+            "coordinates scaled by the window itself",
+            "the exact GELU",
+            "norm epsilon 1e-5",
+        ),
+    ),
+}
+
+
+def official(spec: ModelSpec) -> Table:
+    """Names of the original repository's distillation checkpoints.
+
+    Raises:
+      ConversionError: the original has no such network.
+    """
+    table, needs = _OFFICIAL[spec.family]
+    check_needs(spec.arch, needs, "official")
+    return prefixed(table, "encoder.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +145,19 @@ _NEEDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "register tokens": lambda arch: arch["registers"] > 0,
     "the exact GELU": lambda arch: arch["activation"] == "gelu_erf",
     "norm epsilon 1e-6": lambda arch: arch["norm_eps"] == 1e-6,
+    "norm epsilon 1e-5": lambda arch: arch["norm_eps"] == 1e-5,
     "an MLP whose width is a multiple": lambda arch: arch["mlp_width"] % arch["width"] == 0,
+    "grids no smaller than the window": lambda arch: _last_grid(arch) >= arch["window"],
+    "a position bias per block": lambda arch: arch["position"] == "rpb",
+    "coordinates scaled by the window itself": lambda arch: not any(arch["pretrained_windows"]),
+    "no norms on the main branch": lambda arch: not arch["extra_norm_every"],
 }
 _PLAIN = ("a class token", "a final norm", "a bias of the patch embedding")
 _ABSOLUTE = ("a final norm", "absolute positions", "biases of q, k and v")
+
+
+def _last_grid(arch: Mapping[str, Any]) -> int:
+    return swin_grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))[-1]
 
 
 def check_needs(arch: Mapping[str, Any], needs: tuple[str, ...], layout: str) -> None:
@@ -197,16 +233,52 @@ def _dinov3_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _swin_config(spec: ModelSpec) -> dict[str, Any]:
+    arch = spec.arch
+    config = {
+        "embed_dim": arch["embed_width"],
+        "depths": arch["depths"],
+        "num_heads": arch["heads"],
+        "window_size": arch["window"],
+        "mlp_ratio": float(arch["mlp_ratio"]),
+        "qkv_bias": True,
+        "use_absolute_embeddings": False,
+        "drop_path_rate": 0.0,
+        "encoder_stride": arch["patch_size"] << len(arch["depths"]) - 1,
+    }
+    if spec.family == "swin_v2":
+        config["pretrained_window_sizes"] = arch["pretrained_windows"]
+    return config
+
+
 def huggingface(spec: ModelSpec, *, head: bool) -> HuggingFace:
     """The transformers class of a network; `head` asks for the image classifier.
 
     Raises:
       ConversionError: there is none.
     """
-    check_family(spec, "huggingface")
-    layout = _nearest(spec.arch, head=head)
+    if spec.family == "vit":
+        layout = _nearest(spec.arch, head=head)
+    else:
+        # Their classifiers of this family read the mean token, no other.
+        layout = _swin(spec.family, head=head and spec.pooling == "mean")
     check_needs(spec.arch, layout.needs, f"huggingface ({layout.architecture})")
     return layout
+
+
+def _swin(family: str, *, head: bool) -> HuggingFace:
+    # Their norms of patches and mergings have torch's own epsilon, whatever the config says.
+    needs = ("a final norm", "norm epsilon 1e-5")
+    if family == "swin":
+        kind, name, trunk = "swin", "Swin", swin.HUGGINGFACE_V1
+        needs = (*needs, "grids no smaller than the window")
+    else:
+        kind, name, trunk = "swinv2", "Swinv2", swin.HUGGINGFACE_V2
+        needs = (*needs, "a position bias per block", "no norms on the main branch")
+    if head:
+        table = prefixed(trunk, f"{kind}.") + swin.HUGGINGFACE_HEAD
+        return HuggingFace(kind, f"{name}ForImageClassification", table, _swin_config, needs)
+    return HuggingFace(kind, f"{name}Model", trunk, _swin_config, needs)
 
 
 def _nearest(arch: Mapping[str, Any], *, head: bool) -> HuggingFace:
@@ -238,7 +310,7 @@ def _nearest(arch: Mapping[str, Any], *, head: bool) -> HuggingFace:
         return HuggingFace("dinov2", "Dinov2Model", dinov2.HUGGINGFACE, _dino_config, needs)
     trunk = Table(_VIT_TRUNK)
     if head:
-        table = beit.prefixed(trunk, "vit.") + Table(linear("classifier", "head"))
+        table = prefixed(trunk, "vit.") + Table(linear("classifier", "head"))
         return HuggingFace("vit", "ViTForImageClassification", table, _vit_config, needs)
     return HuggingFace("vit", "ViTModel", trunk, _vit_config, needs)
 
@@ -247,7 +319,7 @@ def _beit(*, head: bool) -> HuggingFace:
     needs = ("a class token", "a bias of the patch embedding")
     trunk = Table(_VIT_TRUNK + _BEIT_EXTRA + _BEIT_POOLER)
     if head:
-        table = beit.prefixed(trunk, "beit.") + Table(linear("classifier", "head"))
+        table = prefixed(trunk, "beit.") + Table(linear("classifier", "head"))
         return HuggingFace("beit", "BeitForImageClassification", table, _beit_config, needs)
     return HuggingFace("beit", "BeitModel", trunk, _beit_config, needs)
 
@@ -260,18 +332,24 @@ def huggingface_config(layout: HuggingFace, spec: ModelSpec) -> dict[str, Any]:
         "model_type": layout.model_type,
         "architectures": [layout.architecture],
         "dtype": "float32",
-        "hidden_size": arch["width"],
-        "num_hidden_layers": arch["depth"],
-        "num_attention_heads": arch["heads"],
-        "intermediate_size": arch["mlp_width"],
         "image_size": arch["image_size"],
         "patch_size": arch["patch_size"],
         "num_channels": 3,
         "layer_norm_eps": arch["norm_eps"],
         "hidden_act": activations[arch["activation"]],
+        **(_vit_sizes(arch) if spec.family == "vit" else {}),
         **layout.config(spec),
     }
     if spec.classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(spec.classes)}
     return config
+
+
+def _vit_sizes(arch: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_size": arch["width"],
+        "num_hidden_layers": arch["depth"],
+        "num_attention_heads": arch["heads"],
+        "intermediate_size": arch["mlp_width"],
+    }

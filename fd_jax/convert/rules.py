@@ -4,11 +4,11 @@ A table is matched against a whole file at once. Every missing tensor, every lef
 shape and dtype stands in one error; nothing is skipped because no rule names it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import fnmatch
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,21 +19,34 @@ from fd_jax.errors import ConversionError
 FLOATS = ("float32", "float16", "bfloat16")
 
 
+class Place(NamedTuple):
+    """A block: its stage (0 in a network without stages) and its number there."""
+
+    stage: int = 0
+    block: int = 0
+
+
+Where = Callable[[Mapping[str, Any], Place], bool]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Tensors of the file <-> parameters of the model.
 
     Attributes:
-      sources: tensor names in the file; "{i}" runs over the blocks.
+      sources: tensor names in the file; "{i}" runs over the blocks. Where there are stages, "{s}"
+        runs over them, "{b}" over the blocks of each, and "{s+1}" is the stage after "{s}".
       targets: parameter paths, such as "encoder/blocks/{i}/norm1/scale".
       transform: the layout change between them.
       optional: whether the file may lack all of the sources (a classifier head).
+      where: (architecture, place) -> whether the rule holds there; None for everywhere.
     """
 
     sources: str | tuple[str, ...]
     targets: str | tuple[str, ...]
     transform: Transform = SAME
     optional: bool = False
+    where: Where | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +69,18 @@ class Derived:
     """A tensor that follows from the architecture: checked on import, computed on export.
 
     Attributes:
-      name: tensor name in the file; "{i}" runs over the blocks.
-      compute: architecture -> the array the file must hold.
+      name: tensor name in the file, with the placeholders of `Rule`.
+      compute: (architecture, place) -> the array the file must hold.
       tolerance: relative; 0 for integers.
       optional: whether a file may lack it.
+      where: as in `Rule`.
     """
 
     name: str
-    compute: Callable[[Mapping[str, Any]], np.ndarray]
+    compute: Callable[[Mapping[str, Any], Place], np.ndarray]
     tolerance: float = 0.0
     optional: bool = True
+    where: Where | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +125,45 @@ class Match:
     expected: int
 
 
-def instances(names: Sequence[str], blocks: int) -> Iterator[tuple[str, ...]]:
-    """The names for every block, or once where no "{i}" stands in them."""
-    indices: Sequence[int] = range(blocks) if "{i}" in "".join(names) else (0,)
-    for i in indices:
-        yield tuple(name.replace("{i}", str(i)) for name in names)
+def instances(
+    names: Sequence[str], arch: Mapping[str, Any], where: Where | None = None
+) -> Iterator[tuple[Place, tuple[str, ...]]]:
+    """The names at every place that their placeholders run over, or once where there are none."""
+    text = "".join(names)
+    places: Iterable[Place] = (Place(),)
+    if "{i}" in text:
+        places = (Place(0, block) for block in range(arch["depth"]))
+    elif "{b}" in text:
+        depths = enumerate(arch["depths"])
+        places = (Place(stage, block) for stage, count in depths for block in range(count))
+    elif "{s" in text:
+        places = (Place(stage) for stage in range(len(arch["depths"])))
+    for place in places:
+        if where is None or where(arch, place):
+            yield place, tuple(_at(name, place) for name in names)
+
+
+def _at(name: str, place: Place) -> str:
+    numbers = {"i": place.block, "b": place.block, "s": place.stage, "s+1": place.stage + 1}
+    return re.sub(r"\{(i|b|s|s\+1)\}", lambda found: str(numbers[found[1]]), name)
+
+
+def as_glob(name: str) -> str:
+    """A name with its placeholders as stars."""
+    return re.sub(r"\{(i|b|s|s\+1)\}", "*", name)
+
+
+def prefixed(table: Table, prefix: str) -> Table:
+    """The same table for names that all begin with a prefix."""
+
+    def named(names):
+        return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
+
+    return Table(
+        tuple(dataclasses.replace(r, sources=named(r.sources)) for r in table.rules),
+        tuple(dataclasses.replace(d, names=named(d.names)) for d in table.drops),
+        tuple(dataclasses.replace(d, name=named(d.name)) for d in table.derived),
+    )
 
 
 def match(
@@ -206,8 +255,8 @@ def invert(
         )
     if derived:
         for item in table.derived:
-            for (name,) in instances((item.name,), depth(arch)):
-                yield name, item.compute(arch)
+            for place, (name,) in instances((item.name,), arch, item.where):
+                yield name, item.compute(arch, place)
 
 
 def depth(arch: Mapping[str, Any]) -> int:
@@ -248,7 +297,7 @@ def summarize(names: Sequence[str]) -> list[str]:
 def _steps(table: Table, arch: Mapping[str, Any]) -> Iterator[tuple[Step, bool]]:
     for rule in table.rules:
         sources, targets = as_tuple(rule.sources), as_tuple(rule.targets)
-        for names in instances(sources + targets, depth(arch)):
+        for _, names in instances(sources + targets, arch, rule.where):
             split = len(sources)
             yield Step(names[:split], names[split:], rule.transform), rule.optional
 
@@ -289,8 +338,8 @@ def _check_derived(
     table: Table, tensors: Mapping[str, Tensor], arch: Mapping[str, Any], claimed: set[str]
 ) -> Iterator[str]:
     for item in table.derived:
-        wanted = item.compute(arch)
-        for (name,) in instances((item.name,), depth(arch)):
+        for place, (name,) in instances((item.name,), arch, item.where):
+            wanted = item.compute(arch, place)
             claimed.add(name)
             tensor = tensors.get(name)
             if tensor is None:

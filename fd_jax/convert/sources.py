@@ -1,12 +1,12 @@
 """The registry: every source there is, collected from the tables."""
 
-from fd_jax.convert import beit, clip, dinov2, dinov3, official_fd, siglip2, timm_vit
+from fd_jax.convert import beit, clip, dinov2, dinov3, official_fd, siglip2, swin, timm_vit
 from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
 
 SOURCES: dict[str, Source] = {
     source.name: source
-    for module in (clip, timm_vit, dinov2, dinov3, siglip2, beit, official_fd)
+    for module in (clip, timm_vit, dinov2, dinov3, siglip2, beit, swin, official_fd)
     for source in module.SOURCES
 }
 

@@ -60,6 +60,9 @@ CONV_1X1 = _one(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None], lambda s: (s[
 VECTOR_TOKEN = _one(lambda x: x[None, None], lambda x: x[0, 0], lambda s: s[2:])
 MATRIX_TOKENS = _one(lambda x: x[None], lambda x: x[0], lambda s: s[1:])
 
+# One number per head, [A, 1, 1] <-> [A]
+PER_HEAD = _one(lambda x: x[:, 0, 0], lambda x: x[:, None, None], lambda s: (s[0], 1, 1))
+
 # Fused torch qkv weight [3D, D], rows q | k | v <-> [D, 3, D]
 FUSED_QKV = _one(
     lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),

@@ -198,7 +198,8 @@ def _torch_tokens(model: Any, pixels: Any) -> list[Any]:
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1] in ("layer", "layers")
     )
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    blocks = [block for layer in layers for block in getattr(layer, "blocks", [layer])]
+    hooks = [block.register_forward_hook(keep) for block in blocks]
     tokens = model(pixels).last_hidden_state
     for hook in hooks:
         hook.remove()

@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers, windows
@@ -181,7 +182,8 @@ class Swin(nnx.Module):
         self.grids = grids(image_size, patch_size, len(depths))
         self.grid = (self.grids[-1], self.grids[-1])
         self.remat = remat
-        self.dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+        self.dtype = dtype
+        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
 
         def norm(width: int) -> nnx.LayerNorm:
             return layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
@@ -191,7 +193,7 @@ class Swin(nnx.Module):
             number = sum(depths[:stage]) + index
             # The residual branches of deep blocks start smaller, as in the ViT.
             out_init = layers.scaled(KERNEL_INIT, 1 / math.sqrt(2 * (number + 1)))
-            common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **self.dtypes, "rngs": rngs}
+            common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **dtypes, "rngs": rngs}
             return Block(
                 grid=grid,
                 window=min(window, grid),
@@ -216,7 +218,7 @@ class Swin(nnx.Module):
                     width,
                     norm=norm((4 if self.norm_first else 2) * width),
                     norm_first=self.norm_first,
-                    **self.dtypes,
+                    **dtypes,
                     rngs=rngs,
                 ),
             )
@@ -227,7 +229,7 @@ class Swin(nnx.Module):
             use_bias=True,
             kernel_init=KERNEL_INIT,
             rngs=rngs,
-            **self.dtypes,
+            **dtypes,
         )
         self.patch_norm = norm(embed_width)
         self.stages = nnx.Dict({str(number): stage(number) for number in range(len(depths))})
@@ -249,6 +251,35 @@ class Swin(nnx.Module):
         if parts[2] == "blocks":
             return sum(arch["depths"][:stage]) + int(parts[3]) + 1
         return sum(arch["depths"][: stage + 1])
+
+    @staticmethod
+    def first_stages(arch: dict[str, Any], stages: int) -> dict[str, Any]:
+        """The architecture of the first stages; three end at 1/16 of the input's side."""
+        per_stage = ("depths", "heads", "pretrained_windows")
+        return {k: v[:stages] if k in per_stage else v for k, v in arch.items()}
+
+    @staticmethod
+    def first_stages_params(
+        params: dict[str, Any], arch: dict[str, Any], stages: int
+    ) -> dict[str, Any]:
+        """The parameters for `first_stages(arch, stages)`; the final norm starts anew.
+
+        As the original does for its three-stage teacher: that norm was trained for the last
+        stage's channels, so it is replaced by one of scale 1 and bias 0 (reference, PRED_FEAT_S3).
+        """
+        if stages == len(arch["depths"]):
+            return params
+        kept = {str(number): params["stages"][str(number)] for number in range(stages)}
+        last = str(stages - 1)
+        kept[last] = {k: v for k, v in kept[last].items() if k != "downsample"}
+        params = {**params, "stages": kept}
+        if "norm" in params:
+            width = arch["embed_width"] * MERGE ** (stages - 1)
+            params["norm"] = {
+                "scale": np.ones(width, np.float32),
+                "bias": np.zeros(width, np.float32),
+            }
+        return params
 
     def __call__(
         self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None

@@ -99,7 +99,7 @@ class SwinV2(Swin):
             min(self.window, self.grids[stage]),
             heads,
             pretrained=self.pretrained_windows[stage],
-            dtype=self.dtypes["dtype"],
+            dtype=self.dtype,
             kernel_init=KERNEL_INIT,
             rngs=rngs,
         )

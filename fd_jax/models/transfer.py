@@ -63,7 +63,8 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     resized, encoder = spec.resized(parts["encoder"], changes.image_size)
     if resized is not spec:
         old = spec.arch["image_size"]
-        report.append(f"resized  position tables from {old} px to {changes.image_size} px")
+        what = "the input" if encoder is parts["encoder"] else "position tables"
+        report.append(f"resized  {what} from {old} px to {changes.image_size} px")
     arch = resized.arch
     if changes.untie and family.untied(arch) != arch:
         encoder = family.untie_positions(encoder, arch)

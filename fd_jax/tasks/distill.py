@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # data needs packages that planning does without
     from fd_jax.data.feed import Feed
 
 TargetKind = Literal["full", "cls", "gap", "logits"]
+Resample = Literal["none", "bilinear"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Target:
         token, "gap" the mean patch token, "logits" the class distribution of the teacher's head.
       normalize: of the tokens, see `losses.normalize_target`; unused for logits.
       after_norm: whether the teacher's own final norm comes first (PRED_FEAT_AFTERNORM).
+      resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
+        before they are normalised; with "none", as in the original, unequal grids are refused.
     """
 
     kind: TargetKind
     normalize: losses.TargetNorm
     after_norm: bool
+    resample: Resample = "none"
 
     def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
         """The tokens that are compared. -> [B, T, D]; `cls` tells whether both sides have one."""
@@ -69,6 +73,7 @@ class DistillTask:
         self.target = Target(**config.target)
         _check_choice("target.kind", self.target.kind, TargetKind.__args__)
         _check_choice("target.normalize", self.target.normalize, losses.TargetNorm.__args__)
+        _check_choice("target.resample", self.target.resample, Resample.__args__)
 
         self.student_spec = ModelSpec(
             family=config.student.family,
@@ -78,7 +83,9 @@ class DistillTask:
         spec = teacher_spec or _open_teacher(config)
         size = config.teacher.image_size or spec.arch["image_size"]
         self.teacher_resize = (spec.arch["image_size"], size)
-        self.teacher_spec = dataclasses.replace(spec, arch={**spec.arch, "image_size": size})
+        self.teacher_spec = dataclasses.replace(
+            spec, arch={**_teacher_arch(spec, config.teacher.stages), "image_size": size}
+        )
 
         self.student_def, student = self.student_spec.abstract(**self._student_runtime())
         self.teacher_def, self._teacher_shapes = self.teacher_spec.abstract(
@@ -118,6 +125,8 @@ class DistillTask:
         """The teacher's weights in the compute dtype, at its input size in this run."""
         spec, parts = model_folder.load(self.config.teacher.path)
         _, encoder = spec.resized(parts["encoder"], self.teacher_resize[1])
+        if stages := self.config.teacher.stages:
+            encoder = FAMILIES[spec.family].first_stages_params(encoder, spec.arch, stages)
         frozen = {"encoder": encoder}
         if self.target.kind == "logits":
             frozen["head"] = parts["head"]
@@ -185,6 +194,8 @@ class DistillTask:
             final_norm=self.target.after_norm,
             drops=batch.get("teacher_drops"),
         )
+        if self.target.kind == "full" and features.grid != self.student.grid:
+            features = resize_map(features, self.student.grid)
         tokens = self.target.select(features, cls=self.cls)
         if self.target.kind == "logits":
             head = frozen["head"]
@@ -262,11 +273,12 @@ class DistillTask:
             )
         if self.target.kind == "logits":
             self._teacher_classes()
-        if self.target.kind == "full" and self.student.grid != self.teacher.grid:
+        differ = self.target.kind == "full" and self.student.grid != self.teacher.grid
+        if differ and self.target.resample == "none":
             want = self.teacher.image_size // self.teacher.grid[0] * self.student.grid[0]
             raise ConfigError(
                 f"teacher grid {self.teacher.grid} != student grid {self.student.grid}: "
-                f"set teacher.image_size to {want}"
+                f"set teacher.image_size to {want}, or target.resample to 'bilinear'"
             )
 
 
@@ -275,11 +287,38 @@ def resize_images(images: jax.Array, size: int) -> jax.Array:
 
     [B, H, W, 3] uint8 -> [B, size, size, 3] float32 on the scale of the input, not rounded.
     """
-    rows = resize.antialias_matrix(images.shape[1], size, method="bilinear")
-    columns = resize.antialias_matrix(images.shape[2], size, method="bilinear")
-    pixels = images.astype(jnp.float32)
-    pixels = jnp.einsum("ih,bhwc->biwc", rows.astype("float32"), pixels, precision="highest")
-    return jnp.einsum("jw,biwc->bijc", columns.astype("float32"), pixels, precision="highest")
+    return _resize(images, (size, size))
+
+
+def resize_map(features: FeatureMap, grid: tuple[int, int]) -> FeatureMap:
+    """The same feature map on another grid, antialiased bilinear; only patches change.
+
+    Tokens become [B, cls + registers + h*w, D] float32.
+    """
+    batch, _, width = features.tokens.shape
+    others = features.cls + features.registers
+    patches = _resize(features.patches.reshape(batch, *features.grid, width), grid)
+    tokens = [features.tokens[:, :others].astype(jnp.float32), patches.reshape(batch, -1, width)]
+    return dataclasses.replace(features, tokens=jnp.concatenate(tokens, axis=1), grid=grid)
+
+
+def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, h, w, C] float32, antialiased bilinear."""
+    rows = resize.antialias_matrix(x.shape[1], size[0], method="bilinear").astype("float32")
+    columns = resize.antialias_matrix(x.shape[2], size[1], method="bilinear").astype("float32")
+    x = jnp.einsum("ih,bhwc->biwc", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
+
+
+def _teacher_arch(spec: ModelSpec, stages: int) -> dict[str, Any]:
+    """The teacher's architecture, or its first stages alone (PRED_FEAT_S3)."""
+    if not stages:
+        return spec.arch
+    depths = spec.arch.get("depths", ())
+    if not 1 <= stages <= len(depths):
+        has = f"has {len(depths)} stages" if depths else f"is a {spec.family}, without stages"
+        raise ConfigError(f"teacher.stages={stages}, but the teacher {has}; set it to 0 for all")
+    return FAMILIES[spec.family].first_stages(spec.arch, stages)
 
 
 def _open_teacher(config: Config) -> ModelSpec:

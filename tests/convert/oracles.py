@@ -318,6 +318,68 @@ def beit_to_hf(tensors):
     return out
 
 
+SWIN_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
+
+
+def swin(tensors, arch, images, folder):
+    """Microsoft's names -> Swin(v2)Model, or its classifier where there is a head. [B, K]"""
+    from tests.models import swins
+
+    renamed = swins.to_hf(
+        {
+            name.replace(".cpb_mlp.", ".rpe_mlp."): value
+            for name, value in tensors.items()
+            if not name.startswith("head.") and not name.endswith(SWIN_BUFFERS)
+        }
+    )
+    head = {p: tensors[f"head.{p}"] for p in ("weight", "bias") if f"head.{p}" in tensors}
+    prefix = ("swinv2." if "position" in arch else "swin.") if head else ""
+    renamed = {f"{prefix}{name}": value for name, value in renamed.items()}
+    renamed |= {f"classifier.{p}": value for p, value in head.items()}
+    return swin_hf(renamed, arch, images, folder)
+
+
+def swin_hf(tensors, arch, images, folder):
+    """Hugging Face names -> the same."""
+    from tests.models import swins
+
+    kept = {n: v for n, v in tensors.items() if not n.endswith(SWIN_BUFFERS)}
+    config = swins.hf_config(arch)
+    v2 = "position" in arch
+    if "classifier.bias" not in kept:
+        network = transformers.Swinv2Model if v2 else transformers.SwinModel
+        model = pretrained(network, config, kept, folder, add_pooling_layer=False)
+        return run(lambda x: model(x).last_hidden_state, images)
+    config.num_labels = len(kept["classifier.bias"])
+    network = (
+        transformers.Swinv2ForImageClassification if v2 else transformers.SwinForImageClassification
+    )
+    model = pretrained(network, config, kept, folder)
+    return run(lambda x: model(x).logits, images)
+
+
+def swin_timm(tensors, arch, images, folder):
+    """timm's names -> the same; a merging stands in the stage that begins with it."""
+
+    def microsoft(name):
+        stage, merging = name.partition(".downsample.")[0], ".downsample." in name
+        if merging:
+            return name.replace(stage, f"layers.{int(stage.removeprefix('layers.')) - 1}")
+        return name.replace("head.fc.", "head.")
+
+    return swin({microsoft(n): v for n, v in tensors.items()}, arch, images, folder)
+
+
+def swin_plain(tensors, arch, images, folder):
+    """Microsoft's names -> plain torch, for what transformers has no class for. [B, N, D]"""
+    from tests.reference import swin as reference
+
+    del folder
+    torched = {n: torch.from_numpy(np.array(v)) for n, v in tensors.items()}
+    version = 2 if "position" in arch else 1
+    return run(lambda x: reference.forward(torched, arch, x, version=version)[1], images)
+
+
 def stripped(tensors, *prefixes):
     """Only the tensors that begin with the prefixes (one after the other), without them."""
     for prefix in prefixes:
@@ -340,6 +402,8 @@ def unstack(tensors):
 def reference(source, part, trees):
     """The oracle of a file with these trees and the tensors to give it."""
     flat = trees.get("", trees.get("model", {}))
+    if "swin" in source:
+        return _swin_reference(source, part, trees, flat)
     if source.startswith("fd_official_distilled"):
         if part == "student":
             return beit, stripped(flat, "encoder.")
@@ -369,3 +433,18 @@ def reference(source, part, trees):
     if source.startswith("dinov2"):
         return (dinov2 if hf else dinov2_hub), flat
     return (dinov3 if hf else dinov3_hub), flat
+
+
+def _swin_reference(source, part, trees, flat):
+    if source.startswith("esvit"):
+        branch = {n.removeprefix("module."): v for n, v in trees[part].items()}
+        return swin_plain, branch
+    if source == "swinv2_giant":
+        return swin_plain, flat
+    if source.startswith("fd_official_distilled"):
+        if part == "teacher":
+            return swin_plain, stripped(flat, "feature_model.")
+        return swin, stripped(flat, "encoder.")
+    if source.startswith("timm"):
+        return swin_timm, flat
+    return (swin_hf if source.endswith("_hf") else swin), flat

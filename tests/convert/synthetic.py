@@ -10,13 +10,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+import re
 import sys
 import types
 
 import numpy as np
 
 from fd_jax.convert import siglip2, sources
-from fd_jax.convert.rules import instances
 from fd_jax.convert.source import Source
 
 # Tests put shrunk sources into the registry; here the real ones are meant.
@@ -27,9 +27,13 @@ SMALL = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 128, "patch_size": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A container and its trees ("model", "" for the file itself): name -> shape and dtype."""
+    """A container and its trees ("model", "" for the file itself): name -> shape and dtype.
+
+    `arch` is that of the source's first part, at the size of the trees.
+    """
 
     source: str
+    arch: dict
     container: str
     extra: tuple[str, ...]
     trees: dict[str, dict[str, tuple[tuple[int, ...], str]]]
@@ -43,9 +47,9 @@ def names():
 def structure(name, *, small=True, variant=None, optional=False) -> Structure:
     """Reads a structure, shrunk to `SMALL` unless told otherwise."""
     raw = json.loads((STRUCTURES / f"{name}.json").read_text())
-    source = REAL[name]
-    sizes = _sizes(source) if small else {}
-    depth = SMALL["depth"] if small else 1000
+    full = _arch(REAL[name])
+    arch = small_arch(full) if small else full
+    shrink = _swin_shrinker(full, arch) if "depths" in full else _vit_shrinker(REAL[name], small)
     trees = dict(raw["trees"])
     if variant is not None:
         trees[""] = raw["variants"][variant]
@@ -55,16 +59,93 @@ def structure(name, *, small=True, variant=None, optional=False) -> Structure:
     for tree, tensors in trees.items():
         expanded[tree] = {}
         for template, (count, shape, dtype) in tensors.items():
-            for (full,) in instances((template,), min(count, depth)):
-                size = tuple(_shrunk(n, sizes) if small else n for n in shape)
-                expanded[tree][full] = size, dtype
-    return Structure(name, raw["container"], tuple(raw["extra"]), expanded)
+            for i in range(count or 1):
+                found = shrink(template.replace("{i}", str(i)), i, shape)
+                if found is not None:
+                    expanded[tree][found[0]] = tuple(found[1]), dtype
+    return Structure(name, arch, raw["container"], tuple(raw["extra"]), expanded)
+
+
+def _arch(source):
+    return source.parts[source.default_part].spec.arch
 
 
 def small_arch(arch):
     """The same network, small: grid 3, or 5 where positions are stored for 518 pixels."""
+    if "depths" in arch:
+        return _small_swin(arch)
     grid = 5 if arch["image_size"] == 518 else 4 if arch["image_size"] == 336 else 3
     return {**arch, **SMALL, "image_size": grid * SMALL["patch_size"]}
+
+
+def _small_swin(arch):
+    """Grids 16, 8, 4, 2, under windows that shift, fit and are clipped in the stages they were.
+
+    The giant keeps a norm on the main branch in the third stage alone.
+    """
+    last = arch["image_size"] // arch["patch_size"] // 8
+    small = {
+        **arch,
+        "image_size": 64,
+        "embed_width": 8,
+        "heads": [2, 4, 8, 16],
+        "window": 2 if arch["window"] == last else 4,
+        "depths": [2, 1, 1, 1],
+    }
+    if arch.get("extra_norm_every"):
+        small |= {"extra_norm_every": 2, "depths": [1, 1, 2, 1]}
+    if any(arch.get("pretrained_windows", ())):
+        small["pretrained_windows"] = [6, 6, 6, 3]
+    return small
+
+
+def _vit_shrinker(source, small):
+    sizes = _sizes(source)
+
+    def shrink(name, block, shape):
+        if not small:
+            return name, shape
+        return None if block >= SMALL["depth"] else (name, [_shrunk(n, sizes) for n in shape])
+
+    return shrink
+
+
+def _swin_shrinker(full, small):
+    """Names and shapes of the small network, from those of the full one and their meaning."""
+    factor = full["embed_width"] // small["embed_width"]
+    classes = {1000: 5, 21841: 5, 65536: 8} if factor > 1 else {}
+
+    def shrink(name, _, shape):
+        if "enorm" in name:  # the norm's block is the last of as many
+            name = re.sub(r"blocks\.(\d+)", lambda at: f"blocks.{_renumbered(int(at[1]))}", name)
+        at = re.search(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?(.*)", name)
+        if at is None:
+            return name, [n if n <= 4 else classes.get(n, n // factor) for n in shape]
+        stage, leaf = int(at[1]), at[3]
+        if at[2] is not None and int(at[2]) >= small["depths"][stage]:
+            return None
+        grid = small["image_size"] // small["patch_size"] >> stage
+        side = min(small["window"], grid)
+        heads, offsets = small["heads"][stage], 2 * side - 1
+        for ending, size in {
+            "relative_position_index": [side**2, side**2],
+            "relative_coords_table": [1, offsets, offsets, 2],
+            "relative_position_bias_table": [offsets**2, heads],
+            "attn_mask": [(grid // side) ** 2, side**2, side**2],
+            "logit_scale": [heads, 1, 1],
+            "mlp.0.weight": [512, 2],
+            "mlp.0.bias": [512],
+            "mlp.2.weight": [heads, 512],
+        }.items():
+            if leaf.endswith(ending):
+                return name, size
+        return name, [n if n <= 4 else n // factor for n in shape]
+
+    def _renumbered(block):
+        every = full["extra_norm_every"]
+        return (block + 1) // every * small["extra_norm_every"] - 1
+
+    return shrink
 
 
 def small_source(name) -> Source:
@@ -116,12 +197,23 @@ def values(given: Structure, seed=0) -> dict[str, dict[str, np.ndarray]]:
     """Random values per tree; what follows from the architecture has its true value."""
     rng = np.random.default_rng(seed)
     return {
-        tree: {name: _value(rng, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
+        tree: {
+            name: value(rng, name, shape, dtype, given.arch)
+            for name, (shape, dtype) in tensors.items()
+        }
         for tree, tensors in given.trees.items()
     }
 
 
-def _value(rng, name, shape, dtype):
+def value(rng, name, shape, dtype, arch):
+    """Random, at the scale of a trained network; the true value of what the architecture gives."""
+    if name.endswith("relative_position_index") and "layers." in name:
+        return window_index(math.isqrt(shape[0]))
+    if name.endswith("attn_mask"):
+        return shift_mask(math.isqrt(shape[0]), shape[1])
+    if name.endswith("relative_coords_table"):
+        stage = int(re.search(r"layers\.(\d+)", name)[1])
+        return coordinates((shape[1] + 1) // 2, arch["pretrained_windows"][stage])
     if name.endswith("relative_position_index"):
         return _beit_index(math.isqrt(shape[0] - 1))
     if dtype == "int64":
@@ -132,6 +224,10 @@ def _value(rng, name, shape, dtype):
         count = shape[0]
         return (100.0 ** (2 * np.arange(count) / (2 * count))).astype(np.float32)
     noise = np.asarray(rng.standard_normal(shape), dtype)
+    if name.endswith("logit_scale") and len(shape) == 3:
+        # Near its start of log 10: at the clamp of log 100 logits reach the mask's -100, which
+        # transformers adds twice.
+        return (2.3 + 0.3 * noise).astype(dtype)
     if len(shape) == 1 and name.endswith(
         ("weight", "scale", "gamma", "gamma_1", "gamma_2", "lambda1")
     ):
@@ -142,14 +238,39 @@ def _value(rng, name, shape, dtype):
     return np.asarray(noise / np.sqrt(max(fan_in, 1)), dtype)
 
 
+def window_index(side):
+    """Swin's construction, with meshgrid."""
+    coords = np.stack(np.meshgrid(range(side), range(side), indexing="ij")).reshape(2, -1)
+    relative = (coords[:, :, None] - coords[:, None]).transpose(1, 2, 0) + side - 1
+    relative[:, :, 0] *= 2 * side - 1
+    return relative.sum(-1).astype(np.int64)
+
+
+def shift_mask(count, area):
+    """Swin's construction for `count` windows a side, with slices."""
+    window = math.isqrt(area)
+    grid = count * window
+    labels = np.zeros((grid, grid))
+    cuts = (slice(0, -window), slice(-window, -(window // 2)), slice(-(window // 2), None))
+    for number, (rows, columns) in enumerate((r, c) for r in cuts for c in cuts):
+        labels[rows, columns] = number
+    labels = labels.reshape(count, window, count, window).transpose(0, 2, 1, 3).reshape(-1, area)
+    return np.where(labels[:, None] != labels[:, :, None], -100, 0).astype(np.float32)
+
+
+def coordinates(side, pretrained):
+    """SwinV2's construction, in float32."""
+    axis = np.arange(1 - side, side, dtype=np.float32)
+    table = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)[None]
+    table = table / np.float32(max((pretrained or side) - 1, 1)) * np.float32(8)
+    return np.sign(table) * np.log2(np.abs(table) + np.float32(1)) / np.log2(np.float32(8))
+
+
 def _beit_index(grid):
-    """BEiT's construction, with meshgrid and slices."""
-    coords = np.stack(np.meshgrid(range(grid), range(grid), indexing="ij")).reshape(2, -1)
-    relative = (coords[:, :, None] - coords[:, None]).transpose(1, 2, 0) + grid - 1
-    relative[:, :, 0] *= 2 * grid - 1
+    """BEiT's construction: Swin's, and three rows for the class token."""
     count = (2 * grid - 1) ** 2
     index = np.zeros((grid * grid + 1,) * 2, np.int64)
-    index[1:, 1:] = relative.sum(-1)
+    index[1:, 1:] = window_index(grid)
     index[0, 0:], index[0:, 0], index[0, 0] = count, count + 1, count + 2
     return index
 

@@ -20,12 +20,13 @@ ALIKE = (
 def unread(name):
     """A file of a source's real structure, whose values are made only where a rule looks."""
     tensors = {}
-    for tree, held in synthetic.structure(name, small=False).trees.items():
+    given = synthetic.structure(name, small=False)
+    for tree, held in given.trees.items():
         for key, (shape, dtype) in held.items():
             full = f"{tree}/{key}" if tree else key
 
             def load(key=key, shape=shape, dtype=dtype):
-                return synthetic._value(np.random.default_rng(0), key, shape, dtype)
+                return synthetic.value(np.random.default_rng(0), key, shape, dtype, given.arch)
 
             tensors[full] = Tensor(full, shape, dtype, load)
     return Container(Path(name), "synthetic", (), tensors)

@@ -231,6 +231,8 @@ def test_a_damaged_model_folder_is_one_error(damaged, change, weights, tmp_path,
         "siglip2_base_patch16_224_bigvision",
         NAME,
         "timm_beit_base_patch16_224",
+        "swin_base_patch4_window7_224_hf",
+        "swinv2_large_patch4_window12to16_192to256_22kto1k_ft",
     ],
 )
 def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
@@ -241,6 +243,7 @@ def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
     assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert "bit for bit" in out and "block 1" in out
+    assert ("block 4" in out) == ("swin" in name)  # blocks of all stages
     assert ("tensors as they stand in the file" in out) == name.endswith("_hf")
     assert ("final norm" in out) == (name != "timm_beit_base_patch16_224")
 

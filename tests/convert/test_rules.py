@@ -17,7 +17,7 @@ TABLE = Table(
         Rule("head.bias", "head/bias", optional=True),
     ),
     (Drop("text.*", "the text tower"),),
-    (Derived("index", lambda arch: np.arange(arch["width"])),),
+    (Derived("index", lambda arch, place: np.arange(arch["width"])),),
 )
 SHAPES = {
     "encoder/blocks/0/kernel": (4, 3),

@@ -27,6 +27,11 @@ SOURCES = (
     "timm_beit_base_patch16_224",
     "fd_official_distilled_clip_vit_b",
     "fd_official_finetuned_clip_vit_b",
+    "esvit_swin_base_w14",
+    "timm_swin_base_patch4_window7_224",
+    "swinv2_base_patch4_window8_256",
+    "swinv2_large_patch4_window12to16_192to256_22kto1k_ft",
+    "fd_official_distilled_esvit_swin_b",
 )
 
 
@@ -76,6 +81,26 @@ def timm_model(arch, classes):
     )
 
 
+def timm_swin(arch, classes):
+    """The same for a network with stages; timm's features keep the grid, [B, H, W, D]."""
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    common = {
+        "img_size": arch["image_size"],
+        "patch_size": arch["patch_size"],
+        "embed_dim": arch["embed_width"],
+        "depths": arch["depths"],
+        "num_heads": arch["heads"],
+        "window_size": arch["window"],
+        "mlp_ratio": arch["mlp_ratio"],
+        "num_classes": classes,
+    }
+    if "position" not in arch:
+        return SwinTransformer(**common)
+    return SwinTransformerV2(**common, pretrained_window_sizes=arch["pretrained_windows"])
+
+
 def check(name, folder):
     """Largest difference of features (or logits), relative to the largest value."""
     given = synthetic.structure(name)
@@ -84,13 +109,13 @@ def check(name, folder):
     exporting.export("timm", folder / "model", folder / "timm.safetensors")
     loaded = model_folder.load_model(folder / "model")
     arch = loaded.spec.arch
-    theirs = timm_model(arch, loaded.spec.classes)
+    theirs = (timm_swin if "depths" in arch else timm_model)(arch, loaded.spec.classes)
     theirs.load_state_dict(load_file(folder / "timm.safetensors"), strict=True)
     size = arch["image_size"]
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(loaded(images).tokens)
-    expected = oracles.run(theirs.eval().forward_features, images)
+    expected = oracles.run(theirs.eval().forward_features, images).reshape(ours.shape)
     return np.abs(ours - expected).max() / np.abs(expected).max()
 
 

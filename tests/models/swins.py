@@ -162,9 +162,8 @@ def to_hf(official):
     return out
 
 
-def hf_model(made, params, folder):
-    """transformers' model with these weights; no key missing, none left over."""
-    arch = made.arch
+def hf_config(arch):
+    """transformers' configuration of a network; V2's where the architecture has a position kind."""
     common = {
         "image_size": arch["image_size"],
         "patch_size": arch["patch_size"],
@@ -174,17 +173,19 @@ def hf_model(made, params, folder):
         "window_size": arch["window"],
         "mlp_ratio": float(arch["mlp_ratio"]),
         "layer_norm_eps": arch["norm_eps"],
-        "hidden_act": "gelu",
+        "hidden_act": {"gelu_erf": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[arch["activation"]],
         "drop_path_rate": 0.0,
     }
-    if made.family == "swin":
-        config, network = transformers.SwinConfig(**common), transformers.SwinModel
-    else:
-        config = transformers.Swinv2Config(
-            **common, pretrained_window_sizes=arch["pretrained_windows"]
-        )
-        network = transformers.Swinv2Model
-    tensors = to_hf(to_official(params, arch))
+    if "position" not in arch:
+        return transformers.SwinConfig(**common)
+    return transformers.Swinv2Config(**common, pretrained_window_sizes=arch["pretrained_windows"])
+
+
+def hf_model(made, params, folder):
+    """transformers' model with these weights; no key missing, none left over."""
+    network = transformers.SwinModel if made.family == "swin" else transformers.Swinv2Model
+    tensors = to_hf(to_official(params, made.arch))
+    config = hf_config(made.arch)
     return oracles.pretrained(network, config, tensors, folder, add_pooling_layer=False)
 
 

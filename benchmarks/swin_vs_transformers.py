@@ -1,0 +1,158 @@
+r"""A Swin-B against transformers' on the same CPU: forward, forward and backward, and compile time.
+
+    python -m benchmarks.swin_vs_transformers --family=swin --batch=4 --rounds=7
+
+Each side has a process of its own: in one process the allocator of one slows the other down. The
+weights are the same (initialised and written by transformers, read by our converter), the images
+too, and the features are compared first. In every round each side runs once, in turn, so that other
+load on the machine falls on both; medians and the median of the rounds' ratios are printed. The
+loss is the mean square of the features; the backward pass gives gradients of all parameters.
+"""
+
+import argparse
+from collections.abc import Callable
+import multiprocessing
+from pathlib import Path
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from fd_jax.convert import importing, sources, verifying
+
+# family -> the source whose file transformers writes
+SOURCES = {
+    "swin": "swin_base_patch4_window7_224_hf",
+    "swin_v2": "swinv2_base_patch4_window8_256_hf",
+}
+WORKS = ("forward", "forward and backward")
+Functions = dict[str, Callable[[], Any]]
+
+
+def pictures(family: str, batch: int) -> np.ndarray:
+    """Random normalised images. [B, H, W, 3]"""
+    size = sources.get(SOURCES[family]).parts["classifier"].spec.arch["image_size"]
+    shape = (batch, size, size, 3)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def theirs(family: str, folder: Path, batch: int) -> Functions:
+    """The network of transformers with its own initialisation; writes its weights."""
+    import torch
+    import transformers
+
+    arch = sources.get(SOURCES[family]).parts["classifier"].spec.arch
+    common = {
+        "image_size": arch["image_size"],
+        "embed_dim": arch["embed_width"],
+        "depths": arch["depths"],
+        "num_heads": arch["heads"],
+        "window_size": arch["window"],
+        "drop_path_rate": 0.0,
+    }
+    torch.manual_seed(0)
+    if family == "swin":
+        model = transformers.SwinModel(transformers.SwinConfig(**common), add_pooling_layer=False)
+    else:
+        config = transformers.Swinv2Config(**common)
+        model = transformers.Swinv2Model(config, add_pooling_layer=False)
+    model.save_pretrained(folder)
+    model.eval()
+    pixels = torch.from_numpy(np.moveaxis(pictures(family, batch), -1, 1).copy())
+
+    def forward():
+        with torch.no_grad():
+            return model(pixels).last_hidden_state.numpy()
+
+    def backward():
+        model.zero_grad(set_to_none=True)
+        model(pixels).last_hidden_state.square().mean().backward()
+
+    return dict(zip(WORKS, (forward, backward), strict=True))
+
+
+def ours(family: str, folder: Path, batch: int) -> Functions:
+    """Our network with the same weights, compiled; prints what compiling took."""
+    from flax import nnx
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_platforms", "cpu")
+    read = importing.read(SOURCES[family], folder)
+    definition, _ = read.spec.abstract()
+    arguments = (jax.tree.map(jnp.asarray, read.params["encoder"]), pictures(family, batch))
+
+    def forward(params, images):
+        return nnx.merge(definition, params)(images).tokens
+
+    def loss(params, images):
+        return jnp.mean(jnp.square(forward(params, images)))
+
+    made: Functions = {}
+    for name, run in zip(WORKS, (forward, jax.value_and_grad(loss)), strict=True):
+        start = time.perf_counter()
+        lowered = jax.jit(run).lower(*arguments)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = traced - start, time.perf_counter() - traced
+        print(f"{name}: traced in {seconds[0]:.1f} s, compiled in {seconds[1]:.1f} s", flush=True)
+        made[name] = lambda compiled=compiled: jax.block_until_ready(compiled(*arguments))
+    return made
+
+
+def serve(make: Callable[..., Functions], arguments: tuple, pipe: Any) -> None:
+    """One side's process: runs what it is asked for and answers with seconds and features."""
+    runs = make(*arguments)
+    pipe.send("ready")
+    while (name := pipe.recv()) is not None:
+        start = time.perf_counter()
+        result = runs[name]()
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, np.asarray(result) if name == "forward" else None))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--family", choices=sorted(SOURCES), default="swin")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for make in (theirs, ours):  # in this order: ours reads the weights that theirs writes
+            pipe, other = context.Pipe()
+            given = (make, (arguments.family, Path(folder), arguments.batch), other)
+            processes.append(context.Process(target=serve, args=given, daemon=True))
+            processes[-1].start()
+            pipe.recv()
+            pipes.append(pipe)
+
+    def run(name: str) -> list[tuple[float, np.ndarray | None]]:
+        answers = []
+        for pipe in pipes:
+            pipe.send(name)
+            answers.append(pipe.recv())
+        return answers
+
+    (_, expected), (_, found) = run("forward")
+    off = np.abs(found - expected).max() / np.abs(expected).max()
+    print(f"features differ by {off:.1e} of the largest value")
+    if off > verifying.TOLERANCE:
+        raise SystemExit("the two networks are not the same; nothing is compared")
+    for name in WORKS:
+        run(name)  # a round that does not count
+        rows = [[seconds for seconds, _ in run(name)] for _ in range(arguments.rounds)]
+        them, us = (statistics.median(column) for column in zip(*rows, strict=True))
+        ratio = statistics.median(us / them for them, us in rows)
+        print(f"{name}: ours {us:.2f} s, transformers {them:.2f} s, ours / theirs {ratio:.2f}")
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(None)
+        process.join()
+
+
+if __name__ == "__main__":
+    main()
