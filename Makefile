@@ -55,10 +55,10 @@ types: $(VENV)/test.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/test.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 tests-slow: $(VENV)/test.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,22 @@
 """Every test runs on eight fake CPU devices, in float32 with exact matmuls."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# Tests compile the same small programs again and again, many in processes of their own: within
+# one run of the suite, each is compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="fd_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
