@@ -14,7 +14,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.metrics import weighted
 from fd_jax.models import resize
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.heads import Projector
+from fd_jax.models.heads import Classifier, Projector
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
@@ -33,7 +33,8 @@ class Target:
 
     Attributes:
       kind: "full" the whole map (class token where both have one, and patches), "cls" the class
-        token, "gap" the mean patch token, "logits" the class distribution of the teacher's head.
+        token, "gap" the mean patch token, "logits" the class distribution of the teacher's head,
+        learned from the student's class token or, where it has none, from its mean patch token.
       normalize: of the tokens, see `losses.normalize_target`; unused for logits.
       after_norm: whether the teacher's own final norm comes first (PRED_FEAT_AFTERNORM).
       resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
@@ -48,6 +49,8 @@ class Target:
     def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
         """The tokens that are compared. -> [B, T, D]; `cls` tells whether both sides have one."""
         if self.kind == "gap":
+            return jnp.mean(features.patches, axis=1, keepdims=True)
+        if self.kind == "logits" and not features.cls:
             return jnp.mean(features.patches, axis=1, keepdims=True)
         if self.kind in ("cls", "logits"):
             return features.cls_token[:, None]
@@ -95,6 +98,11 @@ class DistillTask:
         self.teacher = nnx.merge(self.teacher_def, self._teacher_shapes)
         self.cls = bool(self.student.cls and self.teacher.cls)
         self._check_match()
+        self.classifier_def, self._classifier_shapes = None, {}
+        if self.target.kind == "logits":
+            self.classifier_def, self._classifier_shapes = split(
+                nnx.eval_shape(lambda: self._classifier(nnx.Rngs(0)))
+            )
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
 
     def check_data(self, feed: "Feed") -> None:
@@ -127,20 +135,12 @@ class DistillTask:
         _, encoder = spec.resized(parts["encoder"], self.teacher_resize[1])
         if stages := self.config.teacher.stages:
             encoder = FAMILIES[spec.family].first_stages_params(encoder, spec.arch, stages)
-        frozen = {"encoder": encoder}
-        if self.target.kind == "logits":
-            frozen["head"] = parts["head"]
+        frozen = {"encoder": encoder, **{name: parts[name] for name in self._classifier_shapes}}
         return jax.tree.map(lambda leaf: leaf.astype(self.dtype), frozen)
 
     def abstract_frozen(self) -> PyTree:
         """Shapes of `load_frozen`."""
-        shapes = {"encoder": self._teacher_shapes}
-        if self.target.kind == "logits":
-            width, classes = self.teacher.width, self._teacher_classes()
-            shapes["head"] = {
-                "kernel": jax.ShapeDtypeStruct((width, classes), jnp.float32),
-                "bias": jax.ShapeDtypeStruct((classes,), jnp.float32),
-            }
+        shapes = {"encoder": self._teacher_shapes, **self._classifier_shapes}
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
@@ -194,13 +194,12 @@ class DistillTask:
             final_norm=self.target.after_norm,
             drops=batch.get("teacher_drops"),
         )
+        if self.target.kind == "logits":
+            head = {name: frozen[name] for name in self._classifier_shapes}
+            return apply_frozen(self.classifier_def, head, features)[:, None]
         if self.target.kind == "full" and features.grid != self.student.grid:
             features = resize_map(features, self.student.grid)
         tokens = self.target.select(features, cls=self.cls)
-        if self.target.kind == "logits":
-            head = frozen["head"]
-            logits = tokens @ head["kernel"] + head["bias"]
-            return jax.lax.stop_gradient(logits.astype(jnp.float32))
         return jax.lax.stop_gradient(losses.normalize_target(tokens, self.target.normalize))
 
     def predict(self, params: PyTree, batch: Batch) -> jax.Array:
@@ -251,6 +250,17 @@ class DistillTask:
         width = self.student.width
         return Projector(width, out, dtype=self.dtype, grad_dtype=grad_dtype, rngs=rngs)
 
+    def _classifier(self, rngs: nnx.Rngs) -> Classifier:
+        """The teacher's own head on its own pooling; its weights come from the folder."""
+        return Classifier(
+            self.teacher.width,
+            self._teacher_classes(),
+            pooling=self.teacher_spec.pooling,
+            norm_eps=self.teacher_spec.arch["norm_eps"],
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=rngs,
+        )
+
     def _teacher_classes(self) -> int:
         if not self.teacher_spec.classes:
             raise ConfigError(
@@ -266,7 +276,7 @@ class DistillTask:
                 f"data.image_size={data_size}, but student.arch.image_size={student_size}; "
                 "they must be equal"
             )
-        if self.target.kind in ("cls", "logits") and not self.cls:
+        if self.target.kind == "cls" and not self.cls:
             raise ConfigError(
                 f"target.kind={self.target.kind!r} needs a class token on both sides; "
                 f"student has {self.student.cls}, teacher has {self.teacher.cls}"

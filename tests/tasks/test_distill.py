@@ -94,6 +94,31 @@ def test_logits_are_matched_by_cross_entropy(folder):
     np.testing.assert_allclose(loss, -(target * log_p).sum(-1).mean(), rtol=1e-5)
 
 
+def test_logits_of_a_head_on_the_normalised_mean(tmp_path):
+    """A fine-tuned teacher: its fc_norm and head read the mean patch token, not the class token."""
+    path = tiny.save_teacher(tmp_path / "tiny", classes=7, final_norm=False)
+    spec, parts = model_folder.load(path)
+    rng = np.random.default_rng(4)
+    norm = {name: rng.normal(1, 0.3, 48).astype(np.float32) for name in ("scale", "bias")}
+    spec = dataclasses.replace(spec, pooling="mean_norm")
+    model_folder.save(tmp_path / "tuned", spec, {**parts, "fc_norm": norm})
+    task, params, frozen = make(str(tmp_path / "tuned"), **{"target.kind": "logits"})
+    mean = teacher_tokens(path)[0][:, 1:].mean(1)
+    centred = mean - mean.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    pooled = scaled * norm["scale"] + norm["bias"]
+    want = pooled @ parts["head"]["kernel"] + parts["head"]["bias"]
+    got = task.teacher_target(frozen, tiny.batch())[:, 0]
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    assert task.predict(params, tiny.batch()).shape == (16, 1, 7)
+
+
+def test_a_student_without_class_token_learns_logits_from_its_mean(folder):
+    fields = {"target.kind": "logits", "student.arch.cls_token": False}
+    task, params, _ = make(folder, **fields)
+    assert task.predict(params, tiny.batch()).shape == (16, 1, 7)
+
+
 def test_loss_is_the_mean_over_every_element(folder):
     task, params, frozen = make(folder)
     batch = tiny.batch()
