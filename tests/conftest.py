@@ -6,8 +6,10 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is compilation, a third of it LLVM's; small programs need no fast code.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Tests compile the same small programs again and again, many in processes of their own: within

@@ -103,6 +103,7 @@ GIANT = {
 }
 
 
+@pytest.mark.slow
 def test_a_shrunken_giant_trains_alike_on_a_mesh_of_three_axes():
     """Shifted and clipped windows, norms on the main branch; heads over the tensor axis."""
     config = tiny.swin_config(**{"target.resample": "bilinear"})

@@ -58,7 +58,8 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
         }
         command = [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}"]
