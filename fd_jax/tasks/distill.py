@@ -194,7 +194,7 @@ class DistillTask:
             final_norm=self.target.after_norm,
             drops=batch.get("teacher_drops"),
         )
-        if self.target.kind == "logits":
+        if self.classifier_def is not None:
             head = {name: frozen[name] for name in self._classifier_shapes}
             return apply_frozen(self.classifier_def, head, features)[:, None]
         if self.target.kind == "full" and features.grid != self.student.grid:
