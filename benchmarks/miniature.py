@@ -52,7 +52,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     if not (workdir / "model").exists() and loop.fit(make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
     rows = [row for row in metrics.read(epath.Path(workdir)) if "eval_loss" in row]
-    return {name.removeprefix("eval_"): value for name, value in rows[-1].items()}
+    return {name[5:]: value for name, value in rows[-1].items() if name.startswith("eval_")}
 
 
 def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict[str, float]]:
