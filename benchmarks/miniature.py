@@ -52,7 +52,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     if not (workdir / "model").exists() and loop.fit(make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
     rows = [row for row in metrics.read(epath.Path(workdir)) if "eval_loss" in row]
-    return {name[5:]: value for name, value in rows[-1].items() if name.startswith("eval_")}
+    last = rows[-1].items()
+    return {name.removeprefix("eval_"): value for name, value in last if name.startswith("eval_")}
 
 
 def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict[str, float]]:
@@ -119,15 +120,12 @@ def _cell(values: list[float], reference: list[float]) -> str:
     return cell
 
 
-def collect(
-    figures: dict[str, Figures], data: str, found: dict[str, dict[str, float]]
-) -> dict[str, Figures]:
+def collect(figures: dict[str, Figures], data: str, found: dict[str, dict[str, float]]) -> None:
     """Appends one seed's figures."""
     for row, columns in found.items():
         for column, value in columns.items():
             by_row = figures.setdefault(data, {}).setdefault(row, {})
             by_row.setdefault(column, []).append(value)
-    return figures
 
 
 def finish(figures: dict[str, Figures], workdir: pathlib.Path, *, began: float) -> None:

@@ -17,7 +17,7 @@ from configs import base, quickstart
 SIZE = 98
 # What is cheap for miniatures takes minutes here; ViT-S sees 98 pixels instead of 28.
 FIELDS = {
-    "probe": {"data.image_size": SIZE, "epochs": 10.0, "steps": 0},
+    "probe": {"data.image_size": SIZE, "epochs": 10.0},
     "finetune": {"data.image_size": SIZE, "epochs": 8.0, "optim.peak_lr": 5e-4},
 }
 
