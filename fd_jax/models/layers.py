@@ -69,11 +69,6 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(self.result_dtype)
 
 
-def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels with scale and bias: computed in float32, result in `dtype`."""
-    return LayerNorm(width, eps=eps, dtype=dtype, rngs=rngs)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def linear(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype, grad_dtype: jnp.dtype

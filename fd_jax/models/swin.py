@@ -186,7 +186,7 @@ class Swin(nnx.Module):
         dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
 
         def norm(width: int) -> nnx.LayerNorm:
-            return layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+            return layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
 
         def block(stage: int, index: int) -> Block:
             width, grid = embed_width * MERGE**stage, self.grids[stage]

@@ -49,9 +49,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.drop_path = drop_path
-        self.norm1 = layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+        self.norm1 = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
         self.attn = attn
-        self.norm2 = layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = layers.Mlp(
             width,
             mlp_width,
@@ -172,7 +172,7 @@ class ViT(nnx.Module):
         self.pos_embed = embedding(1, tokens, width) if position == "ape" else None
         self.rel_pos_bias = position_table() if position == "shared_rpb" else None
         self.ln_pre = (
-            layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if ln_pre else None
+            layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if ln_pre else None
         )
 
         def block(index):
@@ -203,7 +203,7 @@ class ViT(nnx.Module):
         # blocks permuted, without an error, from depth 11 on.
         self.blocks = nnx.Dict({str(index): block(index) for index in range(depth)})
         self.norm = (
-            layers.layer_norm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
+            layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
         )
 
     # Spared from weight decay although they have more than one dimension. Position bias tables are

@@ -162,7 +162,7 @@ def test_mlp(name, reference):
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_layer_norm(eps):
-    module = layers.layer_norm(D, eps=eps, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    module = layers.LayerNorm(D, eps=eps, dtype=jnp.float32, rngs=nnx.Rngs(0))
     scale, bias = rand(D, seed=1), rand(D, seed=2)
     module.scale[...], module.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
     x = rand(B, N, D, seed=3, scale=3e-3)
@@ -177,7 +177,7 @@ def test_layer_norm(eps):
 def test_layer_norm_of_tokens_with_a_large_common_part():
     """Flax's default, E[x^2] - E[x]^2, loses four digits here."""
     x = rand(B, N, D, seed=3) + 300
-    module = layers.layer_norm(D, eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    module = layers.LayerNorm(D, eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
     want = torch.nn.functional.layer_norm(t(x), (D,), eps=1e-6).numpy()
     np.testing.assert_allclose(module(x), want, atol=1e-4)
     fast = nnx.LayerNorm(D, epsilon=1e-6, use_fast_variance=True, rngs=nnx.Rngs(0))
