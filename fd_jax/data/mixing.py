@@ -58,7 +58,10 @@ class Mixing:
     def __call__(
         self, key: jax.Array, images: jax.Array, target: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Draws and mixes. images [B, S, S, 3] float, target [B, K] -> the same shapes."""
+        """Draws and mixes, before anything is normalised.
+
+        images [B, S, S, 3] uint8 or float, target [B, K] -> the same shapes, float32.
+        """
         which_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
         size = images.shape[1]
         lam = jax.random.beta(mixup_key, self.mixup or 1.0, self.mixup or 1.0)
@@ -78,12 +81,14 @@ def mix(images: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Ar
     The weight of the targets is the mean weight of the pixels: mixup's lambda, and for a box the
     area that was truly left.
 
+    Partners live on different devices: as uint8, they cross over at a byte per value.
+
     Args:
-      images: [B, S, S, 3].
+      images: [B, S, S, 3] uint8 or float.
       target: [B, K] distributions.
       weight: [S, S] of each example's own pixels.
     """
-    w = weight[None, :, :, None].astype(images.dtype)
+    w = weight[None, :, :, None]
     lam = jnp.mean(weight)
     mixed = w * images + (1 - w) * images[::-1]
     return mixed, lam * target + (1 - lam) * target[::-1]

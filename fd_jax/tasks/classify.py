@@ -142,7 +142,7 @@ class ClassifyTask:
         )
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Normalises, mixes and erases the whole batch; adds targets and drop-path numbers.
+        """Mixes, normalises and erases the whole batch; adds targets and drop-path numbers.
 
         "image" becomes float [B, S, S, 3] in the compute dtype; "target" [B, K] is a smoothed,
         mixed distribution.
@@ -150,11 +150,12 @@ class ClassifyTask:
         recipe = self.config.mixing
         mix_key, erase_key, drop_key = jax.random.split(key, 3)
         batch = dict(batch)
-        images = self.spec.normalize(batch["image"])
+        images = batch["image"]
         smoothing = 0.0 if self.probe else recipe.smoothing
         target = mixing.smooth_one_hot(batch["label"], self.spec.classes, smoothing)
         if self.mixing is not None:
             images, target = self.mixing(mix_key, images, target)
+        images = self.spec.normalize(images)
         if recipe.erasing and not self.probe:
             images = mixing.erase(erase_key, images, probability=recipe.erasing)
         batch["image"], batch["target"] = images.astype(self.dtype), target
