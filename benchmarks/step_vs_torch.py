@@ -57,7 +57,7 @@ def ours(images: np.ndarray):
 
     def one() -> None:
         nonlocal state
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, batch, np.uint32(0))
         jax.block_until_ready((state, metrics))
 
     return one, compile_seconds

@@ -19,7 +19,7 @@ from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.data import place
 from fd_jax.data.feed import Feed
-from fd_jax.errors import CheckpointError, UserError
+from fd_jax.errors import CheckpointError, ConfigError, UserError
 from fd_jax.step import TrainState
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
@@ -68,6 +68,7 @@ def fit(
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    _check_seed(config.seed)
     feed = Feed(**config.data)
     task.check_data(feed)
     steps_per_epoch = feed.steps_per_epoch(config.batch_size)
@@ -153,6 +154,7 @@ class _Trainer:
     def run(self, state: TrainState) -> Result:
         began = time.monotonic()
         train_step = self.program.compile_train_step()
+        seed = np.uint32(self.config.seed)
         say(f"compiled the step in {time.monotonic() - began:.1f} s")
         evaluation: dict[str, float] = {}
         pending = None  # metrics are read one step late, while the device works on the next
@@ -162,7 +164,7 @@ class _Trainer:
             for step in range(self.start, self.total_steps):
                 profile(step)
                 batch = self._next_batch(stop_asked())
-                state, figures = train_step(state, self.frozen, batch)
+                state, figures = train_step(state, self.frozen, batch, seed)
                 if pending is not None:
                     stop = self._read(step - 1, pending)
                 pending = figures
@@ -342,6 +344,12 @@ def _on_sigterm():
         yield lambda: asked
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check_seed(seed: int) -> None:
+    """Refuses what is no uint32, as the step takes it."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is expected")
 
 
 def _barrier(name: str) -> None:

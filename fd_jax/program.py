@@ -26,9 +26,9 @@ class Program:
     Attributes:
       mesh: of the devices.
       schedule: learning rate by optimizer step.
-      state, frozen, batch: shapes with their shardings.
+      state, frozen, batch, seed: shapes with their shardings.
       create: (key, initial host arrays) -> TrainState, created already sharded.
-      train_step: jitted (state, frozen, batch) -> (state, metrics); donates the state.
+      train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
       features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
     """
@@ -38,6 +38,7 @@ class Program:
     state: TrainState
     frozen: PyTree
     batch: PyTree
+    seed: jax.ShapeDtypeStruct
     create: Callable[[jax.Array, PyTree], TrainState]
     train_step: Any
     eval_step: Any
@@ -49,7 +50,7 @@ class Program:
 
     def compile_train_step(self, **compiler_options) -> jax.stages.Compiled:
         """Lowers and compiles the train step for the devices of the mesh."""
-        lowered = self.train_step.lower(self.state, self.frozen, self.batch)
+        lowered = self.train_step.lower(self.state, self.frozen, self.batch, self.seed)
         return lowered.compile(compiler_options or None)
 
 
@@ -90,15 +91,14 @@ def build(
         step = jax.device_put(jnp.zeros((), jnp.int32), whole)
         return TrainState(step=step, params=params, opt_state=opt_state, extra=extra, ema=ema)
 
-    step = make_train_step(
-        task, tx, seed=config.seed, accumulation=config.accumulation, ema_decay=ema_decay
-    )
+    step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
     return Program(
         mesh=mesh,
         schedule=schedule,
         state=state,
         frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
         batch=_abstract_batch(config, mesh),
+        seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         create=create,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, whole)),
         eval_step=jax.jit(task.evaluate, out_shardings=whole),

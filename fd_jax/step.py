@@ -12,7 +12,7 @@ import optax
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Metrics, PyTree
 
-StepFn = Callable[["TrainState", PyTree, PyTree], tuple["TrainState", Metrics]]
+StepFn = Callable[["TrainState", PyTree, PyTree, jax.Array], tuple["TrainState", Metrics]]
 
 
 @functools.partial(
@@ -43,11 +43,12 @@ def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
     *,
-    seed: int,
     accumulation: int = 1,
     ema_decay: float | None = None,
 ) -> StepFn:
-    """One update as a function (state, frozen, batch) -> (state, metrics).
+    """One update as a function (state, frozen, batch, seed) -> (state, metrics).
+
+    The seed, a uint32 scalar, is an argument and no constant: the seeds of a study share a program.
 
     All randomness is drawn once, for the whole global batch, from the seed and the step, before
     anything is split into micro-batches; what follows is deterministic. So the result depends
@@ -59,7 +60,9 @@ def make_train_step(
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
     decay = ema_decay or 0.0
 
-    def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: PyTree, batch: PyTree, seed: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         stop = batch.pop("stop", None)
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -173,6 +173,12 @@ def test_epoch_shorter_than_a_batch_is_refused(config, tmp_path):
         fit(config, tmp_path / "run")
 
 
+def test_seeds_that_are_no_uint32_are_refused(config, tmp_path):
+    config.seed = -1
+    with pytest.raises(ConfigError, match="seed=-1: a whole number from 0"):
+        fit(config, tmp_path / "run")
+
+
 def test_batch_that_does_not_fit_the_mesh_is_refused(config, tmp_path):
     config.batch_size = 12
     with pytest.raises(ConfigError, match="batch_size 12"):

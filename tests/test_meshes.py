@@ -55,7 +55,7 @@ def train(mesh_shape, *, accumulation=1, make_task=DistillTask, config=None, ste
         batch = place.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
-        state, metrics = run.train_step(state, frozen, batch)
+        state, metrics = run.train_step(state, frozen, batch, np.uint32(config.seed))
         total, count = jax.device_get(metrics["loss"])
         losses.append(total / count)
     return np.array(losses), state
@@ -197,7 +197,7 @@ def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, **fields):
         batch = place.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
-        state, metrics = run.train_step(state, frozen, batch)
+        state, metrics = run.train_step(state, frozen, batch, np.uint32(config.seed))
         total, count = jax.device_get(metrics["loss"])
         losses.append(total / count)
     return np.array(losses)

@@ -137,7 +137,7 @@ def test_the_compiler_counts_within_three_percent(name):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=10)
     # What the compiler's passes do to counts is not asked for here: the unoptimized program.
-    cost = run.train_step.lower(run.state, run.frozen, run.batch).cost_analysis()
+    cost = run.train_step.lower(run.state, run.frozen, run.batch, run.seed).cost_analysis()
     assert cost["flops"] / config.batch_size == pytest.approx(
         flops.of_task(task).executed, rel=0.03
     )
