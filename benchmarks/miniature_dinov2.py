@@ -22,8 +22,16 @@ FIELDS = {
 }
 
 
+# row of the table: its folder in a seed's workdir
+ROWS = {
+    "teacher (DINOv2 ViT-S/14)": "teacher",
+    "same student, random weights": "random",
+    "FD student": "student",
+}
+
+
 def one_seed(
-    folders: dict[str, str], seed: int, workdir: pathlib.Path
+    teacher: str, student: str, seed: int, workdir: pathlib.Path
 ) -> dict[str, dict[str, float]]:
     """All rows of one seed; fine-tuning with the first only."""
     stage = miniature.run_stage(workdir, "digits", seed)
@@ -33,10 +41,9 @@ def one_seed(
 
     arch = base.student(quickstart.STUDENT, image_size=SIZE)
     random = miniature.save_random(workdir / "random/model", arch, seed)
-    starts = {**folders, "same student, random weights": random}
     return {
-        row: miniature.measure(start, row.split(",")[0].replace(" ", "_"), run, tune=seed == 0)
-        for row, start in starts.items()
+        row: miniature.measure(start, name, run, tune=seed == 0)
+        for (row, name), start in zip(ROWS.items(), (teacher, random, student), strict=True)
     }
 
 
@@ -48,8 +55,8 @@ def main() -> int:
     parser.add_argument("--student", default="runs/quickstart/model")
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/miniature_dinov2")
     args = parser.parse_args()
-    folders = {"teacher (DINOv2 ViT-S/14)": args.teacher, "FD student": args.student}
-    missing = [folder for folder in folders.values() if not pathlib.Path(folder).exists()]
+    folders = (args.teacher, args.student)
+    missing = [folder for folder in folders if not pathlib.Path(folder).exists()]
     if missing:
         print(f"error: no {' and no '.join(missing)}; make quickstart first", file=sys.stderr)
         return 2
@@ -57,7 +64,7 @@ def main() -> int:
     figures: dict[str, miniature.Figures] = {}
     began = time.monotonic()
     for seed in range(args.seeds):
-        found = one_seed(folders, seed, args.workdir.absolute() / str(seed))
+        found = one_seed(*folders, seed, args.workdir.absolute() / str(seed))
         miniature.collect(figures, "digits", found)
     miniature.finish(figures, args.workdir, began=began)
     return 0
