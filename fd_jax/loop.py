@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import time
@@ -139,10 +140,17 @@ class _Trainer:
         self.start, self.total_steps = start, total_steps
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
         self.eval_every = config.eval.every or round(config.eval.epochs * steps_per_epoch)
-        self.sharding = sharding.batch_sharding(run.mesh)
-        self.rows = place.local_rows(self.sharding, config.batch_size)
+        batch_sharding = sharding.batch_sharding(run.mesh)
+        self.rows = place.local_rows(batch_sharding, config.batch_size)
+        self.place = functools.partial(
+            place.to_global, sharding=batch_sharding, rows=self.rows, batch_size=config.batch_size
+        )
         self.loader = feed.train(
-            batch_size=config.batch_size, seed=config.seed, rows=self.rows, start_step=start
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rows=self.rows,
+            start_step=start,
+            place=self.place,
         )
         self.writer = metrics.Writer(workdir, resume_step=start)
         self.frozen = run.place_frozen(task.load_frozen())
@@ -191,13 +199,10 @@ class _Trainer:
 
     def _next_batch(self, stop: bool) -> dict[str, Any]:
         with self.clock.waiting():
-            host = next(self.loader)
+            batch = next(self.loader)
         # A host that was told to stop says so in its rows: every host then reads the same sum
         # from the same step, with no extra communication.
-        host = {**host, "stop": np.full(len(self.rows), stop, np.int32)}
-        return place.to_global(
-            host, self.sharding, rows=self.rows, batch_size=self.config.batch_size
-        )
+        return batch | self.place({"stop": np.full(len(self.rows), stop, np.int32)})
 
     def _read(self, step: int, figures: Any) -> bool:
         """Takes in the metrics of one step; returns whether some host was told to stop."""

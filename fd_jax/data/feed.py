@@ -1,15 +1,14 @@
 """What a run reads: its sources, transforms and batches, from the fields of `config.data`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
-from typing import Any
 
 import numpy as np
 
 from fd_jax.data import pipeline, sources, transforms
 from fd_jax.errors import DataError
 
-HostBatch = dict[str, Any]
+HostBatch = pipeline.HostBatch
 
 
 class Feed:
@@ -81,9 +80,18 @@ class Feed:
         return pipeline.steps_per_epoch(self.train_source, batch_size)
 
     def train(
-        self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        rows: np.ndarray,
+        start_step: int,
+        place: Callable[[HostBatch], HostBatch] | None = None,
     ) -> pipeline.TrainLoader:
-        """Endless training batches from step `start_step` on; `rows` of each global batch."""
+        """Endless training batches from step `start_step` on; `rows` of each global batch.
+
+        `place` is applied to each in the thread that reads ahead.
+        """
         return pipeline.TrainLoader(
             self.train_source,
             self.train_transform,
@@ -94,6 +102,7 @@ class Feed:
             threads=self.threads,
             workers=self.workers,
             max_broken=self.max_broken,
+            place=place,
         )
 
     def sequential(

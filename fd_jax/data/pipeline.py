@@ -4,7 +4,7 @@ Grain reads ahead; which example stands where is arithmetic on the step, so a ru
 starting at its step, and every host can produce just its own rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import multiprocessing
@@ -25,6 +25,7 @@ HostBatch = dict[str, Any]
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
 _CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
+_SHARED = 2**16  # bytes from which an array goes through shared memory and not through a pipe
 _GOODBYE = 2.0  # seconds that workers get to end by themselves
 
 # What a random stream is for, so that no two purposes share one.
@@ -76,6 +77,8 @@ class TrainLoader:
       workers: processes; 0 decodes in this one.
       max_broken: unreadable pictures that are replaced before the run stops.
       timeout: seconds without a batch after which reading counts as stuck.
+      place: what becomes of a batch in the thread that reads ahead, such as putting it onto the
+        devices; nothing if not given.
 
     Yields:
       {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n] of ones,
@@ -95,6 +98,7 @@ class TrainLoader:
         workers: int = 0,
         max_broken: int = 100,
         timeout: float = 600.0,
+        place: Callable[[HostBatch], HostBatch] | None = None,
     ):
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         self.replaced: dict[int, str] = {}
@@ -107,7 +111,8 @@ class TrainLoader:
         self._reads = _Reads(
             source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
-        self._batches = _Background(_read_ahead(self._reads, threads, workers))
+        self._place = place or (lambda batch: batch)
+        self._batches = _Background(_read_ahead(self._reads, threads, workers), self._deliver)
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
@@ -119,7 +124,7 @@ class TrainLoader:
           DataError: too many broken pictures, a worker that died, or none that answers.
         """
         try:
-            batch = self._batches.get(self._timeout)
+            delivery = self._batches.get(self._timeout)
         except queue.Empty:
             raise DataError(
                 f"no batch for step {self._step} within {self._timeout:.0f} s: {self._culprit()}. "
@@ -133,10 +138,10 @@ class TrainLoader:
                 f"a data worker died before step {self._step}: {self._culprit()}. {error} "
                 "If memory ran out, lower data.workers"
             ) from error
-        self._pids[(self._step - self._start) % max(self._workers, 1)] = batch.pop("pid")
-        self._note_broken(batch.pop("broken"))
+        self._pids[(self._step - self._start) % max(self._workers, 1)] = delivery.pid
+        self._note_broken(delivery.broken)
         self._step += 1
-        return batch
+        return delivery.batch
 
     def indices(self, step: int) -> np.ndarray:
         """Positions in the source of global batch `step`, before replacements. -> [B]."""
@@ -154,6 +159,10 @@ class TrainLoader:
         for child in multiprocessing.active_children():
             if child.pid in self._pids.values():
                 child.kill()
+
+    def _deliver(self, batch: HostBatch) -> "_Delivery":
+        pid, broken = batch.pop("pid"), batch.pop("broken")
+        return _Delivery(self._place({k: np.asarray(v) for k, v in batch.items()}), pid, broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -246,6 +255,14 @@ class _Record(NamedTuple):
     broken: tuple[tuple[int, str], ...]
 
 
+class _Delivery(NamedTuple):
+    """A batch as the loader hands it out, the process that made it, and what it replaced."""
+
+    batch: HostBatch
+    pid: int
+    broken: list[tuple[int, str]]
+
+
 class _Reads:
     """Random access to training records by their place in this host's endless sequence."""
 
@@ -319,19 +336,25 @@ def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -
 
 
 def _read_ahead(reads: _Reads, threads: int, workers: int) -> Iterator[HostBatch]:
-    batches = _batches(grain.MapDataset.source(reads), len(reads.chunks), threads)
+    source = grain.MapDataset.source(reads)
+    batches = _batches(source, len(reads.chunks), threads, shared=bool(workers))
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own where it starts processes
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+    small = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
+    batches = grain.experimental.WithOptionsIterDataset(batches, small)
     return iter(batches.mp_prefetch(options))
 
 
-def _batches(reads: grain.MapDataset, chunks: int, threads: int) -> grain.IterDataset:
-    """Reads ahead; `chunks` lists of records make a batch."""
+def _batches(
+    reads: grain.MapDataset, chunks: int, threads: int, *, shared: bool = False
+) -> grain.IterDataset:
+    """Reads ahead; `chunks` lists of records make a batch, in shared memory if asked for."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * chunks)
-    return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=_stack)
+    stack = functools.partial(_stack, shared=shared)
+    return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=stack)
 
 
 def _chunks(rows: np.ndarray) -> list[list[int]]:
@@ -339,15 +362,19 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
 
 
 class _Background:
-    """Runs an iterator in a thread, so that waiting for it can have a limit."""
+    """Runs an iterator in a thread, so that waiting for it can have a limit.
 
-    def __init__(self, iterator: Iterator[HostBatch]):
+    `finish` is applied to each item there, before anybody waits for it.
+    """
+
+    def __init__(self, iterator: Iterator[HostBatch], finish: Callable[[HostBatch], Any]):
+        self._finish = finish
         self._queue: queue.Queue = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(iterator,), daemon=True)
         self._thread.start()
 
-    def get(self, timeout: float) -> HostBatch:
+    def get(self, timeout: float) -> Any:
         """The next item, or what the iterator raised; queue.Empty if nothing came in time."""
         item = self._queue.get(timeout=timeout)
         if isinstance(item, BaseException):
@@ -358,12 +385,16 @@ class _Background:
         """Tells the thread to end; returns whether it did so in time."""
         self._closed.set()
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            return False
+        while not self._queue.empty():  # what lies in shared memory is freed with its batch
+            self._queue.get()
+        return True
 
     def _run(self, iterator: Any) -> None:
         try:
             for item in iterator:
-                if not self._put(_own(item)):
+                if not self._put(self._finish(item)):
                     break
         except BaseException as error:  # handed to the thread that waits
             self._put(error)
@@ -379,18 +410,16 @@ class _Background:
         return False
 
 
-def _own(batch: HostBatch) -> HostBatch:
-    """Copies what came through a worker's shared memory, which goes with the worker."""
-    return {
-        name: np.array(value) if isinstance(value, np.ndarray) and value.base is not None else value
-        for name, value in batch.items()
-    }
-
-
-def _stack(chunks: Sequence[Sequence[_Record]]) -> HostBatch:
+def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
     records = list(itertools.chain.from_iterable(chunks))
+    images = [r.image for r in records]
+    # Grain copies what is not there yet into shared memory, on its way to the main process.
+    out = None
+    if shared:
+        shape = (len(images), *images[0].shape)
+        out = grain.multiprocessing.SharedMemoryArray(shape, images[0].dtype)
     return {
-        "image": np.stack([r.image for r in records]),
+        "image": np.stack(images, out=out),
         "label": np.array([r.label for r in records], np.int32),
         "weight": np.array([r.weight for r in records], np.float32),
         "index": np.array([r.index for r in records], np.int32),
