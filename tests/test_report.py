@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from fd_jax import model_folder, report
+from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
 from fd_jax.evals import agreement
 from fd_jax.tasks.distill import DistillTask
@@ -87,6 +88,19 @@ def test_report_of_a_run(finished):
     scores = json.loads((folder / "agreement.json").read_text())
     assert scores["after"]["patch"]["r2"] > scores["before"]["patch"]["r2"]
     assert str(folder) in report.summary(folder)
+
+
+def test_training_and_held_out_pictures_are_not_mixed_up(finished):
+    workdir, _ = finished
+    scores = json.loads((report.write_report(workdir) / "agreement.json").read_text())
+    config, task, params = report._open_run(report.epath.Path(workdir))
+    feed, frozen = Feed(**config.data), task.load_frozen()
+    mean = agreement.mean_target(task, frozen, feed.sequential("train", batch_size=32))
+    for name, split in (("training", "train"), ("after", "eval")):
+        batches = feed.sequential(split, batch_size=32)
+        found = agreement.agreement(task, params, frozen, batches, mean)
+        assert scores[name]["patch"]["r2"] == pytest.approx(found["patch"]["r2"], abs=1e-5)
+    assert scores["training"]["patch"]["r2"] != pytest.approx(found["patch"]["r2"], abs=1e-4)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
