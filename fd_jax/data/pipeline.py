@@ -17,6 +17,7 @@ from absl import flags, logging
 import grain
 import numpy as np
 
+from fd_jax.data.background import Background
 from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError
 
@@ -112,7 +113,7 @@ class TrainLoader:
             source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
         self._place = place or (lambda batch: batch)
-        self._batches = _Background(_read_ahead(self._reads, threads, workers), self._deliver)
+        self._batches = Background(_read_ahead(self._reads, threads, workers), self._deliver)
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
@@ -359,55 +360,6 @@ def _batches(
 
 def _chunks(rows: np.ndarray) -> list[list[int]]:
     return [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
-
-
-class _Background:
-    """Runs an iterator in a thread, so that waiting for it can have a limit.
-
-    `finish` is applied to each item there, before anybody waits for it.
-    """
-
-    def __init__(self, iterator: Iterator[HostBatch], finish: Callable[[HostBatch], Any]):
-        self._finish = finish
-        self._queue: queue.Queue = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(iterator,), daemon=True)
-        self._thread.start()
-
-    def get(self, timeout: float) -> Any:
-        """The next item, or what the iterator raised; queue.Empty if nothing came in time."""
-        item = self._queue.get(timeout=timeout)
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self, timeout: float) -> bool:
-        """Tells the thread to end; returns whether it did so in time."""
-        self._closed.set()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            return False
-        while not self._queue.empty():  # what lies in shared memory is freed with its batch
-            self._queue.get()
-        return True
-
-    def _run(self, iterator: Any) -> None:
-        try:
-            for item in iterator:
-                if not self._put(self._finish(item)):
-                    break
-        except BaseException as error:  # handed to the thread that waits
-            self._put(error)
-        iterator.close()
-
-    def _put(self, item: Any) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
 
 
 def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
