@@ -19,13 +19,17 @@ FOLDER = pathlib.Path(__file__).parent / "scale"
 PLAN_SCRIPT = ("-m", "fd_jax.plan")
 
 B16, L14 = "configs/distill_clip_vit_b16.py", "configs/distill_clip_vit_l14.py"
+ESVIT, GIANT = "configs/distill_esvit_swin_b.py", "configs/distill_swinv2_g.py"
 
-# The smallest slices that hold the published batch of 2,048 with margin, by the student's size.
+# The smallest slices that hold the published batch of 2,048 with margin, by the student's size: the
+# last letter of a run's name.
 SLICES = {
     "b": {"v5e": "v5e:4x4", "v4": "v4:2x2x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"},
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
+    "g": {"v5p": "v5p:4x4x4"},
 }
 _SHARDED = ("--config.mesh.fsdp=16",)
+_QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
 
 # name: config, what init_from would hold, further flags
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -56,6 +60,12 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ft_clip_336_l": ("configs/ft_clip_vit_l14_336.py", "openai_clip_vit_l14_336", _SHARDED),
     "linear_b": ("configs/linear_vit_b16.py", B16, ()),
     "linear_l": ("configs/linear_vit_l14.py", L14, _SHARDED),
+    "distill_esvit_vit_b": ("configs/distill_esvit_vit_b16.py", "", ()),
+    "distill_esvit_swin_b": (ESVIT, "", ()),
+    "finetune_esvit_swin_b": ("configs/finetune_esvit_swin_b.py", ESVIT, ()),
+    "linear_esvit_swin_b": ("configs/linear_swin_b.py", ESVIT, ()),
+    "distill_swin_g": (GIANT, "", _QUICK),
+    "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
 }
 
 
@@ -92,7 +102,7 @@ class Row:
 MAIN = ("distill_b", "distill_l", "finetune_b", "finetune_l")
 ROWS = [
     *(Row(run, chip) for chip in SLICES["b"] for run in MAIN),
-    *(Row(run, "v5e") for run in RUNS if run not in MAIN),
+    *(Row(run, "v5p" if run.endswith("g") else "v5e") for run in RUNS if run not in MAIN),
 ]
 
 
@@ -194,7 +204,7 @@ def main() -> None:
         return
     for row in rows:
         if args.list:
-            print(f"{row.name:<24}{'done' if row.file.exists() else 'not yet run'}")
+            print(f"{row.name:<28}{'done' if row.file.exists() else 'not yet run'}")
         elif not row.file.exists():
             plan(row)
 
