@@ -128,14 +128,23 @@ class Feed:
 
     @property
     def classes(self) -> int:
-        """Number of labels.
+        """Number of labels: the largest of the splits'.
 
         Raises:
-          DataError: the data has none.
+          DataError: a split has none, or hides them, as test splits do.
         """
-        if self.train_source.num_classes is None:
-            raise DataError(f"{self.train_source.name} has no class labels")
-        return self.train_source.num_classes
+        numbers = []
+        for source in filter(None, (self.train_source, self.eval_source)):
+            if source.num_classes is None:
+                raise DataError(f"{source.name} has no class labels")
+            index, label = _first_label(source)
+            if label < 0:
+                raise DataError(
+                    f"{source.name} hides its class labels: that of {source.describe(index)} is "
+                    f"{label}; use another split"
+                )
+            numbers.append(source.num_classes)
+        return max(numbers)
 
     def examples(self, which: str) -> int:
         """Number of images in a split, "train" or "eval"."""
@@ -155,3 +164,13 @@ class Feed:
         if source is None:
             raise DataError("this run has no held-out split; set data.eval_split")
         return source
+
+
+def _first_label(source: sources.Source) -> tuple[int, int]:
+    """Position and label of the first example that can be read; (0, 0) if none can."""
+    for index in range(len(source)):
+        try:
+            return index, source[index].label
+        except (sources.BrokenImageError, sources.SkippedError):
+            continue
+    return 0, 0

@@ -155,13 +155,17 @@ class TfdsSource:
             raise DataError(f"{name} has no feature 'image'; it has {sorted(features or ())}")
         label = features["label"] if "label" in features else None
         self.num_classes = getattr(label, "num_classes", None)
+        splits = builder.info.splits or {}
+        sizes = {part: info.num_examples for part, info in splits.items()}
         try:
-            self._records: Any = builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            examples = splits[split].num_examples
         except (ValueError, KeyError) as error:
-            splits = sorted(builder.info.splits or ())
-            raise DataError(f"{name} has no split {split!r}; it has {splits}") from error
+            raise DataError(f"{name} has no split {split!r}; it has {sorted(sizes)}") from error
+        if not examples:
+            raise DataError(f"{name} has no examples in {split!r}; its splits have {sizes}")
+        self._records: Any = builder.as_data_source(
+            split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
         self._skip = tuple(skip)
 
     def __len__(self) -> int:

@@ -93,18 +93,14 @@ class ClassifyTask:
         Raises:
           DataError: there are no labels, or more classes than the head has outputs.
         """
-        classes = self.spec.classes
-        for source in filter(None, (feed.train_source, feed.eval_source)):
-            if source.num_classes is None:
-                raise DataError(f"{source.name} has no class labels, which classification needs")
-            if source.num_classes > classes:
-                raise DataError(
-                    f"{source.name} has {source.num_classes} classes, labels 0 to "
-                    f"{source.num_classes - 1}, but model.classes={classes}; "
-                    f"set --config.model.classes={source.num_classes}"
-                )
-            if source.num_classes < classes:
-                say(f"note: model.classes={classes}, but {source.name} has {source.num_classes}")
+        classes, found, name = self.spec.classes, feed.classes, feed.train_source.name
+        if found > classes:
+            raise DataError(
+                f"{name} has {found} classes, labels 0 to {found - 1}, but "
+                f"model.classes={classes}; set --config.model.classes={found}"
+            )
+        if found < classes:
+            say(f"note: model.classes={classes}, but {name} has {found}")
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters; of the head alone where the encoder is frozen."""

@@ -121,6 +121,11 @@ def test_unknown_names_and_splits_are_refused(imagenet):
         sources.open_source("imagenet2012", "dev", data_dir=imagenet)
 
 
+def test_splits_without_examples_are_refused(imagenet):
+    with pytest.raises(DataError, match=r"no examples in 'train\[:0\]'.*'train': 12"):
+        sources.open_source("imagenet2012", "train[:0]", data_dir=imagenet)
+
+
 def test_preparing_twice_changes_nothing(imagenet, capsys):
     arguments = ["--name=imagenet2012", f"--data_dir={imagenet}"]
     assert prepare.main(arguments) == 0  # though the tar files are not named again

@@ -1,0 +1,55 @@
+"""What a run reads: labels that are there, and labels that only seem to be."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from configs import base
+from fd_jax.data.feed import Feed
+from fd_jax.errors import DataError
+
+
+class HiddenLabels(tfds.core.GeneratorBasedBuilder):
+    """Grey squares; the test split keeps its labels to itself, as ImageNet's does."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split):
+        for index in range(6):
+            label = index % 3 if split == "train" else -1
+            yield index, {"image": np.full((8, 8, 3), index, np.uint8), "label": label}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("hidden"))
+    tfds.builder(
+        "hidden_labels", data_dir=folder, file_format="array_record"
+    ).download_and_prepare()
+    return folder
+
+
+def feed(data_dir, **fields):
+    config = base.common().data
+    config.update(name="hidden_labels", data_dir=data_dir, image_size=8, **fields)
+    return Feed(**config)
+
+
+def test_classes_are_those_of_the_labels(data_dir):
+    assert feed(data_dir, eval_split="").classes == 3
+    assert feed(data_dir, eval_split="train[3:]").classes == 3
+
+
+def test_hidden_labels_are_no_labels(data_dir):
+    with pytest.raises(DataError, match=r"hidden_labels/test hides its class labels: .* is -1"):
+        _ = feed(data_dir, eval_split="test").classes
