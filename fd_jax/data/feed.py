@@ -7,6 +7,7 @@ import numpy as np
 
 from fd_jax.data import pipeline, sources, transforms
 from fd_jax.errors import DataError
+from fd_jax.typing import Batch
 
 HostBatch = pipeline.HostBatch
 
@@ -86,7 +87,7 @@ class Feed:
         seed: int,
         rows: np.ndarray,
         start_step: int,
-        place: Callable[[HostBatch], HostBatch] | None = None,
+        place: Callable[[HostBatch], Batch] | None = None,
     ) -> pipeline.TrainLoader:
         """Endless training batches from step `start_step` on; `rows` of each global batch.
 
@@ -128,23 +129,35 @@ class Feed:
 
     @property
     def classes(self) -> int:
-        """Number of labels: the largest of the splits'.
+        """Number of labels.
 
         Raises:
-          DataError: a split has none, or hides them, as test splits do.
+          DataError: the data has none.
         """
-        numbers = []
+        if self.train_source.num_classes is None:
+            raise DataError(f"{self.train_source.name} has no class labels")
+        return self.train_source.num_classes
+
+    def check_labels(self) -> None:
+        """Reads the first label of each split.
+
+        Raises:
+          DataError: there are no labels, a split hides them, or the splits differ in classes.
+        """
+        numbers = {}
         for source in filter(None, (self.train_source, self.eval_source)):
             if source.num_classes is None:
                 raise DataError(f"{source.name} has no class labels")
             index, label = _first_label(source)
-            if label < 0:
+            if label is not None and label < 0:
                 raise DataError(
                     f"{source.name} hides its class labels: that of {source.describe(index)} is "
                     f"{label}; use another split"
                 )
-            numbers.append(source.num_classes)
-        return max(numbers)
+            numbers[source.name] = source.num_classes
+        if len(set(numbers.values())) > 1:
+            told = " and ".join(f"{name} has {number}" for name, number in numbers.items())
+            raise DataError(f"the same classes are expected in both splits, but {told}")
 
     def examples(self, which: str) -> int:
         """Number of images in a split, "train" or "eval"."""
@@ -166,11 +179,11 @@ class Feed:
         return source
 
 
-def _first_label(source: sources.Source) -> tuple[int, int]:
-    """Position and label of the first example that can be read; (0, 0) if none can."""
+def _first_label(source: sources.Source) -> tuple[int, int | None]:
+    """Position and label of the first example that can be read; the label is None if none can."""
     for index in range(len(source)):
         try:
             return index, source[index].label
         except (sources.BrokenImageError, sources.SkippedError):
             continue
-    return 0, 0
+    return 0, None

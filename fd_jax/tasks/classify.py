@@ -93,6 +93,7 @@ class ClassifyTask:
         Raises:
           DataError: there are no labels, or more classes than the head has outputs.
         """
+        feed.check_labels()
         classes, found, name = self.spec.classes, feed.classes, feed.train_source.name
         if found > classes:
             raise DataError(

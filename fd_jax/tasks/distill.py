@@ -108,7 +108,7 @@ class DistillTask:
     def check_data(self, feed: "Feed") -> None:
         """Labels are read for nearest neighbours only."""
         if self.config.eval.knn:
-            _ = feed.classes  # refuses data without labels
+            feed.check_labels()
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random student and projector."""

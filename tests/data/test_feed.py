@@ -45,11 +45,25 @@ def feed(data_dir, **fields):
     return Feed(**config)
 
 
-def test_classes_are_those_of_the_labels(data_dir):
-    assert feed(data_dir, eval_split="").classes == 3
-    assert feed(data_dir, eval_split="train[3:]").classes == 3
+def test_labels_that_are_there_are_taken(data_dir):
+    for eval_split in ("", "train[3:]"):
+        made = feed(data_dir, eval_split=eval_split)
+        made.check_labels()
+        assert made.classes == 3
 
 
 def test_hidden_labels_are_no_labels(data_dir):
     with pytest.raises(DataError, match=r"hidden_labels/test hides its class labels: .* is -1"):
-        _ = feed(data_dir, eval_split="test").classes
+        feed(data_dir, eval_split="test").check_labels()
+
+
+def test_splits_of_different_classes_are_refused(tmp_path):
+    """Labels of a folder are positions among its classes: one that is missing moves the others."""
+    for split, classes in (("train", "abc"), ("val", "ac")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "one.png").write_bytes(b"not looked at")
+    config = base.common().data
+    config.update(name=f"folder:{tmp_path}/{{split}}", image_size=8, eval_split="val")
+    with pytest.raises(DataError, match="train has 3 and folder.*val has 2"):
+        Feed(**config).check_labels()
