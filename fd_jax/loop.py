@@ -145,6 +145,13 @@ class _Trainer:
         self.place = functools.partial(
             place.to_global, sharding=batch_sharding, rows=self.rows, batch_size=config.batch_size
         )
+        self.writer = metrics.Writer(workdir, resume_step=start)
+        self.frozen = run.place_frozen(task.load_frozen())
+        self.window = metrics.Mean()
+        self.clock = _Clock(config.batch_size, start, total_steps)
+        self.utilization = Utilization(task, list(run.mesh.devices.flat), run.mesh.local_devices)
+        self.nonfinite_in_a_row = 0
+        # Last, since it starts threads and fills devices: nothing after it may fail.
         self.loader = feed.train(
             batch_size=config.batch_size,
             seed=config.seed,
@@ -152,17 +159,11 @@ class _Trainer:
             start_step=start,
             place=self.place,
         )
-        self.writer = metrics.Writer(workdir, resume_step=start)
-        self.frozen = run.place_frozen(task.load_frozen())
-        self.window = metrics.Mean()
-        self.clock = _Clock(config.batch_size, start, total_steps)
-        self.utilization = Utilization(task, list(run.mesh.devices.flat), run.mesh.local_devices)
-        self.nonfinite_in_a_row = 0
 
     def run(self, state: TrainState) -> Result:
         began = time.monotonic()
         train_step = self.program.compile_train_step()
-        seed = np.uint32(self.config.seed)
+        seed = self.program.place_seed(self.config.seed)
         say(f"compiled the step in {time.monotonic() - began:.1f} s")
         evaluation: dict[str, float] = {}
         pending = None  # metrics are read one step late, while the device works on the next

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from fd_jax import sharding
 from fd_jax.optimizer import Schedule
@@ -47,6 +48,11 @@ class Program:
     def place_frozen(self, host: PyTree) -> PyTree:
         """Puts the frozen weights onto the mesh, split like the student's."""
         return jax.tree.map(_place, host, self.frozen)
+
+    def place_seed(self, seed: int) -> jax.Array:
+        """The seed as the step takes it, on all devices."""
+        value = np.uint32(seed)
+        return jax.make_array_from_callback((), self.seed.sharding, lambda _: value)
 
     def compile_train_step(self, **compiler_options) -> jax.stages.Compiled:
         """Lowers and compiles the train step for the devices of the mesh."""

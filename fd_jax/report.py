@@ -188,8 +188,8 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
         "",
         "Agreement with the teacher's whitened features on held-out regions. R2 is measured against"
         " the training set's mean target; a network that predicts that constant has R2 0 and the"
-        " cosine of the last column. How well the training pictures are predicted, without random"
-        " crops, stands in the third.",
+        " cosine of the last column. R2 in training is that of the training pictures, without"
+        " random crops.",
         "",
         "| token | R2 before | R2 after | R2 in training | cosine before | cosine after | "
         "cosine of the mean |",

@@ -55,7 +55,7 @@ def train(mesh_shape, *, accumulation=1, make_task=DistillTask, config=None, ste
         batch = place.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
-        state, metrics = run.train_step(state, frozen, batch, np.uint32(config.seed))
+        state, metrics = run.train_step(state, frozen, batch, run.place_seed(config.seed))
         total, count = jax.device_get(metrics["loss"])
         losses.append(total / count)
     return np.array(losses), state
@@ -197,7 +197,7 @@ def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, **fields):
         batch = place.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
-        state, metrics = run.train_step(state, frozen, batch, np.uint32(config.seed))
+        state, metrics = run.train_step(state, frozen, batch, run.place_seed(config.seed))
         total, count = jax.device_get(metrics["loss"])
         losses.append(total / count)
     return np.array(losses)
@@ -218,6 +218,18 @@ def test_classification_agrees_with_accumulation(classifier):
     np.testing.assert_allclose(got, want, rtol=3e-6)
     other = fine_tune(classifier, 1, **{"model.head_scale": 1.0, "seed": 1})
     assert np.abs(other / want - 1).max() > 1e-4
+
+
+def test_seeds_share_a_program(classifier):
+    """That their losses differ is seen above."""
+
+    def lowered(seed):
+        config = tiny.fine_tuning(classifier, seed=seed)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        run = program.build(ClassifyTask(config), config, mesh, steps_per_epoch=10, total_steps=100)
+        return run.train_step.lower(run.state, run.frozen, run.batch, run.seed).as_text()
+
+    assert lowered(0) == lowered(1)
 
 
 @pytest.mark.parametrize("devices,batch_size", [(1, 16), (3, 12), (8, 16)])

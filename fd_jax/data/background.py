@@ -39,7 +39,9 @@ class Background:
     def _run(self, iterator: Any) -> None:
         try:
             for item in iterator:
-                if not self._put(self._finish(item)):
+                finished = self._finish(item)
+                del item  # or it would take up its memory until the next one is there
+                if not self._put(finished):
                     break
         except BaseException as error:  # handed to the thread that waits
             self._put(error)

@@ -20,13 +20,14 @@ import numpy as np
 from fd_jax.data.background import Background
 from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError
+from fd_jax.typing import Batch
 
 HostBatch = dict[str, Any]
 
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
 _CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
-_SHARED = 2**16  # bytes from which an array goes through shared memory and not through a pipe
+_MIN_SHARED = 2**16  # bytes of an array that goes through shared memory and not through a pipe
 _GOODBYE = 2.0  # seconds that workers get to end by themselves
 
 # What a random stream is for, so that no two purposes share one.
@@ -83,7 +84,7 @@ class TrainLoader:
 
     Yields:
       {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n] of ones,
-      "index": int32 [n] position in the source}, n = len(rows).
+      "index": int32 [n] position in the source}, n = len(rows); or what `place` makes of it.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class TrainLoader:
         workers: int = 0,
         max_broken: int = 100,
         timeout: float = 600.0,
-        place: Callable[[HostBatch], HostBatch] | None = None,
+        place: Callable[[HostBatch], Batch] | None = None,
     ):
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         self.replaced: dict[int, str] = {}
@@ -115,10 +116,10 @@ class TrainLoader:
         self._place = place or (lambda batch: batch)
         self._batches = Background(_read_ahead(self._reads, threads, workers), self._deliver)
 
-    def __iter__(self) -> Iterator[HostBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> HostBatch:
+    def __next__(self) -> Batch:
         """The next batch.
 
         Raises:
@@ -137,7 +138,8 @@ class TrainLoader:
                 raise
             raise DataError(
                 f"a data worker died before step {self._step}: {self._culprit()}. {error} "
-                "If memory ran out, lower data.workers"
+                "If memory ran out, lower data.workers; exit code -7 says that /dev/shm is full "
+                "(docs/running.md, Feeding)"
             ) from error
         self._pids[(self._step - self._start) % max(self._workers, 1)] = delivery.pid
         self._note_broken(delivery.broken)
@@ -163,7 +165,9 @@ class TrainLoader:
 
     def _deliver(self, batch: HostBatch) -> "_Delivery":
         pid, broken = batch.pop("pid"), batch.pop("broken")
-        return _Delivery(self._place({k: np.asarray(v) for k, v in batch.items()}), pid, broken)
+        # Plain views: they keep a worker's shared memory mapped as long as anything looks at it.
+        plain = {name: np.asarray(value) for name, value in batch.items()}
+        return _Delivery(self._place(plain), pid, broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -259,7 +263,7 @@ class _Record(NamedTuple):
 class _Delivery(NamedTuple):
     """A batch as the loader hands it out, the process that made it, and what it replaced."""
 
-    batch: HostBatch
+    batch: Batch
     pid: int
     broken: list[tuple[int, str]]
 
@@ -344,8 +348,8 @@ def _read_ahead(reads: _Reads, threads: int, workers: int) -> Iterator[HostBatch
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own where it starts processes
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-    small = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
-    batches = grain.experimental.WithOptionsIterDataset(batches, small)
+    sharing = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED)
+    batches = grain.experimental.WithOptionsIterDataset(batches, sharing)
     return iter(batches.mp_prefetch(options))
 
 

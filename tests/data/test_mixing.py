@@ -1,12 +1,14 @@
 """Mixup, CutMix and random erasing against plain numpy and torch-style rules."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fd_jax import sharding
 from fd_jax.data import mixing
 from fd_jax.errors import ConfigError
 
@@ -36,6 +38,28 @@ def test_mixup_is_its_closed_form(lam):
     np.testing.assert_allclose(mixed, lam * images + (1 - lam) * images[::-1], atol=1e-6)
     want = lam * np.asarray(target) + (1 - lam) * np.asarray(target)[::-1]
     np.testing.assert_allclose(soft, want, atol=1e-6)
+
+
+def test_bytes_mix_as_floats_do():
+    """Pictures come as uint8, in which a weight below 1 would be 0."""
+    bytes_ = np.random.default_rng(3).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+    target = jnp.eye(4)
+    mixed, _ = mixing.mix(jnp.asarray(bytes_), target, jnp.full((SIZE, SIZE), 0.3))
+    assert mixed.dtype == jnp.float32
+    want = 0.3 * bytes_.astype(float) + 0.7 * bytes_[::-1]
+    np.testing.assert_allclose(mixed, want, atol=1e-4)
+
+
+def test_partners_cross_devices_as_bytes():
+    split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
+    images = jax.ShapeDtypeStruct((4, SIZE, SIZE, 3), jnp.uint8, sharding=split)
+    target = jax.ShapeDtypeStruct((4, 7), jnp.float32, sharding=split)
+    mix = mixing.Mixing(mixup=0.8, cutmix=1.0, switch=0.5, batch_size=4)
+    key = jax.random.key(0)
+    run = jax.jit(lambda images, target: mix(key, images, target), out_shardings=split)
+    text = run.lower(images, target).compile().as_text()
+    crossing = re.findall(rf"(\w+)\[[\d,]*{SIZE},{SIZE},3\]\S* collective-permute", text)
+    assert crossing and set(crossing) == {"u8"}, crossing
 
 
 @pytest.mark.parametrize("lam", [0.05, 0.37, 0.5, 0.96, 1.0])

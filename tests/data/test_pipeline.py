@@ -1,5 +1,7 @@
 """The order of examples is arithmetic; nothing about hosts, threads or processes may show in it."""
 
+import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -7,12 +9,14 @@ import pathlib
 import time
 
 from absl import logging
+import jax
 import numpy as np
 import pytest
 
-from fd_jax.data import pipeline
+from fd_jax import sharding
+from fd_jax.data import pipeline, place
 from fd_jax.errors import DataError
-from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Noise, Pictures, Plain, Stops, Wrong
+from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Large, Noise, Pictures, Plain, Stops, Wrong
 
 SIZE, BATCH, SEED = 29, 4, 5  # 7 batches an epoch, one example left over
 
@@ -116,6 +120,29 @@ def test_resuming_equals_never_stopping(loader, unbroken, start):
 
 def test_resuming_with_workers_equals_never_stopping(loader, unbroken):
     assert_same(take(loader(start_step=5, workers=2), 4), unbroken[5:9])
+
+
+def test_what_went_through_shared_memory_stays(loader):
+    """Device arrays outlive the workers, the loader and the memory that their pixels came in."""
+    devices = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
+    put = functools.partial(
+        place.to_global, sharding=devices, rows=np.arange(BATCH), batch_size=BATCH
+    )
+    segments = set(pathlib.Path("/dev/shm").iterdir())
+    made = loader(transform=Large(), workers=2, place=put)
+    batches = take(made, 6)
+    used = set(pathlib.Path("/dev/shm").iterdir()) - segments
+    assert used  # or this tests nothing
+    made.close()
+    gc.collect()
+    assert isinstance(batches[0]["image"], jax.Array)
+    assert_same(batches, take(loader(transform=Large()), 6))
+    del batches
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while any(segment.exists() for segment in used) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(segment.exists() for segment in used)
 
 
 def test_another_seed_is_another_order(loader, unbroken):

@@ -10,6 +10,7 @@ import transformers
 
 from configs import base
 from fd_jax import model_folder, optimizer, program
+from fd_jax.data import mixing
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models import spec as specs
@@ -185,6 +186,16 @@ def test_loss_is_torchs_with_label_smoothing(student):
     labels = torch.from_numpy(raw["label"]).long()
     want = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     np.testing.assert_allclose(loss, float(want), rtol=2e-6)
+
+
+def test_mixing_before_normalising_is_mixing_after_it(student):
+    task, *_ = started(student, **{"mixing.erasing": 0.0})
+    raw, key = tiny.labelled_batch(), jax.random.key(1)
+    prepared = task.prepare(raw, key)
+    target = mixing.smooth_one_hot(raw["label"], CLASSES, 0.1)
+    normalised = task.spec.normalize(raw["image"])
+    mixed, _ = task.mixing(jax.random.split(key, 3)[0], normalised, target)
+    np.testing.assert_allclose(prepared["image"], mixed, atol=1e-5)
 
 
 def test_mixing_erasing_and_drop_path_are_on_in_training_and_off_in_evaluation(student):
