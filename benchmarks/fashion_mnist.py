@@ -18,7 +18,7 @@ from benchmarks.miniature import train
 from configs import fashion_mnist
 from fd_jax.data import prepare
 
-WANTED = 0.73  # top-1 on the 10,000 held-out pictures; a sound recipe reached 0.742
+WANTED = 0.77  # top-1 on the 10,000 held-out pictures; a sound recipe reached 0.791
 
 
 def main() -> int:
