@@ -100,7 +100,7 @@ def measure(depth=2, *, broken=False):
         fields = {"grad_reduce_dtype": "bfloat16"} if broken else {}
         planned = define(config(depth, **fields))
         step = compiled.compile_step(planned, target, effort=-1.0)
-    (state, frozen, _), _ = step.executable.input_shardings
+    (state, frozen, *_), _ = step.executable.input_shardings
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "frozen": frozen})
     shapes = jax.tree.leaves({"state": step.run.state, "frozen": step.run.frozen})
     state_leaves = len(jax.tree.leaves(step.run.state))
