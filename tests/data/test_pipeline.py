@@ -1,6 +1,5 @@
 """The order of examples is arithmetic; nothing about hosts, threads or processes may show in it."""
 
-import functools
 import gc
 import itertools
 import json
@@ -125,14 +124,15 @@ def test_resuming_with_workers_equals_never_stopping(loader, unbroken):
 def test_what_went_through_shared_memory_stays(loader):
     """Device arrays outlive the workers, the loader and the memory that their pixels came in."""
     devices = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
-    put = functools.partial(
-        place.to_global, sharding=devices, rows=np.arange(BATCH), batch_size=BATCH
-    )
-    segments = set(pathlib.Path("/dev/shm").iterdir())
+    segments = []
+
+    def put(batch):
+        segments.append(pathlib.Path("/dev/shm") / batch["image"].base.shm.name)
+        return place.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
+
     made = loader(transform=Large(), workers=2, place=put)
     batches = take(made, 6)
-    used = set(pathlib.Path("/dev/shm").iterdir()) - segments
-    assert used  # or this tests nothing
+    used = segments[:6]  # those behind what was taken
     made.close()
     gc.collect()
     assert isinstance(batches[0]["image"], jax.Array)
@@ -142,7 +142,7 @@ def test_what_went_through_shared_memory_stays(loader):
     deadline = time.monotonic() + 5
     while any(segment.exists() for segment in used) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(segment.exists() for segment in used)
+    assert len(used) == 6 and not any(segment.exists() for segment in used)
 
 
 def test_another_seed_is_another_order(loader, unbroken):
