@@ -3,7 +3,7 @@
     python -m tests.convert.fuzz --count=20000
 
 Prints how many were tried and what came of them; fails on any other exception, on a file that takes
-longer than two seconds of the processor, and on one that takes much more memory than its own size.
+much more memory than its own size, and on a refusal that takes two seconds of the processor.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from fd_jax.errors import ConversionError
 from tests.convert import synthetic, test_onnx
 
 SECONDS = 2.0
+WARM_UP = 20  # files whose time is not looked at: the first of a container imports its packages
 BYTES = 32 << 20
 
 # Container -> (source that fits the undamaged file, name of the file).
@@ -164,7 +165,6 @@ def misnest(rng: random.Random, folder: Path) -> Path:
 def attempt(path: Path, source: str, output: Path) -> str:
     """Tries to import and inspect a file; returns what came of it, raises on a fault."""
     tracemalloc.start()
-    start = time.process_time()
     try:
         importing.import_file(source, path, output, allow_other_hash=True, overwrite=True)
         outcome = "imported"
@@ -176,11 +176,8 @@ def attempt(path: Path, source: str, output: Path) -> str:
         listing.inspect(path)
     except ConversionError as error:
         assert str(path) in str(error), f"the message does not name the file: {error}"
-    seconds = time.process_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Writing a good file with Orbax is no matter of this test.
-    assert outcome == "imported" or seconds < SECONDS, f"took {seconds:.1f} s"
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     assert peak < BYTES + 20 * size, f"took {peak:,} bytes"
     return outcome
@@ -220,18 +217,25 @@ def main() -> None:
     seeds = seed_files()
     outcomes: collections.Counter = collections.Counter()
     containers = [*SEEDS, "misnested"]
+    slowest = 0.0  # refusal; a good file's time is Orbax's
     for index in range(arguments.count):
         container = containers[index % len(containers)]
         rng = random.Random(f"{arguments.seed}/{index}")
         with tempfile.TemporaryDirectory() as folder:
             try:
-                outcomes[container, one(container, seeds, rng, Path(folder))] += 1
+                start = time.process_time()
+                outcome = one(container, seeds, rng, Path(folder))
+                seconds = time.process_time() - start
+                if outcome == "refused" and index >= WARM_UP:
+                    assert seconds < SECONDS, f"took {seconds:.1f} s"
+                    slowest = max(slowest, seconds)
+                outcomes[container, outcome] += 1
             except Exception:
                 print(f"--seed={arguments.seed}, file {index} ({container})", file=sys.stderr)
                 raise
     for (container, outcome), count in sorted(outcomes.items()):
         print(f"{container:15} {outcome:9} {count}")
-    print(f"{sum(outcomes.values())} files, no other outcome")
+    print(f"{sum(outcomes.values())} files, no other outcome; slowest refusal {slowest:.2f} s")
 
 
 if __name__ == "__main__":
