@@ -57,6 +57,7 @@ class Run:
         env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "PYTHONFAULTHANDLER": "1",  # a process that dies of a signal says where it was
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0",
