@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -17,8 +18,7 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
         try:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError) as error:  # how a locked config says it
-            field = str(error).strip("\"'")
-            _fail(f"the config has no field {field}; configs/base.py lists what there is")
+            _fail(_unknown_field(str(error)))
         except (flags.Error, TypeError, ValueError, OSError) as error:
             _fail(_without_traceback(str(error)))
 
@@ -31,6 +31,15 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow greets at length otherwise
     app.run(guarded, flags_parser=parse)
+
+
+def _unknown_field(message: str) -> str:
+    """Names the field, and the one that was meant, out of a message with quotes within quotes."""
+    field = re.search(r"\w+", message)
+    name = field[0] if field else message
+    meant = re.search(r"Did you mean \W*(\w+)", message)
+    guess = f"; did you mean {meant[1]}?" if meant else ";"
+    return f"the config has no field {name}{guess} configs/base.py lists what there is"
 
 
 def _without_traceback(message: str) -> str:

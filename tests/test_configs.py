@@ -393,7 +393,8 @@ def run_train(*flags):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--config.colour=red"], "colour"),
+        (["--config.colour=red"], "no field colour; configs/base.py"),
+        (["--config.student.famly=vit"], "no field famly; did you mean family? configs/base.py"),
         (["--config.batch_size=many"], "batch_size"),
         (["--config.dtype=float16"], "dtype='float16' is unknown"),
         (["--config.teacher.path=nowhere"], "no model folder at nowhere"),
