@@ -115,7 +115,7 @@ def assert_same_evaluations(left, right):
 def one_process(config_file, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     statuses, outputs = Run(config_file, workdir, 1, devices=4).wait()
-    assert statuses == [0], outputs
+    assert statuses == [0], "\n".join(outputs)
     return workdir
 
 
@@ -125,7 +125,7 @@ def test_several_processes_give_the_losses_of_one(
     one_process, config_file, tmp_path, count, devices
 ):
     statuses, outputs = Run(config_file, tmp_path, count, devices=devices).wait()
-    assert statuses == [0] * count, outputs
+    assert statuses == [0] * count, "\n".join(outputs)
     np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
     assert_same_evaluations(tmp_path, one_process)
     # One writer: a row per step, and one stream of progress lines.
@@ -154,7 +154,7 @@ def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_con
             script="finetune.py",
         )
         statuses, outputs = run.wait()
-        assert statuses == [0] * count, outputs
+        assert statuses == [0] * count, "\n".join(outputs)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
     assert_same_evaluations(tmp_path / "two", tmp_path / "one")
 
@@ -166,13 +166,13 @@ def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
     run.wait_for_step(1)
     os.kill(run.processes[1].pid, signal.SIGTERM)
     statuses, outputs = run.wait()
-    assert statuses == [loop.PREEMPTED] * 2, outputs
+    assert statuses == [loop.PREEMPTED] * 2, "\n".join(outputs)
     assert "stopped by SIGTERM at step" in outputs[0]
     reached = int(re.search(r"at step (\d+)", outputs[0]).group(1))
     assert 0 < reached < 6
     assert (tmp_path / "checkpoints" / str(reached)).is_dir()
     statuses, outputs = Run(config_file, tmp_path, 1, devices=4).wait()
-    assert statuses == [0], outputs
+    assert statuses == [0], "\n".join(outputs)
     np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
 
 
