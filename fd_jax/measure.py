@@ -24,7 +24,9 @@ def measure(
 ) -> dict[str, float]:
     """Evaluates the classifier in `workdir`/model, or else the one in `config.init_from`.
 
-    Writes evaluation.json into the workdir; per_class.md and confusion.png where asked.
+    With `config.eval.knn` the nearest neighbours of its features are measured as well, and a
+    folder without a head by them alone. Writes evaluation.json into the workdir; per_class.md and
+    confusion.png where asked.
 
     Args:
       config: of fine-tuning; its data, evaluation and mesh fields count.
@@ -33,25 +35,35 @@ def measure(
       throughput: also images per second of the compiled forward pass on batches that are there.
 
     Returns:
-      Loss, top-1 and top-5 accuracy over the whole held-out split, and what was asked for.
+      Loss, top-1 and top-5 accuracy over the held-out split, and what was asked for.
 
     Raises:
-      UserError: no such folder, no head in it, or one for other classes.
+      UserError: no such folder, no head in it where one is needed, or one for other classes.
     """
     workdir = epath.Path(workdir)
-    config = _as_classifier(config, workdir)
+    config, has_head = _as_classifier(config, workdir)
+    if not has_head and (per_class or throughput or not config.eval.knn):
+        raise ConfigError(
+            f"--eval_only: {config.init_from} has no classifier head; fine-tune or probe it first, "
+            "or measure its features alone with --config.eval.knn=20"
+        )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
     task = ClassifyTask(config)
-    # The training split takes no part, and need not be there.
-    feed = Feed(**{**config.data.to_dict(), "split": config.data.eval_split})
+    # The training split need not be there, unless its pictures are the neighbours.
+    split = config.data.split if config.eval.knn else config.data.eval_split
+    feed = Feed(**{**config.data.to_dict(), "split": split})
     task.check_data(feed)
     run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
     state = run.create(jax.random.key(0), task.load_initial())
 
-    figures = evaluation.evaluate(
-        run, feed, config, state.params, state.extra, {}, limit=config.eval.batches
-    )
+    figures = {}
+    if has_head:
+        figures |= evaluation.evaluate(
+            run, feed, config, state.params, state.extra, {}, limit=config.eval.batches
+        )
+    if config.eval.knn:
+        figures |= evaluation.neighbours(run, feed, config, state.params, {})
     if throughput:
         figures["images_per_second"] = _throughput(run, feed, config, state)
     say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
@@ -72,8 +84,8 @@ def measure(
     return figures
 
 
-def _as_classifier(config: Config, workdir: epath.Path) -> Config:
-    """The config with the folder named and its own head kept."""
+def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
+    """The config with the folder named and its own head kept; whether it has one."""
     config = ml_collections.ConfigDict(config.to_dict())
     if not config.data.eval_split:
         raise ConfigError("--eval_only measures data.eval_split, which is empty; name a split")
@@ -85,21 +97,15 @@ def _as_classifier(config: Config, workdir: epath.Path) -> Config:
             "name its folder in --config.init_from"
         )
     spec = model_folder.load_spec(config.init_from)
-    if not spec.classes:
-        raise ConfigError(
-            f"--eval_only: {config.init_from} ({spec.source}) has no classifier head; "
-            "fine-tune or probe it first"
-        )
     config.model.update(
         trains="all",
-        head="keep",
-        pooling=spec.pooling,
-        classes=spec.classes,
         final_norm=spec.arch.get("final_norm", True),
         untie_positions=False,
     )
+    if spec.classes:
+        config.model.update(head="keep", pooling=spec.pooling, classes=spec.classes)
     config.ema_decay = 0.0
-    return ml_collections.FrozenConfigDict(config)
+    return ml_collections.FrozenConfigDict(config), bool(spec.classes)
 
 
 def _throughput(run, feed, config, state) -> float:

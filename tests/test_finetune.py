@@ -64,7 +64,7 @@ def test_measuring_gives_what_training_reported(tuned, config):
     figures = measure.measure(config, workdir, per_class=True)
     written = json.loads((workdir / "evaluation.json").read_text())
     assert written == {"init_from": str(workdir / "model"), "data": "digits/test[:53]", **figures}
-    for name in ("loss", "top1", "top5"):
+    for name in ("loss", "top1", "top5", "knn_top1", "knn_top5"):
         np.testing.assert_allclose(figures[name], result.evaluation[f"eval_ema_{name}"], rtol=1e-6)
     table = (workdir / "per_class.md").read_text()
     counts = [int(line.split("|")[2]) for line in table.splitlines()[2:]]
@@ -104,9 +104,25 @@ def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
     assert len(losses[0]) == 4
 
 
-def test_measuring_without_a_head_is_refused(config, tmp_path):
+def test_without_a_head_the_neighbours_alone_are_measured(config, tmp_path):
+    """As a probe of the same folder reports them."""
+    probe = ml_collections.ConfigDict(config.to_dict())
+    probe.model.update(trains="head", pooling="cls", final_norm=True, untie_positions=False)
+    probe.ema_decay = 0.0
+    probe.steps = 1
+    reported = loop.fit(ClassifyTask(probe), probe, tmp_path / "probe").evaluation
+    figures = measure.measure(probe, tmp_path / "alone")
+    assert figures.keys() == {"knn_top1", "knn_top5"}
+    for name, figure in figures.items():
+        np.testing.assert_allclose(figure, reported[f"eval_{name}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("knn,asked", [(0, {}), (5, {"per_class": True})])
+def test_measuring_a_head_that_is_not_there_is_refused(config, tmp_path, knn, asked):
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.eval.knn = knn
     with pytest.raises(ConfigError, match="has no classifier head; fine-tune or probe it first"):
-        measure.measure(config, tmp_path)
+        measure.measure(config, tmp_path, **asked)
 
 
 def test_measuring_without_a_model_is_refused(config, tmp_path):

@@ -32,6 +32,9 @@ class Feed:
       threads: decoding threads per process.
       workers: worker processes; 0 decodes in this one.
       max_broken: unreadable images replaced before the run stops.
+
+    Raises:
+      DataError: a split cannot be opened, or the held-out one is the training one by mistake.
     """
 
     def __init__(
@@ -54,6 +57,12 @@ class Feed:
         workers: int,
         max_broken: int,
     ):
+        if eval_split not in ("", split) and sources.is_one_folder(name):
+            raise DataError(
+                f"{name} is one folder for every split, so that data.eval_split={eval_split!r} "
+                "would hold nothing out; let its path say where the split's name goes, as in "
+                "folder:/data/imagenet/{split}, or set data.eval_split=''"
+            )
         open_source = functools.partial(
             sources.open_source,
             name,

@@ -10,6 +10,7 @@ from fd_jax.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 FOLDER_PREFIX = "folder:"
+_SPLIT = "{split}"  # in a folder's path
 
 # What nobody may download for the user, by the dataset that needs it.
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -87,9 +88,14 @@ def open_source(
       DataError: it does not exist, is not prepared, or cannot be read at random.
     """
     if name.startswith(FOLDER_PREFIX):
-        folder = name.removeprefix(FOLDER_PREFIX).replace("{split}", split)
+        folder = name.removeprefix(FOLDER_PREFIX).replace(_SPLIT, split)
         return FolderSource(folder, skip=skip)
     return TfdsSource(name, split, data_dir=data_dir, skip=skip)
+
+
+def is_one_folder(name: str) -> bool:
+    """Whether every split of a dataset is the same folder of pictures."""
+    return name.startswith(FOLDER_PREFIX) and _SPLIT not in name
 
 
 class FolderSource:

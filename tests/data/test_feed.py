@@ -67,3 +67,13 @@ def test_splits_of_different_classes_are_refused(tmp_path):
     config.update(name=f"folder:{tmp_path}/{{split}}", image_size=8, eval_split="val")
     with pytest.raises(DataError, match="train has 3 and folder.*val has 2"):
         Feed(**config).check_labels()
+
+
+def test_a_folder_cannot_be_training_and_held_out_at_once(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"not looked at")
+    config = base.common().data
+    config.update(name=f"folder:{tmp_path}", image_size=8)
+    with pytest.raises(DataError, match="data.eval_split='validation' would hold nothing out"):
+        Feed(**config)
+    config.eval_split = ""
+    assert Feed(**config).eval_source is None
