@@ -4,7 +4,8 @@ r"""Fine-tunes or probes a model folder by classification, or measures one that 
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/finetune_clip_vit_b16
 
 The same command on the same workdir resumes. With --eval_only nothing is trained: the classifier
-in WORKDIR/model, or else the one in --config.init_from, is measured on the held-out split.
+in WORKDIR/model, or else the one in --config.init_from, is measured on the held-out split; a
+folder without a head by its nearest neighbours (--config.eval.knn=20).
 """
 
 from absl import flags

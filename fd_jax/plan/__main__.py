@@ -4,7 +4,7 @@ r"""What a run needs and can reach on TPUs, told by their compiler without one.
     python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \
       --start=configs/distill_clip_vit_b16.py --config.batch_size=4096 --output=plan.json
 
-The real train step is compiled, with neither weights nor data: a minute or two. Needs the extra
+The real train step is compiled, with neither weights nor data: some minutes. Needs the extra
 "plan".
 """
 
@@ -31,7 +31,7 @@ _EXAMPLES = flags.DEFINE_integer("examples", None, "Images in an epoch, for data
 _EFFORT = flags.DEFINE_float(
     "effort",
     0.0,
-    "Of the compiler, -1 to 0; -1 takes a fifth of the time and gives no estimate.",
+    "Of the compiler, -1 to 0; -1 takes a fraction of the time and gives no estimate.",
     lower_bound=-1.0,
     upper_bound=0.0,
 )

@@ -84,7 +84,7 @@ def compile_step(
     Args:
       experiment: what to train.
       target: what to train it on.
-      effort: of the compiler, from -1 (a tenth of the time) to 0.
+      effort: of the compiler, from -1 (a fraction of the time) to 0.
       windowed_einsum: leave that transformation on, as in a run; counts are then too low.
 
     Raises:
