@@ -169,11 +169,15 @@ class _Trainer:
         pending = None  # metrics are read one step late, while the device works on the next
         stop = False
         self.clock.start()
-        with _on_sigterm() as stop_asked, self._profiler() as profile:
+        trace = _Trace(
+            self.workdir / "profile", self.config.profile_steps, self.start, self.total_steps
+        )
+        with _on_sigterm() as stop_asked, contextlib.closing(trace):
             for step in range(self.start, self.total_steps):
-                profile(step)
+                trace.before(step, state)
                 batch = self._next_batch(stop_asked())
                 state, figures = train_step(state, self.frozen, batch, seed)
+                trace.after(step, figures)
                 if pending is not None:
                     stop = self._read(step - 1, pending)
                 pending = figures
@@ -269,26 +273,38 @@ class _Trainer:
     def _due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.total_steps)
 
-    @contextlib.contextmanager
-    def _profiler(self):
-        first = self.start + PROFILE_AFTER
-        last = first + self.config.profile_steps
-        running = False
 
-        def profile(step):
-            nonlocal running
-            if self.config.profile_steps and step == first:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
-                running = True
-            elif running and step == last:
-                jax.profiler.stop_trace()
-                running = False
+class _Trace:
+    """JAX's profile of some whole steps, evaluation and saving left out."""
 
-        try:
-            yield profile
-        finally:
-            if running:
-                jax.profiler.stop_trace()
+    def __init__(self, folder: epath.Path, steps: int, start: int, total: int):
+        self._folder, self._running = folder, False
+        self._steps = range(0)
+        if steps:
+            first = max(start, min(start + PROFILE_AFTER, total - steps))
+            self._steps = range(first, min(first + steps, total))
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Starts where the traced steps do, when the device is done with those before."""
+        if self._steps and step == self._steps[0]:
+            jax.block_until_ready(state)
+            options = jax.profiler.ProfileOptions()
+            # Its tracer of Python walks the interpreter's threads without their lock: one that
+            # Orbax's writer starts at that moment crashes the process.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._running = True
+
+    def after(self, step: int, figures: Any) -> None:
+        """Stops where the traced steps do, when the device is done with them."""
+        if self._running and step == self._steps[-1]:
+            jax.block_until_ready(figures)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 class _Clock:
