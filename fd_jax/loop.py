@@ -15,7 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import evaluation, metrics, model_folder, program, sharding
+from fd_jax import evaluation, files, metrics, model_folder, program, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.data import place
@@ -79,29 +79,30 @@ def fit(
     run = program.build(
         task, config, mesh, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every or None,
-    )
-    state, start = initial_state(task, run, checkpoints, config.seed)
-    trainer = _Trainer(task, config, workdir, run, feed, checkpoints, start, total_steps)
-    try:
+    with contextlib.ExitStack() as resources:
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every or None,
+        )
+        resources.callback(checkpoints.close)
+        state, start, record = initial_state(task, run, checkpoints, config.seed)
+        trainer = _Trainer(
+            task, config, workdir, run, feed, checkpoints, start, total_steps, record, resources
+        )
         return trainer.run(state)
-    finally:
-        trainer.close()
 
 
 def initial_state(
     task: Task, run: program.Program, checkpoints: Checkpoints, seed: int
-) -> tuple[TrainState, int]:
-    """The state a run starts from, and its step; the order is that of `fit`."""
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state a run starts from, its step and its record; the order is that of `fit`."""
     latest = checkpoints.latest_step()
     if latest is not None:
-        tree, _ = checkpoints.restore(latest, _as_dict(run.state))
+        tree, record = checkpoints.restore(latest, _as_dict(run.state))
         logging.info("resuming at step %d", latest)
-        return TrainState(**{"ema": None, **tree}), latest
-    return run.create(jax.random.key(seed), task.load_initial()), 0
+        return TrainState(**{"ema": None, **tree}), latest, record
+    return run.create(jax.random.key(seed), task.load_initial()), 0, {}
 
 
 def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
@@ -112,8 +113,9 @@ def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
     """
     path = workdir / "config.json"
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    if path.exists() and not accept:
-        old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+    there = path.read_text() if path.exists() else None
+    if there is not None and not accept:
+        old, new = _flat(json.loads(there)), _flat(json.loads(text))
         changed = [
             f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
             for name in sorted(old.keys() | new.keys())
@@ -126,15 +128,27 @@ def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
                 + "\nUse another workdir, or --accept_config to go on with the new values."
             )
     _barrier("workdir_checked")
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and there != text:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        files.write_text(path, text)
 
 
 class _Trainer:
     """One run: the pieces of `fit` that share its readers, writers and clocks."""
 
-    def __init__(self, task, config, workdir, run, feed, checkpoints, start, total_steps):
+    def __init__(
+        self,
+        task: Task,
+        config: Config,
+        workdir: epath.Path,
+        run: program.Program,
+        feed: Feed,
+        checkpoints: Checkpoints,
+        start: int,
+        total_steps: int,
+        record: dict[str, Any],
+        resources: contextlib.ExitStack,
+    ):
         self.task, self.config, self.workdir = task, config, workdir
         self.program, self.feed, self.checkpoints = run, feed, checkpoints
         self.start, self.total_steps = start, total_steps
@@ -146,11 +160,12 @@ class _Trainer:
             place.to_global, sharding=batch_sharding, rows=self.rows, batch_size=config.batch_size
         )
         self.writer = metrics.Writer(workdir, resume_step=start)
+        resources.callback(self.writer.close)
         self.frozen = run.place_frozen(task.load_frozen())
-        self.window = metrics.Mean()
+        self.window = metrics.Mean(record.get("window"))  # since the last line of the log
+        self.nonfinite_in_a_row = record.get("nonfinite_in_a_row", 0)
         self.clock = _Clock(config.batch_size, start, total_steps)
         self.utilization = Utilization(task, list(run.mesh.devices.flat), run.mesh.local_devices)
-        self.nonfinite_in_a_row = 0
         # Last, since it starts threads and fills devices: nothing after it may fail.
         self.loader = feed.train(
             batch_size=config.batch_size,
@@ -159,13 +174,14 @@ class _Trainer:
             start_step=start,
             place=self.place,
         )
+        resources.callback(self.loader.close)
 
     def run(self, state: TrainState) -> Result:
         began = time.monotonic()
         train_step = self.program.compile_train_step()
         seed = self.program.place_seed(self.config.seed)
         say(f"compiled the step in {time.monotonic() - began:.1f} s")
-        evaluation: dict[str, float] = {}
+        evaluation = self._overdue_evaluation(state)
         pending = None  # metrics are read one step late, while the device works on the next
         stop = False
         self.clock.start()
@@ -185,22 +201,21 @@ class _Trainer:
                     stop = self._read(step, pending) or stop
                     pending = None
                     self._log(step + 1)
-                if self._due(step + 1, self.eval_every) and not stop:
-                    evaluation = self._evaluate(step + 1, state)
+                # Saved before it is evaluated, which may take longer than a preemption leaves.
                 if stop or self._due(step + 1, self.config.checkpoint.every):
+                    if pending is not None:
+                        stop = self._read(step, pending) or stop
+                        pending = None
                     self._save(step + 1, state)
                 if stop:
                     break
+                if self._due(step + 1, self.eval_every):
+                    evaluation = self._evaluate(step + 1, state)
         reached = int(state.step)
         if not stop:
             self._export(state)
         self.checkpoints.wait()
         return Result(step=reached, preempted=stop, evaluation=evaluation)
-
-    def close(self) -> None:
-        self.loader.close()
-        self.checkpoints.close()
-        self.writer.close()
 
     def _next_batch(self, stop: bool) -> dict[str, Any]:
         with self.clock.waiting():
@@ -241,6 +256,18 @@ class _Trainer:
             f"ETA {metrics.duration(self.clock.remaining(step))}"
         )
 
+    def _overdue_evaluation(self, state: TrainState) -> dict[str, float]:
+        """That of the step the run goes on from: as recorded, or made now if it was cut short."""
+        if not self.start or not self._due(self.start, self.eval_every):
+            return {}
+        if _first_says(not self._recorded_evaluation(self.start)):
+            return self._evaluate(self.start, state)
+        return self._recorded_evaluation(self.start)
+
+    def _recorded_evaluation(self, step: int) -> dict[str, float]:
+        rows = [row for row in metrics.read(self.workdir) if row["step"] == step]
+        return {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}
+
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         if self.feed.eval_source is None:
             return {}
@@ -262,7 +289,12 @@ class _Trainer:
         return result
 
     def _save(self, step: int, state: TrainState) -> None:
-        record = {"data": self.loader.state(step), "config": self.config.to_dict()}
+        record = {
+            "data": self.loader.state(step),
+            "config": self.config.to_dict(),
+            "window": self.window.totals(),
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+        }
         self.checkpoints.save(step, _as_dict(state), record)
 
     def _export(self, state: TrainState) -> None:
@@ -378,6 +410,13 @@ def _barrier(name: str) -> None:
     """Waits for the other processes, where there are any."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def _first_says(answer: bool) -> bool:
+    """What the first process answers, on all of them."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
+from fd_jax import files
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -19,16 +21,24 @@ def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 class Mean:
-    """Adds up (sum, count) pairs by name and divides once."""
+    """Adds up (sum, count) pairs by name and divides once.
 
-    def __init__(self):
-        self._totals = collections.defaultdict(lambda: [0.0, 0.0])
+    Args:
+      totals: of another one, to go on from.
+    """
+
+    def __init__(self, totals: Mapping[str, list[float]] | None = None):
+        self._totals = collections.defaultdict(lambda: [0.0, 0.0], totals or {})
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         """Adds the metrics of one step; reads them from the device."""
         for name, (total, count) in jax.device_get(dict(metrics)).items():
             self._totals[name][0] += float(total)
             self._totals[name][1] += float(count)
+
+    def totals(self) -> dict[str, list[float]]:
+        """[sum, count] by name, JSON-able."""
+        return dict(self._totals)
 
     def result(self) -> dict[str, float]:
         """The weighted mean of everything added; names without any weight are left out."""
@@ -54,7 +64,7 @@ class Writer:
             metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         )
         kept = [row for row in read(workdir) if row["step"] <= resume_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records named figures of one step (1 = after the first update)."""

@@ -135,6 +135,37 @@ def test_sigterm_saves_and_says_so(finished, teacher, embedded_data, tmp_path):
     assert losses(tmp_path) == losses(finished[0])
 
 
+def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkeypatch):
+    """Saved first, evaluated when it goes on; its log's means go on over the interruption."""
+    config.update(log_every=4)
+    config.checkpoint.every = 3
+    config.eval.every = 3
+    whole = fit(config, tmp_path / "whole")
+
+    class Cut(Exception):
+        pass
+
+    def cut(*args, **kwargs):
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.evaluation, "evaluate", cut)
+        with pytest.raises(Cut):
+            fit(config, tmp_path / "cut")
+    assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
+    kept = ("step", "loss", "grad_norm", "eval_loss", "eval_cosine")
+    rows = [
+        [{k: row[k] for k in kept if k in row} for row in metrics.read(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [3, 4, 6, 6]
+    # A run that is complete tells its last evaluation without making it again.
+    before = (tmp_path / "cut" / metrics.FILE_NAME).read_text()
+    assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
+    assert (tmp_path / "cut" / metrics.FILE_NAME).read_text() == before
+
+
 def test_damaged_checkpoint_is_named(config, finished, tmp_path):
     import shutil
 
