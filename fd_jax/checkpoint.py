@@ -150,6 +150,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the files of this step are damaged or are not those of this state.
         """
+        self._refuse_another_state(step, like)
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape), like
         )
@@ -167,6 +168,29 @@ class Checkpoints:
                 "Delete that folder to continue from the one before it."
             ) from error
         return restored["state"], restored["record"]
+
+    def _refuse_another_state(self, step: int, like: PyTree) -> None:
+        path = self._folder / str(step)
+        try:
+            saved = {name: shape for name, (shape, _) in describe_tree(path / "state").items()}
+        except (ValueError, KeyError, OSError):
+            return  # damaged: reading it will say so
+        wanted = {
+            jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(like)
+        }
+        differing = [
+            f"  {name}: {saved.get(name, '(absent)')} -> {wanted.get(name, '(absent)')}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differing:
+            shown = "\n".join(differing[:10] + ["  ..."] * (len(differing) > 10))
+            raise CheckpointError(
+                f"checkpoint {path} holds another state than this config trains, in "
+                f"{len(differing)} arrays:\n{shown}\n"
+                "Go back to the config that the workdir was begun with, or use another workdir."
+            )
 
     def wait(self) -> None:
         """Returns when every started write is complete."""

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,14 +168,22 @@ def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkey
 
 
 def test_damaged_checkpoint_is_named(config, finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "checkpoints" / str(STEPS) / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS}.*\n?.*Delete that folder"):
         fit(config, tmp_path)
+
+
+def test_checkpoint_of_another_state_is_not_called_damaged(config, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    config.ema_decay = 0.9
+    wanted = (
+        r"another state.*in \d+ arrays:\n  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        fit(config, tmp_path, accept_config=True)
 
 
 def test_nan_stops_the_run_by_name(config, tmp_path):
