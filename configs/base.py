@@ -73,7 +73,7 @@ def common() -> Config:
         "skip_official": False,  # leave out the 27 files that the original skips
         "threads": 16,  # decoding threads per worker process
         "workers": 0,  # worker processes; 0 decodes in this one
-        "max_broken": 100,  # unreadable images that are replaced before the run stops
+        "max_broken": 100,  # unreadable images a process replaces before the run stops
     }
     config.optim = {
         "name": "adamw",  # or "lars"

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from fd_jax.errors import UserError
+from fd_jax.errors import HangError, UserError
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -25,6 +25,9 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         try:
             return main(argv)
+        except HangError as error:
+            _tell(str(error))
+            os._exit(2)  # leaving in an orderly way would wait for the thread that hangs
         except UserError as error:
             _fail(str(error))
 
@@ -50,6 +53,11 @@ def _without_traceback(message: str) -> str:
     return f"{lines[0]} {lines[-1]}"
 
 
+def _tell(message: str) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    _tell(message)
     sys.exit(2)

@@ -67,6 +67,11 @@ def train(make_task: Callable[[Config], Task]) -> Action:
 
 def _start_processes() -> None:
     if not (_DISTRIBUTED.value or _COORDINATOR.value):
+        if _PROCESSES.value is not None or _PROCESS.value is not None:
+            raise UserError(
+                "--num_processes and --process_id are for several processes, which have to find "
+                "each other: add --coordinator=HOST:PORT, or --distributed where a launcher tells"
+            )
         return
     jax.distributed.initialize(
         coordinator_address=_COORDINATOR.value,

@@ -17,6 +17,10 @@ class DataError(UserError):
     """A dataset that is missing, not prepared, too small, or holds too many broken images."""
 
 
+class HangError(DataError):
+    """Storage that does not answer. No thread that waits can be ended, so the process is."""
+
+
 class ConversionError(UserError):
     """A weights file that is not what its source name says, or cannot be read safely."""
 

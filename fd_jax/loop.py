@@ -260,7 +260,8 @@ class _Trainer:
         """That of the step the run goes on from: as recorded, or made now if it was cut short."""
         if not self.start or not self._due(self.start, self.eval_every):
             return {}
-        if _first_says(not self._recorded_evaluation(self.start)):
+        missing = np.int32(not self._recorded_evaluation(self.start))
+        if multihost_utils.broadcast_one_to_all(missing):  # or hosts could differ in what they see
             return self._evaluate(self.start, state)
         return self._recorded_evaluation(self.start)
 
@@ -410,13 +411,6 @@ def _barrier(name: str) -> None:
     """Waits for the other processes, where there are any."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _first_says(answer: bool) -> bool:
-    """What the first process answers, on all of them."""
-    if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import time
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
@@ -111,12 +112,17 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
 def _throughput(run, feed, config, state) -> float:
     """Images per second of the forward pass alone, compilation left out."""
     batch = next(iter(evaluation.batches(run, feed, "eval", config.batch_size, limit=1)))
-    jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
-    began, count = time.monotonic(), 0
-    while time.monotonic() - began < THROUGHPUT_SECONDS:
-        jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
-        count += config.batch_size
-    return count / (time.monotonic() - began)
+
+    def seconds(steps: int) -> float:
+        began = time.monotonic()
+        for _ in range(steps):
+            jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
+        return time.monotonic() - began
+
+    seconds(1)  # compiles
+    # The first process decides for all how often: a step waits for every one of them.
+    steps = int(multihost_utils.broadcast_one_to_all(np.int32(THROUGHPUT_SECONDS / seconds(1)) + 1))
+    return steps * config.batch_size / seconds(steps)
 
 
 def _confusion(run, task, feed, config, state) -> np.ndarray:

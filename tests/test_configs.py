@@ -393,6 +393,7 @@ def run_train(*flags):
 @pytest.mark.parametrize(
     "flags,message",
     [
+        (["--num_processes=2", "--process_id=0"], "add --coordinator=HOST:PORT"),
         (["--config.colour=red"], "no field colour; configs/base.py"),
         (["--config.student.famly=vit"], "no field famly; did you mean family? configs/base.py"),
         (["--config.batch_size=many"], "batch_size"),

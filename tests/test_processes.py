@@ -51,7 +51,7 @@ def free_port():
 
 
 class Run:
-    """`count` processes of one training run."""
+    """`count` processes of one training run; none of them outlives a failed wait."""
 
     def __init__(self, config_file, workdir, count, *flags, devices=DEVICES, script="train.py"):
         env = {
@@ -80,7 +80,10 @@ class Run:
 
     def wait(self, timeout=240):
         """Exit statuses and outputs."""
-        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        finally:
+            self.kill()
         return [process.returncode for process in self.processes], outputs
 
     def wait_for_step(self, step):
@@ -89,7 +92,12 @@ class Run:
             lines.append(line)
             if line.startswith(f"step {step}/"):
                 return
+        self.kill()
         raise AssertionError("".join(lines))
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()  # does nothing to one that has ended
 
 
 def losses(workdir):

@@ -31,7 +31,7 @@ class Feed:
       skip_official: leaves out the files that the original skips (reference 4.1).
       threads: decoding threads per process.
       workers: worker processes; 0 decodes in this one.
-      max_broken: unreadable images replaced before the run stops.
+      max_broken: unreadable images replaced before the run stops, in each process and start.
 
     Raises:
       DataError: a split cannot be opened, or the held-out one is the training one by mistake.

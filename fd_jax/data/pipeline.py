@@ -4,12 +4,14 @@ Grain reads ahead; which example stands where is arithmetic on the step, so a ru
 starting at its step, and every host can produce just its own rows.
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from fd_jax.data.background import Background
 from fd_jax.data.sources import BrokenImageError, SkippedError, Source
-from fd_jax.errors import DataError
+from fd_jax.errors import DataError, HangError
 from fd_jax.typing import Batch
 
 HostBatch = dict[str, Any]
@@ -29,6 +31,7 @@ _AHEAD = 2  # batches that wait, decoded, for the step
 _CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
 _MIN_SHARED = 2**16  # bytes of an array that goes through shared memory and not through a pipe
 _GOODBYE = 2.0  # seconds that workers get to end by themselves
+_WORKER = "grain-process-prefetch"  # how Grain's worker processes are named
 
 # What a random stream is for, so that no two purposes share one.
 _ORDER, _AUGMENT, _EVALUATE = range(1, 4)
@@ -114,6 +117,8 @@ class TrainLoader:
             source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
         self._place = place or (lambda batch: batch)
+        self._others = {child.pid for child in multiprocessing.active_children()}
+        atexit.register(self.close)  # Python would wait for workers that nobody told to end
         self._batches = Background(_read_ahead(self._reads, threads, workers), self._deliver)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,12 +128,13 @@ class TrainLoader:
         """The next batch.
 
         Raises:
-          DataError: too many broken pictures, a worker that died, or none that answers.
+          HangError: nothing came in time.
+          DataError: too many broken pictures, or a worker that died.
         """
         try:
             delivery = self._batches.get(self._timeout)
         except queue.Empty:
-            raise DataError(
+            raise HangError(
                 f"no batch for step {self._step} within {self._timeout:.0f} s: {self._culprit()}. "
                 "Either the storage hangs or that process is stuck; start the same command again "
                 "once it answers"
@@ -157,10 +163,11 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stops reading ahead and ends the worker processes."""
+        atexit.unregister(self.close)
         if self._batches.close(_GOODBYE):
             return
         for child in multiprocessing.active_children():
-            if child.pid in self._pids.values():
+            if child.name.startswith(_WORKER) and child.pid not in self._others:
                 child.kill()
 
     def _deliver(self, batch: HostBatch) -> "_Delivery":
@@ -350,7 +357,25 @@ def _read_ahead(reads: _Reads, threads: int, workers: int) -> Iterator[HostBatch
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
     sharing = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED)
     batches = grain.experimental.WithOptionsIterDataset(batches, sharing)
-    return iter(batches.mp_prefetch(options))
+    return iter(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """In a worker: it ends with the main process, and not by a signal meant for that one.
+
+    Who stops a run often signals all of its processes; the main process still wants the batches
+    of the steps that it makes until it has saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _batches(

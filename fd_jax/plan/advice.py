@@ -51,11 +51,12 @@ def candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]]
             alone.append({"remat": "dots"})
         if config.remat != "full":
             alone.append({"remat": "full"})
-    alone.append({"accumulation": 2 * config.accumulation})
-    alone.append({"batch_size": config.batch_size // 2})
     yield from alone
+    if trains_all:  # a probe takes its batch whole
+        yield {"accumulation": 2 * config.accumulation}
+    yield {"batch_size": config.batch_size // 2}
     together: dict[str, Any] = {}
-    for change in alone[:-2]:
+    for change in alone:
         together |= change
     for divisor in (1, 2, 4, 8):
         fewer = {"batch_size": config.batch_size // divisor} if divisor > 1 else {}

@@ -53,6 +53,12 @@ class ClassifyTask:
         model = config.model
         _check_choice("model.trains", model.trains, Trains.__args__)
         _check_choice("model.head", model.head, Head.__args__)
+        if model.trains == "head" and config.accumulation > 1:
+            raise ConfigError(
+                f"accumulation={config.accumulation} with model.trains='head': the probe's "
+                "BatchNorm is over the whole batch; set accumulation=1 (nothing of the frozen "
+                "encoder is kept for a backward pass, so that little memory is needed)"
+            )
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         self.probe = model.trains == "head"

@@ -65,12 +65,12 @@ class Plain:
 class Hangs(Plain):
     """Sleeps over one picture."""
 
-    def __init__(self, index):
-        self.index = index
+    def __init__(self, index, seconds=6):
+        self.index, self.seconds = index, seconds
 
     def __call__(self, image, rng):
         if image[0, 0, 0] == self.index:
-            time.sleep(6)
+            time.sleep(self.seconds)
         return image
 
 

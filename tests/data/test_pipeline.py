@@ -4,7 +4,11 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 from absl import logging
@@ -14,9 +18,10 @@ import pytest
 
 from fd_jax import sharding
 from fd_jax.data import pipeline, place
-from fd_jax.errors import DataError
+from fd_jax.errors import DataError, HangError
 from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Large, Noise, Pictures, Plain, Stops, Wrong
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE, BATCH, SEED = 29, 4, 5  # 7 batches an epoch, one example left over
 
 
@@ -218,7 +223,7 @@ def test_a_bug_is_no_broken_picture(loader):
 def test_a_read_that_hangs_is_named(loader, unbroken):
     stuck = unbroken[2]["index"][1]
     made = loader(transform=Hangs(stuck), timeout=1.0)
-    with pytest.raises(DataError, match=f"no batch for step .* within 1 s: .*picture-{stuck}"):
+    with pytest.raises(HangError, match=f"no batch for step .* within 1 s: .*picture-{stuck}"):
         take(made, 3)
 
 
@@ -238,16 +243,102 @@ def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
     source, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
     made = loader(source, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
-    with pytest.raises(DataError, match="no batch for step .* within 10 s") as error:
+    with pytest.raises(HangError, match="no batch for step .* within 10 s") as error:
         take(made, LATE + 1)
     pid = pid_file.read_text()
     assert f"data worker 1 of 2 (process {pid})" in str(error.value)
     made.close()
-    deadline = time.monotonic() + 5
-    while pathlib.Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    wait_for_the_end_of(pid)
+
+
+def wait_for_the_end_of(pid, seconds=60):
+    deadline = time.monotonic() + seconds
+    while running(pid) and time.monotonic() < deadline:
         multiprocessing.active_children()  # collects what has ended
         time.sleep(0.05)
-    assert not pathlib.Path(f"/proc/{pid}").exists()
+    assert not running(pid)
+
+
+def running(pid):
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_workers_leave_signals_to_the_main_process(loader, tmp_path):
+    """A signal to the whole group must not take the batches that saving waits for."""
+    source, pid_file = Pictures(200), tmp_path / "pid"
+    at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
+    made = loader(source, Stops(at, signal.SIGTERM, pid_file), workers=2, threads=1)
+    assert len(take(made, LATE + 2)) == LATE + 2
+    made.close()
+    wait_for_the_end_of(pid_file.read_text())
+
+
+SCRIPT = """
+import sys
+from fd_jax import application
+from fd_jax.data import pipeline
+from tests.data.pictures import Hangs, Pictures, Plain
+
+def main(argv):
+    workers = int(argv[1])
+    transform = Plain() if workers else Hangs(int(pipeline.epoch_order(0, 0, 40)[8]), seconds=3600)
+    made = pipeline.TrainLoader(
+        Pictures(40), transform, batch_size=4, seed=0, workers=workers, threads=1, timeout=10.0
+    )
+    for _ in range(4):
+        next(made)
+    print(*made._pids.values(), flush=True)
+    while True:
+        next(made)
+
+if __name__ == "__main__":
+    application.run_app(main)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Starts a loader of so many workers in a process of its own."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    started = []
+
+    def start(workers):
+        process = subprocess.Popen(
+            [sys.executable, path, str(workers)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_read_that_hangs_ends_the_process(script):
+    process = script(workers=0)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: no batch for step 2 within 10 s: being read: picture-" in said
+
+
+def test_workers_end_with_a_main_process_that_is_killed(script):
+    process = script(workers=2)
+    pids = process.stdout.readline().split()
+    assert len(pids) == 2 and all(map(running, pids))
+    process.kill()
+    for pid in pids:
+        wait_for_the_end_of(pid)
 
 
 def test_evaluation_sees_every_example_once():

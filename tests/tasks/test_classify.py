@@ -356,6 +356,13 @@ def test_a_norm_that_is_not_there_cannot_be_kept(tmp_path):
         ClassifyTask(tiny.fine_tuning(folder, **{"model.final_norm": True}))
 
 
+def test_a_probe_takes_its_batch_whole(student):
+    """Statistics of parts of a batch would be another probe."""
+    config = tiny.fine_tuning(student, **{"model.trains": "head", "accumulation": 2})
+    with pytest.raises(ConfigError, match="accumulation=2 with model.trains='head'"):
+        ClassifyTask(config)
+
+
 def test_lars_never_decays_vectors(student):
     task = ClassifyTask(tiny.fine_tuning(student, **probe_fields(**{"optim.decay_vectors": True})))
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
