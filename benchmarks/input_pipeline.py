@@ -8,14 +8,16 @@ flips half of them, on one thread; TensorFlow does so inside tf.data, where it i
 is what counts, so other work on the machine matters little; the paths take turns, and the median
 round is reported.
 
-The loader is then measured against the bare transform, with its threads and worker processes, in
-CPU time of all of them together: what order, queues and batches add.
+The loader is then measured against the bare transform and its draws, with threads and worker
+processes, in CPU time of all of them together: what order, queues and batches add. What a batch
+costs that comes out of a worker process is shown apart.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 import io
 import itertools
+from multiprocessing import shared_memory
 import os
 import statistics
 import time
@@ -158,6 +160,38 @@ def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 4
     return rate
 
 
+def bare_rate(jpegs: list[bytes], count: int) -> float:
+    """Images per CPU-second of the transform alone, called as the loader calls it."""
+    transform = transforms.TrainTransform(
+        SIZE, min_area=MIN_AREA, interpolation="bilinear", flip=True
+    )
+    began = time.process_time()
+    for index in range(count):
+        transform(jpegs[index % len(jpegs)], np.random.default_rng(index))
+    return count / (time.process_time() - began)
+
+
+def stacking(rounds: int = 30) -> tuple[float, float]:
+    """CPU-microseconds a picture to stack a batch: into used memory, into new shared memory."""
+    pictures = [np.full((SIZE, SIZE, 3), i, np.uint8) for i in range(64)]
+    used = np.stack(pictures)
+    kept, fresh = [], []
+    for _ in range(rounds):
+        began = time.process_time()
+        np.stack(pictures, out=used)
+        kept.append(time.process_time() - began)
+        began = time.process_time()
+        shared = shared_memory.SharedMemory(create=True, size=used.nbytes)
+        batch = np.ndarray(used.shape, used.dtype, buffer=shared.buf)
+        np.stack(pictures, out=batch)
+        del batch
+        shared.close()
+        shared.unlink()
+        fresh.append(time.process_time() - began)
+    each = 1e6 / len(pictures)
+    return statistics.median(kept) * each, statistics.median(fresh) * each
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of the workers that are alive."""
     children = [child.cpu_times() for child in psutil.Process().children()]
@@ -186,13 +220,16 @@ def main() -> None:
             f"{name:10s} {value:6.0f} images/CPU-s, {ratio:.2f}x TensorFlow; "
             f"worst crop against Pillow: mean {mean:.2f}, 99th percentile {high:.0f}"
         )
-    bare = statistics.median(each["fd_jax"] for each in rounds)
+    bare = statistics.median(bare_rate(jpegs, args.images) for _ in range(args.rounds))
+    print(f"the transform with its draws: {bare:.0f} images/CPU-s")
     for workers, threads in ((0, 1), (0, 2), (2, 1)):
         value = loader_rate(jpegs, workers, threads)
         print(
             f"loader with {workers} workers, {threads} threads: {value:.0f} images/CPU-s, "
             f"{value / bare:.2f} of the bare rate"
         )
+    kept, fresh = stacking()
+    print(f"a picture into its batch: {kept:.0f} us of used memory, {fresh:.0f} us of new shared")
 
 
 if __name__ == "__main__":
