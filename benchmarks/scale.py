@@ -28,7 +28,8 @@ SLICES = {
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
-PROBE_SLICES = {"v5e": "v5e:8x8"}  # their published batch is 16,384
+# Linear probes, whose published batch is 16,384, and whatever has a Swin in it.
+LARGER_SLICES = {"v5e": "v5e:8x8"}
 _SHARDED = ("--config.mesh.fsdp=16",)
 _QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
 
@@ -90,8 +91,8 @@ class Row:
     @property
     def slice(self) -> str:
         """The topology it is compiled for."""
-        by_chip = PROBE_SLICES if self.run.startswith("linear") else SLICES[self.run[-1]]
-        return by_chip[self.chip]
+        larger = self.run.startswith("linear") or "esvit" in self.run
+        return (LARGER_SLICES if larger else SLICES[self.run[-1]])[self.chip]
 
     @property
     def command(self) -> list[str]:
