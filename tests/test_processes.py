@@ -1,5 +1,6 @@
 """Several real processes through `train.py`: the losses of one, one writer, stopping together."""
 
+import json
 import os
 import pathlib
 import re
@@ -165,6 +166,15 @@ def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_con
         assert statuses == [0] * count, "\n".join(outputs)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
     assert_same_evaluations(tmp_path / "two", tmp_path / "one")
+
+    asked = (*flags, "--eval_only", "--throughput")  # both have to agree how often they run
+    run = Run(classifying_config_file, tmp_path / "two", 2, *asked, script="finetune.py")
+    statuses, outputs = run.wait()
+    assert statuses == [0] * 2, "\n".join(outputs)
+    measured = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert measured["images_per_second"] > 0
+    for name, value in evaluations(tmp_path / "one")[-1]:
+        np.testing.assert_allclose(measured[name.removeprefix("eval_")], value, rtol=1e-6)
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
