@@ -108,11 +108,13 @@ def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array below `save_tree`'s folder by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _description(checkpointer, path.resolve())
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _by_path(tree).items()}
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Every leaf by its "a/b" path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
-        for keys, leaf in leaves
-    }
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
 class Checkpoints:
@@ -175,10 +177,7 @@ class Checkpoints:
             saved = {name: shape for name, (shape, _) in describe_tree(path / "state").items()}
         except (ValueError, KeyError, OSError):
             return  # damaged: reading it will say so
-        wanted = {
-            jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(like)
-        }
+        wanted = {name: tuple(leaf.shape) for name, leaf in _by_path(like).items()}
         differing = [
             f"  {name}: {saved.get(name, '(absent)')} -> {wanted.get(name, '(absent)')}"
             for name in sorted(saved.keys() | wanted.keys())

@@ -248,7 +248,9 @@ def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
     pid = pid_file.read_text()
     assert f"data worker 1 of 2 (process {pid})" in str(error.value)
     made.close()
-    wait_for_the_end_of(pid)
+    wait_for_the_end_of(pid, seconds=5)
+    multiprocessing.active_children()
+    assert not pathlib.Path(f"/proc/{pid}").exists()
 
 
 def wait_for_the_end_of(pid, seconds=60):
@@ -278,7 +280,6 @@ def test_workers_leave_signals_to_the_main_process(loader, tmp_path):
 
 
 SCRIPT = """
-import sys
 from fd_jax import application
 from fd_jax.data import pipeline
 from tests.data.pictures import Hangs, Pictures, Plain
