@@ -28,8 +28,16 @@ SLICES = {
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
-# Linear probes, whose published batch is 16,384, and whatever has a Swin in it.
-LARGER_SLICES = {"v5e": "v5e:8x8"}
+# What those do not hold: the linear probes' batch of 16,384, Swins, and 577 tokens of a ViT-L.
+LARGER_SLICES = {
+    "linear_b": "v5e:8x8",
+    "linear_l": "v5e:8x8",
+    "distill_esvit_vit_b": "v5e:8x8",
+    "distill_esvit_swin_b": "v5e:8x8",
+    "finetune_esvit_swin_b": "v5e:8x8",
+    "linear_esvit_swin_b": "v5e:8x8",
+    "finetune_336_l": "v5e:8x16",
+}
 _SHARDED = ("--config.mesh.fsdp=16",)
 _QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
 
@@ -91,8 +99,7 @@ class Row:
     @property
     def slice(self) -> str:
         """The topology it is compiled for."""
-        larger = self.run.startswith("linear") or "esvit" in self.run
-        return (LARGER_SLICES if larger else SLICES[self.run[-1]])[self.chip]
+        return LARGER_SLICES.get(self.run) or SLICES[self.run[-1]][self.chip]
 
     @property
     def command(self) -> list[str]:

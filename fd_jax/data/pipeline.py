@@ -8,8 +8,10 @@ import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
+import math
 import multiprocessing
 import os
+import pathlib
 import queue
 import signal
 import threading
@@ -29,6 +31,7 @@ HostBatch = dict[str, Any]
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
 _CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
+_SHARED = pathlib.Path("/dev/shm")  # where Linux has what SharedMemory makes
 _MIN_SHARED = 2**16  # bytes of an array that goes through shared memory and not through a pipe
 _GOODBYE = 2.0  # seconds that workers get to end by themselves
 _WORKER = "grain-process-prefetch"  # how Grain's worker processes are named
@@ -144,8 +147,7 @@ class TrainLoader:
                 raise
             raise DataError(
                 f"a data worker died before step {self._step}: {self._culprit()}. {error} "
-                "If memory ran out, lower data.workers; exit code -7 says that /dev/shm is full "
-                "(docs/running.md, Feeding)"
+                "If memory ran out, lower data.workers (docs/running.md, Feeding)"
             ) from error
         self._pids[(self._step - self._start) % max(self._workers, 1)] = delivery.pid
         self._note_broken(delivery.broken)
@@ -394,19 +396,39 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
 def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
     records = list(itertools.chain.from_iterable(chunks))
     images = [r.image for r in records]
-    # Grain copies what is not there yet into shared memory, on its way to the main process.
-    out = None
-    if shared:
-        shape = (len(images), *images[0].shape)
-        out = grain.multiprocessing.SharedMemoryArray(shape, images[0].dtype)
     return {
-        "image": np.stack(images, out=out),
+        "image": _share(images) if shared else np.stack(images),
         "label": np.array([r.label for r in records], np.int32),
         "weight": np.array([r.weight for r in records], np.float32),
         "index": np.array([r.index for r in records], np.int32),
         "broken": [item for r in records for item in r.broken],
         "pid": os.getpid(),
     }
+
+
+def _share(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks into shared memory, where Grain leaves it on its way to the main process.
+
+    Raises:
+      DataError: it does not fit there.
+    """
+    shape, dtype = (len(images), *images[0].shape), images[0].dtype
+    try:
+        stack = grain.multiprocessing.SharedMemoryArray(shape, dtype)
+        if not _SHARED.exists():
+            return np.stack(images, out=stack)
+        # Through the file and not the mapping: the kernel need not blank each page first nor
+        # interrupt the process for it, and where there is no room that is no fault of the bus.
+        with open(_SHARED / stack.metadata.name, "r+b") as file:
+            file.writelines(np.ascontiguousarray(image) for image in images)
+    except OSError as error:
+        size = math.prod(shape) * dtype.itemsize
+        raise DataError(
+            f"a batch of {size / 2**20:.1f} MiB does not fit into {_SHARED}: {error.strerror}. Each "
+            f"data worker keeps several there; lower data.workers, or give a container more "
+            "(docker run --shm-size; docs/running.md, Feeding)"
+        ) from error
+    return stack
 
 
 def _rng(*words: int) -> np.random.Generator:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -225,6 +226,31 @@ def test_a_read_that_hangs_is_named(loader, unbroken):
     made = loader(transform=Hangs(stuck), timeout=1.0)
     with pytest.raises(HangError, match=f"no batch for step .* within 1 s: .*picture-{stuck}"):
         take(made, 3)
+
+
+@pytest.fixture
+def small_files():
+    """Processes that begin now can write 64 KiB into a file, one of /dev/shm or any other."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_batch_without_room_in_shared_memory_is_an_error(loader):
+    with pytest.raises(DataError, match="batch of .* MiB does not fit into /dev/shm: File too"):
+        next(loader(transform=Large(), workers=1))
+
+
+def test_workers_share_where_there_is_no_dev_shm(loader, monkeypatch, tmp_path):
+    records = [[pipeline._Record(np.full((4, 4, 3), i, np.uint8), i, 1.0, i, ())] for i in (1, 2)]
+    plain = pipeline._stack(records, shared=False)
+    for folder in (pipeline._SHARED, tmp_path / "none"):
+        monkeypatch.setattr(pipeline, "_SHARED", folder)
+        shared = pipeline._stack(records, shared=True)
+        assert_same([shared], [plain])
+        shared["image"].unlink_on_del()
 
 
 LATE = 21  # a batch that worker 1 of 2 starts after it has delivered others
