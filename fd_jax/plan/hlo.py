@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_jax.plan import matmuls
+
 VMEM = 1  # memory space of a layout with S(1): on the chip, no HBM traffic
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4}
@@ -76,6 +78,11 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     root: bool
+
+    @property
+    def rematerialized(self) -> bool:
+        """Whether the compiler repeats it of its own to save memory."""
+        return ".remat" in self.name
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -149,13 +156,20 @@ class Module:
         if not self.entry:
             raise ValueError("the text holds no ENTRY computation: it is no compiled program")
 
-    @functools.cached_property
+    @property
     def times(self) -> dict[str, int]:
         """How often a step runs each computation; those inside fusions included."""
-        times: dict[str, int] = collections.Counter()
+        return self._runs[0]
 
-        def visit(name: str, count: int) -> None:
+    @functools.cached_property
+    def _runs(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Runs of each computation, and those of them that only repeat what was run before."""
+        times: dict[str, int] = collections.Counter()
+        repeats: dict[str, int] = collections.Counter()
+
+        def visit(name: str, count: int, repeated: bool) -> None:
             times[name] += count
+            repeats[name] += count if repeated else 0
             for instruction in self.computations[name]:
                 inner = count * _trips(instruction) if instruction.opcode == "while" else count
                 for called in instruction.called:
@@ -163,10 +177,31 @@ class Module:
                         "reduce",
                         "all-reduce",
                     ):
-                        visit(called, inner)
+                        visit(called, inner, repeated or instruction.rematerialized)
 
-        visit(self.entry, 1)
-        return dict(times)
+        visit(self.entry, 1, False)
+        return dict(times), dict(repeats)
+
+    def matmul_flops(self) -> tuple[int, int]:
+        """FLOPs of all matmuls and convolutions of a step, a multiply-add counts two.
+
+        Unlike the compiler's count, these hold nothing but matmuls, and bodies of loops as often
+        as they run.
+
+        Returns:
+          (of all, of those among them that the compiler repeats to save memory).
+        """
+        times, repeats = self._runs
+        total = repeated = 0
+        for name, instruction in self._running():
+            if instruction.opcode in matmuls.OPCODES:
+                shapes = [self._made[name][operand][0].dims for operand in instruction.operands]
+                flops = matmuls.flops(
+                    instruction.opcode, shapes, instruction.shapes[0].dims, instruction.attributes
+                )
+                total += times[name] * flops
+                repeated += (times if instruction.rematerialized else repeats)[name] * flops
+        return total, repeated
 
     @property
     def loops(self) -> list[int]:
@@ -181,7 +216,7 @@ class Module:
     def _multiplies(self, names: Sequence[str]) -> bool:
         """Whether there is a matmul in these computations or in what they call."""
         return any(
-            instruction.opcode in ("dot", "convolution") or self._multiplies(instruction.called)
+            instruction.opcode in matmuls.OPCODES or self._multiplies(instruction.called)
             for name in names
             for instruction in self.computations.get(name, ())
         )
@@ -255,7 +290,7 @@ class Module:
 
     def rematerialized(self) -> int:
         """Scheduled instructions that the compiler repeats of its own to save memory."""
-        return sum(bool(re.search(r"\.remat", i.name)) for _, i in self._scheduled())
+        return sum(i.rematerialized for _, i in self._scheduled())
 
     def stored_broadcasts(self) -> list[Shape]:
         """Arrays written to memory that only repeat a smaller one."""

@@ -57,6 +57,7 @@ def fitting(
     batch, devices = experiment.config.batch_size, len(target.devices)
     work = flops.of_task(experiment.task)
     by_compiler = compiled.flops * devices / batch
+    matmuls, repeated = (f * devices / batch for f in compiled.module.matmul_flops())
     capacity = target.chip.hbm_bytes / target.devices_per_chip
     in_loops = bool(compiled.module.loops)
     return {
@@ -73,6 +74,9 @@ def fitting(
         "compiler": {
             "loops": compiled.module.loops,
             "rematerialized_instructions": compiled.module.rematerialized(),
+            "matmul_flops_per_image": matmuls,
+            "repeated_matmul_flops_per_image": repeated,
+            "matmuls_over_closed_form": (matmuls - repeated) / work.executed,
             "flops_per_image": None if in_loops else by_compiler,
             "flops_over_closed_form": None if in_loops else by_compiler / work.executed,
             "bytes_accessed_per_image": (
@@ -147,7 +151,14 @@ def attempt_line(attempt: Attempt) -> str:
 def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     memory, compiler = plan["hbm_bytes_per_device"], plan["compiler"]
     bound, estimate = plan["bounds"], plan["estimate"]
-    rows = []
+    rows = [
+        (
+            "",
+            f"{compiler['matmul_flops_per_image'] / 1e9:.2f} G in matmuls of the compiled step"
+            + _repeated(compiler),
+        ),
+        ("", f"{compiler['matmuls_over_closed_form']:.4f} of the closed form"),
+    ]
     if compiler["flops_per_image"] is None:
         trips = ", ".join(str(count) for count in compiler["loops"])
         rows.append(
