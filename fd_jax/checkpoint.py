@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fd_jax.errors import CheckpointError
+from fd_jax.errors import CheckpointError, differences
 from fd_jax.typing import PyTree
 
 
@@ -178,11 +178,7 @@ class Checkpoints:
         except (ValueError, KeyError, OSError):
             return  # damaged: reading it will say so
         wanted = {name: tuple(leaf.shape) for name, leaf in _by_path(like).items()}
-        differing = [
-            f"  {name}: {saved.get(name, '(absent)')} -> {wanted.get(name, '(absent)')}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
-        ]
+        differing = differences(saved, wanted)
         if differing:
             shown = "\n".join(differing[:10] + ["  ..."] * (len(differing) > 10))
             raise CheckpointError(

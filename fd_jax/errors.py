@@ -4,6 +4,9 @@ Entry points print a `UserError` as a single line and exit with status 2; any ot
 bug and keeps its traceback.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """Base of every error whose cause is the user's input and whose message says the remedy."""
@@ -31,3 +34,16 @@ class ModelFolderError(UserError):
 
 class CheckpointError(UserError):
     """A workdir that cannot be resumed: another config, a missing or unreadable step."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines for a message: one per name whose value differs or that only one side has."""
+
+    def shown(values: Mapping[str, Any], name: str) -> str:
+        return repr(values[name]) if name in values else "(absent)"
+
+    return [
+        f"  {name}: {shown(old, name)} -> {shown(new, name)}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]

@@ -20,7 +20,7 @@ from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.data import place
 from fd_jax.data.feed import Feed
-from fd_jax.errors import CheckpointError, ConfigError, UserError
+from fd_jax.errors import CheckpointError, ConfigError, UserError, differences
 from fd_jax.step import TrainState
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
@@ -115,19 +115,14 @@ def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     there = path.read_text() if path.exists() else None
     if there is not None and not accept:
-        old, new = _flat(json.loads(there)), _flat(json.loads(text))
-        changed = [
-            f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-        ]
+        changed = differences(_flat(json.loads(there)), _flat(json.loads(text)))
         if changed:
             raise CheckpointError(
                 f"{workdir} was begun with another config:\n"
                 + "\n".join(changed)
                 + "\nUse another workdir, or --accept_config to go on with the new values."
             )
-    _barrier("workdir_checked")
+    sharding.barrier("workdir_checked")
     if jax.process_index() == 0 and there != text:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
@@ -405,12 +400,6 @@ def _check_seed(seed: int) -> None:
     """Refuses what is no uint32, as the step takes it."""
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is expected")
-
-
-def _barrier(name: str) -> None:
-    """Waits for the other processes, where there are any."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import evaluation, model_folder, program, sharding
+from fd_jax import evaluation, files, model_folder, program, sharding
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
@@ -77,9 +77,9 @@ def measure(
             "data": f"{config.data.name}/{config.data.eval_split}",
             **figures,
         }
-        (workdir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if per_class:
-            (workdir / "per_class.md").write_text(classification.per_class_table(matrix))
+            files.write_text(workdir / "per_class.md", classification.per_class_table(matrix))
             classification.plot_confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
     return figures

@@ -11,10 +11,9 @@ from typing import Any
 from etils import epath
 from flax import nnx
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import checkpoint
+from fd_jax import checkpoint, sharding
 from fd_jax.errors import ModelFolderError
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import ModelSpec
@@ -48,7 +47,7 @@ def save(
         if staging.exists():
             staging.rmtree()
         staging.mkdir()
-    _barrier("model_folder_staged")
+    sharding.barrier("model_folder_staged")
     try:
         checkpoint.save_tree(staging / "params", params)
         if first:
@@ -61,7 +60,7 @@ def save(
             with contextlib.suppress(OSError):
                 staging.rmtree()
         raise
-    _barrier("model_folder_done")
+    sharding.barrier("model_folder_done")
 
 
 def _replace(folder: epath.Path, staging: epath.Path) -> None:
@@ -211,8 +210,3 @@ def flat_shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, 
         else:
             shapes[path] = tuple(value.shape)
     return shapes
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import application, entry, figures, metrics, model_folder
+from fd_jax import application, entry, figures, files, metrics, model_folder
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
 from fd_jax.evals import agreement
@@ -63,9 +63,9 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         pictures,
         folder / "maps.png",
     )
-    (folder / "agreement.json").write_text(json.dumps(scores, indent=2) + "\n")
+    files.write_text(folder / "agreement.json", json.dumps(scores, indent=2) + "\n")
     text = _text(task, rows, scores)
-    (folder / "report.md").write_text(text)
+    files.write_text(folder / "report.md", text)
     return folder
 
 

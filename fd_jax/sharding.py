@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
@@ -162,3 +162,9 @@ def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
                 f"{name} {shape}: {size} is not divisible by mesh.{axis}={mesh.shape[axis]}"
             )
     return PartitionSpec(*axes)
+
+
+def barrier(name: str) -> None:
+    """Waits for the other processes, where there are any."""
+    if jax.process_count() > 1:  # alone it would compile an exchange with nobody
+        multihost_utils.sync_global_devices(name)

@@ -418,14 +418,14 @@ def _share(images: Sequence[np.ndarray]) -> np.ndarray:
         if not _SHARED.exists():
             return np.stack(images, out=stack)
         # Through the file and not the mapping: the kernel need not blank each page first nor
-        # interrupt the process for it, and where there is no room that is no fault of the bus.
+        # interrupt the process for it, and lack of room is an error and not a bus fault.
         with open(_SHARED / stack.metadata.name, "r+b") as file:
-            file.writelines(np.ascontiguousarray(image) for image in images)
+            file.writelines(np.ascontiguousarray(image).data for image in images)
     except OSError as error:
         size = math.prod(shape) * dtype.itemsize
         raise DataError(
-            f"a batch of {size / 2**20:.1f} MiB does not fit into {_SHARED}: {error.strerror}. Each "
-            f"data worker keeps several there; lower data.workers, or give a container more "
+            f"a batch of {size / 2**20:.1f} MiB does not fit into {_SHARED}: {error.strerror}. A "
+            "data worker keeps several there; lower data.workers, or give a container more "
             "(docker run --shm-size; docs/running.md, Feeding)"
         ) from error
     return stack

@@ -3,8 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 import pytest
 
 from fd_jax.plan import hlo
