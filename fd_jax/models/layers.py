@@ -26,6 +26,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """An activation, any shape; the backward pass keeps its input and nothing else.
+
+    Left to itself, XLA keeps the error function in float32 beside it: more memory than all else
+    that a block keeps of its MLP.
+    """
+    return ACTIVATIONS[activation](x)
+
+
+def _activate_forward(x, activation):
+    return ACTIVATIONS[activation](x), x
+
+
+def _activate_backward(activation, x, g):
+    x = jax.lax.optimization_barrier(x)  # or the compiler finds the forward pass's work, and keeps
+    return jax.vjp(ACTIVATIONS[activation], x)[1](g)
+
+
+activate.defvjp(_activate_forward, _activate_backward)
+
+
 def truncated_normal(std: float, limit: float) -> nnx.Initializer:
     """Normal(0, std) cut at +-limit and not rescaled, so that what results is narrower."""
 
@@ -146,20 +168,33 @@ class Dense(nnx.Module):
         y: jax.Array = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """[..., D] -> for each k of a kernel [D, K, E], without its bias, [..., E].
+
+        A matmul each: of one result [..., K, E] a TPU would copy every part before its first use.
+        """
+        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
+        made = [
+            linear(rows, kernel[:, k], None, self.dtype, self.grad_dtype)
+            for k in range(kernel.shape[1])
+        ]
+        return [y.reshape(*x.shape[:-1], -1) for y in made]
+
 
 def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> jax.Array:
     """Drops a residual branch for whole examples and rescales the rest (stochastic depth).
 
     Args:
-      branch: [B, N, D].
+      branch: [B, ..., D], or [B * N, D] with the rows of an example together.
       uniform: [B] numbers in [0, 1), or None in evaluation.
       rate: probability of dropping.
     """
     if uniform is None or rate == 0.0:
         return branch
     keep = 1.0 - rate
-    kept = jnp.floor(keep + uniform)[:, None, None].astype(branch.dtype)
-    return branch * kept / keep
+    kept = jnp.floor(keep + uniform).astype(branch.dtype)
+    rows = jnp.broadcast_to(kept[:, None], (len(kept), len(branch) // len(kept)))
+    return branch * rows.reshape(-1, *(1,) * (branch.ndim - 1)) / keep
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -207,20 +242,44 @@ def attend(
             if bias.shape[0] > 1:
                 bias = jnp.tile(bias, (q.shape[0] // bias.shape[0], 1, 1, 1))
         return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale)
-    probabilities = attention_probabilities(q, k, bias=bias, scale=scale).astype(v.dtype)
+    probabilities = attention_probabilities(q, k, bias=bias, scale=scale, dtype=v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)
 
 
 def attention_probabilities(
-    q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float
+    q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float, dtype: jnp.dtype
 ) -> jax.Array:
-    """Softmax over keys in float32. q, k: [B, N, A, d] -> [B, A, N, N]; `bias` as in `attend`."""
+    """Softmax over keys in float32, as `dtype`; `bias` as in `attend`.
+
+    q, k: [B, N, A, d] -> [B, A, N, N].
+    """
     wide = at_least_float32(q.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=wide)
     if bias is not None:
         grouped = logits.reshape(-1, *bias.shape) if bias.ndim == 4 else logits
         logits = (grouped + bias).reshape(logits.shape)
-    return jax.nn.softmax(logits, axis=-1)
+    return _softmax(logits, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(logits, dtype):
+    """Softmax of [..., N], of which the backward pass keeps the result, in `dtype`, alone."""
+    return jax.nn.softmax(logits, axis=-1).astype(dtype)
+
+
+def _softmax_forward(logits, dtype):
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(dtype)
+    return probabilities, probabilities
+
+
+def _softmax_backward(dtype, probabilities, g):
+    wide = at_least_float32(dtype)
+    p = jax.lax.optimization_barrier(probabilities).astype(wide)  # see `_activate_backward`
+    g = g.astype(wide)
+    return (p * (g - jnp.sum(p * g, axis=-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 class PatchEmbed(nnx.Module):
@@ -277,8 +336,10 @@ class Mlp(nnx.Module):
         self.fc2 = Dense(hidden, width, kernel_init=out_init, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, N, D]."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        """[..., D] -> [..., D]."""
+        # One row per token from fc1 to fc2, see vit.Block.
+        rows = self.fc2(activate(self.fc1(x.reshape(-1, x.shape[-1])), self.activation))
+        return rows.reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -313,12 +374,13 @@ class Attention(nnx.Module):
     def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x)  # [B, N, 3, D]
         biases = (self.q_bias, self.k_bias, self.v_bias)
-        if any(bias is not None for bias in biases):
-            rows = [jnp.zeros((width,)) if bias is None else bias[...] for bias in biases]
-            qkv = add_parameter(qkv, jnp.stack(rows))
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        q, k, v = (
+            (part if bias is None else add_parameter(part, bias[...])).reshape(
+                batch, tokens, self.heads, width // self.heads
+            )
+            for part, bias in zip(self.qkv.parts(x), biases, strict=True)
+        )
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v

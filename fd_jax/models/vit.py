@@ -75,10 +75,16 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
-        branch = self.attn(self.norm1(x), shared_bias=shared_bias, rotate=rotate)
+        # One row per token everywhere but inside attention: TPUs pad the 197 tokens of [B, N, D]
+        # to a multiple of eight, so that every change between the two forms is a copy.
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        tokens = self.norm1(x).reshape(shape)
+        branch = self.attn(tokens, shared_bias=shared_bias, rotate=rotate).reshape(x.shape)
         x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
         branch = self.mlp(self.norm2(x))
-        return x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
+        x = x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
+        return x.reshape(shape)
 
 
 class ViT(nnx.Module):

@@ -160,6 +160,75 @@ def test_mlp(name, reference):
     assert np.abs(module(jnp.asarray(x)) - out(reference)).max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("gelu_erf", torch.nn.functional.gelu),
+        ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+    ],
+)
+def test_gradients_of_activations_are_torchs(name, reference):
+    x, weights = rand(7, D, scale=2.0), rand(7, D, seed=1)
+
+    def grad(name):
+        return jax.grad(lambda x: jnp.sum(layers.activate(x, name) * weights))(x)
+
+    tensor = t(x).requires_grad_()
+    (reference(tensor) * t(weights)).sum().backward()
+    np.testing.assert_allclose(grad(name), tensor.grad.numpy(), atol=TOLERANCE)
+    other = "quick_gelu" if name == "gelu_erf" else "gelu_erf"
+    assert np.abs(grad(other) - tensor.grad.numpy()).max() > 10 * TOLERANCE
+
+
+def test_gradients_of_attention_are_torchs(monkeypatch):
+    module = make_attention()
+    x, weights = rand(B, N, D, seed=9), rand(B, N, D, seed=10)
+    graph, params = nnx.split(module)
+
+    def loss(x, params):
+        out = nnx.merge(graph, params)(x, shared_bias=None, rotate=None)
+        return jnp.sum(out * weights)
+
+    def gradients():
+        x_grad, grads = jax.grad(loss, argnums=(0, 1))(jnp.asarray(x), params)
+        table = grads["rel_pos_bias"]["table"][...]
+        return {"x": x_grad, "kernel": grads["qkv"]["kernel"][...], "table": table}
+
+    got = gradients()
+    tensors = {
+        name: t(leaf).requires_grad_()
+        for name, leaf in (
+            ("x", x),
+            ("kernel", module.qkv.kernel[...]),
+            ("table", module.rel_pos_bias.table[...]),
+        )
+    }
+    rows = torch.einsum("bnd,dce->cbne", tensors["x"], tensors["kernel"])
+    q, k, v = (
+        (row + t(getattr(module, f"{name}_bias")[...])).reshape(B, N, A, D // A)
+        for row, name in zip(rows, "qkv", strict=True)
+    )
+    index = torch.from_numpy(layers.relative_position_index(GRID, cls_token=True)).long()
+    bias = tensors["table"][index].permute(2, 0, 1)
+    logits = torch.einsum("bqad,bkad->baqk", q, k) * (D // A) ** -0.5 + bias
+    out = torch.einsum("baqk,bkad->bqad", logits.softmax(-1), v).reshape(B, N, D)
+    out = out @ t(module.proj.kernel[...]) + t(module.proj.bias[...])
+    (out * t(weights)).sum().backward()
+    # Control: a softmax whose normaliser has no gradient.
+    monkeypatch.setattr(
+        layers,
+        "_softmax",
+        lambda x, _: jnp.exp(x - jax.lax.stop_gradient(jax.nn.logsumexp(x, -1, keepdims=True))),
+    )
+    wrong = gradients()
+    for name, tensor in tensors.items():
+        want = tensor.grad.numpy()
+        size = np.abs(want).max()
+        np.testing.assert_allclose(got[name], want, atol=2e-6 * size, err_msg=name)
+        assert np.abs(wrong[name] - want).max() > 1e-2 * size
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_layer_norm(eps):
     module = layers.LayerNorm(D, eps=eps, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -242,6 +311,14 @@ def test_drop_path_formula_and_expectation():
     assert kept.mean() == pytest.approx(0.7, abs=0.01)
     same = layers.drop_path(jnp.asarray(branch), None, rate=0.3)
     np.testing.assert_array_equal(same, branch)
+
+
+def test_drop_path_of_rows_is_that_of_their_examples():
+    branch, uniform = rand(B, N, D), np.array([0.1, 0.9, 0.2], np.float32)
+    want = layers.drop_path(jnp.asarray(branch), uniform, rate=0.5)
+    rows = layers.drop_path(jnp.asarray(branch.reshape(B * N, D)), uniform, rate=0.5)
+    np.testing.assert_array_equal(rows.reshape(B, N, D), want)
+    assert not np.array_equal(want[0], want[1])
 
 
 def test_rotation_is_dinov3s():

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from fd_jax import program, sharding
+from fd_jax import flops, program, sharding
 from fd_jax.models import layers
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
@@ -61,10 +61,10 @@ def breakage():
             bias = jax.lax.optimization_barrier(bias)
             logits_bias = bias
 
-            def probabilities(q, k, *, bias, scale):
+            def probabilities(q, k, *, bias, scale, dtype):
                 del bias
                 logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k).astype(jnp.float32)
-                return jax.nn.softmax(logits + logits_bias, axis=-1)
+                return jax.nn.softmax(logits + logits_bias, axis=-1).astype(dtype)
 
             with mock.patch.object(layers, "attention_probabilities", probabilities):
                 return attend(q, k, v, bias=None, **kwargs)
@@ -106,6 +106,7 @@ def measure(depth=2, *, broken=False):
     state_leaves = len(jax.tree.leaves(step.run.state))
     facts = {
         "compile_seconds": step.seconds,
+        "closed_form": flops.of_task(planned.task).executed,
         "state_leaves": state_leaves,
         "inputs": {
             jax.tree_util.keystr(path): {

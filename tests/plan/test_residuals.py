@@ -1,9 +1,13 @@
-"""What the forward pass keeps for the backward pass: nothing of the teacher but its target."""
+"""What is kept for the backward pass: of the teacher its target, of a block little."""
 
+import functools
+
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fd_jax.models import layers, vit
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
@@ -59,3 +63,40 @@ def test_they_would_be_seen(task, monkeypatch):
     found = of_the_teacher(kept(task, with_teacher=True))
     assert any(TEACHER["mlp_width"] in shape for shape in found)
     assert len(found) > 20
+
+
+ARCH = {**tiny.TEACHER, "depth": 1}
+TOKENS = 17
+
+
+def kept_by_a_block():
+    """Distinct residuals of a ViT of one block that computes in bfloat16."""
+    model = nnx.eval_shape(lambda: vit.ViT(**ARCH, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+
+    def residuals(params, images):
+        return jax.vjp(lambda p: nnx.merge(graph, p)(images).tokens, params)[1]
+
+    images = jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.float32)
+    made = jax.make_jaxpr(residuals)(params, images)
+    return {id(variable): variable.aval for variable in made.jaxpr.outvars}.values()
+
+
+def test_a_block_keeps_no_float32_of_its_hidden_units_and_probabilities():
+    kept = list(kept_by_a_block())
+    hidden = [a for a in kept if a.shape == (ROWS * TOKENS, ARCH["mlp_width"])]
+    probabilities = [a for a in kept if a.shape == (ROWS, ARCH["heads"], TOKENS, TOKENS)]
+    # Both sides of the activation; what was multiplied with the values.
+    assert [a.dtype for a in hidden] == 2 * [jnp.bfloat16]
+    assert [a.dtype for a in probabilities] == [jnp.bfloat16]
+
+
+def test_more_would_be_seen(monkeypatch):
+    """Control: the functions without gradients of their own."""
+    monkeypatch.setattr(layers, "activate", lambda x, name: layers.ACTIVATIONS[name](x))
+    plain = functools.partial(jax.nn.softmax, axis=-1)
+    monkeypatch.setattr(layers, "_softmax", lambda logits, dtype: plain(logits).astype(dtype))
+    kept = list(kept_by_a_block())
+    assert sum(a.shape == (ROWS * TOKENS, ARCH["mlp_width"]) for a in kept) > 2
+    wide = [a for a in kept if a.shape[-2:] == (TOKENS, TOKENS) and a.dtype == jnp.float32]
+    assert wide

@@ -75,12 +75,12 @@ def broken(both):
 
 
 def expected_gathers(depth):
-    """Weights gathered in a step over fsdp, in an FD step of equal depths.
+    """Gathers in an FD step over fsdp, of equal depths: six per block, as qkv comes in its parts.
 
-    Student forward: 4 per block, patch embedding and projector; backward: 4 per block again, but
-    for the last fc2, whose gathered copy is still there. Teacher: 4 per block and its embedding.
+    Student forward: its blocks, patch embedding and projector; backward: its blocks again, but
+    for the last fc2, whose gathered copy is still there. Teacher: its blocks and its embedding.
     """
-    return (4 * depth + 2) + (4 * depth - 1) + (4 * depth + 1)
+    return (6 * depth + 2) + (6 * depth - 1) + (6 * depth + 1)
 
 
 def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
@@ -95,10 +95,18 @@ def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
             (STUDENT["width"], STUDENT["mlp_width"]),
             (TEACHER["width"], TEACHER["mlp_width"]),
         )
-        for size in (3 * width * width, width * width, width * hidden, 3 * 16 * 16 * width)
+        for size in (width * width, width * hidden, 3 * 16 * 16 * width)
     } | {STUDENT["width"] * TEACHER["width"]}
     for gather in gathers:
         assert all(shape.bytes // 2 in weights for shape in gather.shapes), gather
+    student, teacher = (
+        4 * shape["width"] ** 2 + 2 * shape["width"] * shape["mlp_width"]
+        for shape in (STUDENT, TEACHER)
+    )
+    patches = 3 * 16 * 16 * (STUDENT["width"] + TEACHER["width"])
+    projector, last = (STUDENT["width"] * size for size in (TEACHER["width"], STUDENT["mlp_width"]))
+    elements = 2 * (2 * student + teacher) - last + patches + projector
+    assert sum(c.bytes for c in gathers) == 2 * elements
 
 
 def test_gradients_are_summed_once(step):
@@ -140,6 +148,13 @@ def test_the_teacher_is_sharded(step, broken):
     assert step.inputs("frozen", "kernel")
     assert whole_kernels(step, "frozen") == []
     assert whole_kernels(broken, "frozen") == list(broken.inputs("frozen", "kernel"))
+
+
+def test_matmuls_are_those_of_the_closed_form(step):
+    """Every one, and none twice; the broken step has as many, so that is no control here."""
+    total, repeated = step.module.matmul_flops()
+    assert total == IMAGES * step.facts["closed_form"]
+    assert repeated == 0
 
 
 def test_the_state_is_donated(step, broken):
