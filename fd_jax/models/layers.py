@@ -174,7 +174,7 @@ class Dense(nnx.Module):
         A matmul each: of one result [..., K, E] a TPU would copy every part before its first use.
         """
         rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
-        made = [
+        made: list[jax.Array] = [
             linear(rows, kernel[:, k], None, self.dtype, self.grad_dtype)
             for k in range(kernel.shape[1])
         ]
