@@ -150,8 +150,8 @@ def plan(row: Row) -> None:
 def table(rows: list[Row]) -> str:
     """Markdown; rows without a result say so."""
     lines = [
-        "| run | slice | batch | mesh | HBM GiB per device | MB per image | FLOPs: compiler / "
-        "closed form | bounds ms: compute, HBM, interconnect | images/s per chip at "
+        "| run | slice | batch | mesh | HBM GiB per device | MB per image | FLOPs / closed form: "
+        "matmuls, repeated, all | bounds ms: compute, HBM, interconnect | images/s per chip at "
         "most | MFU at most | "
         "compiler's estimate: images/s per chip, MFU | chip-hours at least |",
         "|" + "---|" * 12,
@@ -177,12 +177,14 @@ def _line(row: Row) -> str:
         )
         return f"{start} {verdict} |" + " |" * 7
     compiler, bound, estimate = plan["compiler"], plan["bounds"], plan["estimate"]
+    repeated = compiler["repeated_matmul_flops_per_image"] / plan["flops_per_image"]["closed_form"]
+    matmuls = f"{compiler['matmuls_over_closed_form']:.4f}, {repeated:.3f}"
     if compiler["flops_per_image"] is None:
-        counts = "loops | loops"
+        counts = f"loops | {matmuls}, loops"
     else:
         counts = (
             f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} | "
-            f"{compiler['flops_over_closed_form']:.3f}"
+            f"{matmuls}, {compiler['flops_over_closed_form']:.3f}"
         )
     times = ", ".join(
         f"{bound[f'{name}_seconds'] * 1e3:.1f}" for name in ("compute", "hbm", "interconnect")
