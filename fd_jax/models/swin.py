@@ -96,11 +96,18 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, g*g, D] -> [B, g*g, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
-        branch = self._branch(x, self.norm1, lambda y: self._attend(y, shared_bias))
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # one row per token outside attention, see vit.Block
+
+        def attend(rows):
+            return self._attend(rows.reshape(shape), shared_bias).reshape(x.shape)
+
+        branch = self._branch(x, self.norm1, attend)
         x = x + layers.drop_path(branch, drop_attn, rate=self.drop_path)
         branch = self._branch(x, self.norm2, self.mlp)
         x = x + layers.drop_path(branch, drop_mlp, rate=self.drop_path)
-        return x if self.extra_norm is None else self.extra_norm(x)
+        x = x if self.extra_norm is None else self.extra_norm(x)
+        return x.reshape(shape)
 
     def _branch(self, x, norm, layer):
         return layer(norm(x)) if self.norm_first else norm(layer(x))

@@ -274,7 +274,7 @@ def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
     pid = pid_file.read_text()
     assert f"data worker 1 of 2 (process {pid})" in str(error.value)
     made.close()
-    wait_for_the_end_of(pid, seconds=5)
+    wait_for_the_end_of(pid)
     multiprocessing.active_children()
     assert not pathlib.Path(f"/proc/{pid}").exists()
 
