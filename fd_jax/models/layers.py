@@ -168,18 +168,6 @@ class Dense(nnx.Module):
         y: jax.Array = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
-    def parts(self, x: jax.Array) -> list[jax.Array]:
-        """[..., D] -> for each k of a kernel [D, K, E], without its bias, [..., E].
-
-        A matmul each: of one result [..., K, E] a TPU would copy every part before its first use.
-        """
-        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
-        made: list[jax.Array] = [
-            linear(rows, kernel[:, k], None, self.dtype, self.grad_dtype)
-            for k in range(kernel.shape[1])
-        ]
-        return [y.reshape(*x.shape[:-1], -1) for y in made]
-
 
 def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> jax.Array:
     """Drops a residual branch for whole examples and rescales the rest (stochastic depth).
@@ -276,7 +264,10 @@ def _softmax_backward(dtype, probabilities, g):
     wide = at_least_float32(dtype)
     p = jax.lax.optimization_barrier(probabilities).astype(wide)  # see `_activate_backward`
     g = g.astype(wide)
-    return (p * (g - jnp.sum(p * g, axis=-1, keepdims=True)),)
+    # Rounded, a row sums to nearly one only. Without its sum, what `g` has in common over the keys
+    # would reach the logits, on rows with one large probability as their largest part.
+    mean = jnp.sum(p * g, axis=-1, keepdims=True) / jnp.sum(p, axis=-1, keepdims=True)
+    return (p * (g - mean),)
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -337,13 +328,11 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
-        # One row per token from fc1 to fc2, see vit.Block.
-        rows = self.fc2(activate(self.fc1(x.reshape(-1, x.shape[-1])), self.activation))
-        return rows.reshape(x.shape)
+        return self.fc2(activate(self.fc1(x), self.activation))
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with a fused qkv kernel [D, 3, D] (axis 1: q, k, v; head-major)."""
+    """Multi-head self-attention; one qkv kernel [D, 3, D] (axis 1: q, k, v; head-major)."""
 
     def __init__(
         self,
@@ -374,13 +363,16 @@ class Attention(nnx.Module):
     def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
         batch, tokens, width = x.shape
-        biases = (self.q_bias, self.k_bias, self.v_bias)
-        q, k, v = (
-            (part if bias is None else add_parameter(part, bias[...])).reshape(
-                batch, tokens, self.heads, width // self.heads
+        rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
+        parts = []
+        # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
+        for index, bias in enumerate((self.q_bias, self.k_bias, self.v_bias)):
+            part: jax.Array = linear(
+                rows, kernel[:, index], None, self.qkv.dtype, self.qkv.grad_dtype
             )
-            for part, bias in zip(self.qkv.parts(x), biases, strict=True)
-        )
+            part = part if bias is None else add_parameter(part, bias[...])
+            parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
+        q, k, v = parts
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v

@@ -76,7 +76,7 @@ class Block(nnx.Module):
         """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
         # One row per token everywhere but inside attention: TPUs pad the 197 tokens of [B, N, D]
-        # to a multiple of eight, so that every change between the two forms is a copy.
+        # to a multiple of eight and [B * N, D] not, so that a change between them is a copy.
         shape = x.shape
         x = x.reshape(-1, shape[-1])
         tokens = self.norm1(x).reshape(shape)

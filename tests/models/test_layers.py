@@ -229,6 +229,25 @@ def test_gradients_of_attention_are_torchs(monkeypatch):
         assert np.abs(wrong[name] - want).max() > 1e-2 * size
 
 
+def test_bfloat16_gradients_of_a_softmax_do_not_feel_what_all_keys_share():
+    """Rows with one large probability, and gradients with a common part, which cancels."""
+    keys, rows = 197, 200
+    logits = rand(rows, keys)
+    logits[:, 0] += np.linspace(3, 10, rows, dtype=np.float32)
+    g = np.asarray(jnp.asarray(rand(rows, keys, seed=1, scale=0.5) + 0.5, jnp.bfloat16), np.float32)
+
+    def largest_error(got):
+        exact = t(logits).softmax(-1)
+        want = (exact * (t(g) - (exact * t(g)).sum(-1, keepdim=True))).numpy()
+        sizes = np.linalg.norm(want, axis=-1)
+        return (np.linalg.norm(np.asarray(got, np.float64) - want, axis=-1) / sizes).max()
+
+    _, backward = jax.vjp(lambda x: layers._softmax(x, jnp.bfloat16), jnp.asarray(logits))
+    assert largest_error(backward(jnp.asarray(g, jnp.bfloat16))[0]) < 0.05
+    p = np.asarray(jax.nn.softmax(logits).astype(jnp.bfloat16), np.float32)
+    assert largest_error(p * (g - (p * g).sum(-1, keepdims=True))) > 0.2  # not over the sum of p
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_layer_norm(eps):
     module = layers.LayerNorm(D, eps=eps, dtype=jnp.float32, rngs=nnx.Rngs(0))
