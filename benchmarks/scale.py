@@ -28,15 +28,20 @@ SLICES = {
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
-# What those do not hold: the linear probes' batch of 16,384, Swins, and 577 tokens of a ViT-L.
+# What those do not hold, by the row: linear probes' batch of 16,384, Swins, 577 tokens of a ViT-L.
 LARGER_SLICES = {
-    "linear_b": "v5e:8x8",
-    "linear_l": "v5e:8x8",
-    "distill_esvit_vit_b": "v5e:8x8",
-    "distill_esvit_swin_b": "v5e:8x8",
-    "finetune_esvit_swin_b": "v5e:8x8",
-    "linear_esvit_swin_b": "v5e:8x8",
-    "finetune_336_l": "v5e:8x16",
+    **dict.fromkeys(
+        (
+            "linear_b@v5e",
+            "linear_l@v5e",
+            "distill_esvit_vit_b@v5e",
+            "distill_esvit_swin_b@v5e",
+            "finetune_esvit_swin_b@v5e",
+            "linear_esvit_swin_b@v5e",
+        ),
+        "v5e:8x8",
+    ),
+    "finetune_336_l@v5e": "v5e:8x16",
 }
 _SHARDED = ("--config.mesh.fsdp=16",)
 _QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
@@ -99,7 +104,7 @@ class Row:
     @property
     def slice(self) -> str:
         """The topology it is compiled for."""
-        return LARGER_SLICES.get(self.run) or SLICES[self.run[-1]][self.chip]
+        return LARGER_SLICES.get(self.name) or SLICES[self.run[-1]][self.chip]
 
     @property
     def command(self) -> list[str]:

@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines for a message: one per name whose value differs or that only one side has."""
+    """Lines for a message: one per name whose value differs; what one side lacks counts as None."""
 
     def shown(values: Mapping[str, Any], name: str) -> str:
         return repr(values[name]) if name in values else "(absent)"
@@ -45,5 +45,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"  {name}: {shown(old, name)} -> {shown(new, name)}"
         for name in sorted(old.keys() | new.keys())
-        if name not in old or name not in new or old[name] != new[name]
+        if old.get(name) != new.get(name)  # a new field that is None is no difference
     ]

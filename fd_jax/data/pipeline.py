@@ -6,6 +6,8 @@ starting at its step, and every host can produce just its own rows.
 
 import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -411,24 +413,49 @@ def _share(images: Sequence[np.ndarray]) -> np.ndarray:
 
     Raises:
       DataError: it does not fit there.
+      ValueError: the images differ in shape or dtype.
     """
-    shape, dtype = (len(images), *images[0].shape), images[0].dtype
+    kinds = {(image.shape, image.dtype) for image in images}
+    if len(kinds) > 1:
+        raise ValueError(f"images of one batch differ in shape or dtype: {kinds}")
+    ((shape, dtype),) = kinds
+    size = len(images) * math.prod(shape) * dtype.itemsize
+    with _room_for(size):
+        stack = grain.multiprocessing.SharedMemoryArray((len(images), *shape), dtype)
+    if not _SHARED.exists():
+        return np.stack(images, out=stack)
+    with _room_for(size):
+        try:
+            _write(_SHARED / stack.metadata.name, images)
+        except OSError:
+            stack.unlink_on_del()
+            raise
+    return stack
+
+
+def _write(segment: pathlib.Path, images: Sequence[np.ndarray]) -> None:
+    """Fills a segment as a file and not through its mapping.
+
+    The kernel need not blank each page first nor interrupt the process for it, and lack of room
+    is an error and not a bus fault.
+    """
+    with open(segment, "r+b") as file:
+        file.writelines(np.ascontiguousarray(image).data for image in images)
+
+
+@contextlib.contextmanager
+def _room_for(size: int) -> Iterator[None]:
+    """Says what to do where `size` bytes of shared memory cannot be had."""
     try:
-        stack = grain.multiprocessing.SharedMemoryArray(shape, dtype)
-        if not _SHARED.exists():
-            return np.stack(images, out=stack)
-        # Through the file and not the mapping: the kernel need not blank each page first nor
-        # interrupt the process for it, and lack of room is an error and not a bus fault.
-        with open(_SHARED / stack.metadata.name, "r+b") as file:
-            file.writelines(np.ascontiguousarray(image).data for image in images)
+        yield
     except OSError as error:
-        size = math.prod(shape) * dtype.itemsize
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+            raise
         raise DataError(
             f"a batch of {size / 2**20:.1f} MiB does not fit into {_SHARED}: {error.strerror}. A "
             "data worker keeps several there; lower data.workers, or give a container more "
             "(docker run --shm-size; docs/running.md, Feeding)"
         ) from error
-    return stack
 
 
 def _rng(*words: int) -> np.random.Generator:

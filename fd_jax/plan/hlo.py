@@ -81,7 +81,7 @@ class Instruction:
 
     @property
     def rematerialized(self) -> bool:
-        """Whether the compiler repeats it of its own to save memory."""
+        """Whether the compiler put it here of its own, to save memory."""
         return ".remat" in self.name
 
     @property
@@ -158,7 +158,10 @@ class Module:
 
     @property
     def times(self) -> dict[str, int]:
-        """How often a step runs each computation; those inside fusions included."""
+        """How often a step runs each computation, those inside fusions included.
+
+        Of a conditional every branch counts.
+        """
         return self._runs[0]
 
     @functools.cached_property
@@ -289,7 +292,7 @@ class Module:
         return made
 
     def rematerialized(self) -> int:
-        """Scheduled instructions that the compiler repeats of its own to save memory."""
+        """Scheduled instructions that the compiler repeats, or makes later, to save memory."""
         return sum(i.rematerialized for _, i in self._scheduled())
 
     def stored_broadcasts(self) -> list[Shape]:

@@ -155,7 +155,8 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "",
             f"{_once(compiler) / 1e9:.2f} G in matmuls of the compiled step "
-            f"({compiler['matmuls_over_closed_form']:.4f} of that)" + _repeated(compiler),
+            f"({compiler['matmuls_over_closed_form']:.4f} of the closed form)"
+            + _repeated(compiler),
         )
     ]
     if compiler["flops_per_image"] is None:
@@ -168,8 +169,8 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "",
                 f"{compiler['flops_per_image'] / 1e9:.2f} G by the compiler "
-                f"({compiler['flops_over_closed_form']:.3f} of that), with norms, softmax and the "
-                "like",
+                f"({compiler['flops_over_closed_form']:.3f}), which counts norms, softmax and the "
+                "like as well",
             ),
             (
                 "bytes per image",
@@ -243,12 +244,8 @@ def _once(compiler: dict[str, Any]) -> float:
 
 
 def _repeated(compiler: dict[str, Any]) -> str:
-    if not compiler["rematerialized_instructions"]:
-        return ""
-    return (
-        f"; memory is short: it repeats {compiler['rematerialized_instructions']} instructions, "
-        f"{compiler['repeated_matmul_flops_per_image'] / 1e9:.2f} G"
-    )
+    repeated = compiler["repeated_matmul_flops_per_image"]
+    return f"; memory is short: {repeated / 1e9:.2f} G are repeated" if repeated else ""
 
 
 def _count(tree: Any) -> int:

@@ -230,7 +230,7 @@ def test_a_read_that_hangs_is_named(loader, unbroken):
 
 @pytest.fixture
 def small_files():
-    """Processes that begin now can write 64 KiB into a file, one of /dev/shm or any other."""
+    """Neither this process nor those it starts can have files of more than 64 KiB in /dev/shm."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     yield
@@ -243,7 +243,31 @@ def test_a_batch_without_room_in_shared_memory_is_an_error(loader):
         next(loader(transform=Large(), workers=1))
 
 
-def test_workers_share_where_there_is_no_dev_shm(loader, monkeypatch, tmp_path):
+def test_a_full_device_is_an_error_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "_SHARED", tmp_path)
+    segments = []
+
+    class Shared(pipeline.grain.multiprocessing.SharedMemoryArray):
+        """A segment whose file is the kernel's device that is always full."""
+
+        def __init__(self, *args):
+            segments.append(pathlib.Path("/dev/shm") / self.metadata.name)
+            (tmp_path / self.metadata.name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(pipeline.grain.multiprocessing, "SharedMemoryArray", Shared)
+    with pytest.raises(DataError, match=r"0\.2 MiB does not fit into .*: No space left on device"):
+        pipeline._share(8 * [np.zeros((96, 96, 3), np.uint8)])
+    gc.collect()
+    assert segments and not segments[0].exists()
+
+
+def test_images_of_a_batch_have_one_shape_and_dtype():
+    for other in (np.zeros((4, 2, 3), np.uint8), np.zeros((2, 4, 3), np.float32)):
+        with pytest.raises(ValueError, match="differ in shape or dtype"):
+            pipeline._share([np.zeros((2, 4, 3), np.uint8), other])
+
+
+def test_workers_share_where_there_is_no_dev_shm(monkeypatch, tmp_path):
     records = [[pipeline._Record(np.full((4, 4, 3), i, np.uint8), i, 1.0, i, ())] for i in (1, 2)]
     plain = pipeline._stack(records, shared=False)
     for folder in (pipeline._SHARED, tmp_path / "none"):

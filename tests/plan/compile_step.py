@@ -70,6 +70,9 @@ def breakage():
                 return attend(q, k, v, bias=None, **kwargs)
         return attend(q, k, v, bias=bias, **kwargs)
 
+    def keeping_float32(x, activation):
+        return layers.ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
+
     def replicated(tx, opt_state, params, mesh):
         del tx, params
         return jax.tree.map(lambda _: sharding.replicated(mesh), opt_state)
@@ -87,6 +90,7 @@ def breakage():
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(layers, "attend", bias_per_example))
+    stack.enter_context(mock.patch.object(layers, "activate", keeping_float32))
     stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated))
     stack.enter_context(mock.patch.object(sharding, "param_shardings", teacher_whole))
     stack.enter_context(mock.patch.object(program.jax, "jit", without_donation))

@@ -55,7 +55,7 @@ class Step:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The step; and one with moments and teacher on every chip, bfloat16 reductions, nothing
-    donated, and a position bias per example.
+    donated, a position bias per example, and hidden units kept in float32.
     """
     steps = [
         Step(tmp_path_factory.mktemp("step")),
@@ -171,6 +171,18 @@ def biases_per_example(step):
 def test_the_position_bias_is_not_repeated_per_example(step, broken):
     assert biases_per_example(step) == []
     assert biases_per_example(broken)
+
+
+def hidden_in_float32(step):
+    """Arrays of hidden units, one row per token, that are written in float32."""
+    wanted = {(IMAGES * TOKENS, s["mlp_width"]) for s in (STUDENT, TEACHER)}
+    shapes = step.module.scheduled_shapes()
+    return [s for s in shapes if s.dims in wanted and s.dtype == "f32"]
+
+
+def test_hidden_units_are_written_in_the_compute_dtype(step, broken):
+    assert hidden_in_float32(step) == []
+    assert hidden_in_float32(broken)
 
 
 def grown(figures, committed):
