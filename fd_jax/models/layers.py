@@ -230,47 +230,70 @@ def attend(
             if bias.shape[0] > 1:
                 bias = jnp.tile(bias, (q.shape[0] // bias.shape[0], 1, 1, 1))
         return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale)
-    probabilities = attention_probabilities(q, k, bias=bias, scale=scale, dtype=v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)
+    return softmax_average(attention_logits(q, k, bias=bias, scale=scale), v)
 
 
-def attention_probabilities(
-    q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float, dtype: jnp.dtype
+def attention_logits(
+    q: jax.Array, k: jax.Array, *, bias: jax.Array | None, scale: float
 ) -> jax.Array:
-    """Softmax over keys in float32, as `dtype`; `bias` as in `attend`.
+    """What the softmax over keys is taken of, float32; `bias` as in `attend`.
 
     q, k: [B, N, A, d] -> [B, A, N, N].
     """
     wide = at_least_float32(q.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=wide)
-    if bias is not None:
-        grouped = logits.reshape(-1, *bias.shape) if bias.ndim == 4 else logits
-        logits = (grouped + bias).reshape(logits.shape)
-    return _softmax(logits, dtype)
+    if bias is None:
+        return logits
+    grouped = logits.reshape(-1, *bias.shape) if bias.ndim == 4 else logits
+    return (grouped + bias).reshape(logits.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _softmax(logits, dtype):
-    """Softmax of [..., N], of which the backward pass keeps the result, in `dtype`, alone."""
-    return jax.nn.softmax(logits, axis=-1).astype(dtype)
+@jax.custom_vjp
+def softmax_average(logits: jax.Array, v: jax.Array) -> jax.Array:
+    """Averages of values, weighted by the softmax of logits over keys.
+
+    Where a gradient is taken, the weights are rounded to the dtype of `v`, summed after that, and
+    their sum divides at the end. So they sum to one however coarse that dtype is, and the backward
+    pass, which keeps them and no logits, lets nothing through that all keys share.
+
+    Args:
+      logits: [B, A, N, N] float32.
+      v: [B, N, A, d].
+
+    Returns:
+      [B, N, A, d] in the dtype of `v`.
+    """
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def _softmax_forward(logits, dtype):
-    probabilities = jax.nn.softmax(logits, axis=-1).astype(dtype)
-    return probabilities, probabilities
+def _softmax_average_forward(logits, v):
+    finfo = jnp.finfo(v.dtype)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    # Explicit, as XLA may skip the rounding of a mere cast where it sums.
+    weights = jax.lax.reduce_precision(weights, finfo.nexp, finfo.nmant)
+    total = jnp.sum(weights, axis=-1)  # [B, A, N]
+    weights = weights.astype(v.dtype)
+    average = _per_query(jnp.einsum("bhqk,bkhd->bqhd", weights, v), total)
+    return average, (weights, total, v)
 
 
-def _softmax_backward(dtype, probabilities, g):
-    wide = at_least_float32(dtype)
-    p = jax.lax.optimization_barrier(probabilities).astype(wide)  # see `_activate_backward`
-    g = g.astype(wide)
-    # Rounded, a row sums to nearly one only. Without its sum, what `g` has in common over the keys
-    # would reach the logits, on rows with one large probability as their largest part.
-    mean = jnp.sum(p * g, axis=-1, keepdims=True) / jnp.sum(p, axis=-1, keepdims=True)
-    return (p * (g - mean),)
+def _softmax_average_backward(residuals, g):
+    weights, total, v = residuals
+    g = _per_query(g, total)
+    dv = jnp.einsum("bhqk,bqhd->bkhd", weights, g)
+    dp = jnp.einsum("bqhd,bkhd->bhqk", g, v).astype(total.dtype)
+    w = jax.lax.optimization_barrier(weights).astype(total.dtype)  # see `_activate_backward`
+    mean = jnp.sum(w * dp, axis=-1) / total
+    return w * (dp - mean[..., None]), dv
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+def _per_query(x, total):
+    """Divides [B, N, A, d] by [B, A, N] in the latter's dtype; the result in the former's."""
+    return (x.astype(total.dtype) / total.swapaxes(1, 2)[..., None]).astype(x.dtype)
+
+
+softmax_average.defvjp(_softmax_average_forward, _softmax_average_backward)
 
 
 class PatchEmbed(nnx.Module):

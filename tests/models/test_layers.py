@@ -216,11 +216,7 @@ def test_gradients_of_attention_are_torchs(monkeypatch):
     out = out @ t(module.proj.kernel[...]) + t(module.proj.bias[...])
     (out * t(weights)).sum().backward()
     # Control: a softmax whose normaliser has no gradient.
-    monkeypatch.setattr(
-        layers,
-        "_softmax",
-        lambda x, _: jnp.exp(x - jax.lax.stop_gradient(jax.nn.logsumexp(x, -1, keepdims=True))),
-    )
+    monkeypatch.setattr(layers, "softmax_average", average_with_constant_total)
     wrong = gradients()
     for name, tensor in tensors.items():
         want = tensor.grad.numpy()
@@ -229,23 +225,50 @@ def test_gradients_of_attention_are_torchs(monkeypatch):
         assert np.abs(wrong[name] - want).max() > 1e-2 * size
 
 
+def average_with_constant_total(logits, v):
+    total = jax.lax.stop_gradient(jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return jnp.einsum("bhqk,bkhd->bqhd", jnp.exp(logits - total), v)
+
+
+def average_of_rounded(logits, v):
+    """Weights that are rounded after their division: they sum to nearly one."""
+
+    @jax.custom_vjp
+    def softmax(logits):
+        return jax.nn.softmax(logits).astype(v.dtype)
+
+    def backward(p, g):
+        p, g = p.astype(jnp.float32), g.astype(jnp.float32)
+        return (p * (g - jnp.sum(p * g, axis=-1, keepdims=True)),)
+
+    softmax.defvjp(lambda logits: 2 * (softmax(logits),), backward)
+    return jnp.einsum("bhqk,bkhd->bqhd", softmax(logits), v)
+
+
 def test_bfloat16_gradients_of_a_softmax_do_not_feel_what_all_keys_share():
-    """Rows with one large probability, and gradients with a common part, which cancels."""
-    keys, rows = 197, 200
-    logits = rand(rows, keys)
-    logits[:, 0] += np.linspace(3, 10, rows, dtype=np.float32)
-    g = np.asarray(jnp.asarray(rand(rows, keys, seed=1, scale=0.5) + 0.5, jnp.bfloat16), np.float32)
+    """Rows with one large weight, and values with a common part, which cancels in float64."""
+    tokens, width = 197, 64
+    logits = rand(1, 1, tokens, tokens)
+    logits[..., 0] += np.linspace(8, 12, tokens, dtype=np.float32)
+    v = jnp.asarray(rand(1, tokens, 1, width, seed=1) + 1, jnp.bfloat16)
+    g = jnp.asarray(rand(1, tokens, 1, width, seed=2) + 0.3, jnp.bfloat16)
 
-    def largest_error(got):
-        exact = t(logits).softmax(-1)
-        want = (exact * (t(g) - (exact * t(g)).sum(-1, keepdim=True))).numpy()
-        sizes = np.linalg.norm(want, axis=-1)
-        return (np.linalg.norm(np.asarray(got, np.float64) - want, axis=-1) / sizes).max()
+    exact = t(logits).requires_grad_()
+    values = t(v.astype(jnp.float32)).requires_grad_()
+    out = torch.einsum("bhqk,bkhd->bqhd", exact.softmax(-1), values)
+    (out * t(g.astype(jnp.float32))).sum().backward()
+    want = exact.grad.numpy()
 
-    _, backward = jax.vjp(lambda x: layers._softmax(x, jnp.bfloat16), jnp.asarray(logits))
-    assert largest_error(backward(jnp.asarray(g, jnp.bfloat16))[0]) < 0.05
-    p = np.asarray(jax.nn.softmax(logits).astype(jnp.bfloat16), np.float32)
-    assert largest_error(p * (g - (p * g).sum(-1, keepdims=True))) > 0.2  # not over the sum of p
+    def median_error(average):
+        _, backward = jax.vjp(average, jnp.asarray(logits), v)
+        errors = np.linalg.norm(backward(g)[0] - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        return np.median(errors)
+
+    _, backward = jax.vjp(layers.softmax_average, jnp.asarray(logits), v)
+    got_v = np.asarray(backward(g)[1], np.float32)
+    np.testing.assert_allclose(got_v, values.grad.numpy(), atol=0.01 * np.abs(got_v).max())
+    assert median_error(layers.softmax_average) < 0.01
+    assert median_error(average_of_rounded) > 0.1
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])

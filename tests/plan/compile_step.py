@@ -53,22 +53,13 @@ def define(made):
 
 def breakage():
     """Everything wrong at once that the tests have to see."""
-    attend = layers.attend
 
-    def bias_per_example(q, k, v, *, bias, **kwargs):
-        if bias is not None:
-            bias = jnp.broadcast_to(bias, (q.shape[0], *bias.shape))
-            bias = jax.lax.optimization_barrier(bias)
-            logits_bias = bias
-
-            def probabilities(q, k, *, bias, scale, dtype):
-                del bias
-                logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k).astype(jnp.float32)
-                return jax.nn.softmax(logits + logits_bias, axis=-1).astype(dtype)
-
-            with mock.patch.object(layers, "attention_probabilities", probabilities):
-                return attend(q, k, v, bias=None, **kwargs)
-        return attend(q, k, v, bias=bias, **kwargs)
+    def bias_per_example(q, k, *, bias, scale, original=layers.attention_logits):
+        logits = original(q, k, bias=None, scale=scale)
+        if bias is None:
+            return logits
+        repeated = jnp.broadcast_to(bias, (len(q), *bias.shape))
+        return logits + jax.lax.optimization_barrier(repeated)
 
     def keeping_float32(x, activation):
         return layers.ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
@@ -89,7 +80,7 @@ def breakage():
         return jit(function, **kwargs)
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(layers, "attend", bias_per_example))
+    stack.enter_context(mock.patch.object(layers, "attention_logits", bias_per_example))
     stack.enter_context(mock.patch.object(layers, "activate", keeping_float32))
     stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated))
     stack.enter_context(mock.patch.object(sharding, "param_shardings", teacher_whole))
