@@ -304,14 +304,16 @@ def test_recomputing_and_other_attention_change_nothing():
 
     def grads(**runtime):
         def loss(params):
-            return jnp.mean(jnp.square(swins.bind(made, params, **runtime)(images).tokens))
+            tokens = swins.bind(made, params, **runtime)(images).tokens
+            # Not their squares, which the norm at the end makes nearly the same for any network.
+            return jnp.mean(tokens * jnp.sin(jnp.arange(tokens.size)).reshape(tokens.shape))
 
         return jax.jit(jax.grad(loss))(params)
 
     want = grads()
     for runtime in ({"remat": "dots"}, {"remat": "full", "attention": "dot_product"}):
         for got, leaf in zip(jax.tree.leaves(grads(**runtime)), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(got, leaf, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(got, leaf, rtol=0, atol=5e-6 * np.abs(leaf).max())
 
 
 def test_bfloat16_stays_near():
