@@ -313,7 +313,7 @@ def test_recomputing_and_other_attention_change_nothing():
     want = grads()
     for runtime in ({"remat": "dots"}, {"remat": "full", "attention": "dot_product"}):
         for got, leaf in zip(jax.tree.leaves(grads(**runtime)), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(got, leaf, rtol=0, atol=5e-6 * np.abs(leaf).max())
+            np.testing.assert_allclose(got, leaf, rtol=0, atol=2e-5 * np.abs(leaf).max())
 
 
 def test_bfloat16_stays_near():
