@@ -399,7 +399,7 @@ def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
     records = list(itertools.chain.from_iterable(chunks))
     images = [r.image for r in records]
     return {
-        "image": _share(images) if shared else np.stack(images),
+        "image": shared_stack(images) if shared else np.stack(images),
         "label": np.array([r.label for r in records], np.int32),
         "weight": np.array([r.weight for r in records], np.float32),
         "index": np.array([r.index for r in records], np.int32),
@@ -408,8 +408,14 @@ def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
     }
 
 
-def _share(images: Sequence[np.ndarray]) -> np.ndarray:
+def shared_stack(images: Sequence[np.ndarray]) -> np.ndarray:
     """Stacks into shared memory, where Grain leaves it on its way to the main process.
+
+    Args:
+      images: n arrays of one shape [S, S, 3] and dtype.
+
+    Returns:
+      [n, S, S, 3], Grain's `SharedMemoryArray`; whoever uses it last calls its `unlink_on_del()`.
 
     Raises:
       DataError: it does not fit there.

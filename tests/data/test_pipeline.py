@@ -256,7 +256,7 @@ def test_a_full_device_is_an_error_that_says_so(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pipeline.grain.multiprocessing, "SharedMemoryArray", Shared)
     with pytest.raises(DataError, match=r"0\.2 MiB does not fit into .*: No space left on device"):
-        pipeline._share(8 * [np.zeros((96, 96, 3), np.uint8)])
+        pipeline.shared_stack(8 * [np.zeros((96, 96, 3), np.uint8)])
     gc.collect()
     assert segments and not segments[0].exists()
 
@@ -264,7 +264,7 @@ def test_a_full_device_is_an_error_that_says_so(monkeypatch, tmp_path):
 def test_images_of_a_batch_have_one_shape_and_dtype():
     for other in (np.zeros((4, 2, 3), np.uint8), np.zeros((2, 4, 3), np.float32)):
         with pytest.raises(ValueError, match="differ in shape or dtype"):
-            pipeline._share([np.zeros((2, 4, 3), np.uint8), other])
+            pipeline.shared_stack([np.zeros((2, 4, 3), np.uint8), other])
 
 
 def test_workers_share_where_there_is_no_dev_shm(monkeypatch, tmp_path):
