@@ -30,8 +30,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def activate(x: jax.Array, activation: Activation) -> jax.Array:
     """An activation, any shape; the backward pass keeps its input and nothing else.
 
-    Left to itself, XLA keeps the error function in float32 beside it: more memory than all else
-    that a block keeps of its MLP.
+    Left to itself, XLA for TPUs keeps parts of the error function beside it, in float32.
     """
     return ACTIVATIONS[activation](x)
 
@@ -41,7 +40,8 @@ def _activate_forward(x, activation):
 
 
 def _activate_backward(activation, x, g):
-    x = jax.lax.optimization_barrier(x)  # or the compiler finds the forward pass's work, and keeps
+    # Without the barrier XLA sees that the forward pass computed much of this, and stores it.
+    x = jax.lax.optimization_barrier(x)
     return jax.vjp(ACTIVATIONS[activation], x)[1](g)
 
 
@@ -283,7 +283,7 @@ def _softmax_average_backward(residuals, g):
     g = _per_query(g, total)
     dv = jnp.einsum("bhqk,bqhd->bkhd", weights, g)
     dp = jnp.einsum("bqhd,bkhd->bhqk", g, v).astype(total.dtype)
-    w = jax.lax.optimization_barrier(weights).astype(total.dtype)  # see `_activate_backward`
+    w = jax.lax.optimization_barrier(weights).astype(total.dtype)  # as in `_activate_backward`
     mean = jnp.sum(w * dp, axis=-1) / total
     return w * (dp - mean[..., None]), dv
 
