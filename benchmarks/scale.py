@@ -28,10 +28,11 @@ SLICES = {
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
-# What those do not hold, by the row: linear probes' batch of 16,384, Swins, 577 tokens of a ViT-L.
+# What those do not hold, by the row: linear probes' batch of 16,384, Swins, 577 tokens an image.
 LARGER_SLICES = {
     **dict.fromkeys(
         (
+            "ft_clip_384_b@v5e",
             "linear_b@v5e",
             "linear_l@v5e",
             "distill_esvit_vit_b@v5e",
