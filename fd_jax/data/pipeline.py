@@ -428,9 +428,8 @@ def shared_stack(images: Sequence[np.ndarray]) -> np.ndarray:
     size = len(images) * math.prod(shape) * dtype.itemsize
     with _room_for(size):
         stack = grain.multiprocessing.SharedMemoryArray((len(images), *shape), dtype)
-    if not _SHARED.exists():
-        return np.stack(images, out=stack)
-    with _room_for(size):
+        if not _SHARED.exists():
+            return np.stack(images, out=stack)
         try:
             _write(_SHARED / stack.metadata.name, images)
         except OSError:

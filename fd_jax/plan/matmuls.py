@@ -52,15 +52,16 @@ def _window(attributes: str, dimensions: int) -> dict[str, list[int]]:
     found = re.search(r"window=\{([^}]*)\}", attributes)
     given = dict(part.split("=") for part in found[1].split()) if found else {}
 
-    def numbers(name: str, default: str) -> list[int]:
-        values = given.get(name, "x".join([default] * dimensions))
-        return [int(value.split("_")[0]) for value in values.split("x")] if dimensions else []
+    def numbers(name: str, default: int) -> list[int]:
+        if name not in given:
+            return [default] * dimensions
+        return [int(value.split("_")[0]) for value in given[name].split("x")]
 
     return {
-        "stride": numbers("stride", "1"),
-        "pad": numbers("pad", "0_0"),
-        "left_dilation": numbers("lhs_dilate", "1"),
-        "right_dilation": numbers("rhs_dilate", "1"),
+        "stride": numbers("stride", 1),
+        "pad": numbers("pad", 0),
+        "left_dilation": numbers("lhs_dilate", 1),
+        "right_dilation": numbers("rhs_dilate", 1),
     }
 
 

@@ -258,7 +258,8 @@ def test_a_full_device_is_an_error_that_says_so(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"0\.2 MiB does not fit into .*: No space left on device"):
         pipeline.shared_stack(8 * [np.zeros((96, 96, 3), np.uint8)])
     gc.collect()
-    assert segments and not segments[0].exists()
+    (segment,) = segments
+    wait_until(lambda: not segment.exists())  # Grain may unlink in a thread
 
 
 def test_images_of_a_batch_have_one_shape_and_dtype():
@@ -298,17 +299,19 @@ def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
     pid = pid_file.read_text()
     assert f"data worker 1 of 2 (process {pid})" in str(error.value)
     made.close()
-    wait_for_the_end_of(pid)
-    multiprocessing.active_children()
-    assert not pathlib.Path(f"/proc/{pid}").exists()
+    wait_until(lambda: not pathlib.Path(f"/proc/{pid}").exists())
 
 
-def wait_for_the_end_of(pid, seconds=60):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
-    while running(pid) and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         multiprocessing.active_children()  # collects what has ended
         time.sleep(0.05)
-    assert not running(pid)
+    assert condition()
+
+
+def wait_for_the_end_of(pid):
+    wait_until(lambda: not running(pid))
 
 
 def running(pid):
