@@ -9,8 +9,8 @@ is what counts, so other work on the machine matters little; the paths take turn
 round is reported.
 
 The loader is then measured against the bare transform and its draws, with threads and worker
-processes, in CPU time of all of them together: what order, queues and batches add. What a batch
-costs that comes out of a worker process is shown apart.
+processes, in CPU time of all of them together: what order, queues and batches add. What shared
+memory adds for batches that come out of a worker process is shown apart.
 """
 
 import argparse
@@ -23,12 +23,14 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import grain
 import numpy as np
 from PIL import Image
 import psutil
 
 from fd_jax.data import pipeline, transforms
 from fd_jax.data.builders import photos
+from fd_jax.data.shared import SharedBatches
 from fd_jax.data.sources import Example
 
 HEIGHT, WIDTH, SIZE, MIN_AREA = 375, 500, 224, 0.08
@@ -170,22 +172,32 @@ def bare_rate(jpegs: list[bytes], count: int) -> float:
     return count / (time.process_time() - began)
 
 
-def stacking(rounds: int = 30) -> tuple[float, float]:
-    """CPU-microseconds a picture to stack a batch: into used memory, into shared memory and out."""
+def stacking(rounds: int = 30) -> dict[str, float]:
+    """CPU-microseconds a picture to stack a batch and to free it, by what it is stacked into."""
     pictures = [np.full((SIZE, SIZE, 3), i, np.uint8) for i in range(64)]
-    used = np.stack(pictures)
-    kept, fresh = [], []
+    shape = (len(pictures), SIZE, SIZE, 3)
+    private, ring = np.stack(pictures), SharedBatches(2, shape)
+
+    def to_private() -> None:
+        np.stack(pictures, out=private)
+
+    def to_ring() -> None:
+        ring.take(ring.put(0, pictures))
+
+    def to_segment() -> None:
+        segment = grain.multiprocessing.SharedMemoryArray(shape, np.uint8)
+        np.stack(pictures, out=segment)
+        segment.unlink_on_del()
+
+    ways = {"memory of its own": to_private, "our ring": to_ring, "a new segment": to_segment}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        began = time.process_time()
-        np.stack(pictures, out=used)
-        kept.append(time.process_time() - began)
-        began = time.process_time()
-        shared = pipeline.shared_stack(pictures)
-        shared.unlink_on_del()  # as the main process does
-        del shared
-        fresh.append(time.process_time() - began)
-    each = 1e6 / len(pictures)
-    return statistics.median(kept) * each, statistics.median(fresh) * each
+        for name, stack in ways.items():
+            began = time.process_time()
+            stack()
+            times[name].append(time.process_time() - began)
+    ring.close()
+    return {name: statistics.median(each) * 1e6 / len(pictures) for name, each in times.items()}
 
 
 def cpu_seconds() -> float:
@@ -224,10 +236,8 @@ def main() -> None:
             f"loader with {workers} workers, {threads} threads: {value:.0f} images/CPU-s, "
             f"{value / bare:.2f} of the bare rate"
         )
-    kept, fresh = stacking()
-    print(
-        f"a picture into its batch: {kept:.0f} us of used memory, {fresh:.0f} us of shared memory"
-    )
+    costs = ", ".join(f"{name} {cost:.0f} us" for name, cost in stacking().items())
+    print(f"a picture into its batch and out of memory: {costs}")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ starting at its step, and every host can produce just its own rows.
 
 import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
-import errno
 import functools
 import itertools
-import math
 import multiprocessing
 import os
-import pathlib
 import queue
 import signal
+import sys
 import threading
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +21,7 @@ import grain
 import numpy as np
 
 from fd_jax.data.background import Background
+from fd_jax.data.shared import SharedBatches
 from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError, HangError
 from fd_jax.typing import Batch
@@ -33,8 +31,7 @@ HostBatch = dict[str, Any]
 _FOREVER = 2**48
 _AHEAD = 2  # batches that wait, decoded, for the step
 _CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
-_SHARED = pathlib.Path("/dev/shm")  # where Linux has what SharedMemory makes
-_MIN_SHARED = 2**16  # bytes of an array that goes through shared memory and not through a pipe
+_HELD = 4  # batches in the main process: taken up, waiting, being trained on, and the last one
 _GOODBYE = 2.0  # seconds that workers get to end by themselves
 _WORKER = "grain-process-prefetch"  # how Grain's worker processes are named
 
@@ -118,13 +115,18 @@ class TrainLoader:
         self._pids: dict[int, int] = {}  # of workers that have delivered
         rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._workers = workers
+        self._shared: SharedBatches | None = None
+        if workers:
+            size = transform.image_size
+            self._shared = SharedBatches(shared_places(workers), (len(rows), size, size, 3))
         self._reads = _Reads(
             source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
         self._place = place or (lambda batch: batch)
         self._others = {child.pid for child in multiprocessing.active_children()}
         atexit.register(self.close)  # Python would wait for workers that nobody told to end
-        self._batches = Background(_read_ahead(self._reads, threads, workers), self._deliver)
+        ahead = _read_ahead(self._reads, threads, workers, self._shared)
+        self._batches = Background(ahead, self._deliver)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -168,17 +170,18 @@ class TrainLoader:
     def close(self) -> None:
         """Stops reading ahead and ends the worker processes."""
         atexit.unregister(self.close)
-        if self._batches.close(_GOODBYE):
-            return
-        for child in multiprocessing.active_children():
-            if child.name.startswith(_WORKER) and child.pid not in self._others:
-                child.kill()
+        if not self._batches.close(_GOODBYE):
+            for child in multiprocessing.active_children():
+                if child.name.startswith(_WORKER) and child.pid not in self._others:
+                    child.kill()
+        if self._shared is not None:
+            self._shared.close()
 
     def _deliver(self, batch: HostBatch) -> "_Delivery":
         pid, broken = batch.pop("pid"), batch.pop("broken")
-        # Plain views: they keep a worker's shared memory mapped as long as anything looks at it.
-        plain = {name: np.asarray(value) for name, value in batch.items()}
-        return _Delivery(self._place(plain), pid, broken)
+        if self._shared is not None:
+            batch["image"] = self._shared.take(batch["image"])
+        return _Delivery(self._place(batch), pid, broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -197,6 +200,12 @@ class TrainLoader:
                 )
         if len(self.replaced) > self._max_broken:
             raise _too_many(self._source, self.replaced.items(), self._max_broken)
+
+
+def shared_places(workers: int) -> int:
+    """Batches that can be on their way from so many workers at once, a multiple of them."""
+    # Grain keeps _AHEAD of each worker on either side of the pipe, and one that waits for room.
+    return workers * (2 * (_AHEAD + 1) + -(-_HELD // workers))
 
 
 def eval_batches(
@@ -245,9 +254,9 @@ def eval_batches(
 
     chunks = _chunks(rows)
 
-    def load_chunk(place: int) -> list[_Record]:
+    def load_chunk(place: int) -> _Chunk:
         step, chunk = divmod(place, len(chunks))
-        return [load(step * batch_size + row) for row in chunks[chunk]]
+        return _Chunk(step, [load(step * batch_size + row) for row in chunks[chunk]])
 
     reads = grain.MapDataset.range(count * len(chunks)).map(load_chunk)
     left_out: list[tuple[int, str]] = []
@@ -269,6 +278,13 @@ class _Record(NamedTuple):
     weight: float
     index: int
     broken: tuple[tuple[int, str], ...]
+
+
+class _Chunk(NamedTuple):
+    """Some rows of a batch, which is the `batch`-th since the start."""
+
+    batch: int
+    records: list[_Record]
 
 
 class _Delivery(NamedTuple):
@@ -293,14 +309,15 @@ class _Reads:
     def __len__(self) -> int:
         return _FOREVER
 
-    def __getitem__(self, index: int) -> list[_Record]:
+    def __getitem__(self, index: int) -> _Chunk:
         # Grain hands worker w the indices w, w + W, ... and takes batches from the workers in
         # turn. Numbered like this, each worker's run of len(chunks) indices is one whole batch.
         place, worker = divmod(index, self.workers)
         turn, chunk = divmod(place, len(self.chunks))
-        epoch, batch = divmod(self.start_step + turn * self.workers + worker, self.steps_per_epoch)
+        number = turn * self.workers + worker
+        epoch, batch = divmod(self.start_step + number, self.steps_per_epoch)
         first = batch * self.batch_size
-        return [self._read(epoch, first + row) for row in self.chunks[chunk]]
+        return _Chunk(number, [self._read(epoch, first + row) for row in self.chunks[chunk]])
 
     def _read(self, epoch: int, position: int) -> _Record:
         """The example at a position of an epoch's order, or the next one that can be read."""
@@ -351,16 +368,19 @@ def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -
     )
 
 
-def _read_ahead(reads: _Reads, threads: int, workers: int) -> Iterator[HostBatch]:
+def _read_ahead(
+    reads: _Reads, threads: int, workers: int, shared: SharedBatches | None
+) -> Iterator[HostBatch]:
     source = grain.MapDataset.source(reads)
-    batches = _batches(source, len(reads.chunks), threads, shared=bool(workers))
+    batches = _batches(source, len(reads.chunks), threads, shared)
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own where it starts processes
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-    sharing = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED)
-    batches = grain.experimental.WithOptionsIterDataset(batches, sharing)
+    # What is not in our shared memory goes through the pipe, and not into segments of Grain's.
+    through_pipe = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    batches = grain.experimental.WithOptionsIterDataset(batches, through_pipe)
     return iter(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
 
 
@@ -383,9 +403,9 @@ def _end_with_parent() -> None:
 
 
 def _batches(
-    reads: grain.MapDataset, chunks: int, threads: int, *, shared: bool = False
+    reads: grain.MapDataset, chunks: int, threads: int, shared: SharedBatches | None = None
 ) -> grain.IterDataset:
-    """Reads ahead; `chunks` lists of records make a batch, in shared memory if asked for."""
+    """Reads ahead; `chunks` of them make a batch, in shared memory if it is given."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * chunks)
     stack = functools.partial(_stack, shared=shared)
     return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=stack)
@@ -395,72 +415,17 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
     return [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
 
 
-def _stack(chunks: Sequence[Sequence[_Record]], *, shared: bool) -> HostBatch:
-    records = list(itertools.chain.from_iterable(chunks))
+def _stack(chunks: Sequence[_Chunk], *, shared: SharedBatches | None) -> HostBatch:
+    records = list(itertools.chain.from_iterable(chunk.records for chunk in chunks))
     images = [r.image for r in records]
     return {
-        "image": shared_stack(images) if shared else np.stack(images),
+        "image": np.stack(images) if shared is None else shared.put(chunks[0].batch, images),
         "label": np.array([r.label for r in records], np.int32),
         "weight": np.array([r.weight for r in records], np.float32),
         "index": np.array([r.index for r in records], np.int32),
         "broken": [item for r in records for item in r.broken],
         "pid": os.getpid(),
     }
-
-
-def shared_stack(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Stacks into shared memory, where Grain leaves it on its way to the main process.
-
-    Args:
-      images: n arrays of one shape [S, S, 3] and dtype.
-
-    Returns:
-      [n, S, S, 3], Grain's `SharedMemoryArray`; whoever uses it last calls its `unlink_on_del()`.
-
-    Raises:
-      DataError: it does not fit there.
-      ValueError: the images differ in shape or dtype.
-    """
-    kinds = {(image.shape, image.dtype) for image in images}
-    if len(kinds) > 1:
-        raise ValueError(f"images of one batch differ in shape or dtype: {kinds}")
-    ((shape, dtype),) = kinds
-    size = len(images) * math.prod(shape) * dtype.itemsize
-    with _room_for(size):
-        stack = grain.multiprocessing.SharedMemoryArray((len(images), *shape), dtype)
-        if not _SHARED.exists():
-            return np.stack(images, out=stack)
-        try:
-            _write(_SHARED / stack.metadata.name, images)
-        except OSError:
-            stack.unlink_on_del()
-            raise
-    return stack
-
-
-def _write(segment: pathlib.Path, images: Sequence[np.ndarray]) -> None:
-    """Fills a segment as a file and not through its mapping.
-
-    The kernel need not blank each page first nor interrupt the process for it, and lack of room
-    is an error and not a bus fault.
-    """
-    with open(segment, "r+b") as file:
-        file.writelines(np.ascontiguousarray(image).data for image in images)
-
-
-@contextlib.contextmanager
-def _room_for(size: int) -> Iterator[None]:
-    """Says what to do where `size` bytes of shared memory cannot be had."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"a batch of {size / 2**20:.1f} MiB does not fit into {_SHARED}: {error.strerror}. A "
-            "data worker keeps several there; lower data.workers, or give a container more "
-            "(docker run --shm-size; docs/running.md, Feeding)"
-        ) from error
 
 
 def _rng(*words: int) -> np.random.Generator:
