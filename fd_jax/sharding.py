@@ -147,6 +147,12 @@ def optimizer_shardings(
     )
 
 
+def barrier(name: str) -> None:
+    """Waits for the other processes, where there are any."""
+    if jax.process_count() > 1:  # alone it would compile an exchange with nobody
+        multihost_utils.sync_global_devices(name)
+
+
 def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     rows = [axes for pattern, axes in PARAM_AXES if re.search(pattern, name)]
     if len(rows) != 1:
@@ -162,9 +168,3 @@ def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
                 f"{name} {shape}: {size} is not divisible by mesh.{axis}={mesh.shape[axis]}"
             )
     return PartitionSpec(*axes)
-
-
-def barrier(name: str) -> None:
-    """Waits for the other processes, where there are any."""
-    if jax.process_count() > 1:  # alone it would compile an exchange with nobody
-        multihost_utils.sync_global_devices(name)

@@ -291,10 +291,6 @@ class Module:
                 made[int(number[1])] = instruction.shapes[0]
         return made
 
-    def rematerialized(self) -> int:
-        """Scheduled instructions that the compiler repeats, or makes later, to save memory."""
-        return sum(i.rematerialized for _, i in self._scheduled())
-
     def stored_broadcasts(self) -> list[Shape]:
         """Arrays written to memory that only repeat a smaller one."""
         made = []

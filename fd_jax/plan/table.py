@@ -73,7 +73,6 @@ def fitting(
         },
         "compiler": {
             "loops": compiled.module.loops,
-            "rematerialized_instructions": compiled.module.rematerialized(),
             "matmul_flops_per_image": matmuls,
             "repeated_matmul_flops_per_image": repeated,
             "matmuls_over_closed_form": (matmuls - repeated) / work.executed,

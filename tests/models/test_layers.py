@@ -129,14 +129,14 @@ def test_relative_position_index_anchors():
     assert index.shape == (196, 196) and index.max() + 1 == 729
 
 
-@pytest.mark.parametrize(
-    "name,reference",
-    [
-        ("gelu_erf", torch.nn.functional.gelu),
-        ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
-        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
-    ],
-)
+ACTIVATIONS = {
+    "gelu_erf": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@pytest.mark.parametrize(("name", "reference"), ACTIVATIONS.items())
 def test_mlp(name, reference):
     module = layers.Mlp(
         D,
@@ -160,14 +160,7 @@ def test_mlp(name, reference):
     assert np.abs(module(jnp.asarray(x)) - out(reference)).max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("name", "reference"),
-    [
-        ("gelu_erf", torch.nn.functional.gelu),
-        ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
-        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
-    ],
-)
+@pytest.mark.parametrize(("name", "reference"), ACTIVATIONS.items())
 def test_gradients_of_activations_are_torchs(name, reference):
     x, weights = rand(7, D, scale=2.0), rand(7, D, seed=1)
 

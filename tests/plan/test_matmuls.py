@@ -118,4 +118,3 @@ ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
 """
     module = hlo.Module(text)
     assert module.matmul_flops() == (3 * 2 * 8 * 4 * 2, 2 * 2 * 8 * 4 * 2)
-    assert module.rematerialized() == 2
