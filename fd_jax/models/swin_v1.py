@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fd_jax.models import layers, windows
+from fd_jax.models import windows
 from fd_jax.models.resize import PositionResize, resize_rel_pos_table
 from fd_jax.models.swin import Swin, grids
 
@@ -52,4 +52,4 @@ class SwinV1(Swin):
 
     def _attention(self, stage, width, heads, **kwargs):
         bias = windows.WindowBias(min(self.window, self.grids[stage]), heads)
-        return layers.Attention(width, heads, qkv_bias="qkv", rel_pos_bias=bias, **kwargs)
+        return windows.WindowAttention(width, heads, qkv_bias="qkv", rel_pos_bias=bias, **kwargs)
