@@ -170,12 +170,15 @@ class TrainLoader:
     def close(self) -> None:
         """Stops reading ahead and ends the worker processes."""
         atexit.unregister(self.close)
-        if not self._batches.close(_GOODBYE):
-            for child in multiprocessing.active_children():
-                if child.name.startswith(_WORKER) and child.pid not in self._others:
-                    child.kill()
+        ended = self._batches.close(_GOODBYE)
         if self._shared is not None:
             self._shared.close()
+        if ended:
+            self._shared = None  # what was taken holds on to its memory
+            return
+        for child in multiprocessing.active_children():
+            if child.name.startswith(_WORKER) and child.pid not in self._others:
+                child.kill()
 
     def _deliver(self, batch: HostBatch) -> "_Delivery":
         pid, broken = batch.pop("pid"), batch.pop("broken")

@@ -45,7 +45,7 @@ class Noise:
 
 
 class Large(Noise):
-    """Enough pixels for a batch to go through shared memory."""
+    """Pictures large enough for JAX to leave them where they lie, on a CPU."""
 
     image_size = 96
 

@@ -18,6 +18,7 @@ import pytest
 
 from fd_jax import sharding
 from fd_jax.data import pipeline, place
+from fd_jax.data.shared import SharedBatches
 from fd_jax.errors import DataError, HangError
 from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Large, Noise, Pictures, Plain, Stops, Wrong
 
@@ -143,16 +144,21 @@ def test_device_arrays_stay_while_the_memory_serves_others(loader):
     assert_same(batches, take(loader(transform=Large()), 6))
 
 
-def test_workers_use_the_same_memory_again(loader):
-    addresses = set()
-    made = loader(
-        transform=Large(),
-        workers=2,
-        place=lambda batch: addresses.add(batch["image"].ctypes.data) or batch,
-    )
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_take_the_places_of_shared_memory_in_turn(loader, monkeypatch, workers):
+    taken, unwatched = [], SharedBatches.take
+
+    def watched(shared, batch):
+        taken.append(batch)
+        return unwatched(shared, batch)
+
+    monkeypatch.setattr(SharedBatches, "take", watched)
+    made = loader(workers=workers)
     for _ in range(40):
         next(made)
-    assert len(addresses) <= pipeline.shared_places(2)
+    places = pipeline.shared_places(workers)
+    assert taken[:40] == [number % places for number in range(40)]
+    assert places % workers == 0
 
 
 def test_who_keeps_every_batch_gets_every_batch(loader, unbroken):

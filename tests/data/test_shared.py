@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import resource
 
 from absl import logging
 import numpy as np
@@ -67,12 +68,21 @@ def test_what_was_taken_outlives_the_rest():
     np.testing.assert_array_equal(taken, np.stack(pictures(0)))
 
 
-@pytest.mark.parametrize("other", [(2, 4, 3), (5, 5, 1)])
-def test_pictures_of_another_shape_are_refused(shared, other):
+@pytest.mark.parametrize(
+    ("pictures_", "error"),
+    [
+        ([np.zeros((2, 4, 3), np.uint8)] * 2, ValueError),
+        ([np.zeros((5, 5, 3), np.uint8)] * 3, ValueError),
+        ([np.zeros((5, 5, 3), np.uint16)] * 2, TypeError),
+        ([np.zeros((5, 5, 3), np.float32)] * 2, TypeError),
+    ],
+)
+def test_other_pictures_are_refused_whether_the_place_is_free_or_not(shared, pictures_, error):
     worker = worker_of(shared)
-    with pytest.raises(ValueError, match="shape"):
-        worker.put(0, [np.zeros(other, np.uint8)] * 2)
-    assert worker.put(0, pictures(0)) == 0
+    for _ in range(2):
+        with pytest.raises(error):
+            worker.put(0, pictures_)
+        worker.put(0, pictures(0))
 
 
 def test_who_comes_after_the_end_writes_nowhere(shared, tmp_path):
@@ -110,4 +120,15 @@ def test_batches_travel_by_themselves_where_memory_cannot_be_shared(monkeypatch)
     shared = SharedBatches(PLACES, SHAPE)
     batch = shared.take(worker_of(shared).put(0, pictures(0)))
     np.testing.assert_array_equal(batch, np.stack(pictures(0)))
+    shared.close()
+
+
+def test_batches_travel_by_themselves_where_memory_is_refused():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, before[1]))
+    try:
+        shared = SharedBatches(PLACES, SHAPE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(worker_of(shared).put(0, pictures(0)), np.ndarray)
     shared.close()
