@@ -3,6 +3,7 @@ r"""What runs need and can reach on TPU slices, by compiling each of their steps
     python -m benchmarks.scale                      # every row that has no result yet, in order
     python -m benchmarks.scale --rows distill_b,finetune_l@v4 --list
     python -m benchmarks.scale --table              # the table of docs/scale.md
+    python -m benchmarks.scale --baseline           # what a fused attention kernel has to beat
 
 One JSON per row in benchmarks/scale/, so that it can be stopped and goes on where it was; a row is
 planned again when its file is deleted. Each row is a process of its own: `python -m fd_jax.plan`.
@@ -127,6 +128,9 @@ class Row:
         return [*PLAN_SCRIPT, *flags, *([f"--start={start}"] if start else [])]
 
 
+# Attention by XLA, which a fused kernel has to beat: 128 images a chip of ViT-B, 64 of ViT-L.
+BASELINE = "distill_b@v5e,distill_b@v6e,distill_l@v6e"
+
 MAIN = ("distill_b", "distill_l", "finetune_b", "finetune_l")
 ROWS = [
     *(Row(run, chip) for chip in SLICES["b"] for run in MAIN),
@@ -188,6 +192,28 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def baseline() -> str:
+    """Markdown of the rows of BASELINE."""
+    lines = [
+        "| run | slice | images a chip | MB per image | temporaries GiB | "
+        "compiler's estimate: ms a step, images/s per chip |",
+        "|" + "---|" * 6,
+    ]
+    for row in select(BASELINE):
+        if not row.file.exists():
+            lines.append(f"| {row.run} | {row.slice} | not yet run |" + " |" * 3)
+            continue
+        plan = json.loads(row.file.read_text())
+        compiler, estimate = plan["compiler"], plan["estimate"]
+        lines.append(
+            f"| {row.run} | {row.slice} | {plan['batch_size'] // plan['chips']} | "
+            f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} | "
+            f"{plan['hbm_bytes_per_device']['temporaries'] / 2**30:.2f} | "
+            f"{estimate['step_seconds'] * 1e3:.0f}, {estimate['images_per_second_per_chip']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def _line(row: Row) -> str:
     slice_name = row.slice
     if not row.file.exists():
@@ -238,7 +264,11 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the rows and whether they ran")
     parser.add_argument("--table", action="store_true", help="print the table and plan nothing")
+    parser.add_argument("--baseline", action="store_true", help="print what attention by XLA makes")
     args = parser.parse_args()
+    if args.baseline:
+        print(baseline())
+        return
     rows = select(args.rows)
     if args.table:
         print(table(rows))
