@@ -385,22 +385,23 @@ class Attention(nnx.Module):
 
     def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
-        shape = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (part.reshape(shape) for part in self.project(x))
+        q, k, v = self.project(x)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v
 
     def project(self, x: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values. [B, N, D] -> 3 x [B, N, D] or [B * N, D]."""
+        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d]."""
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
-        rows, kernel = x.reshape(-1, x.shape[-1]), self.qkv.kernel[...]
+        batch, tokens, width = x.shape
+        rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
         parts = []
         for index, bias in enumerate((self.q_bias, self.k_bias, self.v_bias)):
             part: jax.Array = linear(
                 rows, kernel[:, index], None, self.qkv.dtype, self.qkv.grad_dtype
             )
-            parts.append(part if bias is None else add_parameter(part, bias[...]))
+            part = part if bias is None else add_parameter(part, bias[...])
+            parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts
 
     def scaled(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, float]:
