@@ -18,7 +18,7 @@ class SharedBatches:
 
     Batch k lies in place k mod `places`, which is free again when nothing in the main process
     looks at it any more. So the same pages serve all the time; new ones for every batch would cost
-    several times as much as copying the pictures (docs/performance.md, Input). Nobody waits for a
+    many times as much as copying the pictures (docs/performance.md, Input). Nobody waits for a
     place: while it is used, and where memory cannot be shared, a batch travels by itself.
 
     The memory has no name. It takes no room in /dev/shm and is gone when the last process that
