@@ -7,8 +7,10 @@ import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
+import ml_collections
 
-from fd_jax.errors import HangError, UserError
+from fd_jax.errors import ConfigError, HangError, UserError
+from fd_jax.typing import Config
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -36,8 +38,25 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def read_config(flag: flags.FlagHolder) -> Config:
+    """The config that a flag of config_flags names.
+
+    Raises:
+      ConfigError: there is no such file, or it cannot be read.
+    """
+    try:
+        return ml_collections.FrozenConfigDict(flag.value)
+    except OSError as error:  # raised at the first look at its fields
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--{flag.name} names no config that can be read, such as configs/NAME.py ({reason})"
+        ) from None
+
+
 def _unknown_field(message: str) -> str:
     """Names the field, and the one that was meant, out of a message with quotes within quotes."""
+    if "get_config" in message:
+        return f"--config names a file without get_config(), so it is no experiment ({message})"
     field = re.search(r"\w+", message)
     name = field[0] if field else message
     meant = re.search(r"Did you mean \W*(\w+)", message)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 import jax
-import ml_collections
 from ml_collections import config_flags
 
 from fd_jax import application, loop
@@ -45,8 +44,8 @@ def run(action: Action) -> None:
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
         assert WORKDIR.value is not None
+        config = application.read_config(_CONFIG)
         _start_processes()
-        config = ml_collections.FrozenConfigDict(_CONFIG.value)
         return action(config, WORKDIR.value)
 
     application.run_app(main)
@@ -73,9 +72,23 @@ def _start_processes() -> None:
                 "each other: add --coordinator=HOST:PORT, or --distributed where a launcher tells"
             )
         return
-    jax.distributed.initialize(
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_PROCESSES.value,
-        process_id=_PROCESS.value,
-        heartbeat_timeout_seconds=_HEARTBEAT.value,
-    )
+    if _COORDINATOR.value and not _DISTRIBUTED.value:
+        process, count = _PROCESS.value, _PROCESSES.value
+        if process is None or count is None or not 0 <= process < count:
+            raise UserError(
+                f"--coordinator={_COORDINATOR.value} goes with --num_processes=N and a "
+                f"--process_id from 0 to N - 1, not with {count} and {process}; where a launcher "
+                "tells them, add --distributed"
+            )
+    try:
+        jax.distributed.initialize(
+            coordinator_address=_COORDINATOR.value,
+            num_processes=_PROCESSES.value,
+            process_id=_PROCESS.value,
+            heartbeat_timeout_seconds=_HEARTBEAT.value,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"jax.distributed does not know how the processes find each other ({error}); name "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        ) from None

@@ -1,6 +1,6 @@
 """The one training loop: `fit(task, config, workdir)`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
@@ -66,7 +66,19 @@ def fit(
     Raises:
       UserError: the input is at fault; the message says how.
     """
-    workdir = epath.Path(workdir)
+    # From here on, since restoring and compiling take minutes, and since jax.distributed leaves a
+    # handler that would take the signal and do nothing.
+    with _on_sigterm() as stop_asked:
+        return _fit(task, config, epath.Path(workdir), accept_config, stop_asked)
+
+
+def _fit(
+    task: Task,
+    config: Config,
+    workdir: epath.Path,
+    accept_config: bool,
+    stop_asked: Callable[[], bool],
+) -> Result:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     _check_seed(config.seed)
@@ -90,7 +102,7 @@ def fit(
         trainer = _Trainer(
             task, config, workdir, run, feed, checkpoints, start, total_steps, record, resources
         )
-        return trainer.run(state)
+        return trainer.run(state, stop_asked)
 
 
 def initial_state(
@@ -171,7 +183,7 @@ class _Trainer:
         )
         resources.callback(self.loader.close)
 
-    def run(self, state: TrainState) -> Result:
+    def run(self, state: TrainState, stop_asked: Callable[[], bool]) -> Result:
         began = time.monotonic()
         train_step = self.program.compile_train_step()
         seed = self.program.place_seed(self.config.seed)
@@ -183,7 +195,7 @@ class _Trainer:
         trace = _Trace(
             self.workdir / "profile", self.config.profile_steps, self.start, self.total_steps
         )
-        with _on_sigterm() as stop_asked, contextlib.closing(trace):
+        with contextlib.closing(trace):
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_asked())

@@ -6,7 +6,7 @@ The loop runs it; the planner compiles the same object for chips that are not th
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import sharding
-from fd_jax.optimizer import Schedule
+from fd_jax.errors import ConfigError
+from fd_jax.models.layers import AttentionKind
+from fd_jax.optimizer import Moments, Schedule
 from fd_jax.step import TrainState, make_train_step
 from fd_jax.tasks.base import Task
 from fd_jax.typing import Config, PyTree
@@ -68,7 +70,12 @@ def build(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Program:
-    """Defines a run of `task` on `mesh`; computes nothing."""
+    """Defines a run of `task` on `mesh`; computes nothing.
+
+    Raises:
+      ConfigError: the batch does not split over the mesh, or a setting has no such value.
+    """
+    _check_choices(config)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     whole = sharding.replicated(mesh)
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
@@ -110,6 +117,16 @@ def build(
         eval_step=jax.jit(task.evaluate, out_shardings=whole),
         features=jax.jit(task.features, out_shardings=sharding.batch_sharding(mesh)),
     )
+
+
+def _check_choices(config: Config) -> None:
+    for name, value, known in (
+        ("attention", config.attention, get_args(AttentionKind)),
+        ("grad_reduce_dtype", config.grad_reduce_dtype, ("float32", "bfloat16")),
+        ("optim.moments", config.optim.moments, get_args(Moments)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
 
 
 def overlay(params: PyTree, initial: PyTree) -> PyTree:

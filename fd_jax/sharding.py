@@ -49,7 +49,9 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    is_tpu = devices[0].platform == "tpu"
+    # On GPUs every machine has a slice_index of its own; fsdp may span them all the same.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     if slices > 1:
         if shape[0] % slices:
             raise ConfigError(
@@ -59,9 +61,7 @@ def make_mesh(
         grid = _on_torus(
             mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), devices=devices
         )
-    elif devices[0].platform == "tpu" and not any(
-        getattr(device, "core_on_chip", 0) for device in devices
-    ):
+    elif is_tpu and not any(getattr(device, "core_on_chip", 0) for device in devices):
         grid = _on_torus(mesh_utils.create_device_mesh, shape, devices=devices)
     else:
         # Elsewhere the topology is flat: the order of the devices keeps a host's rows together. So
@@ -97,14 +97,18 @@ def resolve_mesh(sizes: dict[str, int], devices: int) -> tuple[int, int, int]:
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Refuses a global batch that does not split evenly over devices and micro-batches."""
+    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: a whole number above 0 is expected")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (ways * accumulation):
         step = ways * accumulation
         lower = batch_size // step * step
+        fitting = f"{lower} or {lower + step}" if lower else step
         raise ConfigError(
             f"batch_size {batch_size} is not divisible by {ways} batch shards "
             f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) x {accumulation} "
-            f"micro-batches; use {lower or step} or {lower + step}"
+            f"micro-batches; use {fitting}"
         )
 
 

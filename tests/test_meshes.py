@@ -1,5 +1,7 @@
 """The same losses on every mesh and micro-batching, with everything random switched on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,22 +81,27 @@ def test_meshes_agree(reference, name):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
 
 
-@pytest.mark.parametrize("mesh,accumulation", [("1x1x1", 2), ("1x1x1", 4), ("2x1x1", 2)])
+@pytest.mark.parametrize(
+    "mesh,accumulation",
+    [("1x1x1", 2), ("1x1x1", 4), ("2x1x1", 2), ("1x1x2", 2), ("4x2x1", 2)],
+)
 def test_accumulation_agrees(reference, mesh, accumulation):
     losses, _ = train(MESHES[mesh], accumulation=accumulation)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
 
 
-def test_device_local_randomness_is_seen(reference):
-    """Negative control: noise that depends on how the batch is split changes the losses."""
+def test_device_local_randomness_is_seen():
+    """Negative control: the same noise drawn by one shard and by each of two gives other losses."""
 
-    def make(config, **kwargs):
-        task = DeviceLocalNoise(config, **kwargs)
-        task.rows_per_shard = 8
-        return task
+    def losses(shards):
+        def make(config, **kwargs):
+            task = DeviceLocalNoise(config, **kwargs)
+            task.rows_per_shard = 16 // shards
+            return task
 
-    losses, _ = train((2, 1, 1), make_task=make)
-    assert np.abs(losses / reference[0] - 1).max() > 1e-4
+        return train((shards, 1, 1), make_task=make)[0]
+
+    assert np.abs(losses(2) / losses(1) - 1).max() > 1e-4
 
 
 GIANT = {
@@ -164,10 +171,48 @@ def test_impossible_meshes_are_refused(sizes):
         sharding.resolve_mesh(sizes, 8)
 
 
-def test_batch_that_does_not_split_is_refused():
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a mesh asks of a GPU; jax gives those of each machine a slice_index of their own."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize("fsdp", [8, 16, 64])
+def test_fsdp_spans_machines_of_gpus(fsdp):
+    devices = [Gpu(number, slice_index=number // 8) for number in range(64)]
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
+    assert mesh.devices.shape == (64 // fsdp, fsdp, 1)
+    assert [device.id for device in mesh.devices.flat] == list(range(64))
+
+
+@pytest.mark.parametrize(
+    "batch_size,accumulation,message",
+    [
+        (12, 1, r"batch_size 12 .* 8 batch shards.*use 8 or 16"),
+        (4, 2, r"x 2 micro-batches; use 16$"),
+        (0, 1, "batch_size=0: a whole number above 0"),
+        (-8, 1, "batch_size=-8"),
+        (8, 0, "accumulation=0"),
+    ],
+)
+def test_batch_that_does_not_split_is_refused(batch_size, accumulation, message):
     mesh = sharding.make_mesh()
-    with pytest.raises(ConfigError, match=r"batch_size 12 .* 8 batch shards.*use 8 or 16"):
-        sharding.check_batch(12, 1, mesh)
+    with pytest.raises(ConfigError, match=message):
+        sharding.check_batch(batch_size, accumulation, mesh)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("attention", "flash"), ("grad_reduce_dtype", "int8"), ("optim.moments", "bf16")],
+)
+def test_a_setting_without_such_a_value_is_refused(field, value):
+    config = tiny.config(**{field: value})
+    task = DistillTask(config, teacher_spec=tiny.teacher_spec())
+    with pytest.raises(ConfigError, match=f"{field}='{value}' is unknown; expected one of"):
+        program.build(task, config, sharding.make_mesh(), steps_per_epoch=10, total_steps=100)
 
 
 def test_tensor_axis_must_divide_a_dimension():
@@ -182,9 +227,9 @@ def classifier(tmp_path_factory):
     return tiny.save_student(tmp_path_factory.mktemp("students") / "tiny")
 
 
-def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, **fields):
+def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, fsdp=1, tensor=1, **fields):
     """Losses of a classification with mixup, cutmix, erasing and drop path on."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=jax.devices()[:devices])
     config = tiny.fine_tuning(folder, accumulation=accumulation, **fields)
     task = ClassifyTask(config)
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
@@ -210,6 +255,8 @@ PROBE = {"model.trains": "head", "model.untie_positions": False, "model.head_sca
 def test_classification_agrees_on_meshes(classifier, fields):
     want = fine_tune(classifier, 1, **fields)
     np.testing.assert_allclose(fine_tune(classifier, 8, **fields), want, rtol=3e-6)
+    cut = fine_tune(classifier, 8, fsdp=2, tensor=2, **fields)
+    np.testing.assert_allclose(cut, want, rtol=3e-6)
 
 
 def test_classification_agrees_with_accumulation(classifier):

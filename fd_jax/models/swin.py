@@ -373,7 +373,11 @@ def _feature_map(tokens: jax.Array, side: int) -> FeatureMap:
 
 
 def _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat):
-    for name, value in (("image_size", image_size), ("window", window)):
+    for name, value in (
+        ("image_size", image_size),
+        ("patch_size", patch_size),
+        ("window", window),
+    ):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"{name}={value!r}: a side of a square is expected, a whole number above 0; "

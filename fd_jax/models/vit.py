@@ -349,6 +349,8 @@ class ViT(nnx.Module):
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
+    if patch_size < 1:
+        raise ConfigError(f"patch_size={patch_size}: a whole number above 0 is expected")
     if image_size < patch_size:
         raise ConfigError(f"image_size {image_size} is less than patch_size {patch_size}")
     if image_size % patch_size:

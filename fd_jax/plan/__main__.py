@@ -27,7 +27,9 @@ _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 _START = flags.DEFINE_string(
     "start", "", "What init_from would hold: a converter source, or the config that distils it."
 )
-_EXAMPLES = flags.DEFINE_integer("examples", None, "Images in an epoch, for data not known here.")
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "Images in an epoch, for data not known here.", lower_bound=1
+)
 _EFFORT = flags.DEFINE_float(
     "effort",
     0.0,
@@ -48,10 +50,11 @@ def main(argv: Sequence[str]) -> int:
     for flag in (_CONFIG, _TOPOLOGY):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing; see python -m fd_jax.plan --help")
+    config = application.read_config(_CONFIG)
     output, hlo_file = _file(_OUTPUT), _file(_HLO)
     assert _TOPOLOGY.value is not None
     target = topology.describe(_TOPOLOGY.value)
-    planned = experiment.define(_CONFIG.value, start=_START.value, examples=_EXAMPLES.value)
+    planned = experiment.define(config, start=_START.value, examples=_EXAMPLES.value)
     plan = planning.plan_run(
         planned,
         target,
@@ -75,6 +78,8 @@ def _file(flag: flags.FlagHolder) -> epath.Path | None:
     path = epath.Path(flag.value)
     if not path.parent.is_dir():
         raise ConfigError(f"--{flag.name}={path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"--{flag.name}={path} is a folder; name a file in it")
     return path
 
 

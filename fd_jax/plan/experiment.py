@@ -78,8 +78,10 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
 
 def _length(config: Config, examples: int | None) -> tuple[int, int, int | None]:
     """Steps per epoch, steps in all, images per epoch."""
-    known = EXAMPLES.get((config.data.name, config.data.split))
-    examples = examples or known
+    if config.batch_size < 1:
+        raise ConfigError(f"batch_size={config.batch_size}: a whole number above 0 is expected")
+    if examples is None:
+        examples = EXAMPLES.get((config.data.name, config.data.split))
     if examples is None and not config.steps:
         raise ConfigError(
             f"how many images the split {config.data.split!r} of {config.data.name} has is not "
@@ -137,8 +139,8 @@ def _student(path: str) -> ModelSpec:
         raise ConfigError(f"--start={path}: there is no such config file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
-    if "student" not in config:
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if config is None or "student" not in config:
         raise ConfigError(f"--start={path} is not the config of a distillation: it has no student")
     arch = config.student.arch.to_dict()
     return ModelSpec(config.student.family, arch, source=f"distilled by {path}")

@@ -140,6 +140,20 @@ def command(*flags):
             ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=/no/x"],
             "there is no folder /no",
         ),
+        (
+            ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=docs"],
+            "--output=docs is a folder",
+        ),
+        (["--config=configs/nope.py", "--topology=v5e:2x2"], "--config names no config"),
+        (["--config=configs/base.py", "--topology=v5e:2x2"], "a file without get_config()"),
+        (
+            [
+                "--config=configs/finetune_clip_vit_b16.py",
+                "--topology=v5e:2x2",
+                "--start=configs/base.py",
+            ],
+            "it has no student",
+        ),
     ],
 )
 def test_the_command_tells_what_is_wrong(flags, message):
@@ -167,6 +181,33 @@ from tests import tiny
 def get_config(arg=""):
     return tiny.config({teacher!r}, **{{"batch_size": 64, "teacher.source": "tiny"}})
 """
+
+
+SLICES = """
+from jax.experimental import topologies
+from fd_jax import sharding
+from fd_jax.plan import topology
+
+topology.describe("v5e:2x2")  # sets what libtpu needs
+found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+mesh = sharding.make_mesh(fsdp=2, devices=found.devices[::-1])
+print([[device.slice_index for device in row] for row in mesh.devices[:, :, 0]])
+try:
+    sharding.make_mesh(fsdp=8, devices=found.devices)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_the_data_axis_spans_slices():
+    """And every other axis stays within one."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    *_, grid, refusal = done.stdout.splitlines()
+    assert grid in (str(2 * [[0, 0]] + 2 * [[1, 1]]), str(2 * [[1, 1]] + 2 * [[0, 0]])), done.stderr
+    assert refusal == "mesh.data=1 is not divisible by the 2 slices it has to span"
 
 
 @pytest.mark.slow
