@@ -70,6 +70,18 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (),
     ),
     "finetune_mae_b": ("configs/finetune_mae_vit_b16.py", "configs/distill_mae_vit_b16.py", ()),
+    "finetune_teacher_b": (
+        "configs/finetune_teacher.py:teacher=clip_b",
+        "openai_clip_vit_b16",
+        (),
+    ),
+    "ablation_logits_b": ("configs/ablations.py:table=2,row=logits,teacher=deit", "", ()),
+    "ablation_rpb_b": ("configs/ablations.py:table=4,row=rpb,teacher=clip", "", ()),
+    "finetune_22k_l": (
+        "configs/finetune_clip_vit_l14_336.py:stage=22k",
+        L14,
+        (*_SHARDED, "--examples=14197122"),  # of ImageNet-22K's 21,841 classes
+    ),
     "finetune_336_l": ("configs/finetune_clip_vit_l14_336.py:stage=1k", L14, _SHARDED),
     "ft_clip_b": ("configs/ft_clip_vit_b16.py", "openai_clip_vit_b16", ()),
     "ft_clip_384_b": ("configs/ft_clip_vit_b16_384.py", "openai_clip_vit_b16", ()),
