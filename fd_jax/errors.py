@@ -36,6 +36,16 @@ class CheckpointError(UserError):
     """A workdir that cannot be resumed: another config, a missing or unreadable step."""
 
 
+def check_positive(name: str, value: int) -> None:
+    """Refuses a setting below 1.
+
+    Raises:
+      ConfigError: it is.
+    """
+    if value < 1:
+        raise ConfigError(f"{name}={value}: a whole number above 0 is expected")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines for a message: one per name whose value differs; what one side lacks counts as None."""
 

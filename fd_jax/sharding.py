@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_positive
 from fd_jax.typing import PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -97,9 +97,8 @@ def resolve_mesh(sizes: dict[str, int], devices: int) -> tuple[int, int, int]:
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Refuses a global batch that does not split evenly over devices and micro-batches."""
-    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}: a whole number above 0 is expected")
+    check_positive("batch_size", batch_size)
+    check_positive("accumulation", accumulation)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (ways * accumulation):
         step = ways * accumulation

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models import layers
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
@@ -349,8 +349,7 @@ class ViT(nnx.Module):
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
-    if patch_size < 1:
-        raise ConfigError(f"patch_size={patch_size}: a whole number above 0 is expected")
+    check_positive("patch_size", patch_size)
     if image_size < patch_size:
         raise ConfigError(f"image_size {image_size} is less than patch_size {patch_size}")
     if image_size % patch_size:

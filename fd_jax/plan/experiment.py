@@ -14,7 +14,7 @@ import ml_collections
 
 from fd_jax import model_folder
 from fd_jax.convert import sources
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
@@ -78,8 +78,7 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
 
 def _length(config: Config, examples: int | None) -> tuple[int, int, int | None]:
     """Steps per epoch, steps in all, images per epoch."""
-    if config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size}: a whole number above 0 is expected")
+    check_positive("batch_size", config.batch_size)
     if examples is None:
         examples = EXAMPLES.get((config.data.name, config.data.split))
     if examples is None and not config.steps:
