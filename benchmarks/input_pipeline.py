@@ -229,13 +229,17 @@ def main() -> None:
             f"{name:10s} {value:6.0f} images/CPU-s, {ratio:.2f}x TensorFlow; "
             f"worst crop against Pillow: mean {mean:.2f}, 99th percentile {high:.0f}"
         )
-    bare = statistics.median(bare_rate(jpegs, args.images) for _ in range(args.rounds))
-    print(f"the transform with its draws: {bare:.0f} images/CPU-s")
-    for workers, threads in ((0, 1), (0, 2), (2, 1)):
-        value = loader_rate(jpegs, workers, threads)
+    loaders, bare, rates = ((0, 1), (0, 2), (2, 1)), [], []
+    for _ in range(args.rounds):
+        bare.append(bare_rate(jpegs, args.images))
+        rates.append([loader_rate(jpegs, *loader) for loader in loaders])
+    print(f"the transform with its draws: {statistics.median(bare):.0f} images/CPU-s")
+    for (workers, threads), values in zip(loaders, zip(*rates, strict=True), strict=True):
+        shares = [value / beside for value, beside in zip(values, bare, strict=True)]
         print(
-            f"loader with {workers} workers, {threads} threads: {value:.0f} images/CPU-s, "
-            f"{value / bare:.2f} of the bare rate"
+            f"loader with {workers} workers, {threads} threads: {statistics.median(values):.0f} "
+            f"images/CPU-s, {statistics.median(shares):.2f} of the bare rate "
+            f"({min(shares):.2f} to {max(shares):.2f})"
         )
     costs = ", ".join(f"{name} {cost:.0f} us" for name, cost in stacking().items())
     print(f"a picture into its batch and out of memory: {costs}")
