@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import sharding
-from fd_jax.errors import ConfigError
+from fd_jax.errors import check_choice
 from fd_jax.models.layers import AttentionKind
 from fd_jax.optimizer import Moments, Schedule
 from fd_jax.step import TrainState, make_train_step
@@ -125,8 +125,7 @@ def _check_choices(config: Config) -> None:
         ("grad_reduce_dtype", config.grad_reduce_dtype, ("float32", "bfloat16")),
         ("optim.moments", config.optim.moments, get_args(Moments)),
     ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
+        check_choice(name, value, known)
 
 
 def overlay(params: PyTree, initial: PyTree) -> PyTree:

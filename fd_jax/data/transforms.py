@@ -14,7 +14,7 @@ from PIL import Image
 
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.data.sources import BrokenImageError
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 
 Interpolation = Literal["bilinear", "bicubic"]
 Crop = Literal["retried", "single"]
@@ -166,14 +166,10 @@ class TrainTransform:
         crop: Crop = "retried",
         rand_augment: str = "",
     ):
-        for field, value, known in (
-            ("interpolation", interpolation, _FILTERS),
-            ("crop", crop, _CROPS),
-        ):
-            if value not in known:
-                raise ConfigError(f"data.{field} is {value!r}; expected one of {sorted(known)}")
+        check_choice("data.interpolation", interpolation, _FILTERS)
+        check_choice("data.crop", crop, _CROPS)
         if not 0 < min_area <= 1:
-            raise ConfigError(f"data.min_area is {min_area}; expected a share in (0, 1]")
+            raise ConfigError(f"data.min_area={min_area}; expected a share in (0, 1]")
         self.image_size = image_size
         self.min_area = min_area
         self.interpolation: Interpolation = interpolation
@@ -206,7 +202,7 @@ class EvalTransform:
 
     def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO, crop: bool = True):
         if ratio < 1:
-            raise ConfigError(f"data.eval_resize is {ratio}; expected 1 or more")
+            raise ConfigError(f"data.eval_resize={ratio}; expected 1 or more")
         self.image_size = image_size
         self.short_side = int(ratio * image_size)
         self.crop = crop

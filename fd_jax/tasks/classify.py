@@ -15,7 +15,7 @@ import optax
 from fd_jax import losses, model_folder, optimizer
 from fd_jax.console import say
 from fd_jax.data import mixing
-from fd_jax.errors import ConfigError, DataError
+from fd_jax.errors import ConfigError, DataError, check_choice
 from fd_jax.evals import classification
 from fd_jax.metrics import weighted
 from fd_jax.models import layers, transfer
@@ -51,8 +51,8 @@ class ClassifyTask:
           ModelFolderError: no model at `config.init_from`.
         """
         model = config.model
-        _check_choice("model.trains", model.trains, Trains.__args__)
-        _check_choice("model.head", model.head, Head.__args__)
+        check_choice("model.trains", model.trains, Trains.__args__)
+        check_choice("model.head", model.head, Head.__args__)
         if model.trains == "head" and config.accumulation > 1:
             raise ConfigError(
                 f"accumulation={config.accumulation} with model.trains='head': the probe's "
@@ -333,8 +333,3 @@ def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:
 
 def _head_of(params: PyTree) -> PyTree:
     return {name: params[name] for name in ("fc_norm", "head") if name in params}
-
-
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{field}={value!r} is unknown; expected one of {known}")

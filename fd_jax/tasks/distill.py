@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fd_jax import losses, model_folder, optimizer
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.metrics import weighted
 from fd_jax.models import resize
 from fd_jax.models.features import FeatureMap
@@ -74,9 +74,9 @@ class DistillTask:
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         self.target = Target(**config.target)
-        _check_choice("target.kind", self.target.kind, TargetKind.__args__)
-        _check_choice("target.normalize", self.target.normalize, losses.TargetNorm.__args__)
-        _check_choice("target.resample", self.target.resample, Resample.__args__)
+        check_choice("target.kind", self.target.kind, TargetKind.__args__)
+        check_choice("target.normalize", self.target.normalize, losses.TargetNorm.__args__)
+        check_choice("target.resample", self.target.resample, Resample.__args__)
 
         self.student_spec = ModelSpec(
             family=config.student.family,
@@ -339,8 +339,3 @@ def _open_teacher(config: Config) -> ModelSpec:
             f"config distils {config.teacher.source!r}; change teacher.path or teacher.source"
         )
     return spec
-
-
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{field}={value!r} is unknown; expected one of {known}")

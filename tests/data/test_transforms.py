@@ -207,7 +207,7 @@ def test_without_flip_nothing_is_mirrored(photo):
 )
 def test_settings_that_do_not_exist_are_refused(field, value):
     options = {"min_area": 0.5, "interpolation": "bilinear", "flip": True, field: value}
-    with pytest.raises(ConfigError, match=f"data.{field} is"):
+    with pytest.raises(ConfigError, match=f"data.{field}="):
         transforms.TrainTransform(32, **options)
 
 
