@@ -30,8 +30,8 @@ import psutil
 
 from fd_jax.data import pipeline, transforms
 from fd_jax.data.builders import photos
+from fd_jax.data.datasets import Example
 from fd_jax.data.shared import SharedBatches
-from fd_jax.data.sources import Example
 
 HEIGHT, WIDTH, SIZE, MIN_AREA = 375, 500, 224, 0.08
 Draw = tuple[tuple[int, int, int, int], bool]  # box (top, left, height, width), flip

@@ -20,10 +20,11 @@ from flax import nnx
 import jax
 
 from configs import base, miniature
-from fd_jax import loop, metrics, model_folder
+from fd_jax import metrics, model_folder
 from fd_jax.models.spec import ModelSpec, split
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import loop
 from fd_jax.typing import Config
 
 COLUMNS = {"fine-tune": "top1", "linear": "top1", "kNN": "knn_top1"}

@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.torch_step import Step
 from configs import distill_clip_vit_b16
-from fd_jax import program, sharding
+from fd_jax import sharding
 from fd_jax.convert import sources
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
 
 BATCH, STEPS = 4, 2
 

@@ -50,7 +50,7 @@ def extract(
 
     Args:
       model: of `fd_jax.load_model`.
-      source: of `fd_jax.data.sources.open_source`.
+      source: of `fd_jax.data.datasets.open_source`.
       tokens: which of KINDS; none for "mean" and, where the network has a class token, "cls".
       batch_size: over all devices; None for 32 on each.
       threads: that decode.
@@ -165,13 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fd_jax.data import sources
+    from fd_jax.data import datasets
 
     output = epath.Path(args.output)
     temporary = _claim(output, overwrite=args.overwrite)
     try:
         model = load_model(args.model, image_size=args.image_size)
-        source = sources.open_source(_source_name(args.input), args.split, data_dir=args.data_dir)
+        source = datasets.open_source(_source_name(args.input), args.split, data_dir=args.data_dir)
         arrays = extract(
             model,
             source,
@@ -188,12 +188,12 @@ def _run(args: argparse.Namespace) -> None:
 
 def _source_name(text: str) -> str:
     """As `open_source` wants it: a path to a folder may come without its prefix."""
-    from fd_jax.data import sources
+    from fd_jax.data import datasets
 
     is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text
-    if text.startswith(sources.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
+    if text.startswith(datasets.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
         return text
-    return f"{sources.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
+    return f"{datasets.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
 
 
 def _claim(output: epath.Path, *, overwrite: bool) -> epath.Path:

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import application, entry, figures, files, metrics, model_folder
+from fd_jax import files, metrics, model_folder
+from fd_jax.cli import application, scripts
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
-from fd_jax.evals import agreement
+from fd_jax.evaluation import agreement
+from fd_jax.show import pictures
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config, PyTree
 
@@ -55,12 +57,12 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     }
     rows = metrics.read(workdir)
     _plot_losses(rows, folder / "loss.png")
-    pictures = _held_out_pictures(feed, config.data.image_size)
+    images = _held_out_pictures(feed, config.data.image_size)
     _plot_maps(
         task,
         {"student, before": untrained, "student, after": trained},
         frozen,
-        pictures,
+        images,
         folder / "maps.png",
     )
     files.write_text(folder / "agreement.json", json.dumps(scores, indent=2) + "\n")
@@ -110,7 +112,7 @@ def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
 
 
 def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
-    plt = figures.pyplot()
+    plt = pictures.pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -118,18 +120,18 @@ def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
     axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
     axes.legend()
-    figures.save(figure, path)
+    pictures.save(figure, path)
 
 
 def _plot_maps(
     task: DistillTask,
     students: dict[str, PyTree],
     frozen: PyTree,
-    pictures: np.ndarray,
+    images: np.ndarray,
     path: epath.Path,
 ) -> None:
     """Pictures, teacher and students side by side, in the teacher's three principal colours."""
-    batch = {"image": pictures}
+    batch = {"image": images}
     maps = {"teacher": jax.jit(task.teacher_target)(frozen, batch)}
     predict = jax.jit(task.predict)
     maps |= {name: predict(params, batch) for name, params in students.items()}
@@ -138,16 +140,16 @@ def _plot_maps(
         for name, tokens in maps.items()
     }
     colour = principal_colours(patches["teacher"])
-    plt = figures.pyplot()
+    plt = pictures.pyplot()
     columns = ["held-out picture", *patches]
     figure, axes = plt.subplots(
-        len(pictures),
+        len(images),
         len(columns),
-        figsize=(2 * len(columns), 2 * len(pictures)),
+        figsize=(2 * len(columns), 2 * len(images)),
         layout="constrained",
         squeeze=False,
     )
-    for row, picture in enumerate(pictures):
+    for row, picture in enumerate(images):
         axes[row][0].imshow(picture)
         for column, tokens in enumerate(patches.values(), start=1):
             colours = colour(tokens[row]).reshape(*task.student.grid, 3)
@@ -156,7 +158,7 @@ def _plot_maps(
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    figures.save(figure, path)
+    pictures.save(figure, path)
 
 
 def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -218,7 +220,7 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    workdir = entry.WORKDIR.value
+    workdir = scripts.WORKDIR.value
     if len(argv) > 1 or workdir is None:
         raise UserError("usage: python -m fd_jax.report --workdir=WORKDIR")
     print(summary(write_report(workdir)))

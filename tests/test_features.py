@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from fd_jax import features, load_model
-from fd_jax.data import sources, transforms
+from fd_jax.data import datasets, transforms
 from fd_jax.errors import ConfigError, DataError
 from tests import tiny
 
@@ -22,7 +22,7 @@ COUNT = 37  # a prime: the last batch is padded, and the devices get unequal par
 
 @pytest.fixture(scope="module")
 def digits(embedded_data):
-    return sources.open_source("digits", f"test[:{COUNT}]", data_dir=embedded_data)
+    return datasets.open_source("digits", f"test[:{COUNT}]", data_dir=embedded_data)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_folder_at_another_size(teacher, pictures, tmp_path):
     output = tmp_path / "mine.npz"
     flags = (f"--model={teacher}", f"--input={pictures}", f"--output={output}")
     assert run(*flags, "--image_size=48") == 0
-    source = sources.open_source(f"folder:{pictures}", "train")
+    source = datasets.open_source(f"folder:{pictures}", "train")
     tokens, layout = by_hand(teacher, source, image_size=48)
     assert layout.grid == (6, 6)
     found = np.load(output)
@@ -131,7 +131,7 @@ def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
     for number, name in enumerate(("a/1.bmp", "a/2.jpg", "b/1.png")):
         (folder / f"{number}.png").write_bytes((pictures / name).read_bytes())
     (folder / "1.png").write_bytes(b"not a picture")
-    source, model = sources.open_source(f"folder:{folder}", ""), load_model(teacher)
+    source, model = datasets.open_source(f"folder:{folder}", ""), load_model(teacher)
     with pytest.raises(DataError, match="1.png"):
         features.extract(model, source)
     found = features.extract(model, source, max_broken=1)

@@ -10,9 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from fd_jax import loop, measure, metrics, model_folder
+from fd_jax import metrics, model_folder
+from fd_jax.cli import measure
 from fd_jax.errors import ConfigError
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import loop
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 from fd_jax import model_folder, report
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
-from fd_jax.evals import agreement
+from fd_jax.evaluation import agreement
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 

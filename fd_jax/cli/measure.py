@@ -9,12 +9,13 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import evaluation, files, model_folder, program, sharding
+from fd_jax import files, model_folder, sharding
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
-from fd_jax.evals import classification
+from fd_jax.evaluation import classification, passes
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import program
 from fd_jax.typing import Config
 
 THROUGHPUT_SECONDS = 10.0
@@ -60,11 +61,11 @@ def measure(
 
     figures = {}
     if has_head:
-        figures |= evaluation.evaluate(
+        figures |= passes.evaluate(
             run, feed, config, state.params, state.extra, {}, limit=config.eval.batches
         )
     if config.eval.knn:
-        figures |= evaluation.neighbours(run, feed, config, state.params, {})
+        figures |= passes.neighbours(run, feed, config, state.params, {})
     if throughput:
         figures["images_per_second"] = _throughput(run, feed, config, state)
     say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
@@ -111,7 +112,7 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
 
 def _throughput(run, feed, config, state) -> float:
     """Images per second of the forward pass alone, compilation left out."""
-    batch = next(iter(evaluation.batches(run, feed, "eval", config.batch_size, limit=1)))
+    batch = next(iter(passes.batches(run, feed, "eval", config.batch_size, limit=1)))
 
     def seconds(steps: int) -> float:
         began = time.monotonic()
@@ -133,6 +134,6 @@ def _confusion(run, task, feed, config, state) -> np.ndarray:
         return classification.confusion(logits, batch["label"], batch["weight"])
 
     step = jax.jit(predict, out_shardings=sharding.replicated(run.mesh))
-    batches = evaluation.batches(run, feed, "eval", config.batch_size, limit=config.eval.batches)
+    batches = passes.batches(run, feed, "eval", config.batch_size, limit=config.eval.batches)
     counts = [np.asarray(step(state.params, state.extra, batch)) for batch in batches]
     return np.sum(counts, axis=0)

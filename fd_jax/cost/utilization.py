@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fd_jax import flops, hardware
+from fd_jax.cost import flops, hardware
 from fd_jax.tasks.base import Task
 
 

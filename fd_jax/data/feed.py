@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from fd_jax.data import pipeline, sources, transforms
+from fd_jax.data import datasets, pipeline, transforms
 from fd_jax.errors import DataError
 from fd_jax.typing import Batch
 
@@ -57,17 +57,17 @@ class Feed:
         workers: int,
         max_broken: int,
     ):
-        if eval_split not in ("", split) and sources.is_one_folder(name):
+        if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
                 f"{name} is one folder for every split, so that data.eval_split={eval_split!r} "
                 "would hold nothing out; let its path say where the split's name goes, as in "
                 "folder:/data/imagenet/{split}, or set data.eval_split=''"
             )
         open_source = functools.partial(
-            sources.open_source,
+            datasets.open_source,
             name,
             data_dir=data_dir or None,
-            skip=sources.OFFICIAL_SKIPPED if skip_official else (),
+            skip=datasets.OFFICIAL_SKIPPED if skip_official else (),
         )
         self.train_source = open_source(split=split)
         self.eval_source = open_source(split=eval_split) if eval_split else None
@@ -181,18 +181,18 @@ class Feed:
         transform = transforms.EvalTransform(size)
         return transform(self._source(which)[index].image, np.random.default_rng(0))
 
-    def _source(self, which: str) -> sources.Source:
+    def _source(self, which: str) -> datasets.Source:
         source = {"train": self.train_source, "eval": self.eval_source}[which]
         if source is None:
             raise DataError("this run has no held-out split; set data.eval_split")
         return source
 
 
-def _first_label(source: sources.Source) -> tuple[int, int | None]:
+def _first_label(source: datasets.Source) -> tuple[int, int | None]:
     """Position and label of the first example that can be read; the label is None if none can."""
     for index in range(len(source)):
         try:
             return index, source[index].label
-        except (sources.BrokenImageError, sources.SkippedError):
+        except (datasets.BrokenImageError, datasets.SkippedError):
             continue
     return 0, None

@@ -21,8 +21,8 @@ import grain
 import numpy as np
 
 from fd_jax.data.background import Background
+from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
 from fd_jax.data.shared import SharedBatches
-from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError, HangError
 from fd_jax.typing import Batch
 

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from fd_jax.data.datasets import BrokenImageError
 from fd_jax.data.randaugment import RandAugment
-from fd_jax.data.sources import BrokenImageError
 from fd_jax.errors import ConfigError, check_choice
 
 Interpolation = Literal["bilinear", "bicubic"]

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax import figures, losses
+from fd_jax import losses
 from fd_jax.metrics import weighted
+from fd_jax.show import pictures
 from fd_jax.typing import Metrics
 
 
@@ -54,8 +55,8 @@ def per_class_table(matrix: np.ndarray) -> str:
 def plot_confusion(matrix: np.ndarray, path: epath.Path) -> None:
     """Writes the confusion matrix, each row a share of its class, as a PNG."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure, axes = figures.pyplot().subplots(figsize=(5, 4.4), layout="constrained")
+    figure, axes = pictures.pyplot().subplots(figsize=(5, 4.4), layout="constrained")
     image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="label")
     figure.colorbar(image, label="share of the label's images")
-    figures.save(figure, path)
+    pictures.save(figure, path)

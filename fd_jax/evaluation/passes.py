@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import jax
 
 from fd_jax import metrics, sharding
-from fd_jax.data import place
+from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
-from fd_jax.evals import knn
-from fd_jax.program import Program
+from fd_jax.evaluation import neighbours as knn
+from fd_jax.training.program import Program
 from fd_jax.typing import Batch, Config, PyTree
 
 
@@ -63,6 +63,6 @@ def batches(
 ) -> Iterator[Batch]:
     """Every image of a split once, as global arrays on the mesh, the last batch padded."""
     split = sharding.batch_sharding(program.mesh)
-    rows = place.local_rows(split, batch_size)
+    rows = global_batch.local_rows(split, batch_size)
     for host in feed.sequential(which, batch_size=batch_size, rows=rows, limit=limit):
-        yield place.to_global(host, split, rows=rows, batch_size=batch_size)
+        yield global_batch.to_global(host, split, rows=rows, batch_size=batch_size)

@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from fd_jax import application
+from fd_jax.cli import application
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.plan import experiment, planning, table, topology

@@ -6,7 +6,7 @@ run is faster. An estimate is the compiler's own: no measurement.
 
 import dataclasses
 
-from fd_jax import flops
+from fd_jax.cost import flops
 from fd_jax.plan.compiled import Compiled
 from fd_jax.plan.experiment import Experiment
 from fd_jax.plan.topology import Slice

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from fd_jax import program, sharding
+from fd_jax import sharding
 from fd_jax.plan import hlo
 from fd_jax.plan.experiment import Experiment
 from fd_jax.plan.topology import Slice
+from fd_jax.training import program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fd_jax import flops
+from fd_jax.cost import flops
 from fd_jax.plan import hlo
 from fd_jax.plan.advice import Attempt
 from fd_jax.plan.bounds import Bounds

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from fd_jax import hardware
+from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError
 
 # Without these libtpu asks a cloud's metadata server, for minutes, which TPU it runs on, and one

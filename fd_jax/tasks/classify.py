@@ -16,7 +16,7 @@ from fd_jax import losses, model_folder, optimizer
 from fd_jax.console import say
 from fd_jax.data import mixing
 from fd_jax.errors import ConfigError, DataError, check_choice
-from fd_jax.evals import classification
+from fd_jax.evaluation import classification
 from fd_jax.metrics import weighted
 from fd_jax.models import layers, transfer
 from fd_jax.models.heads import Classifier

@@ -15,16 +15,18 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import evaluation, files, metrics, model_folder, program, sharding
+from fd_jax import files, metrics, model_folder, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
-from fd_jax.data import place
+from fd_jax.cost.utilization import Utilization
+from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
 from fd_jax.errors import CheckpointError, ConfigError, UserError, differences
-from fd_jax.step import TrainState
+from fd_jax.evaluation import passes
 from fd_jax.tasks.base import Task
+from fd_jax.training import program
+from fd_jax.training.step import TrainState
 from fd_jax.typing import Config
-from fd_jax.utilization import Utilization
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
 PROFILE_AFTER = 5  # steps that a trace waits, so that it shows none of the start-up
@@ -162,9 +164,12 @@ class _Trainer:
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
         self.eval_every = config.eval.every or round(config.eval.epochs * steps_per_epoch)
         batch_sharding = sharding.batch_sharding(run.mesh)
-        self.rows = place.local_rows(batch_sharding, config.batch_size)
+        self.rows = global_batch.local_rows(batch_sharding, config.batch_size)
         self.place = functools.partial(
-            place.to_global, sharding=batch_sharding, rows=self.rows, batch_size=config.batch_size
+            global_batch.to_global,
+            sharding=batch_sharding,
+            rows=self.rows,
+            batch_size=config.batch_size,
         )
         self.writer = metrics.Writer(workdir, resume_step=start)
         resources.callback(self.writer.close)
@@ -286,11 +291,11 @@ class _Trainer:
             if state.ema is not None:
                 versions["eval_ema"] = state.ema
             for prefix, params in versions.items():
-                figures = evaluation.evaluate(
+                figures = passes.evaluate(
                     run, feed, config, params, state.extra, self.frozen, limit=config.eval.batches
                 )
                 if config.eval.knn:
-                    figures |= evaluation.neighbours(run, feed, config, params, self.frozen)
+                    figures |= passes.neighbours(run, feed, config, params, self.frozen)
                 result |= {f"{prefix}_{name}": value for name, value in figures.items()}
         self.writer.write(step, result)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))

@@ -17,8 +17,8 @@ from fd_jax import sharding
 from fd_jax.errors import check_choice
 from fd_jax.models.layers import AttentionKind
 from fd_jax.optimizer import Moments, Schedule
-from fd_jax.step import TrainState, make_train_step
 from fd_jax.tasks.base import Task
+from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
 
 

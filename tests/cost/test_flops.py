@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from fd_jax import flops, program, sharding
+from fd_jax import sharding
+from fd_jax.cost import flops
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
 from tests import tiny
 
 ROWS = 4

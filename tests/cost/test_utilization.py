@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from fd_jax import flops
+from fd_jax.cost import flops
+from fd_jax.cost.utilization import Utilization
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.utilization import Utilization
 from tests import tiny
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from fd_jax.data.sources import BrokenImageError, Example, SkippedError
+from fd_jax.data.datasets import BrokenImageError, Example, SkippedError
 
 SIDE = 4
 

@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 import pytest
-from sklearn import datasets
+from sklearn import datasets as sklearn_datasets
 
-from fd_jax.data import prepare, sources, transforms
+from fd_jax.data import datasets, prepare, transforms
 from fd_jax.data.builders import fashion_mnist as fashion_mnist_builder
 from fd_jax.data.builders import photos
 from fd_jax.errors import DataError
@@ -25,7 +25,7 @@ def tiles(embedded_data):
     """All stored tiles: split -> (picture, top, left, pixels)."""
     found = {}
     for split in ("train", "test"):
-        source = sources.open_source("photos", split, data_dir=embedded_data)
+        source = datasets.open_source("photos", split, data_dir=embedded_data)
         found[split] = []
         for index in range(len(source)):
             name = source.describe(index).split("(")[1].rstrip(")")
@@ -89,7 +89,7 @@ def test_grey_pictures_become_rgb():
 def test_digits_are_all_there_once_and_stratified(embedded_data):
     stored, counts = [], {}
     for split in ("train", "test"):
-        source = sources.open_source("digits", split, data_dir=embedded_data)
+        source = datasets.open_source("digits", split, data_dir=embedded_data)
         assert source.num_classes == 10
         examples = [source[index] for index in range(len(source))]
         counts[split] = np.bincount([example.label for example in examples])
@@ -97,7 +97,7 @@ def test_digits_are_all_there_once_and_stratified(embedded_data):
             pixels = transforms.decode(image)
             assert pixels.shape == (8, 8, 3)
             stored.append((label, pixels[..., 1].tobytes()))
-    grey, target = datasets.load_digits(return_X_y=True)
+    grey, target = sklearn_datasets.load_digits(return_X_y=True)
     scaled = np.round(grey / 16 * 255).astype(np.uint8)
     wanted = [(int(label), image.tobytes()) for image, label in zip(scaled, target, strict=True)]
     assert sorted(stored) == sorted(wanted)
@@ -124,7 +124,7 @@ def test_fashion_mnist_is_what_the_package_holds(fashion_mnist, split, file):
         pixels = np.frombuffer(stream.read()[16:], np.uint8).reshape(-1, 28, 28)
     with gzip.open(folder / f"{file}-labels-idx1-ubyte.gz") as stream:
         labels = np.frombuffer(stream.read()[8:], np.uint8)
-    source = sources.open_source("fashion_mnist_debian", split, data_dir=fashion_mnist)
+    source = datasets.open_source("fashion_mnist_debian", split, data_dir=fashion_mnist)
     assert len(source) == len(pixels) and source.num_classes == 10
     seen = []
     for index in range(0, len(source), len(source) // 100):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from fd_jax.data import prepare, sources, transforms
-from fd_jax.data.sources import BrokenImageError, SkippedError
+from fd_jax.data import datasets, prepare, transforms
+from fd_jax.data.datasets import BrokenImageError, SkippedError
 from fd_jax.errors import DataError
 from tests.data.conftest import SKIPPED, SYNSETS, jpeg
 
@@ -24,7 +24,7 @@ def file_names(source):
 
 
 def test_imagenet_by_name_gives_the_bytes_of_the_tar_files(imagenet, imagenet_tars):
-    source = sources.open_source("imagenet2012", "train", data_dir=imagenet)
+    source = datasets.open_source("imagenet2012", "train", data_dir=imagenet)
     assert len(source) == 12 and source.num_classes == 1000
     _, pictures = imagenet_tars
     names = file_names(source)
@@ -37,7 +37,7 @@ def test_imagenet_by_name_gives_the_bytes_of_the_tar_files(imagenet, imagenet_ta
 
 def test_splits_are_tfds_own_language(imagenet):
     def names(split):
-        return file_names(sources.open_source("imagenet2012", split, data_dir=imagenet))
+        return file_names(datasets.open_source("imagenet2012", split, data_dir=imagenet))
 
     whole = names("train")
     assert names("train[:50%]") + names("train[50%:]") == whole
@@ -46,8 +46,8 @@ def test_splits_are_tfds_own_language(imagenet):
 
 
 def test_official_skips_are_found_when_they_are_read(imagenet):
-    source = sources.open_source(
-        "imagenet2012", "train", data_dir=imagenet, skip=sources.OFFICIAL_SKIPPED
+    source = datasets.open_source(
+        "imagenet2012", "train", data_dir=imagenet, skip=datasets.OFFICIAL_SKIPPED
     )
     skipped = []
     for index in range(len(source)):
@@ -55,13 +55,13 @@ def test_official_skips_are_found_when_they_are_read(imagenet):
             source[index]
         except SkippedError as error:
             skipped.append(str(error))
-    assert len(set(sources.OFFICIAL_SKIPPED)) == 27 and skipped == [SKIPPED]
+    assert len(set(datasets.OFFICIAL_SKIPPED)) == 27 and skipped == [SKIPPED]
 
 
 def test_reading_needs_no_tensorflow(imagenet):
     script = (
-        "import sys; from fd_jax.data import sources, pipeline, transforms\n"
-        f"source = sources.open_source('imagenet2012', 'train', data_dir={imagenet!r})\n"
+        "import sys; from fd_jax.data import datasets, pipeline, transforms\n"
+        f"source = datasets.open_source('imagenet2012', 'train', data_dir={imagenet!r})\n"
         "loader = pipeline.TrainLoader(source, transforms.TrainTransform(32, min_area=0.5,"
         " interpolation='bilinear', flip=True), batch_size=4, seed=0, threads=1)\n"
         "print(next(loader)['image'].shape, 'tensorflow' in sys.modules); loader.close()\n"
@@ -77,7 +77,7 @@ def test_a_damaged_record_is_a_broken_image(imagenet, tmp_path):
     middle = data.index(b"\xff\xd8\xff") + 400  # inside one JPEG
     data[middle : middle + 20] = bytes(20)
     file.write_bytes(data)
-    source = sources.open_source("imagenet2012", "train", data_dir=str(tmp_path))
+    source = datasets.open_source("imagenet2012", "train", data_dir=str(tmp_path))
     outcome = collections.Counter()
     for index in range(len(source)):
         try:
@@ -91,16 +91,16 @@ def test_a_damaged_record_is_a_broken_image(imagenet, tmp_path):
 
 def test_what_is_not_prepared_says_the_command(tmp_path):
     with pytest.raises(DataError) as error:
-        sources.open_source("photos", "train", data_dir=str(tmp_path))
+        datasets.open_source("photos", "train", data_dir=str(tmp_path))
     command = f"python -m fd_jax.data.prepare --name=photos --data_dir={tmp_path}"
     assert command in str(error.value) and "not prepared" in str(error.value)
     prepare.main(command.split()[3:])
-    assert len(sources.open_source("photos", "train", data_dir=str(tmp_path))) >= 1000
+    assert len(datasets.open_source("photos", "train", data_dir=str(tmp_path))) >= 1000
 
 
 def test_imagenet_that_is_not_prepared_names_its_tar_files(tmp_path):
     with pytest.raises(DataError) as error:
-        sources.open_source("imagenet2012", "train", data_dir=str(tmp_path))
+        datasets.open_source("imagenet2012", "train", data_dir=str(tmp_path))
     for word in ("ILSVRC2012_img_train.tar", "--manual_dir=", "file_format='array_record'"):
         assert word in str(error.value)
 
@@ -111,19 +111,19 @@ def test_a_tfrecord_copy_is_refused(imagenet_tars, tmp_path):
     builder.download_and_prepare(download_config=config)
     assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
     with pytest.raises(DataError, match="(?s)tfrecord.*no random access.*fd_jax.data.prepare"):
-        sources.open_source("imagenet2012", "train", data_dir=str(tmp_path))
+        datasets.open_source("imagenet2012", "train", data_dir=str(tmp_path))
 
 
 def test_unknown_names_and_splits_are_refused(imagenet):
     with pytest.raises(DataError, match="TFDS knows no dataset 'nonesuch'"):
-        sources.open_source("nonesuch", "train")
+        datasets.open_source("nonesuch", "train")
     with pytest.raises(DataError, match=r"no split 'dev'; it has \['train', 'validation'\]"):
-        sources.open_source("imagenet2012", "dev", data_dir=imagenet)
+        datasets.open_source("imagenet2012", "dev", data_dir=imagenet)
 
 
 def test_splits_without_examples_are_refused(imagenet):
     with pytest.raises(DataError, match=r"no examples in 'train\[:0\]'.*'train': 12"):
-        sources.open_source("imagenet2012", "train[:0]", data_dir=imagenet)
+        datasets.open_source("imagenet2012", "train[:0]", data_dir=imagenet)
 
 
 def test_preparing_twice_changes_nothing(imagenet, capsys):
@@ -158,7 +158,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_folders_has_their_names_as_classes(folder):
-    source = sources.open_source(f"folder:{folder}", "ignored")
+    source = datasets.open_source(f"folder:{folder}", "ignored")
     assert source.num_classes == 2 and len(source) == 4
     ends = [source.describe(i).removeprefix(str(folder)) for i in range(4)]
     assert ends == ["/cat/a.jpg", "/cat/b.JPEG", "/dog/d.jpg", "/dog/deep/c.jpeg"]
@@ -167,26 +167,26 @@ def test_a_folder_of_folders_has_their_names_as_classes(folder):
 
 
 def test_a_flat_folder_has_no_labels(folder):
-    source = sources.open_source(f"folder:{folder}/cat", "train")
+    source = datasets.open_source(f"folder:{folder}/cat", "train")
     assert source.num_classes is None and [source[i].label for i in range(2)] == [-1, -1]
 
 
 def test_the_split_may_stand_in_the_path(folder):
-    assert len(sources.open_source(f"folder:{folder}/{{split}}", "cat")) == 2
+    assert len(datasets.open_source(f"folder:{folder}/{{split}}", "cat")) == 2
 
 
 def test_a_folder_leaves_out_what_is_to_be_skipped(folder):
-    source = sources.open_source(f"folder:{folder}", "train", skip=("b.JPEG",))
+    source = datasets.open_source(f"folder:{folder}", "train", skip=("b.JPEG",))
     assert len(source) == 3
 
 
 def test_pictures_beside_class_folders_are_refused(folder):
     with pytest.raises(DataError, match="1 images .d.jpg.* beside its 1 class folders"):
-        sources.open_source(f"folder:{folder}/dog", "train")
+        datasets.open_source(f"folder:{folder}/dog", "train")
 
 
 def test_a_picture_that_went_away_is_broken(folder):
-    source = sources.open_source(f"folder:{folder}", "train")
+    source = datasets.open_source(f"folder:{folder}", "train")
     (folder / "cat" / "a.jpg").unlink()
     with pytest.raises(BrokenImageError, match="a.jpg"):
         source[0]
@@ -194,9 +194,9 @@ def test_a_picture_that_went_away_is_broken(folder):
 
 def test_folders_without_pictures_are_refused(tmp_path):
     with pytest.raises(DataError, match="no folder of images at"):
-        sources.open_source(f"folder:{tmp_path}/none", "train")
+        datasets.open_source(f"folder:{tmp_path}/none", "train")
     with pytest.raises(DataError, match="no images .*jpg.* under"):
-        sources.open_source(f"folder:{tmp_path}", "train")
+        datasets.open_source(f"folder:{tmp_path}", "train")
 
 
 def test_a_folder_and_tfds_give_the_same_pixels(imagenet, imagenet_tars, tmp_path):
@@ -205,8 +205,8 @@ def test_a_folder_and_tfds_give_the_same_pixels(imagenet, imagenet_tars, tmp_pat
         path = tmp_path / name.split("_")[0] / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-    ours = sources.open_source(f"folder:{tmp_path}", "train")
-    theirs = sources.open_source("imagenet2012", "train", data_dir=imagenet)
+    ours = datasets.open_source(f"folder:{tmp_path}", "train")
+    theirs = datasets.open_source("imagenet2012", "train", data_dir=imagenet)
     by_name = {name: theirs[i].image for i, name in enumerate(file_names(theirs))}
     for index in range(len(ours)):
         np.testing.assert_array_equal(

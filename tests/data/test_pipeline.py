@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fd_jax import sharding
-from fd_jax.data import pipeline, place
+from fd_jax.data import global_batch, pipeline
 from fd_jax.data.shared import SharedBatches
 from fd_jax.errors import DataError, HangError
 from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Large, Noise, Pictures, Plain, Stops, Wrong
@@ -132,7 +132,7 @@ def test_device_arrays_stay_while_the_memory_serves_others(loader):
     devices = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
 
     def put(batch):
-        return place.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
+        return global_batch.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
 
     made = loader(transform=Large(), workers=2, place=put)
     batches = take(made, 6)
@@ -299,7 +299,7 @@ def test_workers_leave_signals_to_the_main_process(loader, tmp_path):
 
 
 SCRIPT = """
-from fd_jax import application
+from fd_jax.cli import application
 from fd_jax.data import pipeline
 from tests.data.pictures import Hangs, Pictures, Plain
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from fd_jax.data import transforms
 from fd_jax.data.builders.photos import load_picture
-from fd_jax.data.sources import BrokenImageError
+from fd_jax.data.datasets import BrokenImageError
 from fd_jax.errors import ConfigError
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from fd_jax.evals import classification
+from fd_jax.evaluation import classification
 
 CLASSES, COUNT = 9, 37
 

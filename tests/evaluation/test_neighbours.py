@@ -6,7 +6,7 @@ import pytest
 
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
-from fd_jax.evals import knn
+from fd_jax.evaluation import neighbours
 
 CLASSES = 7
 
@@ -46,7 +46,7 @@ def batched(vectors, labels, mesh, size):
             )
         )
     arrays = [[jax.device_put(leaf, place) for leaf in batch] for batch in batches]
-    return knn.Features(*zip(*arrays, strict=True))
+    return neighbours.Features(*zip(*arrays, strict=True))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -54,7 +54,7 @@ def batched(vectors, labels, mesh, size):
 def test_accuracy_is_that_of_a_plain_loop(devices, count, queries, k):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     bank, held_out = data(count, 1), data(queries, 2)
-    got = knn.accuracy(
+    got = neighbours.accuracy(
         batched(*bank, mesh, 16), batched(*held_out, mesh, 16), mesh=mesh, classes=CLASSES, k=k
     )
     want = plain_accuracy(*bank, *held_out, k)
@@ -65,14 +65,16 @@ def test_features_tell_the_classes_apart_and_shuffled_labels_do_not():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     (bank, labels), held_out = data(200, 1), data(100, 2)
     args = {"mesh": mesh, "classes": CLASSES, "k": 10}
-    right = knn.accuracy(batched(bank, labels, mesh, 50), batched(*held_out, mesh, 50), **args)
+    right = neighbours.accuracy(
+        batched(bank, labels, mesh, 50), batched(*held_out, mesh, 50), **args
+    )
     wrong = batched(bank, np.random.default_rng(3).permutation(labels), mesh, 50)
     assert right["knn_top1"] > 0.6
-    assert knn.accuracy(wrong, batched(*held_out, mesh, 50), **args)["knn_top1"] < 0.35
+    assert neighbours.accuracy(wrong, batched(*held_out, mesh, 50), **args)["knn_top1"] < 0.35
 
 
 def test_more_neighbours_than_examples_are_refused():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     bank = batched(*data(10, 1), mesh, 16)
     with pytest.raises(ConfigError, match="eval.knn=11 neighbours asked for, but the bank has 10"):
-        knn.accuracy(bank, bank, mesh=mesh, classes=CLASSES, k=11)
+        neighbours.accuracy(bank, bank, mesh=mesh, classes=CLASSES, k=11)

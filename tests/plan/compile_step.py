@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from fd_jax import flops, program, sharding
+from fd_jax import sharding
+from fd_jax.cost import flops
 from fd_jax.models import layers
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
 
 FIGURES = pathlib.Path(__file__).parent / "figures.json"
 TOPOLOGY = "v5e:4x4"

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from fd_jax import flops, hardware, sharding
+from fd_jax import sharding
+from fd_jax.cost import flops, hardware
 from fd_jax.errors import ConfigError, ConversionError
 from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
 from tests import tiny

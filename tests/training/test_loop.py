@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import checkpoint, loop, metrics
+from fd_jax import checkpoint, metrics
 from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import loop
 from tests import tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 6
 
 
@@ -91,7 +92,7 @@ COMMAND = """
 import sys
 sys.path.insert(0, {root!r})
 from tests import conftest, tiny
-from fd_jax import loop
+from fd_jax.training import loop
 from fd_jax.tasks.distill import DistillTask
 config = tiny.config({teacher!r}, **{{"data.data_dir": {data!r}}})
 result = loop.fit(DistillTask(config), config, {workdir!r})
@@ -150,7 +151,7 @@ def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkey
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.evaluation, "evaluate", cut)
+        patch.setattr(loop.passes, "evaluate", cut)
         with pytest.raises(Cut):
             fit(config, tmp_path / "cut")
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fd_jax import evaluation, program, sharding
-from fd_jax.data import place
+from fd_jax import sharding
+from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
+from fd_jax.evaluation import passes
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
 from tests import tiny
 
 STEPS = 3
@@ -50,11 +52,11 @@ def train(mesh_shape, *, accumulation=1, make_task=DistillTask, config=None, ste
     )
     frozen = run.place_frozen({"encoder": encoder})
     state = run.create(jax.random.key(0), {})
-    rows = place.local_rows(sharding.batch_sharding(mesh), config.batch_size)
+    rows = global_batch.local_rows(sharding.batch_sharding(mesh), config.batch_size)
     losses = []
     for step in range(steps):
         host = {**tiny.batch(seed=step), "stop": np.zeros(16, np.int32)}
-        batch = place.to_global(
+        batch = global_batch.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
         state, metrics = run.train_step(state, frozen, batch, run.place_seed(config.seed))
@@ -235,11 +237,11 @@ def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, fsdp=1, tensor=1,
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
     state = run.create(jax.random.key(0), task.load_initial())
     frozen = run.place_frozen(task.load_frozen())
-    rows = place.local_rows(sharding.batch_sharding(mesh), config.batch_size)
+    rows = global_batch.local_rows(sharding.batch_sharding(mesh), config.batch_size)
     losses = []
     for step in range(steps):
         host = {**tiny.labelled_batch(seed=step), "stop": np.zeros(16, np.int32)}
-        batch = place.to_global(
+        batch = global_batch.to_global(
             host, sharding.batch_sharding(mesh), rows=rows, batch_size=config.batch_size
         )
         state, metrics = run.train_step(state, frozen, batch, run.place_seed(config.seed))
@@ -296,7 +298,7 @@ def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batc
     run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
     state = run.create(jax.random.key(0), task.load_initial())
     feed = Feed(**config.data)
-    got = evaluation.evaluate(run, feed, config, state.params, state.extra, {})
+    got = passes.evaluate(run, feed, config, state.params, state.extra, {})
 
     source, params = feed.eval_source, jax.device_get(state.params)
     assert source is not None

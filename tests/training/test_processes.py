@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import loop, metrics
+from fd_jax import metrics
+from fd_jax.training import loop
 from tests import tiny
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 DEVICES = 2  # fake devices of each process
 
 CONFIG = """

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import loop, model_folder
+from fd_jax import model_folder
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import loop
 from tests import tiny
 
 ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "saved_runs.tar.gz"

@@ -6,10 +6,11 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from fd_jax import application, loop
+from fd_jax.cli import application
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
+from fd_jax.training import loop
 from fd_jax.typing import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
