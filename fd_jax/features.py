@@ -81,7 +81,7 @@ def extract(
     keep = jax.jit(lambda features: {kind: KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
         source,
-        transforms.EvalTransform(side),
+        transforms.LabelledImage(transforms.EvalTransform(side)),
         batch_size=batch_size,
         threads=threads,
         max_broken=max_broken,

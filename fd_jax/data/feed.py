@@ -5,7 +5,8 @@ import functools
 
 import numpy as np
 
-from fd_jax.data import datasets, pipeline, transforms
+from fd_jax.data import datasets, elements, pipeline, transforms
+from fd_jax.data.elements import Elements
 from fd_jax.errors import DataError
 from fd_jax.typing import Batch
 
@@ -72,16 +73,18 @@ class Feed:
         self.train_source = open_source(split=split)
         self.eval_source = open_source(split=eval_split) if eval_split else None
         self.image_size = image_size
-        self.train_transform = transforms.TrainTransform(
-            image_size,
-            min_area=min_area,
-            interpolation=interpolation,
-            flip=flip,
-            crop=crop,
-            rand_augment=rand_augment,
+        self.train_transform = transforms.LabelledImage(
+            transforms.TrainTransform(
+                image_size,
+                min_area=min_area,
+                interpolation=interpolation,
+                flip=flip,
+                crop=crop,
+                rand_augment=rand_augment,
+            )
         )
-        self.eval_transform = transforms.EvalTransform(
-            image_size, ratio=eval_resize, crop=eval_crop
+        self.eval_transform = transforms.LabelledImage(
+            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop)
         )
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
@@ -135,6 +138,11 @@ class Feed:
             threads=self.threads,
             max_broken=self.max_broken,
         )
+
+    @property
+    def elements(self) -> Elements:
+        """What every batch holds, those for training and those of `sequential` alike."""
+        return elements.of_batch(self.train_transform.elements)
 
     @property
     def classes(self) -> int:

@@ -20,8 +20,10 @@ from absl import flags, logging
 import grain
 import numpy as np
 
+from fd_jax.data import elements
 from fd_jax.data.background import Background
 from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
+from fd_jax.data.elements import Elements, Row
 from fd_jax.data.shared import SharedBatches
 from fd_jax.errors import DataError, HangError
 from fd_jax.typing import Batch
@@ -41,12 +43,23 @@ _ORDER_LOCK = threading.Lock()
 
 
 class Transform(Protocol):
-    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+    """From an example, as the dataset gives it, to a row of a batch.
 
-    image_size: int
+    Attributes:
+      elements: what a row holds.
+    """
 
-    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
-        """Raises BrokenImageError where the picture cannot be decoded."""
+    @property
+    def elements(self) -> Elements:
+        """Name, shape, dtype and padding of what `__call__` returns."""
+        ...
+
+    def __call__(self, example: Any, rng: np.random.Generator, /) -> Row:
+        """The arrays and numbers of `elements`.
+
+        Raises:
+          BrokenImageError: the picture cannot be decoded.
+        """
         ...
 
 
@@ -75,7 +88,7 @@ class TrainLoader:
 
     Args:
       source: examples.
-      transform: what makes a square of a picture.
+      transform: what makes a row of an example.
       batch_size: of the global batch.
       seed: of order and augmentation.
       rows: of each global batch that this process produces, ascending; None for all.
@@ -88,8 +101,8 @@ class TrainLoader:
         devices; nothing if not given.
 
     Yields:
-      {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n] of ones,
-      "index": int32 [n] position in the source}, n = len(rows); or what `place` makes of it.
+      The transform's elements, "weight" float32 [n] of ones and "index" int32 [n], the position
+      in the source, n = len(rows); or what `place` makes of it.
     """
 
     def __init__(
@@ -117,8 +130,9 @@ class TrainLoader:
         self._workers = workers
         self._shared: SharedBatches | None = None
         if workers:
-            size = transform.image_size
-            self._shared = SharedBatches(shared_places(workers), (len(rows), size, size, 3))
+            self._shared = SharedBatches(
+                shared_slots(workers), elements.of_batch(transform.elements), len(rows)
+            )
         self._reads = _Reads(
             source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
@@ -180,11 +194,9 @@ class TrainLoader:
             if child.name.startswith(_WORKER) and child.pid not in self._others:
                 child.kill()
 
-    def _deliver(self, batch: HostBatch) -> "_Delivery":
-        pid, broken = batch.pop("pid"), batch.pop("broken")
-        if self._shared is not None:
-            batch["image"] = self._shared.take(batch["image"])
-        return _Delivery(self._place(batch), pid, broken)
+    def _deliver(self, batch: "_Stacked") -> "_Delivery":
+        arrays = batch.arrays if self._shared is None else self._shared.take(batch.arrays)
+        return _Delivery(self._place(arrays), batch.pid, batch.broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -205,7 +217,7 @@ class TrainLoader:
             raise _too_many(self._source, self.replaced.items(), self._max_broken)
 
 
-def shared_places(workers: int) -> int:
+def shared_slots(workers: int) -> int:
     """Batches that can be on their way from so many workers at once, a multiple of them."""
     # Grain keeps _AHEAD of each worker on either side of the pipe, and one that waits for room.
     return workers * (2 * (_AHEAD + 1) + -(-_HELD // workers))
@@ -224,12 +236,12 @@ def eval_batches(
     """Every example once, in order, as batches like `TrainLoader`'s.
 
     The last batch is padded, so that all hosts see the same number of batches of the same size:
-    padding is black, with label -1, index -1 and weight 0. A broken picture keeps its index and
-    becomes black of weight 0, and is named in the log.
+    padding has weight 0, index -1 and otherwise what its elements say. A broken picture keeps its
+    index and becomes such padding, and is named in the log.
 
     Args:
       source: examples.
-      transform: what makes a square of a picture.
+      transform: what makes a row of an example.
       batch_size: of the global batch.
       rows: of each global batch that this process produces; None for all.
       limit: number of batches at most.
@@ -242,18 +254,19 @@ def eval_batches(
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     count = -(-len(source) // batch_size)
     count = min(count, limit) if limit else count
-    black = np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
+    specified = elements.of_batch(transform.elements)
+    padding = elements.padding(specified)
 
     def load(index: int) -> _Record:
         if index >= len(source):
-            return _Record(black, -1, 0.0, -1, ())
+            return _Record(padding, ())
         try:
-            image, label = source[index]
-            return _Record(transform(image, _rng(_EVALUATE, index)), label, 1.0, index, ())
+            row = transform(source[index], _rng(_EVALUATE, index))
+            return _Record({**row, "weight": 1.0, "index": index}, ())
         except SkippedError:
-            return _Record(black, -1, 0.0, index, ())
+            return _Record({**padding, "index": index}, ())
         except BrokenImageError as error:
-            return _Record(black, -1, 0.0, index, ((index, str(error)),))
+            return _Record({**padding, "index": index}, ((index, str(error)),))
 
     chunks = _chunks(rows)
 
@@ -263,23 +276,19 @@ def eval_batches(
 
     reads = grain.MapDataset.range(count * len(chunks)).map(load_chunk)
     left_out: list[tuple[int, str]] = []
-    for batch in _batches(reads, len(chunks), threads):
-        del batch["pid"]
-        for index, reason in (broken := batch.pop("broken")):
+    for batch in _batches(reads, len(chunks), threads, specified):
+        for index, reason in batch.broken:
             logging.warning("evaluation leaves out %s: %s", source.describe(index), reason)
-        left_out += broken
+        left_out += batch.broken
         if len(left_out) > max_broken:
             raise _too_many(source, left_out, max_broken)
-        yield batch
+        yield batch.arrays
 
 
 class _Record(NamedTuple):
-    """One row of a batch, and the broken examples (index, reason) that it stands in for."""
+    """One row of a batch, and the broken examples (index, reason) that it replaces."""
 
-    image: np.ndarray
-    label: int
-    weight: float
-    index: int
+    row: Row
     broken: tuple[tuple[int, str], ...]
 
 
@@ -288,6 +297,14 @@ class _Chunk(NamedTuple):
 
     batch: int
     records: list[_Record]
+
+
+class _Stacked(NamedTuple):
+    """A batch of this host, or its slot in shared memory, with what `_Delivery` says."""
+
+    arrays: Any
+    pid: int
+    broken: list[tuple[int, str]]
 
 
 class _Delivery(NamedTuple):
@@ -330,9 +347,8 @@ class _Reads:
             index = int(order[candidate % len(order)])
             self._busy[threading.get_ident()] = index
             try:
-                image, label = self.source[index]
-                pixels = self.transform(image, _rng(_AUGMENT, self.seed, epoch, index))
-                return _Record(pixels, label, 1.0, index, tuple(broken))
+                row = self.transform(self.source[index], _rng(_AUGMENT, self.seed, epoch, index))
+                return _Record({**row, "weight": 1.0, "index": index}, tuple(broken))
             except SkippedError:
                 continue
             except BrokenImageError as error:
@@ -373,9 +389,10 @@ def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -
 
 def _read_ahead(
     reads: _Reads, threads: int, workers: int, shared: SharedBatches | None
-) -> Iterator[HostBatch]:
+) -> Iterator[_Stacked]:
     source = grain.MapDataset.source(reads)
-    batches = _batches(source, len(reads.chunks), threads, shared)
+    specified = elements.of_batch(reads.transform.elements)
+    batches = _batches(source, len(reads.chunks), threads, specified, shared)
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
@@ -406,11 +423,15 @@ def _end_with_parent() -> None:
 
 
 def _batches(
-    reads: grain.MapDataset, chunks: int, threads: int, shared: SharedBatches | None = None
+    reads: grain.MapDataset,
+    chunks: int,
+    threads: int,
+    specified: Elements,
+    shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
     """Reads ahead; `chunks` of them make a batch, in shared memory if it is given."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * chunks)
-    stack = functools.partial(_stack, shared=shared)
+    stack = functools.partial(_stack, specified=specified, shared=shared)
     return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=stack)
 
 
@@ -418,17 +439,16 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
     return [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
 
 
-def _stack(chunks: Sequence[_Chunk], *, shared: SharedBatches | None) -> HostBatch:
+def _stack(
+    chunks: Sequence[_Chunk], *, specified: Elements, shared: SharedBatches | None
+) -> _Stacked:
     records = list(itertools.chain.from_iterable(chunk.records for chunk in chunks))
-    images = [r.image for r in records]
-    return {
-        "image": np.stack(images) if shared is None else shared.put(chunks[0].batch, images),
-        "label": np.array([r.label for r in records], np.int32),
-        "weight": np.array([r.weight for r in records], np.float32),
-        "index": np.array([r.index for r in records], np.int32),
-        "broken": [item for r in records for item in r.broken],
-        "pid": os.getpid(),
-    }
+    rows = [record.row for record in records]
+    arrays = (
+        elements.stack(rows, specified) if shared is None else shared.put(chunks[0].batch, rows)
+    )
+    broken = list(itertools.chain.from_iterable(record.broken for record in records))
+    return _Stacked(arrays, os.getpid(), broken)
 
 
 def _rng(*words: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""From an encoded picture to a uint8 square: decode, crop, antialiased resize, flip.
+"""From an example to a row of a batch: decode, crop, antialiased resize, flip.
 
 Everything random comes from the generator that is passed in, so a picture's augmentation is a
 function of the seed, the epoch and its place in the dataset.
@@ -7,12 +7,13 @@ function of the seed, the epoch and its place in the dataset.
 import io
 import math
 import struct
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from fd_jax.data.datasets import BrokenImageError
+from fd_jax.data.datasets import BrokenImageError, Example
+from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.errors import ConfigError, check_choice
 
@@ -223,3 +224,29 @@ class EvalTransform:
         pixels = resize(pixels, height, width, "bicubic")
         top, left = (round((side - self.image_size) / 2) for side in (height, width))
         return pixels[top : top + self.image_size, left : left + self.image_size]
+
+
+class PictureTransform(Protocol):
+    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+
+    image_size: int
+
+    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        """Raises BrokenImageError where the picture cannot be decoded."""
+        ...
+
+
+class LabelledImage:
+    """Makes a row {"image", "label"} of an `Example`; the label is as it was."""
+
+    def __init__(self, picture: PictureTransform):
+        self.picture = picture
+
+    @property
+    def elements(self) -> Elements:
+        """Of a square picture and its class."""
+        return labelled_image(self.picture.image_size)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Row:
+        """The picture transformed. -> {"image": uint8 [S, S, 3], "label": int}"""
+        return {"image": self.picture(example.image, rng), "label": example.label}

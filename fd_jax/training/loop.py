@@ -91,7 +91,12 @@ def _fit(
     claim_workdir(workdir, config, accept=accept_config)
 
     run = program.build(
-        task, config, mesh, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        task,
+        config,
+        mesh,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        elements=feed.elements,
     )
     with contextlib.ExitStack() as resources:
         checkpoints = Checkpoints(
@@ -234,7 +239,7 @@ class _Trainer:
             batch = next(self.loader)
         # A host that was told to stop says so in its rows: every host then reads the same sum
         # from the same step, with no extra communication.
-        return batch | self.place({"stop": np.full(len(self.rows), stop, np.int32)})
+        return batch | self.place({"stop": np.full(len(self.rows), stop, program.STOP.dtype)})
 
     def _read(self, step: int, figures: Any) -> bool:
         """Takes in the metrics of one step; returns whether some host was told to stop."""

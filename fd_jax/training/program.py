@@ -5,7 +5,6 @@ The loop runs it; the planner compiles the same object for chips that are not th
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any, get_args
 
 import jax
@@ -14,12 +13,16 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import sharding
+from fd_jax.data.elements import Element, Elements, of_config
 from fd_jax.errors import check_choice
 from fd_jax.models.layers import AttentionKind
 from fd_jax.optimizer import Moments, Schedule
 from fd_jax.tasks.base import Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
+
+# What the loop adds to each batch: 1 in the rows of a host that was told to stop.
+STOP = Element((), "int32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +72,24 @@ def build(
     *,
     steps_per_epoch: int,
     total_steps: int,
+    elements: Elements | None = None,
 ) -> Program:
     """Defines a run of `task` on `mesh`; computes nothing.
+
+    Args:
+      task: what is trained.
+      config: of the run.
+      mesh: of its devices.
+      steps_per_epoch: full batches in an epoch.
+      total_steps: updates.
+      elements: what its batches hold; by default what `config.data` says without the data.
 
     Raises:
       ConfigError: the batch does not split over the mesh, or a setting has no such value.
     """
     _check_choices(config)
+    if elements is None:
+        elements = of_config(config.data)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     whole = sharding.replicated(mesh)
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
@@ -110,7 +124,7 @@ def build(
         schedule=schedule,
         state=state,
         frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
-        batch=_abstract_batch(config, mesh),
+        batch=_abstract_batch(elements, config.batch_size, mesh),
         seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         create=create,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, whole)),
@@ -145,15 +159,11 @@ def _place(host: Any, like: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 
 
-def _abstract_batch(config: Config, mesh: Mesh) -> PyTree:
-    size, rows = config.data.image_size, config.batch_size
-    place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+def _abstract_batch(elements: Elements, rows: int, mesh: Mesh) -> PyTree:
+    split = sharding.batch_sharding(mesh)
     return {
-        "image": place((rows, size, size, 3), jnp.uint8),
-        "label": place((rows,), jnp.int32),
-        "weight": place((rows,), jnp.float32),
-        "index": place((rows,), jnp.int32),
-        "stop": place((rows,), jnp.int32),
+        name: jax.ShapeDtypeStruct((rows, *element.shape), element.dtype, sharding=split)
+        for name, element in {**elements, "stop": STOP}.items()
     }
 
 

@@ -62,8 +62,9 @@ def test_reading_needs_no_tensorflow(imagenet):
     script = (
         "import sys; from fd_jax.data import datasets, pipeline, transforms\n"
         f"source = datasets.open_source('imagenet2012', 'train', data_dir={imagenet!r})\n"
-        "loader = pipeline.TrainLoader(source, transforms.TrainTransform(32, min_area=0.5,"
-        " interpolation='bilinear', flip=True), batch_size=4, seed=0, threads=1)\n"
+        "transform = transforms.LabelledImage(transforms.TrainTransform(32, min_area=0.5,"
+        " interpolation='bilinear', flip=True))\n"
+        "loader = pipeline.TrainLoader(source, transform, batch_size=4, seed=0, threads=1)\n"
         "print(next(loader)['image'].shape, 'tensorflow' in sys.modules); loader.close()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
