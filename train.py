@@ -7,7 +7,7 @@ line (`--config.batch_size=1024`); `--help` lists the flags for several processe
 """
 
 from fd_jax.cli import scripts
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks import registry
 
 if __name__ == "__main__":
-    scripts.run(scripts.train(DistillTask))
+    scripts.run(scripts.train(registry.make))

@@ -23,6 +23,7 @@ from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import pictures
+from fd_jax.tasks import registry
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config, PyTree
 
@@ -91,11 +92,12 @@ def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
     if not path.exists():
         raise UserError(f"{workdir} is no workdir: it has no config.json; name one of train.py's")
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    if "teacher" not in config:
+    if registry.kind_of(config) is not registry.DISTILLATION:
         raise UserError(f"{workdir} is not a distillation run: its config names no teacher")
     task = DistillTask(config)
-    if task.target.kind != "full":
-        raise UserError(f"reports compare whole maps; this run has target.kind={task.target.kind}")
+    kind = task.goal.target.kind
+    if kind != "full":
+        raise UserError(f"reports compare whole maps; this run has target.kind={kind}")
     _, params = model_folder.load(workdir / "model")
     return config, task, jax.tree.map(jnp.asarray, params)
 
@@ -179,12 +181,13 @@ def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str, Any]) -> str:
+    teacher, student = task.goal.teacher, task.student
     lines = [
         "# Distillation report",
         "",
-        f"Teacher: {task.teacher_spec.source}, {task.teacher.width} wide, {task.teacher.depth} "
-        f"deep, frozen. Student: {task.student.width} wide, {task.student.depth} deep, from random "
-        f"weights. Input {task.student.image_size} px, grid {task.student.grid}.",
+        f"Teacher: {teacher.spec.source}, {teacher.width} wide, {teacher.depth} deep, frozen. "
+        f"Student: {student.width} wide, {student.depth} deep, from random weights. "
+        f"Input {student.image_size} px, grid {student.grid}.",
         "",
         "![loss](loss.png)",
         "",

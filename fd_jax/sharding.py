@@ -32,7 +32,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
-    (r"(^|/)(projector|head)/kernel$", ("embed", None)),
+    (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # or a projector per teacher
     (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens)$", ()),
 )
 

@@ -13,9 +13,9 @@ from fd_jax import files, model_folder, sharding
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
-from fd_jax.evaluation import classification, passes
+from fd_jax.evaluation import classification, evaluators, passes
 from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.training import program
+from fd_jax.training.program import build
 from fd_jax.typing import Config
 
 THROUGHPUT_SECONDS = 10.0
@@ -32,7 +32,7 @@ def measure(
 
     Args:
       config: of fine-tuning; its data, evaluation and mesh fields count.
-      workdir: receives the figures.
+      workdir: receives the results.
       per_class: also a table per class and a picture of the confusion matrix.
       throughput: also images per second of the compiled forward pass on batches that are there.
 
@@ -56,34 +56,32 @@ def measure(
     split = config.data.split if config.eval.knn else config.data.eval_split
     feed = Feed(**{**config.data.to_dict(), "split": split})
     task.check_data(feed)
-    run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
-    state = run.create(jax.random.key(0), task.load_initial())
+    program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
+    state = program.create(jax.random.key(0), task.load_initial())
 
-    figures = {}
-    if has_head:
-        figures |= passes.evaluate(
-            run, feed, config, state.params, state.extra, {}, limit=config.eval.batches
-        )
-    if config.eval.knn:
-        figures |= passes.neighbours(run, feed, config, state.params, {})
+    found: dict[str, float] = {}
+    weights = evaluators.Weights(state.params, state.extra, frozen={})
+    neighbours = evaluators.Neighbours(config.eval.knn, config.batch_size)
+    for evaluator in task.evaluators() if has_head else [neighbours]:
+        found |= evaluator(program, weights, feed)
     if throughput:
-        figures["images_per_second"] = _throughput(run, feed, config, state)
-    say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
+        found["images_per_second"] = _throughput(program, feed, config, state)
+    say("  ".join(f"{name} {value:.5f}" for name, value in found.items()))
     if per_class:
-        matrix = _confusion(run, task, feed, config, state)
+        matrix = _confusion(program, task, feed, config, state)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         record = {
             "init_from": config.init_from,
             "data": f"{config.data.name}/{config.data.eval_split}",
-            **figures,
+            **found,
         }
         files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if per_class:
             files.write_text(workdir / "per_class.md", classification.per_class_table(matrix))
             classification.plot_confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
-    return figures
+    return found
 
 
 def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
@@ -110,14 +108,14 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
     return ml_collections.FrozenConfigDict(config), bool(spec.classes)
 
 
-def _throughput(run, feed, config, state) -> float:
+def _throughput(program, feed, config, state) -> float:
     """Images per second of the forward pass alone, compilation left out."""
-    batch = next(iter(passes.batches(run, feed, "eval", config.batch_size, limit=1)))
+    batch = next(iter(passes.batches(program.mesh, feed, "eval", config.batch_size, limit=1)))
 
     def seconds(steps: int) -> float:
         began = time.monotonic()
         for _ in range(steps):
-            jax.block_until_ready(run.eval_step(state.params, state.extra, {}, batch))
+            jax.block_until_ready(program.eval_step(state.params, state.extra, {}, batch))
         return time.monotonic() - began
 
     seconds(1)  # compiles
@@ -126,14 +124,16 @@ def _throughput(run, feed, config, state) -> float:
     return steps * config.batch_size / seconds(steps)
 
 
-def _confusion(run, task, feed, config, state) -> np.ndarray:
+def _confusion(program, task, feed, config, state) -> np.ndarray:
     """[K, K] counts, row = label, column = prediction."""
 
     def predict(params, extra, batch):
         logits = task.logits(params, extra, {}, batch)
         return classification.confusion(logits, batch["label"], batch["weight"])
 
-    step = jax.jit(predict, out_shardings=sharding.replicated(run.mesh))
-    batches = passes.batches(run, feed, "eval", config.batch_size, limit=config.eval.batches)
+    step = jax.jit(predict, out_shardings=sharding.replicated(program.mesh))
+    batches = passes.batches(
+        program.mesh, feed, "eval", config.batch_size, limit=config.eval.batches
+    )
     counts = [np.asarray(step(state.params, state.extra, batch)) for batch in batches]
     return np.sum(counts, axis=0)

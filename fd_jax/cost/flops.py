@@ -1,17 +1,17 @@
-"""FLOPs of a training step per image, in closed form: matmuls alone, a multiply-add counts two.
+"""FLOPs per image, in closed form: matmuls alone, a multiply-add counts two.
+
+A task composes those of its step from the functions here.
 
 Norms, softmax, activations, the optimizer and what does not grow with the batch (bias networks of
 SwinV2) are left out; they are about 1 % of a ViT-B step.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 from fd_jax.models import swin
 from fd_jax.models.spec import ModelSpec
-from fd_jax.tasks.base import Task
-from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.tasks.distill import DistillTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,7 @@ def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops
       trains: whether gradients of its weights are taken (never of its input, the image).
       remat: as `config.remat`.
     """
-    arch = spec.arch
-    if spec.family == "vit":
-        embedding, blocks, merging = _vit(arch)
-    else:
-        embedding, blocks, merging = _swin(arch)
+    embedding, blocks, merging = _FAMILIES[spec.family](spec.arch)
     inner = sum(block.weights + block.attention for block in blocks) + merging
     if not trains:
         return Flops(embedding + inner)
@@ -87,39 +83,9 @@ def linear(rows: float, width: int, out: int, *, input_gradient: bool = True) ->
     return Flops(forward, backward=forward * (2 if input_gradient else 1))
 
 
-def of_task(task: Task) -> Flops:
-    """A step of a distillation, a fine-tuning or a linear probe, per image.
-
-    Raises:
-      TypeError: another task.
-    """
-    if isinstance(task, DistillTask):
-        return _distillation(task)
-    if isinstance(task, ClassifyTask):
-        remat = task.config.remat
-        head = linear(1, task.encoder.width, task.spec.classes, input_gradient=not task.probe)
-        return network(task.spec, trains=not task.probe, remat=remat) + head
-    raise TypeError(f"no closed form of {type(task).__name__}")
-
-
-def _distillation(task: DistillTask) -> Flops:
-    student = network(task.student_spec, trains=True, remat=task.config.remat)
-    teacher = network(task.teacher_spec, trains=False)
-    kind, width = task.target.kind, task.student.width
-    side = task.teacher.image_size
-    given = task.config.data.image_size
-    if side != given:  # resized on the device, rows first
-        teacher += Flops(2.0 * 3 * (side * given * given + side * side * given))
-    if kind == "logits":
-        classes = task.teacher_spec.classes
-        return (
-            student
-            + teacher
-            + Flops(2.0 * task.teacher.width * classes)
-            + linear(1, width, classes)
-        )
-    tokens = task.student.grid[0] * task.student.grid[1] + int(task.cls) if kind == "full" else 1
-    return student + teacher + linear(tokens, width, task.teacher.width)
+def resize(side: int, new_side: int) -> Flops:
+    """A picture [side, side, 3] resized on the device by two matmuls, rows first."""
+    return Flops(2.0 * 3 * (new_side * side * side + new_side * new_side * side))
 
 
 def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
@@ -154,3 +120,11 @@ def _block(tokens: int, keys: int, width: int, hidden: int, *, scaled: bool) -> 
         attention=4.0 * tokens * keys * width,
         last=0.0 if scaled else last,
     )
+
+
+# Of the patch embedding, of each block, and of the matmuls between stages; a row per family.
+_FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block], float]]] = {
+    "vit": _vit,
+    "swin": _swin,
+    "swin_v2": _swin,
+}

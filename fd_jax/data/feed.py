@@ -140,6 +140,11 @@ class Feed:
         )
 
     @property
+    def name(self) -> str:
+        """Of the training split, as a message names it."""
+        return self.train_source.name
+
+    @property
     def elements(self) -> Elements:
         """What every batch holds, those for training and those of `sequential` alike."""
         return elements.of_batch(self.train_transform.elements)

@@ -2,16 +2,33 @@
 
 from collections.abc import Iterable
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fd_jax import losses
-from fd_jax.tasks.distill import DistillTask
-from fd_jax.typing import PyTree
+from fd_jax.typing import Batch, PyTree
 
 KINDS = ("cls", "patch")
+
+
+class Distillation(Protocol):
+    """What is compared: a student's prediction and the target of its one teacher."""
+
+    @property
+    def cls(self) -> bool:
+        """Whether both begin with a class token."""
+        ...
+
+    def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
+        """[B, T, D] float32."""
+        ...
+
+    def predict(self, params: PyTree, batch: Batch) -> jax.Array:
+        """[B, T, D]."""
+        ...
 
 
 def split_kinds(tokens: jax.Array, *, cls: bool) -> dict[str, jax.Array]:
@@ -22,7 +39,7 @@ def split_kinds(tokens: jax.Array, *, cls: bool) -> dict[str, jax.Array]:
 
 
 def mean_target(
-    task: DistillTask, frozen: PyTree, batches: Iterable[PyTree]
+    task: Distillation, frozen: PyTree, batches: Iterable[PyTree]
 ) -> dict[str, np.ndarray]:
     """Mean target per channel and kind of token over a dataset. -> {"cls": [D], "patch": [D]}."""
 
@@ -40,7 +57,7 @@ def mean_target(
 
 
 def agreement(
-    task: DistillTask,
+    task: Distillation,
     params: PyTree,
     frozen: PyTree,
     batches: Iterable[PyTree],
@@ -50,7 +67,7 @@ def agreement(
 
     R2 = 1 - sum (t - p)^2 / sum (t - m)^2 over all tokens of the kind and all channels, m the mean
     target of the training set. Tokens can share a large common part, so that the constant m alone
-    has a high cosine; it stands beside the student's as "cosine_of_mean".
+    has a high cosine; it is reported beside the student's as "cosine_of_mean".
 
     Args:
       task: defines student, teacher and target (target.kind "full").

@@ -22,7 +22,7 @@ from fd_jax.cost.utilization import Utilization
 from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
 from fd_jax.errors import CheckpointError, ConfigError, UserError, differences
-from fd_jax.evaluation import passes
+from fd_jax.evaluation import evaluators
 from fd_jax.tasks.base import Task
 from fd_jax.training import program
 from fd_jax.training.step import TrainState
@@ -182,7 +182,9 @@ class _Trainer:
         self.window = metrics.Mean(record.get("window"))  # since the last line of the log
         self.nonfinite_in_a_row = record.get("nonfinite_in_a_row", 0)
         self.clock = _Clock(config.batch_size, start, total_steps)
-        self.utilization = Utilization(task, list(run.mesh.devices.flat), run.mesh.local_devices)
+        self.utilization = Utilization(
+            task.flops(), list(run.mesh.devices.flat), run.mesh.local_devices
+        )
         # Last, since it starts threads and fills devices: nothing after it may fail.
         self.loader = feed.train(
             batch_size=config.batch_size,
@@ -265,7 +267,7 @@ class _Trainer:
         scalars.pop("stop", None)
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
-        scalars |= self.utilization.figures(scalars["images_per_second"])
+        scalars |= self.utilization.metrics(scalars["images_per_second"])
         self.writer.write(step, scalars)
         say(
             f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
@@ -289,19 +291,12 @@ class _Trainer:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         if self.feed.eval_source is None:
             return {}
-        run, feed, config = self.program, self.feed, self.config
+        weights = evaluators.Weights(state.params, state.extra, self.frozen, state.ema)
         result = {}
         with self.clock.paused():
-            versions = {"eval": state.params}
-            if state.ema is not None:
-                versions["eval_ema"] = state.ema
-            for prefix, params in versions.items():
-                figures = passes.evaluate(
-                    run, feed, config, params, state.extra, self.frozen, limit=config.eval.batches
-                )
-                if config.eval.knn:
-                    figures |= passes.neighbours(run, feed, config, params, self.frozen)
-                result |= {f"{prefix}_{name}": value for name, value in figures.items()}
+            for evaluator in self.task.evaluators():
+                found = evaluator(self.program, weights, self.feed)
+                result |= {f"eval_{name}": value for name, value in found.items()}
         self.writer.write(step, result)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result

@@ -10,7 +10,6 @@ import pytest
 
 from configs import base
 from fd_jax import sharding
-from fd_jax.cost import flops
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
@@ -97,25 +96,25 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_closed_form_equals_the_traced_matmuls(name):
     task = CASES[name]()
-    assert flops.of_task(task).executed == pytest.approx(traced(task), rel=1e-9)
+    assert task.flops().executed == pytest.approx(traced(task), rel=1e-9)
 
 
 def test_swin_v2_but_for_its_bias_networks():
     """They run once per step, whatever the batch."""
     spec = ModelSpec("swin_v2", swin("swin_v2"), source="tiny")
     task = ClassifyTask(tiny.fine_tuning(), init_spec=spec)
-    assert flops.of_task(task).executed < traced(task)
+    assert task.flops().executed < traced(task)
     bias = 0.0
     for stage, heads in enumerate(SWIN["heads"]):
         window = min(SWIN["window"], 8 // 2**stage)
         offsets, hidden = (2 * window - 1) ** 2, 512
         # one per block after untying; no gradient of the offsets
         bias += SWIN["depths"][stage] * 2 * offsets * hidden * (2 * 2 + 3 * heads)
-    assert flops.of_task(task).executed + bias / ROWS == pytest.approx(traced(task), rel=1e-9)
+    assert task.flops().executed + bias / ROWS == pytest.approx(traced(task), rel=1e-9)
 
 
 def test_remat_is_no_work_of_the_model():
-    plain, remat = flops.of_task(distillation()), flops.of_task(distillation(remat="full"))
+    plain, remat = distillation().flops(), distillation(remat="full").flops()
     assert remat.model == plain.model
     assert remat.recomputed > 0 == plain.recomputed
 
@@ -140,6 +139,4 @@ def test_the_compiler_counts_within_three_percent(name):
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=10)
     # What the compiler's passes do to counts is not asked for here: the unoptimized program.
     cost = run.train_step.lower(run.state, run.frozen, run.batch, run.seed).cost_analysis()
-    assert cost["flops"] / config.batch_size == pytest.approx(
-        flops.of_task(task).executed, rel=0.03
-    )
+    assert cost["flops"] / config.batch_size == pytest.approx(task.flops().executed, rel=0.03)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from fd_jax.cost import flops
 from fd_jax.cost.utilization import Utilization
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
@@ -36,17 +35,19 @@ def test_mfu_is_model_flops_over_peak(task):
     devices = [Device("NVIDIA H200")] * 4
     rate = 1e6
     # Remat repeats work, which is not counted.
-    want = rate * flops.of_task(task).model / (4 * 989e12)
-    assert Utilization(task, devices, devices).figures(rate) == {"mfu": pytest.approx(want)}
-    assert flops.of_task(task).executed > flops.of_task(task).model
+    want = rate * task.flops().model / (4 * 989e12)
+    assert Utilization(task.flops(), devices, devices).metrics(rate) == {"mfu": pytest.approx(want)}
+    assert task.flops().executed > task.flops().model
 
 
 def test_two_devices_of_a_v4_are_one_chip(task):
     cores = [Core("TPU v4", coords=(x, 0, 0)) for x in (0, 0, 1, 1)]
     whole = [Core("TPU v4", coords=(x, 0, 0)) for x in (0, 1)]
-    found = [Utilization(task, devices, []).figures(1.0)["mfu"] for devices in (cores, whole)]
+    found = [
+        Utilization(task.flops(), devices, []).metrics(1.0)["mfu"] for devices in (cores, whole)
+    ]
     np.testing.assert_allclose(found[0], found[1])
-    np.testing.assert_allclose(found[0], flops.of_task(task).model / (2 * 275e12))
+    np.testing.assert_allclose(found[0], task.flops().model / (2 * 275e12))
 
 
 def test_memory_is_of_the_fullest_device(task):
@@ -55,11 +56,11 @@ def test_memory_is_of_the_fullest_device(task):
         Device("?", {"bytes_in_use": 3 * gib, "peak_bytes_in_use": 5 * gib}),
         Device("?", {"bytes_in_use": 4 * gib, "peak_bytes_in_use": 4 * gib}),
     ]
-    found = Utilization(task, local, local).figures(1.0)
+    found = Utilization(task.flops(), local, local).metrics(1.0)
     assert found == {"hbm_gib": 4.0, "hbm_peak_gib": 5.0}
 
 
 def test_nothing_is_said_of_what_is_not_known(task):
-    assert Utilization(task, jax.devices(), jax.local_devices()).figures(1.0) == {}
+    assert Utilization(task.flops(), jax.devices(), jax.local_devices()).metrics(1.0) == {}
     chips = [Device("NVIDIA H200")]
-    assert Utilization(object(), chips, chips).figures(1.0) == {}
+    assert Utilization(None, chips, chips).metrics(1.0) == {}

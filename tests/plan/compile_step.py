@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from configs import base
 from fd_jax import sharding
-from fd_jax.cost import flops
 from fd_jax.models import layers
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
@@ -103,7 +102,7 @@ def measure(depth=2, *, broken=False):
     state_leaves = len(jax.tree.leaves(step.run.state))
     facts = {
         "compile_seconds": step.seconds,
-        "closed_form": flops.of_task(planned.task).executed,
+        "closed_form": planned.task.flops().executed,
         "state_leaves": state_leaves,
         "inputs": {
             jax.tree_util.keystr(path): {

@@ -16,6 +16,7 @@ import pytest
 import fd_jax
 from fd_jax import checkpoint, metrics
 from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError
+from fd_jax.evaluation import evaluators
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import loop
 from tests import tiny
@@ -151,7 +152,7 @@ def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkey
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.passes, "evaluate", cut)
+        patch.setattr(evaluators.HeldOut, "__call__", cut)
         with pytest.raises(Cut):
             fit(config, tmp_path / "cut")
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation

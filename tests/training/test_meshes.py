@@ -11,7 +11,7 @@ from fd_jax import sharding
 from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
-from fd_jax.evaluation import passes
+from fd_jax.evaluation import evaluators
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import program
@@ -298,7 +298,9 @@ def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batc
     run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
     state = run.create(jax.random.key(0), task.load_initial())
     feed = Feed(**config.data)
-    got = passes.evaluate(run, feed, config, state.params, state.extra, {})
+    got = evaluators.HeldOut(config.batch_size)(
+        run, evaluators.Weights(state.params, state.extra, {}), feed
+    )
 
     source, params = feed.eval_source, jax.device_get(state.params)
     assert source is not None
