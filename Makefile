@@ -52,6 +52,7 @@ test: lint types tests
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/test.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python

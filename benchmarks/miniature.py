@@ -20,11 +20,11 @@ from flax import nnx
 import jax
 
 from configs import base, miniature
-from fd_jax import metrics, model_folder
+from fd_jax import model_folder
 from fd_jax.models.spec import ModelSpec, split
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.training import loop
+from fd_jax.training import loop, metric_writer
 from fd_jax.typing import Config
 
 COLUMNS = {"fine-tune": "top1", "linear": "top1", "kNN": "knn_top1"}
@@ -52,7 +52,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     make = DistillTask if "teacher" in config else ClassifyTask
     if not (workdir / "model").exists() and loop.fit(make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
-    rows = [row for row in metrics.read(epath.Path(workdir)) if "eval_loss" in row]
+    rows = [row for row in metric_writer.read(epath.Path(workdir)) if "eval_loss" in row]
     last = rows[-1].items()
     return {name.removeprefix("eval_"): value for name, value in last if name.startswith("eval_")}
 

@@ -14,6 +14,7 @@ from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification, evaluators, passes
+from fd_jax.show import pictures, tables
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.training.program import build
 from fd_jax.typing import Config
@@ -78,8 +79,8 @@ def measure(
         }
         files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if per_class:
-            files.write_text(workdir / "per_class.md", classification.per_class_table(matrix))
-            classification.plot_confusion(matrix, workdir / "confusion.png")
+            files.write_text(workdir / "per_class.md", tables.per_class(matrix))
+            pictures.confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
     return found
 

@@ -1,13 +1,10 @@
-"""Accuracy of a classifier, as sums that add up over batches and hosts, and its tables."""
+"""Accuracy of a classifier, as sums that add up over batches and hosts."""
 
-from etils import epath
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fd_jax import losses
 from fd_jax.metrics import weighted
-from fd_jax.show import pictures
 from fd_jax.typing import Metrics
 
 
@@ -38,25 +35,3 @@ def confusion(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Arr
     classes = logits.shape[-1]
     rows = jax.nn.one_hot(label, classes) * weight[:, None]
     return rows.T @ jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
-
-
-def per_class_table(matrix: np.ndarray) -> str:
-    """Markdown: images, accuracy and most frequent mistake of each class of a confusion matrix."""
-    lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
-    for label, row in enumerate(matrix):
-        count, right = row.sum(), row[label]
-        wrong = np.where(np.arange(len(row)) == label, -1.0, row)
-        mistake = f"{wrong.argmax()} ({int(wrong.max())})" if wrong.max() > 0 else ""
-        accuracy = f"{right / count:.4f}" if count else ""
-        lines.append(f"| {label} | {int(count)} | {accuracy} | {mistake} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot_confusion(matrix: np.ndarray, path: epath.Path) -> None:
-    """Writes the confusion matrix, each row a share of its class, as a PNG."""
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure, axes = pictures.pyplot().subplots(figsize=(5, 4.4), layout="constrained")
-    image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes.set(xlabel="prediction", ylabel="label")
-    figure.colorbar(image, label="share of the label's images")
-    pictures.save(figure, path)

@@ -1,11 +1,9 @@
 """The one training loop: `fit(task, config, workdir)`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
-import json
-import signal
 import time
 from typing import Any
 
@@ -15,30 +13,31 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import files, metrics, model_folder, sharding
+from fd_jax import model_folder, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
-from fd_jax.errors import CheckpointError, ConfigError, UserError, differences
-from fd_jax.evaluation import evaluators
+from fd_jax.data.pipeline import TrainLoader
+from fd_jax.errors import ConfigError
+from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
-from fd_jax.training import program
+from fd_jax.training import metric_writer, signals
+from fd_jax.training import workdir as workdirs
+from fd_jax.training.clock import Clock
+from fd_jax.training.program import STOP, Program, build
+from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
-from fd_jax.typing import Config
+from fd_jax.training.trace import Trace
+from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
-PROFILE_AFTER = 5  # steps that a trace waits, so that it shows none of the start-up
-
-
-class NonFiniteError(UserError):
-    """Loss or gradients were not finite for too many steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: the step it reached, whether it was told to stop, and its last figures."""
+    """How a run ended: the step it reached, whether SIGTERM stopped it, its last evaluation."""
 
     step: int
     preempted: bool
@@ -68,134 +67,133 @@ def fit(
     Raises:
       UserError: the input is at fault; the message says how.
     """
-    # From here on, since restoring and compiling take minutes, and since jax.distributed leaves a
-    # handler that would take the signal and do nothing.
-    with _on_sigterm() as stop_asked:
-        return _fit(task, config, epath.Path(workdir), accept_config, stop_asked)
-
-
-def _fit(
-    task: Task,
-    config: Config,
-    workdir: epath.Path,
-    accept_config: bool,
-    stop_asked: Callable[[], bool],
-) -> Result:
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(config.batch_size, config.accumulation, mesh)
-    _check_seed(config.seed)
-    feed = Feed(**config.data)
-    task.check_data(feed)
-    steps_per_epoch = feed.steps_per_epoch(config.batch_size)
-    total_steps = config.steps or round(config.epochs * steps_per_epoch)
-    claim_workdir(workdir, config, accept=accept_config)
-
-    run = program.build(
-        task,
-        config,
-        mesh,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        elements=feed.elements,
-    )
+    workdir = epath.Path(workdir)
     with contextlib.ExitStack() as resources:
+        # From here on, since restoring and compiling take minutes, and since jax.distributed leaves
+        # a handler that would take the signal and do nothing.
+        stop_asked = resources.enter_context(signals.on_sigterm())
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch(config.batch_size, config.accumulation, mesh)
+        _check_seed(config.seed)
+        feed = Feed(**config.data)
+        task.check_data(feed)
+        steps_per_epoch = feed.steps_per_epoch(config.batch_size)
+        total_steps = config.steps or round(config.epochs * steps_per_epoch)
+        workdirs.claim(workdir, config, accept=accept_config)
+
+        program = build(
+            task,
+            config,
+            mesh,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            elements=feed.elements,
+        )
         checkpoints = Checkpoints(
-            workdir / "checkpoints",
+            workdir / workdirs.CHECKPOINTS,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every or None,
         )
         resources.callback(checkpoints.close)
-        state, start, record = initial_state(task, run, checkpoints, config.seed)
-        trainer = _Trainer(
-            task, config, workdir, run, feed, checkpoints, start, total_steps, record, resources
+        state, start, record = initial_state(task, program, checkpoints, config.seed)
+        writer = metric_writer.Writer(workdir, resume_step=start)
+        resources.callback(writer.close)
+        frozen = program.place_frozen(task.load_frozen())
+        batches = BatchPlacement(program, config.batch_size)
+        # Last, since it starts threads and fills devices: nothing after it may fail.
+        loader = feed.train(
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rows=batches.rows,
+            start_step=start,
+            place=batches.put,
         )
-        return trainer.run(state, stop_asked)
+        resources.callback(loader.close)
+        return Run(
+            task=task,
+            config=config,
+            workdir=workdir,
+            program=program,
+            feed=feed,
+            checkpoints=checkpoints,
+            writer=writer,
+            frozen=frozen,
+            batches=batches,
+            loader=loader,
+            progress=Progress(record),
+            clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
+            start=start,
+            total_steps=total_steps,
+            eval_every=config.eval.every or round(config.eval.epochs * steps_per_epoch),
+        ).train(state, stop_asked)
 
 
 def initial_state(
-    task: Task, run: program.Program, checkpoints: Checkpoints, seed: int
+    task: Task, program: Program, checkpoints: Checkpoints, seed: int
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state a run starts from, its step and its record; the order is that of `fit`."""
     latest = checkpoints.latest_step()
     if latest is not None:
-        tree, record = checkpoints.restore(latest, _as_dict(run.state))
+        tree, record = checkpoints.restore(latest, program.state.to_dict())
         logging.info("resuming at step %d", latest)
-        return TrainState(**{"ema": None, **tree}), latest, record
-    return run.create(jax.random.key(seed), task.load_initial()), 0, {}
+        return TrainState.from_dict(tree), latest, record
+    return program.create(jax.random.key(seed), task.load_initial()), 0, {}
 
 
-def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:
-    """Writes config.json, or refuses a workdir that another config began.
+class BatchPlacement:
+    """Puts this host's rows of the global batches onto its devices.
 
-    Raises:
-      CheckpointError: config.json differs and `accept` is not set; the message lists each field.
+    Attributes:
+      rows: of each global batch that this host produces.
+      put: host arrays of those rows -> global arrays.
     """
-    path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    there = path.read_text() if path.exists() else None
-    if there is not None and not accept:
-        changed = differences(_flat(json.loads(there)), _flat(json.loads(text)))
-        if changed:
-            raise CheckpointError(
-                f"{workdir} was begun with another config:\n"
-                + "\n".join(changed)
-                + "\nUse another workdir, or --accept_config to go on with the new values."
-            )
-    sharding.barrier("workdir_checked")
-    if jax.process_index() == 0 and there != text:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, text)
 
-
-class _Trainer:
-    """One run: the pieces of `fit` that share its readers, writers and clocks."""
-
-    def __init__(
-        self,
-        task: Task,
-        config: Config,
-        workdir: epath.Path,
-        run: program.Program,
-        feed: Feed,
-        checkpoints: Checkpoints,
-        start: int,
-        total_steps: int,
-        record: dict[str, Any],
-        resources: contextlib.ExitStack,
-    ):
-        self.task, self.config, self.workdir = task, config, workdir
-        self.program, self.feed, self.checkpoints = run, feed, checkpoints
-        self.start, self.total_steps = start, total_steps
-        steps_per_epoch = feed.steps_per_epoch(config.batch_size)
-        self.eval_every = config.eval.every or round(config.eval.epochs * steps_per_epoch)
-        batch_sharding = sharding.batch_sharding(run.mesh)
-        self.rows = global_batch.local_rows(batch_sharding, config.batch_size)
-        self.place = functools.partial(
-            global_batch.to_global,
-            sharding=batch_sharding,
-            rows=self.rows,
-            batch_size=config.batch_size,
+    def __init__(self, program: Program, batch_size: int):
+        split = sharding.batch_sharding(program.mesh)
+        self.rows = global_batch.local_rows(split, batch_size)
+        self.put = functools.partial(
+            global_batch.to_global, sharding=split, rows=self.rows, batch_size=batch_size
         )
-        self.writer = metrics.Writer(workdir, resume_step=start)
-        resources.callback(self.writer.close)
-        self.frozen = run.place_frozen(task.load_frozen())
-        self.window = metrics.Mean(record.get("window"))  # since the last line of the log
-        self.nonfinite_in_a_row = record.get("nonfinite_in_a_row", 0)
-        self.clock = _Clock(config.batch_size, start, total_steps)
-        self.utilization = Utilization(
-            task.flops(), list(run.mesh.devices.flat), run.mesh.local_devices
-        )
-        # Last, since it starts threads and fills devices: nothing after it may fail.
-        self.loader = feed.train(
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rows=self.rows,
-            start_step=start,
-            place=self.place,
-        )
-        resources.callback(self.loader.close)
 
-    def run(self, state: TrainState, stop_asked: Callable[[], bool]) -> Result:
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What `fit` has put together, and the steps over it.
+
+    Attributes:
+      task, config, workdir: as `fit` got them.
+      program: the task on its mesh.
+      feed: the data; `loader` takes the training batches from it, `batches` places them.
+      checkpoints, writer: where state and metrics go.
+      frozen: the frozen weights, on the mesh.
+      progress, clock: what was measured since the last line of the log.
+      start, total_steps: where the run begins and ends.
+      eval_every: steps from one evaluation to the next; 0 for none.
+    """
+
+    task: Task
+    config: Config
+    workdir: epath.Path
+    program: Program
+    feed: Feed
+    checkpoints: Checkpoints
+    writer: metric_writer.Writer
+    frozen: PyTree
+    batches: BatchPlacement
+    loader: TrainLoader
+    progress: Progress
+    clock: Clock
+    start: int
+    total_steps: int
+    eval_every: int
+
+    def __post_init__(self):
+        mesh = self.program.mesh
+        devices = list(mesh.devices.flat)
+        self.utilization = Utilization(self.task.flops(), devices, mesh.local_devices)
+
+    def train(self, state: TrainState, stop_asked: Callable[[], bool]) -> Result:
+        """Every step from `start` on, with what falls due between them."""
         began = time.monotonic()
         train_step = self.program.compile_train_step()
         seed = self.program.place_seed(self.config.seed)
@@ -204,18 +202,15 @@ class _Trainer:
         pending = None  # metrics are read one step late, while the device works on the next
         stop = False
         self.clock.start()
-        trace = _Trace(
-            self.workdir / "profile", self.config.profile_steps, self.start, self.total_steps
-        )
-        with contextlib.closing(trace):
+        with contextlib.closing(self._trace()) as trace:
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_asked())
-                state, figures = train_step(state, self.frozen, batch, seed)
-                trace.after(step, figures)
+                state, metrics = train_step(state, self.frozen, batch, seed)
+                trace.after(step, metrics)
                 if pending is not None:
                     stop = self._read(step - 1, pending)
-                pending = figures
+                pending = metrics
                 if self._due(step + 1, self.config.log_every):
                     stop = self._read(step, pending) or stop
                     pending = None
@@ -236,35 +231,36 @@ class _Trainer:
         self.checkpoints.wait()
         return Result(step=reached, preempted=stop, evaluation=evaluation)
 
-    def _next_batch(self, stop: bool) -> dict[str, Any]:
+    def _due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.total_steps)
+
+    def _trace(self) -> Trace:
+        steps, folder = self.config.profile_steps, self.workdir / workdirs.PROFILE
+        return Trace(folder, steps=steps, start=self.start, total=self.total_steps)
+
+    def _next_batch(self, stop: bool) -> Batch:
         with self.clock.waiting():
             batch = next(self.loader)
         # A host that was told to stop says so in its rows: every host then reads the same sum
         # from the same step, with no extra communication.
-        return batch | self.place({"stop": np.full(len(self.rows), stop, program.STOP.dtype)})
+        return batch | self.batches.put({"stop": np.full(len(self.batches.rows), stop, STOP.dtype)})
 
-    def _read(self, step: int, figures: Any) -> bool:
+    def _read(self, step: int, metrics: Metrics) -> bool:
         """Takes in the metrics of one step; returns whether some host was told to stop."""
-        figures = jax.device_get(figures)
-        bad = figures["nonfinite"][0] > 0
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
-        if bad:
-            figures = {"nonfinite": figures["nonfinite"], "stop": figures["stop"]}
-        if self.nonfinite_in_a_row >= self.config.max_nonfinite:
+        stop = self.progress.add(metrics)
+        in_a_row = self.progress.nonfinite_in_a_row
+        if in_a_row >= self.config.max_nonfinite:
             rate, indices = float(self.program.schedule(step)), self.loader.indices(step)
             raise NonFiniteError(
-                f"loss or gradients were not finite for {self.nonfinite_in_a_row} steps in a row, "
+                f"loss or gradients were not finite for {in_a_row} steps in a row, "
                 f"the last at step {step} with learning rate {rate:.3g}; "
                 f"its examples are {indices.tolist()}. Lower optim.peak_lr, set dtype=float32, or "
                 "look at these examples; the last checkpoint in the workdir is from before."
             )
-        self.window.add(figures)
-        return bool(figures["stop"][0] > 0)
+        return stop
 
     def _log(self, step: int) -> None:
-        scalars = self.window.result()
-        self.window = metrics.Mean()
-        scalars.pop("stop", None)
+        scalars = self.progress.means()
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
         scalars |= self.utilization.metrics(scalars["images_per_second"])
@@ -272,26 +268,22 @@ class _Trainer:
         say(
             f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
             f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
-            f"ETA {metrics.duration(self.clock.remaining(step))}"
+            f"ETA {self.clock.remaining(step)}"
         )
 
-    def _overdue_evaluation(self, state: TrainState) -> dict[str, float]:
-        """That of the step the run goes on from: as recorded, or made now if it was cut short."""
-        if not self.start or not self._due(self.start, self.eval_every):
-            return {}
-        missing = np.int32(not self._recorded_evaluation(self.start))
-        if multihost_utils.broadcast_one_to_all(missing):  # or hosts could differ in what they see
-            return self._evaluate(self.start, state)
-        return self._recorded_evaluation(self.start)
-
-    def _recorded_evaluation(self, step: int) -> dict[str, float]:
-        rows = [row for row in metrics.read(self.workdir) if row["step"] == step]
-        return {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}
+    def _save(self, step: int, state: TrainState) -> None:
+        record = {
+            "data": self.loader.state(step),
+            "config": self.config.to_dict(),
+            **self.progress.record(),
+        }
+        self.checkpoints.save(step, state.to_dict(), record)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """What the task's evaluators measure on the held-out split, by name."""
         if self.feed.eval_source is None:
             return {}
-        weights = evaluators.Weights(state.params, state.extra, self.frozen, state.ema)
+        weights = Weights(state.params, state.extra, self.frozen, state.ema)
         result = {}
         with self.clock.paused():
             for evaluator in self.task.evaluators():
@@ -301,133 +293,23 @@ class _Trainer:
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result
 
-    def _save(self, step: int, state: TrainState) -> None:
-        record = {
-            "data": self.loader.state(step),
-            "config": self.config.to_dict(),
-            "window": self.window.totals(),
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
-        }
-        self.checkpoints.save(step, _as_dict(state), record)
+    def _overdue_evaluation(self, state: TrainState) -> dict[str, float]:
+        """That of the step the run goes on from: as recorded, or made now if it was cut short."""
+        if not self.start or not self._due(self.start, self.eval_every):
+            return {}
+        recorded = metric_writer.read_evaluation(self.workdir, self.start)
+        missing = np.int32(not recorded)
+        if multihost_utils.broadcast_one_to_all(missing):  # or hosts could differ in what they see
+            return self._evaluate(self.start, state)
+        return recorded
 
     def _export(self, state: TrainState) -> None:
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
-        model_folder.save(self.workdir / "model", spec, parts, overwrite=True)
-
-    def _due(self, step: int, every: int) -> bool:
-        return bool(every) and (step % every == 0 or step == self.total_steps)
-
-
-class _Trace:
-    """JAX's profile of some whole steps, evaluation and saving left out."""
-
-    def __init__(self, folder: epath.Path, steps: int, start: int, total: int):
-        self._folder, self._running = folder, False
-        self._steps = range(0)
-        if steps:
-            first = max(start, min(start + PROFILE_AFTER, total - steps))
-            self._steps = range(first, min(first + steps, total))
-
-    def before(self, step: int, state: TrainState) -> None:
-        """Starts where the traced steps do, when the device is done with those before."""
-        if self._steps and step == self._steps[0]:
-            jax.block_until_ready(state)
-            options = jax.profiler.ProfileOptions()
-            # Its tracer of Python walks the interpreter's threads without their lock: one that
-            # Orbax's writer starts at that moment crashes the process.
-            options.python_tracer_level = 0
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
-            self._running = True
-
-    def after(self, step: int, figures: Any) -> None:
-        """Stops where the traced steps do, when the device is done with them."""
-        if self._running and step == self._steps[-1]:
-            jax.block_until_ready(figures)
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-
-
-class _Clock:
-    """Step time, throughput and time spent waiting for data, without evaluation."""
-
-    def __init__(self, batch_size: int, start: int, total: int):
-        self.batch_size, self.last_step, self.total = batch_size, start, total
-        self.waited = self.excluded = 0.0
-        self.began = self.step_time = 0.0
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.excluded += time.monotonic() - began
-
-    def lap(self, step: int) -> dict[str, float]:
-        now = time.monotonic()
-        spent = max(now - self.began - self.excluded, 1e-9)
-        steps = step - self.last_step
-        self.step_time = spent / steps
-        figures = {
-            "step_seconds": self.step_time,
-            "images_per_second": steps * self.batch_size / spent,
-            "input_wait": self.waited / spent,
-        }
-        self.began, self.last_step = now, step
-        self.waited = self.excluded = 0.0
-        return figures
-
-    def remaining(self, step: int) -> float:
-        return (self.total - step) * self.step_time
-
-
-@contextlib.contextmanager
-def _on_sigterm():
-    """Yields a function that tells whether SIGTERM came since; the old handler comes back."""
-    asked = False
-
-    def handle(signum, frame):
-        nonlocal asked
-        asked = True
-
-    try:
-        previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not in the main thread: the process keeps its own handling
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
 
 
 def _check_seed(seed: int) -> None:
     """Refuses what is no uint32, as the step takes it."""
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is expected")
-
-
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat

@@ -38,6 +38,16 @@ class TrainState:
     extra: PyTree
     ema: PyTree | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as a checkpoint holds them; None is left out."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "TrainState":
+        """The state of `to_dict`."""
+        return cls(**{"ema": None, **tree})
+
 
 def make_train_step(
     task: Task,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fd_jax.evaluation import classification
+from fd_jax.show import pictures, tables
 
 CLASSES, COUNT = 9, 37
 
@@ -50,12 +51,12 @@ def test_confusion_equals_a_loop(tmp_path):
         want[label, row.argmax()] += w
     got = classification.confusion(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
     np.testing.assert_array_equal(got, want)
-    classification.plot_confusion(want, epath.Path(tmp_path) / "confusion.png")
+    pictures.confusion(want, epath.Path(tmp_path) / "confusion.png")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_names_the_most_frequent_mistake():
-    table = classification.per_class_table(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]))
+    table = tables.per_class(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]))
     assert table.splitlines()[2:] == [
         "| 0 | 4 | 0.7500 | 2 (1) |",
         "| 1 | 0 |  |  |",

@@ -98,8 +98,8 @@ def measure(depth=2, *, broken=False):
         step = compiled.compile_step(planned, target, effort=-1.0)
     (state, frozen, *_), _ = step.executable.input_shardings
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "frozen": frozen})
-    shapes = jax.tree.leaves({"state": step.run.state, "frozen": step.run.frozen})
-    state_leaves = len(jax.tree.leaves(step.run.state))
+    shapes = jax.tree.leaves({"state": step.program.state, "frozen": step.program.frozen})
+    state_leaves = len(jax.tree.leaves(step.program.state))
     facts = {
         "compile_seconds": step.seconds,
         "closed_form": planned.task.flops().executed,

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import checkpoint, metrics
+from fd_jax import checkpoint
 from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError
 from fd_jax.evaluation import evaluators
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.training import loop
+from fd_jax.training import loop, metric_writer
+from fd_jax.training import workdir as workdirs
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -35,7 +36,7 @@ def fit(config, workdir, **kwargs):
 
 
 def losses(workdir):
-    return [row["loss"] for row in metrics.read(workdir) if "loss" in row]
+    return [row["loss"] for row in metric_writer.read(workdir) if "loss" in row]
 
 
 def test_workdir_holds_what_the_contract_says(finished):
@@ -47,7 +48,7 @@ def test_workdir_holds_what_the_contract_says(finished):
     assert {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model"} <= names
     assert list((workdir / "tensorboard").iterdir())
     assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace of config.profile_steps"
-    row = metrics.read(workdir)[0]
+    row = metric_writer.read(workdir)[0]
     wanted = {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", "input_wait"}
     assert wanted <= row.keys()
 
@@ -80,12 +81,12 @@ def test_finished_run_trains_no_further(finished, config):
 
 
 def test_changed_config_is_refused_unless_accepted(config, tmp_path):
-    loop.claim_workdir(tmp_path, config, accept=False)
-    loop.claim_workdir(tmp_path, config, accept=False)
+    workdirs.claim(tmp_path, config, accept=False)
+    workdirs.claim(tmp_path, config, accept=False)
     config.optim.peak_lr = 1.0
     with pytest.raises(CheckpointError, match=r"optim.peak_lr: 0.001 -> 1.0\n.*--accept_config"):
-        loop.claim_workdir(tmp_path, config, accept=False)
-    loop.claim_workdir(tmp_path, config, accept=True)
+        workdirs.claim(tmp_path, config, accept=False)
+    workdirs.claim(tmp_path, config, accept=True)
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 1.0
 
 
@@ -158,15 +159,15 @@ def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkey
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
     kept = ("step", "loss", "grad_norm", "eval_loss", "eval_cosine")
     rows = [
-        [{k: row[k] for k in kept if k in row} for row in metrics.read(tmp_path / name)]
+        [{k: row[k] for k in kept if k in row} for row in metric_writer.read(tmp_path / name)]
         for name in ("whole", "cut")
     ]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [3, 4, 6, 6]
     # A run that is complete tells its last evaluation without making it again.
-    before = (tmp_path / "cut" / metrics.FILE_NAME).read_text()
+    before = (tmp_path / "cut" / metric_writer.FILE_NAME).read_text()
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
-    assert (tmp_path / "cut" / metrics.FILE_NAME).read_text() == before
+    assert (tmp_path / "cut" / metric_writer.FILE_NAME).read_text() == before
 
 
 def test_damaged_checkpoint_is_named(config, finished, tmp_path):

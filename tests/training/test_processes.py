@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import metrics
-from fd_jax.training import loop
+from fd_jax.training import loop, metric_writer
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -105,12 +104,12 @@ class Run:
 
 
 def losses(workdir):
-    return np.array([row["loss"] for row in metrics.read(workdir) if "loss" in row])
+    return np.array([row["loss"] for row in metric_writer.read(workdir) if "loss" in row])
 
 
 def evaluations(workdir):
     """Every held-out figure of a run, as rows of name and value."""
-    rows = [row for row in metrics.read(workdir) if "eval_loss" in row]
+    rows = [row for row in metric_writer.read(workdir) if "eval_loss" in row]
     return [sorted((k, v) for k, v in row.items() if k.startswith("eval_")) for row in rows]
 
 
@@ -141,7 +140,8 @@ def test_several_processes_give_the_losses_of_one(
     np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
     assert_same_evaluations(tmp_path, one_process)
     # One writer: a row per step, and one stream of progress lines.
-    assert [row["step"] for row in metrics.read(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    rows = metric_writer.read(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "step 1/6" in outputs[0]
     assert not any(re.search(r"^step ", output, re.M) for output in outputs[1:])
     ours, theirs = (fd_jax.load_model(folder / "model") for folder in (tmp_path, one_process))
