@@ -125,7 +125,7 @@ def parity(path: Callable, jpegs: list[bytes], draws: list[Draw]) -> tuple[float
 
 
 class Jpegs:
-    """The synthesised pictures as an endless-looking source."""
+    """The synthesised pictures as an endless-looking dataset."""
 
     name = "synthesised"
     num_classes: int | None = None

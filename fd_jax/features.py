@@ -39,18 +39,18 @@ TELL_EVERY = 10.0  # seconds
 
 def extract(
     model: Model,
-    source: Any,
+    dataset: Any,
     *,
     tokens: Sequence[str] = (),
     batch_size: int | None = None,
     threads: int = 16,
     max_broken: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Runs every picture of a source through a network, resized and cropped as for evaluation.
+    """Runs every picture of a dataset through a network, resized and cropped as for evaluation.
 
     Args:
       model: of `fd_jax.load_model`.
-      source: of `fd_jax.data.datasets.open_source`.
+      dataset: of `fd_jax.data.datasets.open_dataset`.
       tokens: which of KINDS; none for "mean" and, where the network has a class token, "cls".
       batch_size: over all devices; None for 32 on each.
       threads: that decode.
@@ -80,7 +80,7 @@ def extract(
     model = Model(model.spec, {"encoder": encoder})
     keep = jax.jit(lambda features: {kind: KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
-        source,
+        dataset,
         transforms.LabelledImage(transforms.EvalTransform(side)),
         batch_size=batch_size,
         threads=threads,
@@ -92,11 +92,11 @@ def extract(
             images = jax.device_put(batch["image"], sharding.batch_sharding(mesh))
             yield batch, keep(model(model.preprocess(images)))
 
-    stored = _store(computed(), len(source))
+    stored = _store(computed(), len(dataset))
     index = stored.pop("index")
     if not len(index):
-        raise DataError(f"{source.name} has no picture that can be read")
-    stored["names"] = np.array([source.describe(int(place)) for place in index], np.str_)
+        raise DataError(f"{dataset.name} has no picture that can be read")
+    stored["names"] = np.array([dataset.describe(int(place)) for place in index], np.str_)
     if "full" in tokens:
         stored["grid"] = np.array(layout.grid)
     return stored
@@ -171,10 +171,11 @@ def _run(args: argparse.Namespace) -> None:
     temporary = _claim(output, overwrite=args.overwrite)
     try:
         model = load_model(args.model, image_size=args.image_size)
-        source = datasets.open_source(_source_name(args.input), args.split, data_dir=args.data_dir)
+        name = _dataset_name(args.input)
+        dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
         arrays = extract(
             model,
-            source,
+            dataset,
             tokens=tuple(filter(None, args.tokens.split(","))),
             batch_size=args.batch_size,
             max_broken=args.max_broken,
@@ -183,11 +184,11 @@ def _run(args: argparse.Namespace) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
-    say(f"{source.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
+    say(f"{dataset.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
 
 
-def _source_name(text: str) -> str:
-    """As `open_source` wants it: a path to a folder may come without its prefix."""
+def _dataset_name(text: str) -> str:
+    """As `open_dataset` wants it: a path to a folder may come without its prefix."""
     from fd_jax.data import datasets
 
     is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text

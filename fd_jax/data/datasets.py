@@ -45,8 +45,8 @@ class Example(NamedTuple):
     label: int
 
 
-class Source(Protocol):
-    """Random access to a split."""
+class Dataset(Protocol):
+    """Random access to the examples of a split."""
 
     name: str
     num_classes: int | None
@@ -69,9 +69,9 @@ class Source(Protocol):
         ...
 
 
-def open_source(
+def open_dataset(
     name: str, split: str, *, data_dir: str | None = None, skip: Sequence[str] = ()
-) -> Source:
+) -> Dataset:
     """Opens a split of a dataset.
 
     Args:
@@ -89,8 +89,8 @@ def open_source(
     """
     if name.startswith(FOLDER_PREFIX):
         folder = name.removeprefix(FOLDER_PREFIX).replace(_SPLIT, split)
-        return FolderSource(folder, skip=skip)
-    return TfdsSource(name, split, data_dir=data_dir, skip=skip)
+        return FolderDataset(folder, skip=skip)
+    return TfdsDataset(name, split, data_dir=data_dir, skip=skip)
 
 
 def is_one_folder(name: str) -> bool:
@@ -98,7 +98,7 @@ def is_one_folder(name: str) -> bool:
     return name.startswith(FOLDER_PREFIX) and _SPLIT not in name
 
 
-class FolderSource:
+class FolderDataset:
     """Image files under a folder, indexed once as (path, label), read in place.
 
     Labels are the positions of the sorted sub-folder names; a flat folder has none.
@@ -140,7 +140,7 @@ class FolderSource:
         return self._files[index][0]
 
 
-class TfdsSource:
+class TfdsDataset:
     """A prepared TFDS dataset in ArrayRecord files; pictures stay encoded until they are used."""
 
     def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):

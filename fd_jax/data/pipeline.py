@@ -22,7 +22,7 @@ import numpy as np
 
 from fd_jax.data import elements
 from fd_jax.data.background import Background
-from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
+from fd_jax.data.datasets import BrokenImageError, Dataset, SkippedError
 from fd_jax.data.elements import Elements, Row
 from fd_jax.data.shared import SharedBatches
 from fd_jax.errors import DataError, HangError
@@ -63,17 +63,17 @@ class Transform(Protocol):
         ...
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Full batches in one pass over a source.
+def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
+    """Full batches in one pass over a dataset.
 
     Raises:
       DataError: there is not even one.
     """
-    steps = len(source) // batch_size
+    steps = len(dataset) // batch_size
     if not steps:
         raise DataError(
-            f"{source.name} has {len(source)} examples, fewer than one batch of {batch_size}; "
-            f"lower batch_size to at most {len(source)}"
+            f"{dataset.name} has {len(dataset)} examples, fewer than one batch of {batch_size}; "
+            f"lower batch_size to at most {len(dataset)}"
         )
     return steps
 
@@ -87,7 +87,7 @@ class TrainLoader:
     """Endless training batches.
 
     Args:
-      source: examples.
+      dataset: examples.
       transform: what makes a row of an example.
       batch_size: of the global batch.
       seed: of order and augmentation.
@@ -102,12 +102,12 @@ class TrainLoader:
 
     Yields:
       The transform's elements, "weight" float32 [n] of ones and "index" int32 [n], the position
-      in the source, n = len(rows); or what `place` makes of it.
+      in the dataset, n = len(rows); or what `place` makes of it.
     """
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         transform: Transform,
         *,
         batch_size: int,
@@ -120,9 +120,9 @@ class TrainLoader:
         timeout: float = 600.0,
         place: Callable[[HostBatch], Batch] | None = None,
     ):
-        self.steps_per_epoch = steps_per_epoch(source, batch_size)
+        self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self.replaced: dict[int, str] = {}
-        self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._max_broken, self._timeout = max_broken, timeout
         self._start, self._step = start_step, start_step
         self._pids: dict[int, int] = {}  # of workers that have delivered
@@ -134,7 +134,7 @@ class TrainLoader:
                 shared_slots(workers), elements.of_batch(transform.elements), len(rows)
             )
         self._reads = _Reads(
-            source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
+            dataset, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
         self._place = place or (lambda batch: batch)
         self._others = {child.pid for child in multiprocessing.active_children()}
@@ -173,7 +173,7 @@ class TrainLoader:
         return delivery.batch
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the source of global batch `step`, before replacements. -> [B]."""
+        """Positions in the dataset of global batch `step`, before replacements. -> [B]."""
         return self._reads.indices(step)
 
     def state(self, step: int) -> dict[str, Any]:
@@ -211,10 +211,10 @@ class TrainLoader:
             if index not in self.replaced:
                 self.replaced[index] = reason
                 logging.warning(
-                    "replaced broken image %s: %s", self._source.describe(index), reason
+                    "replaced broken image %s: %s", self._dataset.describe(index), reason
                 )
         if len(self.replaced) > self._max_broken:
-            raise _too_many(self._source, self.replaced.items(), self._max_broken)
+            raise _too_many(self._dataset, self.replaced.items(), self._max_broken)
 
 
 def shared_slots(workers: int) -> int:
@@ -224,7 +224,7 @@ def shared_slots(workers: int) -> int:
 
 
 def eval_batches(
-    source: Source,
+    dataset: Dataset,
     transform: Transform,
     *,
     batch_size: int,
@@ -240,7 +240,7 @@ def eval_batches(
     index and becomes such padding, and is named in the log.
 
     Args:
-      source: examples.
+      dataset: examples.
       transform: what makes a row of an example.
       batch_size: of the global batch.
       rows: of each global batch that this process produces; None for all.
@@ -252,16 +252,16 @@ def eval_batches(
       DataError: more broken pictures than that.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    count = -(-len(source) // batch_size)
+    count = -(-len(dataset) // batch_size)
     count = min(count, limit) if limit else count
     specified = elements.of_batch(transform.elements)
     padding = elements.padding(specified)
 
     def load(index: int) -> _Record:
-        if index >= len(source):
+        if index >= len(dataset):
             return _Record(padding, ())
         try:
-            row = transform(source[index], _rng(_EVALUATE, index))
+            row = transform(dataset[index], _rng(_EVALUATE, index))
             return _Record({**row, "weight": 1.0, "index": index}, ())
         except SkippedError:
             return _Record({**padding, "index": index}, ())
@@ -278,10 +278,10 @@ def eval_batches(
     left_out: list[tuple[int, str]] = []
     for batch in _batches(reads, len(chunks), threads, specified):
         for index, reason in batch.broken:
-            logging.warning("evaluation leaves out %s: %s", source.describe(index), reason)
+            logging.warning("evaluation leaves out %s: %s", dataset.describe(index), reason)
         left_out += batch.broken
         if len(left_out) > max_broken:
-            raise _too_many(source, left_out, max_broken)
+            raise _too_many(dataset, left_out, max_broken)
         yield batch.arrays
 
 
@@ -318,12 +318,12 @@ class _Delivery(NamedTuple):
 class _Reads:
     """Random access to training records by their place in this host's endless sequence."""
 
-    def __init__(self, source, transform, batch_size, seed, rows, start_step, workers, max_broken):
-        self.source, self.transform = source, transform
+    def __init__(self, dataset, transform, batch_size, seed, rows, start_step, workers, max_broken):
+        self.dataset, self.transform = dataset, transform
         self.batch_size, self.seed = batch_size, seed
         self.chunks, self.start_step = _chunks(rows), start_step
         self.workers, self.max_broken = workers, max_broken
-        self.steps_per_epoch = steps_per_epoch(source, batch_size)
+        self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self._busy: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -341,13 +341,13 @@ class _Reads:
 
     def _read(self, epoch: int, position: int) -> _Record:
         """The example at a position of an epoch's order, or the next one that can be read."""
-        order = _order(self.seed, epoch, len(self.source))
+        order = _order(self.seed, epoch, len(self.dataset))
         broken: list[tuple[int, str]] = []
         for candidate in range(position, position + len(order)):
             index = int(order[candidate % len(order)])
             self._busy[threading.get_ident()] = index
             try:
-                row = self.transform(self.source[index], _rng(_AUGMENT, self.seed, epoch, index))
+                row = self.transform(self.dataset[index], _rng(_AUGMENT, self.seed, epoch, index))
                 return _Record({**row, "weight": 1.0, "index": index}, tuple(broken))
             except SkippedError:
                 continue
@@ -357,29 +357,29 @@ class _Reads:
                     break
             finally:
                 self._busy.pop(threading.get_ident(), None)
-        raise _too_many(self.source, broken, self.max_broken)
+        raise _too_many(self.dataset, broken, self.max_broken)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, len(self.source))
+        order = _order(self.seed, epoch, len(self.dataset))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def in_flight(self) -> str:
         busy = sorted(set(self._busy.values()))
         if not busy:
             return "no example is being read"
-        return "being read: " + ", ".join(map(self.source.describe, busy[:5]))
+        return "being read: " + ", ".join(map(self.dataset.describe, busy[:5]))
 
     def __getstate__(self):
         return {**self.__dict__, "_busy": {}}  # goes to worker processes without its threads
 
 
-def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
-    listing = [f"{source.describe(index)}: {reason}" for index, reason in sorted(broken)]
+def _too_many(dataset: Dataset, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
+    listing = [f"{dataset.describe(index)}: {reason}" for index, reason in sorted(broken)]
     return DataError(
         "\n  ".join(
             [
-                f"{len(listing)} broken images in {source.name}, more than "
+                f"{len(listing)} broken images in {dataset.name}, more than "
                 f"data.max_broken={allowed}; repair or remove them, or raise that number:",
                 *listing,
             ]
@@ -390,9 +390,9 @@ def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -
 def _read_ahead(
     reads: _Reads, threads: int, workers: int, shared: SharedBatches | None
 ) -> Iterator[_Stacked]:
-    source = grain.MapDataset.source(reads)
+    dataset = grain.MapDataset.source(reads)
     specified = elements.of_batch(reads.transform.elements)
-    batches = _batches(source, len(reads.chunks), threads, specified, shared)
+    batches = _batches(dataset, len(reads.chunks), threads, specified, shared)
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():

@@ -281,7 +281,7 @@ class Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """What the task's evaluators measure on the held-out split, by name."""
-        if self.feed.eval_source is None:
+        if self.feed.eval_dataset is None:
             return {}
         weights = Weights(state.params, state.extra, self.frozen, state.ema)
         result = {}

@@ -1,4 +1,4 @@
-"""Small sources and transforms that worker processes can import."""
+"""Small datasets and transforms that worker processes can import."""
 
 import os
 import pathlib

@@ -47,10 +47,10 @@ def loader():
     """Makes loaders and closes them."""
     opened = []
 
-    def make(source=None, transform=None, **options):
-        source = Pictures(SIZE) if source is None else source
+    def make(dataset=None, transform=None, **options):
+        dataset = Pictures(SIZE) if dataset is None else dataset
         options = {"batch_size": BATCH, "seed": SEED, "threads": 2, **options}
-        opened.append(pipeline.TrainLoader(source, LabelledImage(transform or Noise()), **options))
+        opened.append(pipeline.TrainLoader(dataset, LabelledImage(transform or Noise()), **options))
         return opened[-1]
 
     yield make
@@ -215,9 +215,9 @@ def test_a_broken_example_gives_way_to_the_next_of_the_order(loader, unbroken, c
 
 
 def test_replacements_are_the_same_on_every_host(loader):
-    source = Pictures(SIZE, broken={3, 8, 9, 20})
-    whole = take(loader(source), 7)
-    halves = [take(loader(source, rows=rows), 7) for rows in np.array_split(np.arange(BATCH), 2)]
+    dataset = Pictures(SIZE, broken={3, 8, 9, 20})
+    whole = take(loader(dataset), 7)
+    halves = [take(loader(dataset, rows=rows), 7) for rows in np.array_split(np.arange(BATCH), 2)]
     for batch, first, second in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(
             batch["index"], np.concatenate([first["index"], second["index"]])
@@ -265,18 +265,18 @@ LATE = 21  # a batch that worker 1 of 2 starts after it has delivered others
 
 
 def test_a_worker_that_dies_is_named(loader, tmp_path):
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, SIGKILL, pid_file), workers=2, threads=1)
+    made = loader(dataset, Stops(at, SIGKILL, pid_file), workers=2, threads=1)
     with pytest.raises(DataError, match="worker died before step .*exit code -9") as error:
         take(made, LATE + 1)
     assert f"data worker 1 of 2 (process {pid_file.read_text()})" in str(error.value)
 
 
 def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
+    made = loader(dataset, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
     with pytest.raises(HangError, match="no batch for step .* within 10 s") as error:
         take(made, LATE + 1)
     pid = pid_file.read_text()
@@ -307,9 +307,9 @@ def running(pid):
 
 def test_workers_leave_signals_to_the_main_process(loader, tmp_path):
     """A signal to the whole group must not take the batches that saving waits for."""
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, signal.SIGTERM, pid_file), workers=2, threads=1)
+    made = loader(dataset, Stops(at, signal.SIGTERM, pid_file), workers=2, threads=1)
     assert len(take(made, LATE + 2)) == LATE + 2
     made.close()
     wait_for_the_end_of(pid_file.read_text())
@@ -380,8 +380,8 @@ def test_workers_end_with_a_main_process_that_is_killed(script):
         wait_for_the_end_of(pid)
 
 
-def evaluation(source, **options):
-    return list(pipeline.eval_batches(source, LabelledImage(Plain()), batch_size=BATCH, **options))
+def evaluation(dataset, **options):
+    return list(pipeline.eval_batches(dataset, LabelledImage(Plain()), batch_size=BATCH, **options))
 
 
 def test_evaluation_sees_every_example_once():
@@ -419,12 +419,12 @@ def test_evaluation_stops_after_its_limit():
 
 
 def test_evaluation_leaves_out_broken_examples_up_to_a_number():
-    source = Pictures(SIZE, broken={2, 6})
-    batches = evaluation(source, max_broken=2)
+    dataset = Pictures(SIZE, broken={2, 6})
+    batches = evaluation(dataset, max_broken=2)
     weight = np.concatenate([batch["weight"] for batch in batches])
     np.testing.assert_array_equal(np.flatnonzero(weight[:SIZE] == 0), [2, 6])
     with pytest.raises(DataError, match="2 broken images.*\n.*picture-2.*\n.*picture-6"):
-        evaluation(source, max_broken=1)
+        evaluation(dataset, max_broken=1)
 
 
 # --- another element -------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batc
         run, evaluators.Weights(state.params, state.extra, {}), feed
     )
 
-    source, params = feed.eval_source, jax.device_get(state.params)
+    source, params = feed.eval_dataset, jax.device_get(state.params)
     assert source is not None
     assert len(source) == 97
     right = []
