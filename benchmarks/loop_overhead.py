@@ -27,7 +27,7 @@ import jax
 
 from configs import base
 from fd_jax.data import pipeline, prepare
-from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks import registry
 from fd_jax.training import loop, program
 from fd_jax.typing import Config
 
@@ -92,7 +92,7 @@ def measure(made: Config) -> list[float]:
         ),
         tempfile.TemporaryDirectory() as workdir,
     ):
-        loop.fit(ClassifyTask(made), made, workdir)
+        loop.fit(registry.make(made), made, workdir)
     return outside[UNCOUNTED:]
 
 

@@ -22,7 +22,7 @@ from benchmarks.torch_step import Step
 from configs import distill_clip_vit_b16
 from fd_jax import sharding
 from fd_jax.convert import sources
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks import registry
 from fd_jax.training import program
 
 BATCH, STEPS = 4, 2
@@ -33,7 +33,8 @@ def ours(images: np.ndarray):
     config = distill_clip_vit_b16.get_config()
     config.update(batch_size=BATCH, dtype="float32")
     source = sources.get(config.teacher.source)
-    task = DistillTask(config, teacher_spec=source.parts[source.default_part].spec)
+    spec = source.parts[source.default_part].spec
+    task = registry.make(config, {registry.TEACHER: spec})
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = program.build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
     began = time.monotonic()
@@ -46,7 +47,7 @@ def ours(images: np.ndarray):
             lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), task.abstract_frozen()
         )
     )
-    place = sharding.batch_sharding(mesh)
+    split = sharding.batch_sharding(mesh)
     batch = {
         "image": images,
         "label": np.zeros(BATCH, np.int32),
@@ -54,7 +55,7 @@ def ours(images: np.ndarray):
         "index": np.arange(BATCH, dtype=np.int32),
         "stop": np.zeros(BATCH, np.int32),
     }
-    batch = {name: jax.device_put(value, place) for name, value in batch.items()}
+    batch = {name: jax.device_put(value, split) for name, value in batch.items()}
     seed = run.place_seed(0)
 
     def one() -> None:

@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
 }
 
 BATCH_PER_DEVICE = 32
-TELL_EVERY = 10.0  # seconds
+REPORT_EVERY = 10.0  # seconds
 
 
 def extract(
@@ -96,7 +96,7 @@ def extract(
     index = stored.pop("index")
     if not len(index):
         raise DataError(f"{dataset.name} has no picture that can be read")
-    stored["names"] = np.array([dataset.describe(int(place)) for place in index], np.str_)
+    stored["names"] = np.array([dataset.describe(int(i)) for i in index], np.str_)
     if "full" in tokens:
         stored["grid"] = np.array(layout.grid)
     return stored
@@ -115,7 +115,7 @@ def _choose(tokens: Sequence[str], layout: FeatureMap) -> Sequence[str]:
 def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndarray]:
     """The rows of weight 1, one batch late, so that the devices work meanwhile."""
     stored: dict[str, np.ndarray] = {}
-    count, told = 0, time.monotonic()
+    count, reported = 0, time.monotonic()
     waiting = next(computed)
     while waiting is not None:
         (batch, features), waiting = waiting, next(computed, None)
@@ -127,8 +127,8 @@ def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndar
                 stored[name] = np.empty((total, *value.shape[1:]), value.dtype)
             stored[name][count : count + len(value)] = value
         count += int(read.sum())
-        if time.monotonic() - told > TELL_EVERY:
-            told = time.monotonic()
+        if time.monotonic() - reported > REPORT_EVERY:
+            reported = time.monotonic()
             say(f"{count} of {total} pictures")
     return {name: rows[:count] for name, rows in stored.items()}
 

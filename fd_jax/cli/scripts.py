@@ -17,10 +17,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as config
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
 _ACCEPT = flags.DEFINE_bool("accept_config", False, "Go on in a workdir that another config began.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Start jax.distributed; Cloud TPU pods and Slurm tell it the rest."
+    "distributed", False, "Start jax.distributed; it learns the rest from Cloud TPU pods and Slurm."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where the launcher does not tell."
+    "coordinator", None, "host:port of process 0, where the launcher does not name it."
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -70,7 +70,7 @@ def _start_processes() -> None:
         if _PROCESSES.value is not None or _PROCESS.value is not None:
             raise UserError(
                 "--num_processes and --process_id are for several processes, which have to find "
-                "each other: add --coordinator=HOST:PORT, or --distributed where a launcher tells"
+                "each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
             )
         return
     if _COORDINATOR.value and not _DISTRIBUTED.value:
@@ -79,7 +79,7 @@ def _start_processes() -> None:
             raise UserError(
                 f"--coordinator={_COORDINATOR.value} goes with --num_processes=N and a "
                 f"--process_id from 0 to N - 1, not with {count} and {process}; where a launcher "
-                "tells them, add --distributed"
+                "names them, add --distributed"
             )
     try:
         jax.distributed.initialize(

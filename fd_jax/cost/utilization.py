@@ -28,7 +28,7 @@ class Utilization:
 
         Returns:
           "mfu", of the bfloat16 peak, what remat repeats not counted; "hbm_gib" and
-          "hbm_peak_gib", of the fullest device of this process, where the device tells.
+          "hbm_peak_gib", of the fullest device of this process, where the device says so.
         """
         found = {}
         if self._seconds_per_image is not None:
@@ -42,7 +42,7 @@ class Utilization:
 
 
 def _chips(devices: Sequence[Any]) -> int:
-    """TPUs tell where they are, and two devices may be on one chip; elsewhere each is one."""
+    """TPUs know their coordinates, and two devices may be on one chip; elsewhere each is one."""
     if not hasattr(devices[0], "coords"):
         return len(devices)
     return len({(getattr(d, "slice_index", 0), *d.coords) for d in devices})

@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 FOLDER_PREFIX = "folder:"
 _SPLIT = "{split}"  # in a folder's path
 
-# What nobody may download for the user, by the dataset that needs it.
+# What may not be downloaded for the user, by the dataset that needs it.
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
 # File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
@@ -82,7 +82,7 @@ def open_dataset(
       data_dir: where TFDS keeps prepared data; None for its default.
       skip: file-name endings to leave out. A folder forgets them when it is indexed; a TFDS
         dataset keeps its length and its batches take the next example instead, since only
-        reading all of it would tell where they are.
+        reading all of it would show where they are.
 
     Raises:
       DataError: it does not exist, is not prepared, or cannot be read at random.
@@ -184,7 +184,7 @@ class TfdsDataset:
         return Example(record["image"], int(record.get("label", -1)))
 
     def describe(self, index: int) -> str:
-        """File name where the dataset tells it, else the position."""
+        """File name where the dataset has it, else the position."""
         try:
             file_name = _file_name(self._record(index))
         except BrokenImageError:
@@ -230,7 +230,7 @@ def prepare_command(name: str, data_dir: str | None) -> str:
 
 
 def not_prepared(name: str, where: str, data_dir: str | None) -> str:
-    """What to do about a dataset that is not there yet."""
+    """What to do about a dataset that is not prepared yet."""
     text = (
         f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
     )

@@ -99,11 +99,11 @@ class Feed:
         seed: int,
         rows: np.ndarray,
         start_step: int,
-        place: Callable[[HostBatch], Batch] | None = None,
+        put_on_devices: Callable[[HostBatch], Batch] | None = None,
     ) -> pipeline.TrainLoader:
         """Endless training batches from step `start_step` on; `rows` of each global batch.
 
-        `place` is applied to each in the thread that reads ahead.
+        `put_on_devices` is applied to each in the thread that reads ahead.
         """
         return pipeline.TrainLoader(
             self.train_dataset,
@@ -115,7 +115,7 @@ class Feed:
             threads=self.threads,
             workers=self.workers,
             max_broken=self.max_broken,
-            place=place,
+            put_on_devices=put_on_devices,
         )
 
     def sequential(
@@ -178,8 +178,8 @@ class Feed:
                 )
             numbers[dataset.name] = dataset.num_classes
         if len(set(numbers.values())) > 1:
-            told = " and ".join(f"{name} has {number}" for name, number in numbers.items())
-            raise DataError(f"the same classes are expected in both splits, but {told}")
+            listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
+            raise DataError(f"the same classes are expected in both splits, but {listed}")
 
     def examples(self, which: str) -> int:
         """Number of images in a split, "train" or "eval"."""

@@ -29,7 +29,7 @@ def to_global(
       batch_size: of the global batch.
     """
 
-    def place(leaf):
+    def put(leaf):
         def rows_of(index):
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
@@ -38,4 +38,4 @@ def to_global(
         shape = (batch_size, *leaf.shape[1:])
         return jax.make_array_from_callback(shape, sharding, rows_of)
 
-    return {name: place(leaf) for name, leaf in batch.items()}
+    return {name: put(leaf) for name, leaf in batch.items()}

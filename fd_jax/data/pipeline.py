@@ -1,6 +1,6 @@
 """Batches in a fixed order: global batch k is a function of the seed and k alone.
 
-Grain reads ahead; which example stands where is arithmetic on the step, so a run resumes by
+Grain reads ahead; which example comes where is arithmetic on the step, so a run resumes by
 starting at its step, and every host can produce just its own rows.
 """
 
@@ -97,12 +97,12 @@ class TrainLoader:
       workers: processes; 0 decodes in this one.
       max_broken: unreadable pictures that are replaced before the run stops.
       timeout: seconds without a batch after which reading counts as stuck.
-      place: what becomes of a batch in the thread that reads ahead, such as putting it onto the
-        devices; nothing if not given.
+      put_on_devices: what becomes of a batch in the thread that reads ahead; it stays as it is if
+        not given.
 
     Yields:
       The transform's elements, "weight" float32 [n] of ones and "index" int32 [n], the position
-      in the dataset, n = len(rows); or what `place` makes of it.
+      in the dataset, n = len(rows); or what `put_on_devices` makes of it.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TrainLoader:
         workers: int = 0,
         max_broken: int = 100,
         timeout: float = 600.0,
-        place: Callable[[HostBatch], Batch] | None = None,
+        put_on_devices: Callable[[HostBatch], Batch] | None = None,
     ):
         self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self.replaced: dict[int, str] = {}
@@ -136,9 +136,9 @@ class TrainLoader:
         self._reads = _Reads(
             dataset, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
-        self._place = place or (lambda batch: batch)
+        self._put_on_devices = put_on_devices or (lambda batch: batch)
         self._others = {child.pid for child in multiprocessing.active_children()}
-        atexit.register(self.close)  # Python would wait for workers that nobody told to end
+        atexit.register(self.close)  # Python would wait for workers that were never told to stop
         ahead = _read_ahead(self._reads, threads, workers, self._shared)
         self._batches = Background(ahead, self._deliver)
 
@@ -177,7 +177,7 @@ class TrainLoader:
         return self._reads.indices(step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where global batch `step` stands; JSON-able, the same on every host but for broken."""
+        """The position of global batch `step`, JSON-able; hosts differ in "replaced" alone."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         return {"epoch": epoch, "batch": batch, "replaced": sorted(self.replaced)}
 
@@ -196,7 +196,7 @@ class TrainLoader:
 
     def _deliver(self, batch: "_Stacked") -> "_Delivery":
         arrays = batch.arrays if self._shared is None else self._shared.take(batch.arrays)
-        return _Delivery(self._place(arrays), batch.pid, batch.broken)
+        return _Delivery(self._put_on_devices(arrays), batch.pid, batch.broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -270,8 +270,8 @@ def eval_batches(
 
     chunks = _chunks(rows)
 
-    def load_chunk(place: int) -> _Chunk:
-        step, chunk = divmod(place, len(chunks))
+    def load_chunk(position: int) -> _Chunk:
+        step, chunk = divmod(position, len(chunks))
         return _Chunk(step, [load(step * batch_size + row) for row in chunks[chunk]])
 
     reads = grain.MapDataset.range(count * len(chunks)).map(load_chunk)
@@ -316,7 +316,7 @@ class _Delivery(NamedTuple):
 
 
 class _Reads:
-    """Random access to training records by their place in this host's endless sequence."""
+    """Random access to training records by their position in this host's endless sequence."""
 
     def __init__(self, dataset, transform, batch_size, seed, rows, start_step, workers, max_broken):
         self.dataset, self.transform = dataset, transform
@@ -332,8 +332,8 @@ class _Reads:
     def __getitem__(self, index: int) -> _Chunk:
         # Grain hands worker w the indices w, w + W, ... and takes batches from the workers in
         # turn. Numbered like this, each worker's run of len(chunks) indices is one whole batch.
-        place, worker = divmod(index, self.workers)
-        turn, chunk = divmod(place, len(self.chunks))
+        position, worker = divmod(index, self.workers)
+        turn, chunk = divmod(position, len(self.chunks))
         number = turn * self.workers + worker
         epoch, batch = divmod(self.start_step + number, self.steps_per_epoch)
         first = batch * self.batch_size

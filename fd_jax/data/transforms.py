@@ -1,7 +1,7 @@
 """From an example to a row of a batch: decode, crop, antialiased resize, flip.
 
 Everything random comes from the generator that is passed in, so a picture's augmentation is a
-function of the seed, the epoch and its place in the dataset.
+function of the seed, the epoch and its position in the dataset.
 """
 
 import io

@@ -92,8 +92,8 @@ def votes(
     def nearest_of_part(bank, labels, weights, queries):
         cosine = jnp.einsum("qd,nd->qn", queries, bank, precision="highest")
         cosine = jnp.where(weights > 0, cosine, -jnp.inf)
-        best, place = jax.lax.top_k(cosine, min(k, cosine.shape[1]))
-        return best, labels[place]
+        best, position = jax.lax.top_k(cosine, min(k, cosine.shape[1]))
+        return best, labels[position]
 
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     nearest = shard_map(
@@ -103,8 +103,8 @@ def votes(
         out_specs=PartitionSpec(None, BATCH_AXES),
     )
     cosine, label = nearest(bank, labels, weights, queries)  # [Q, k of each part]
-    best, place = jax.lax.top_k(cosine, k)
-    label = jnp.take_along_axis(label, place, axis=1)
+    best, position = jax.lax.top_k(cosine, k)
+    label = jnp.take_along_axis(label, position, axis=1)
     voters = jax.nn.one_hot(label, classes) * jnp.exp(best / TEMPERATURE)[..., None]
     return jnp.sum(voters, axis=1)
 
@@ -113,7 +113,7 @@ def votes(
 def _hits(vote: jax.Array, label: jax.Array, weight: jax.Array):
     own = jnp.take_along_axis(vote, jnp.maximum(label, 0)[:, None], axis=1)
     better = jnp.sum(vote > own, axis=1)
-    # A class without a vote is nobody's answer, however few are better.
+    # A class without a vote is no answer, however few have more votes.
     voted = own[:, 0] > 0
     return {
         f"knn_top{n}": (jnp.sum(((better < n) & voted) * weight), jnp.sum(weight)) for n in (1, 5)

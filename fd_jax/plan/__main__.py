@@ -1,4 +1,4 @@
-r"""What a run needs and can reach on TPUs, told by their compiler without one.
+r"""What a run needs and can reach on TPUs, as their compiler says, without one.
 
     python -m fd_jax.plan --config=configs/distill_clip_vit_b16.py --topology=v5e:16x16
     python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \

@@ -69,7 +69,7 @@ def find(
     devices: int,
     compile_with: Compile,
     *,
-    tell: Callable[[Attempt], None] = lambda _: None,
+    report: Callable[[Attempt], None] = lambda _: None,
 ) -> list[Attempt]:
     """Tries the candidates: all that change one thing, and together until one fits.
 
@@ -77,7 +77,7 @@ def find(
       experiment: that does not fit.
       devices: of the mesh.
       compile_with: compiles the experiment under another config.
-      tell: called after each attempt.
+      report: called after each attempt.
     """
     attempts: list[Attempt] = []
     alone = True
@@ -88,7 +88,7 @@ def find(
             break
         attempt = _attempt(experiment.config, changes, compile_with)
         attempts.append(attempt)
-        tell(attempt)
+        report(attempt)
     return attempts
 
 

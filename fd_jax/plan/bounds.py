@@ -23,7 +23,7 @@ class Bounds:
       mfu: at most: model FLOPs at that rate over peak.
       chip_hours: at least, for the whole run.
       estimated_seconds: the compiler's cycles of all instructions, one after the other, without
-        collectives that take longer than it thinks; None where the compiler was told to hurry.
+        collectives that take longer than it thinks; None below the compiler's full effort.
       estimated_mfu: of that estimate.
     """
 

@@ -1,4 +1,4 @@
-"""Compiles the real train step for chips that are not there, and keeps what can be read of it."""
+"""Compiles the real train step ahead of time, without the chips, and keeps what it shows."""
 
 import contextlib
 import dataclasses

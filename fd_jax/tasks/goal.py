@@ -49,7 +49,7 @@ class Target:
         check_choice("target.resample", self.resample, get_args(Resample))
 
     def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
-        """The tokens that are compared. -> [B, T, D]; `cls` tells whether both sides have one."""
+        """The tokens that are compared. -> [B, T, D]; `cls`: whether both sides have one."""
         if self.kind == "gap":
             return jnp.mean(features.patches, axis=1, keepdims=True)
         if self.kind == "logits" and not features.cls:

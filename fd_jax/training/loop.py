@@ -106,7 +106,7 @@ def fit(
             seed=config.seed,
             rows=batches.rows,
             start_step=start,
-            place=batches.put,
+            put_on_devices=batches.put,
         )
         resources.callback(loader.close)
         return Run(
@@ -163,7 +163,7 @@ class Run:
     Attributes:
       task, config, workdir: as `fit` got them.
       program: the task on its mesh.
-      feed: the data; `loader` takes the training batches from it, `batches` places them.
+      feed: the data; `loader` takes its training batches, `batches` puts them onto the devices.
       checkpoints, writer: where state and metrics go.
       frozen: the frozen weights, on the mesh.
       progress, clock: what was measured since the last line of the log.

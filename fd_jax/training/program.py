@@ -1,6 +1,6 @@
 """A task on a mesh: shapes, shardings and jitted functions, before any array exists.
 
-The loop runs it; the planner compiles the same object for chips that are not there.
+The loop runs it; the planner compiles the same object ahead of time, without the chips.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Program:
 
     def place_frozen(self, host: PyTree) -> PyTree:
         """Puts the frozen weights onto the mesh, split like the student's."""
-        return jax.tree.map(_place, host, self.frozen)
+        return jax.tree.map(_put, host, self.frozen)
 
     def place_seed(self, seed: int) -> jax.Array:
         """The seed as the step takes it, on all devices."""
@@ -145,14 +145,14 @@ def _check_choices(config: Config) -> None:
 def overlay(params: PyTree, initial: PyTree) -> PyTree:
     """`params` with the arrays that `initial` names replaced, placed as those they replace."""
     if not isinstance(params, dict):
-        return _place(initial, params)
+        return _put(initial, params)
     return {
         name: overlay(value, initial[name]) if name in initial else value
         for name, value in params.items()
     }
 
 
-def _place(host: Any, like: Any) -> jax.Array:
+def _put(host: Any, like: Any) -> jax.Array:
     if host.shape != like.shape:
         raise ValueError(f"an array of shape {host.shape} in place of {like.shape}")
     host = host.astype(like.dtype)

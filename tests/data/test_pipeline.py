@@ -151,7 +151,7 @@ def test_device_arrays_stay_while_the_memory_serves_others(loader):
     def put(batch):
         return global_batch.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
 
-    made = loader(transform=Large(), workers=2, place=put)
+    made = loader(transform=Large(), workers=2, put_on_devices=put)
     batches = take(made, 6)
     for _ in range(24):
         next(made)

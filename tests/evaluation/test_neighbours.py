@@ -33,7 +33,7 @@ def plain_accuracy(bank, labels, queries, wanted, k):
 
 def batched(vectors, labels, mesh, size):
     """Global batches of one size, the last one padded with rubbish of weight 0."""
-    place = sharding.batch_sharding(mesh)
+    split = sharding.batch_sharding(mesh)
     batches = []
     for start in range(0, len(vectors), size):
         rows = slice(start, start + size)
@@ -45,7 +45,7 @@ def batched(vectors, labels, mesh, size):
                 np.concatenate([np.ones(size - padding), np.zeros(padding)]).astype(np.float32),
             )
         )
-    arrays = [[jax.device_put(leaf, place) for leaf in batch] for batch in batches]
+    arrays = [[jax.device_put(leaf, split) for leaf in batch] for batch in batches]
     return neighbours.Features(*zip(*arrays, strict=True))
 
 
