@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
+
+from fd_jax import sharding as shardings
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -39,3 +41,19 @@ def to_global(
         return jax.make_array_from_callback(shape, sharding, rows_of)
 
     return {name: put(leaf) for name, leaf in batch.items()}
+
+
+class Placement:
+    """Puts this process's rows of global batches onto its devices, split over the batch axes.
+
+    Attributes:
+      rows: of each global batch that this process has to produce; see `local_rows`.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self._sharding, self._batch_size = shardings.batch_sharding(mesh), batch_size
+        self.rows = local_rows(self._sharding, batch_size)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Global arrays of a host batch that holds `rows`."""
+        return to_global(batch, self._sharding, rows=self.rows, batch_size=self._batch_size)

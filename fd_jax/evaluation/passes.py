@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
-from fd_jax import sharding
-from fd_jax.data import global_batch
 from fd_jax.data.base import Data
+from fd_jax.data.global_batch import Placement
 from fd_jax.typing import Batch
 
 
@@ -22,7 +21,6 @@ def batches(
       batch_size: of the global batch.
       limit: batches; 0 for the whole split.
     """
-    placement = sharding.batch_sharding(mesh)
-    rows = global_batch.local_rows(placement, batch_size)
-    for host in data.sequential(split, batch_size=batch_size, rows=rows, limit=limit):
-        yield global_batch.to_global(host, placement, rows=rows, batch_size=batch_size)
+    placement = Placement(mesh, batch_size)
+    for host in data.sequential(split, batch_size=batch_size, rows=placement.rows, limit=limit):
+        yield placement.put(host)

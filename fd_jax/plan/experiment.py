@@ -150,7 +150,7 @@ def _student(path: str) -> ModelSpec:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config() if hasattr(module, "get_config") else None
-    if config is None or "student" not in config:
+    if config is None or registry.kind_of(config) is not registry.DISTILLATION:
         raise ConfigError(f"--start={path} is not the config of a distillation: it has no student")
     arch = config.student.arch.to_dict()
     return ModelSpec(config.student.family, arch, source=f"distilled by {path}")

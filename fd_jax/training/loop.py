@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -17,8 +16,8 @@ from fd_jax import model_folder, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
-from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
+from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation.evaluators import Weights
@@ -99,14 +98,14 @@ def fit(
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         frozen = program.place_frozen(task.load_frozen())
-        batches = BatchPlacement(program, config.batch_size)
+        placement = Placement(mesh, config.batch_size)
         # Last, since it starts threads and fills devices: nothing after it may fail.
         loader = feed.train(
             batch_size=config.batch_size,
             seed=config.seed,
-            rows=batches.rows,
+            rows=placement.rows,
             start_step=start,
-            put_on_devices=batches.put,
+            put_on_devices=placement.put,
         )
         resources.callback(loader.close)
         return Run(
@@ -118,7 +117,7 @@ def fit(
             checkpoints=checkpoints,
             writer=writer,
             frozen=frozen,
-            batches=batches,
+            placement=placement,
             loader=loader,
             progress=Progress(record),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
@@ -140,22 +139,6 @@ def initial_state(
     return program.create(jax.random.key(seed), task.load_initial()), 0, {}
 
 
-class BatchPlacement:
-    """Puts this host's rows of the global batches onto its devices.
-
-    Attributes:
-      rows: of each global batch that this host produces.
-      put: host arrays of those rows -> global arrays.
-    """
-
-    def __init__(self, program: Program, batch_size: int):
-        split = sharding.batch_sharding(program.mesh)
-        self.rows = global_batch.local_rows(split, batch_size)
-        self.put = functools.partial(
-            global_batch.to_global, sharding=split, rows=self.rows, batch_size=batch_size
-        )
-
-
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """What `fit` has put together, and the steps over it.
@@ -163,7 +146,7 @@ class Run:
     Attributes:
       task, config, workdir: as `fit` got them.
       program: the task on its mesh.
-      feed: the data; `loader` takes its training batches, `batches` puts them onto the devices.
+      feed: the data; `loader` takes its training batches, `placement` puts them onto the devices.
       checkpoints, writer: where state and metrics go.
       frozen: the frozen weights, on the mesh.
       progress, clock: what was measured since the last line of the log.
@@ -179,7 +162,7 @@ class Run:
     checkpoints: Checkpoints
     writer: metric_writer.Writer
     frozen: PyTree
-    batches: BatchPlacement
+    placement: Placement
     loader: TrainLoader
     progress: Progress
     clock: Clock
@@ -243,7 +226,8 @@ class Run:
             batch = next(self.loader)
         # A host that was told to stop says so in its rows: every host then reads the same sum
         # from the same step, with no extra communication.
-        return batch | self.batches.put({"stop": np.full(len(self.batches.rows), stop, STOP.dtype)})
+        flags = np.full(len(self.placement.rows), stop, STOP.dtype)
+        return batch | self.placement.put({"stop": flags})
 
     def _read(self, step: int, metrics: Metrics) -> bool:
         """Takes in the metrics of one step; returns whether some host was told to stop."""
