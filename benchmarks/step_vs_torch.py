@@ -23,7 +23,7 @@ from configs import distill_clip_vit_b16
 from fd_jax import sharding
 from fd_jax.convert import sources
 from fd_jax.tasks import registry
-from fd_jax.training import program
+from fd_jax.training.program import build
 
 BATCH, STEPS = 4, 2
 
@@ -36,27 +36,22 @@ def ours(images: np.ndarray):
     spec = source.parts[source.default_part].spec
     task = registry.make(config, {registry.TEACHER: spec})
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
+    program = build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
     began = time.monotonic()
-    step = run.compile_train_step()
+    step = program.compile_train_step()
     compile_seconds = time.monotonic() - began
-    state = run.create(jax.random.key(0), {})
+    state = program.create(jax.random.key(0), {})
     rng = np.random.default_rng(0)
-    frozen = run.place_frozen(
+    frozen = program.place_frozen(
         jax.tree.map(
             lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), task.abstract_frozen()
         )
     )
     split = sharding.batch_sharding(mesh)
-    batch = {
-        "image": images,
-        "label": np.zeros(BATCH, np.int32),
-        "weight": np.ones(BATCH, np.float32),
-        "index": np.arange(BATCH, dtype=np.int32),
-        "stop": np.zeros(BATCH, np.int32),
-    }
+    batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.batch.items()}
+    batch |= {"image": images, "weight": np.ones(BATCH, np.float32)}
     batch = {name: jax.device_put(value, split) for name, value in batch.items()}
-    seed = run.place_seed(0)
+    seed = program.place_seed(0)
 
     def one() -> None:
         nonlocal state

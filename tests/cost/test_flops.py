@@ -5,11 +5,11 @@ import math
 
 import jax
 import jax.extend.core as jex
-import jax.numpy as jnp
 import pytest
 
 from configs import base
 from fd_jax import sharding
+from fd_jax.data import elements
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
@@ -41,12 +41,9 @@ def traced(task):
     """Matmul FLOPs per image of loss and gradient, after what is not needed was dropped."""
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
     batch = {
-        "image": jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
+        name: jax.ShapeDtypeStruct((ROWS, *element.shape), element.dtype)
+        for name, element in elements.of_config(task.config.data).items()
     }
-    size = task.config.data.image_size
-    batch["image"] = jax.ShapeDtypeStruct((ROWS, size, size, 3), jnp.uint8)
     batch = jax.eval_shape(task.prepare, batch, jax.random.key(0))
     step = functools.partial(jax.value_and_grad(task.loss, has_aux=True))
     made = jax.make_jaxpr(step)(params, extra, task.abstract_frozen(), batch)
