@@ -158,5 +158,5 @@ def test_a_swin_student_is_a_teacher_in_turn(esvit, tmp_path):
     task, params, _ = make(tiny.swin_config(esvit))
     model_folder.save(tmp_path / "student", *task.export(params, {}))
     again, _, frozen = make(tiny.swin_config(str(tmp_path / "student"), **{"teacher.source": ""}))
-    assert again.teacher_spec.family == "swin_v2"
+    assert again.goal.teacher.spec.family == "swin_v2"
     assert np.isfinite(target(again, frozen)).all()

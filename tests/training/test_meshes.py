@@ -302,13 +302,13 @@ def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batc
         run, evaluators.Weights(state.params, state.extra, {}), feed
     )
 
-    source, params = feed.eval_dataset, jax.device_get(state.params)
-    assert source is not None
-    assert len(source) == 97
+    dataset, params = feed.eval_dataset, jax.device_get(state.params)
+    assert dataset is not None
+    assert len(dataset) == 97
     right = []
     for index in range(97):
-        image, label = source[index]
-        picture = np.asarray(feed.eval_transform(image))[None]
+        row = feed.eval_transform(dataset[index], np.random.default_rng(0))
+        picture, label = np.asarray(row["image"])[None], row["label"]
         logits = np.asarray(task.logits(params, {}, {}, {"image": picture}))[0]
         right.append([label == logits.argmax(), label in np.argsort(-logits)[:5]])
     assert [got["top1"], got["top5"]] == [np.mean([r[k] for r in right]) for k in (0, 1)]
