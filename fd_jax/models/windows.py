@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.models import layers
+from fd_jax.models.attention import Attention
 
 MASKED = -100.0  # logit of a pair that the shift brought together from far apart (reference 2.2)
 HIDDEN = 512  # of the continuous position bias
@@ -141,7 +142,7 @@ class ContinuousBias(nnx.Module):
         return expand_offsets(16 * jax.nn.sigmoid(table), self.window)
 
 
-class WindowAttention(layers.Attention):
+class WindowAttention(Attention):
     """Attention inside windows, which are the rows of the batch."""
 
     def project(self, x: jax.Array) -> list[jax.Array]:

@@ -79,6 +79,7 @@ class ClassifyTask:
         self.statistics = self.spec
         if config.reference_quirks:  # the original evaluates every model so (quirk 1)
             self.statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
+        self.attention = {"encoder": self.spec.choose_attention(config.attention, dtype=self.dtype)}
         self.encoder_def, self._encoder_shapes = self.spec.abstract(**self._runtime())
         self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
         if model.pooling == "cls" and not self.encoder.cls:
@@ -263,7 +264,7 @@ class ClassifyTask:
             "init": "finetune",
             "dtype": self.dtype,
             "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
-            "attention": self.config.attention,
+            "attention": self.attention["encoder"],
             "remat": self.config.remat or None,
         }
 

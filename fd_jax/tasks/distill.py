@@ -90,9 +90,15 @@ class DistillTask:
             spec, arch={**_teacher_arch(spec, config.teacher.stages), "image_size": size}
         )
 
+        self.attention = {
+            role: spec.choose_attention(config.attention, dtype=self.dtype)
+            for role, spec in (("student", self.student_spec), ("teacher", self.teacher_spec))
+        }
         self.student_def, student = self.student_spec.abstract(**self._student_runtime())
         self.teacher_def, self._teacher_shapes = self.teacher_spec.abstract(
-            dtype=self.dtype, drop_path=config.teacher.drop_path
+            dtype=self.dtype,
+            drop_path=config.teacher.drop_path,
+            attention=self.attention["teacher"],
         )
         self.student = nnx.merge(self.student_def, student)
         self.teacher = nnx.merge(self.teacher_def, self._teacher_shapes)
@@ -240,7 +246,7 @@ class DistillTask:
             "init": "fd_student",
             "dtype": self.dtype,
             "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
-            "attention": self.config.attention,
+            "attention": self.attention["student"],
             "remat": self.config.remat or None,
         }
 

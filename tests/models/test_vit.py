@@ -290,11 +290,12 @@ def test_recomputing_changes_nothing(remat):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
 
 
-def test_attention_kinds_agree():
+@pytest.mark.parametrize("attention", ["cudnn", "tokamax"])
+def test_networks_with_either_kernel_agree_with_xla(attention, kernels_by_xla):
     spec = student_spec({**SMALL, "depth": 2}, "shared_rpb")
     params, images = random_params(spec), pictures(spec, 2)
     want = np.asarray(bind(spec, params)(images).tokens)
-    got = bind(spec, params, attention="dot_product")(images).tokens
+    got = bind(spec, params, attention=attention)(images).tokens
     assert relative(got, want) < 1e-5
 
 
