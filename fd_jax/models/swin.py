@@ -252,7 +252,7 @@ class Swin(nnx.Module):
 
     @staticmethod
     def layer_id(path: str, arch: dict[str, Any]) -> int:
-        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+        """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
         0 for the patch embedding; 1 + blocks before it for a block; the id of its stage's last
         block for a merging and for a bias that a stage shares; depth + 1 for what comes after.
@@ -280,7 +280,8 @@ class Swin(nnx.Module):
         """The parameters for `first_stages(arch, stages)`; the final norm starts anew.
 
         As the original does for its three-stage teacher: that norm was trained for the last
-        stage's channels, so it is replaced by one of scale 1 and bias 0 (reference, PRED_FEAT_S3).
+        stage's channels, so it is replaced by one of scale 1 and bias 0
+        (docs/reference.md#stage-3-target).
         """
         if stages == len(arch["depths"]):
             return params

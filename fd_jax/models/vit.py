@@ -20,8 +20,9 @@ from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_po
 
 Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
 
-# Truncation of the 0.02-std normal initialisation (reference quirk 5): the distillation student is
-# cut at one standard deviation, the fine-tuning model at absolute +-2, which cuts nothing.
+# Truncation of the 0.02-std normal initialisation (docs/reference.md#quirk-init-truncation): the
+# distillation student is cut at one standard deviation, the fine-tuning model at absolute +-2,
+# which cuts nothing.
 INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
 
 REMAT_POLICIES = {
@@ -214,7 +215,7 @@ class ViT(nnx.Module):
         )
 
     # Spared from weight decay although they have more than one dimension. Position bias tables are
-    # decayed, as in the original (quirk 6).
+    # decayed, as in the original (docs/reference.md#quirk-bias-table-decay).
     NO_DECAY = (r"(^|/)cls_token$", r"(^|/)pos_embed$", r"(^|/)register_tokens$")
 
     @staticmethod
@@ -224,7 +225,7 @@ class ViT(nnx.Module):
 
     @staticmethod
     def layer_id(path: str, arch: dict[str, Any]) -> int:
-        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+        """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
         0 for what stands before the blocks, i + 1 for block i, depth + 1 for what comes after.
         """
@@ -313,7 +314,10 @@ class ViT(nnx.Module):
 
     @staticmethod
     def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-        """Copies a shared bias table into every block (reference 5.1), for `untied(arch)`."""
+        """Copies a shared bias table into every block, for `untied(arch)`.
+
+        See docs/reference.md#fine-tune-loading.
+        """
         if arch["position"] != "shared_rpb":
             return params
         rest = {name: value for name, value in params.items() if name != "rel_pos_bias"}

@@ -15,7 +15,8 @@ import numpy as np
 from fd_jax.models import layers
 from fd_jax.models.attention import Attention
 
-MASKED = -100.0  # logit of a pair that the shift brought together from far apart (reference 2.2)
+# Logit of a pair that the shift brought together from afar (docs/reference.md#swin-shift-mask).
+MASKED = -100.0
 HIDDEN = 512  # of the continuous position bias
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -93,7 +94,8 @@ def log_offsets(window: int, pretrained: int) -> np.ndarray:
       window: w.
       pretrained: p, the window that the scale belongs to; 0 for w itself.
     """
-    # A window of one token has the one offset 0; the guard keeps it from being 0 / 0 (quirk 18).
+    # A window of one token has the one offset 0; the guard keeps it from being 0 / 0
+    # (docs/reference.md#quirk-window-scale).
     reach = max((pretrained or window) - 1, 1)
     v = 8 * np.arange(-(window - 1), window) / reach
     scaled = np.sign(v) * np.log2(np.abs(v) + 1) / 3

@@ -225,7 +225,7 @@ def test_parameter_counts():
 
 
 def test_initialisation_statistics():
-    """Reference 2.1: cut at one standard deviation; residual branches divided by sqrt(2l)."""
+    """docs/reference.md#student-init: cut at one std, residual branches over sqrt(2l)."""
     shape = {**SMALL, "width": 256, "heads": 4, "mlp_width": 512, "depth": 3}
     spec = student_spec(shape, "shared_rpb")
     for init, std in (("fd_student", 0.010791), ("finetune", 0.02)):

@@ -63,7 +63,7 @@ def test_spreading_needs_no_gather():
 
 
 def test_coordinates():
-    """Reference 2.2: spot values at w = 14; quirk 18: another window's scale, and w = 1."""
+    """docs/reference.md#swin-position-bias at w = 14; docs/reference.md#quirk-window-scale."""
     side = windows.log_offsets(14, 0).reshape(27, 27, 2)
     np.testing.assert_allclose(side[0, 0], -1.0566, atol=5e-5)
     np.testing.assert_array_equal(side[13, 13], 0)
