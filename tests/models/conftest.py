@@ -1,4 +1,4 @@
-"""Kernels for GPUs, run on this CPU with XLA in the place of the kernel alone."""
+"""cuDNN's attention, run on this CPU with XLA in the place of the kernel alone."""
 
 import dataclasses
 import functools
@@ -6,13 +6,12 @@ import functools
 import pytest
 
 from fd_jax.models import kernels
-from fd_jax.models.kernels import base, cudnn, tokamax
+from fd_jax.models.kernels import base, cudnn
 
 
 @pytest.fixture
-def kernels_by_xla(monkeypatch):
+def cudnn_by_xla(monkeypatch):
     """Padding, masks, grouped biases and the mesh are what is tested; the kernel needs its GPU."""
-    for module, name, inner in ((cudnn, "cudnn", "xla"), (tokamax, "tokamax", ("xla",))):
-        attend = base.per_device(functools.partial(module.attend, implementation=inner))
-        replaced = dataclasses.replace(module.IMPLEMENTATION, attend=attend)
-        monkeypatch.setitem(kernels.IMPLEMENTATIONS, name, replaced)
+    attend = base.per_device(functools.partial(cudnn.attend, implementation="xla"))
+    replaced = dataclasses.replace(cudnn.IMPLEMENTATION, attend=attend)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "cudnn", replaced)

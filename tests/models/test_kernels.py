@@ -6,30 +6,23 @@ lowered for CUDA as far as that goes without a card, so that a choice is seen to
 
 import functools
 import re
-import subprocess
-import sys
 
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokamax as tokamax_library
-from tokamax._src import config as tokamax_config
 
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
 from fd_jax.models.attention import attend
-from fd_jax.models.kernels import base, cudnn, tokamax, xla
+from fd_jax.models.kernels import base, cudnn, xla
 from tests.models.arrays import rand
 
 HEADS, WIDTH = 2, 16
 TOLERANCE = 5e-6  # of the largest value; float32
-BY_XLA = {
-    "cudnn": functools.partial(cudnn.attend, implementation="xla"),
-    "tokamax": functools.partial(tokamax.attend, implementation=("xla",)),
-}
+CUDNN_BY_XLA = functools.partial(cudnn.attend, implementation="xla")
 
 
 def inputs(tokens, *, batch=2, groups=0, masked=False, seed=0):
@@ -68,25 +61,23 @@ def worst(got, want):
 CASES = [(197, {}), (257, {"masked": True}), (577, {}), (49, {"groups": 4, "batch": 8}), (16, {})]
 
 
-@pytest.mark.parametrize("name", BY_XLA)
 @pytest.mark.parametrize(("tokens", "kind"), CASES, ids=str)
-def test_outputs_and_all_gradients_are_those_of_xla(name, tokens, kind):
+def test_outputs_and_all_gradients_are_those_of_xla(tokens, kind):
     arrays = inputs(tokens, **kind)
     want = with_gradients(xla.attend, arrays)
-    assert worst(with_gradients(BY_XLA[name], arrays), want) < TOLERANCE
+    assert worst(with_gradients(CUDNN_BY_XLA, arrays), want) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", BY_XLA)
-def test_attention_without_a_bias_is_that_of_xla(name):
+def test_attention_without_a_bias_is_that_of_xla():
     q, k, v, _ = inputs(197)
     want = xla.attend(q, k, v, bias=None, scale=0.25)
-    assert worst([BY_XLA[name](q, k, v, bias=None, scale=0.25)], [want]) < TOLERANCE
+    assert worst([CUDNN_BY_XLA(q, k, v, bias=None, scale=0.25)], [want]) < TOLERANCE
 
 
 def test_a_key_that_is_padded_but_not_masked_would_be_seen(monkeypatch):
     arrays = inputs(197)
     monkeypatch.setattr(cudnn, "MASKED", 0.0)
-    got = with_gradients(BY_XLA["cudnn"], arrays)
+    got = with_gradients(CUDNN_BY_XLA, arrays)
     assert worst(got, with_gradients(xla.attend, arrays)) > 50 * TOLERANCE
 
 
@@ -100,7 +91,7 @@ def test_biases_in_another_order_than_their_groups_would_be_seen(monkeypatch):
         return x.reshape(batch // groups, tokens, groups * heads, width)
 
     monkeypatch.setattr(base, "_groups_to_heads", other_order)
-    assert worst(with_gradients(BY_XLA["cudnn"], arrays), want) > 1e-2
+    assert worst(with_gradients(CUDNN_BY_XLA, arrays), want) > 1e-2
 
 
 def lowered_for_cuda(function, tokens, *, gradient):
@@ -116,7 +107,7 @@ def lowered_for_cuda(function, tokens, *, gradient):
 
 
 def kernel_calls(text):
-    return re.findall(r"custom_call @([\w$.]*(?:fmha|triton)\w*)", text)
+    return re.findall(r"custom_call @([\w$.]*(?:fmha)\w*)", text)
 
 
 def test_a_program_with_cudnn_holds_its_kernels(monkeypatch):
@@ -142,15 +133,6 @@ def test_a_program_with_cudnn_holds_its_kernels(monkeypatch):
         )
 
 
-def test_a_program_with_tokamax_holds_its_kernels():
-    with tokamax_config.cross_compile(True):
-        text = lowered_for_cuda(
-            functools.partial(tokamax.attend, implementation=("triton",)), 197, gradient=True
-        )
-    calls = kernel_calls(text)
-    assert len(calls) >= 2 and set(calls) == {"__gpu$xla.gpu.triton"}
-
-
 def test_a_program_with_xla_holds_no_kernel():
     """Control; and so did the attention that was called "dot_product"."""
     assert kernel_calls(lowered_for_cuda(xla.attend, 197, gradient=True)) == []
@@ -161,9 +143,8 @@ def test_a_program_with_xla_holds_no_kernel():
     assert kernel_calls(lowered_for_cuda(removed, 197, gradient=True)) == []
 
 
-@pytest.mark.parametrize("name", BY_XLA)
 @pytest.mark.parametrize("groups", [0, 4])
-def test_each_device_computes_its_own_examples_and_heads(name, groups):
+def test_each_device_computes_its_own_examples_and_heads(groups):
     """On 2 x 2 x 2 devices: a quarter of the examples, half of the heads, the bias summed."""
     arrays = inputs(17, batch=32, groups=groups)
     want = with_gradients(xla.attend, arrays)
@@ -171,7 +152,7 @@ def test_each_device_computes_its_own_examples_and_heads(name, groups):
 
     def watched(q, k, v, *, bias, scale):
         seen.append((q.shape, bias.shape))
-        return BY_XLA[name](q, k, v, bias=bias, scale=scale)
+        return CUDNN_BY_XLA(q, k, v, bias=bias, scale=scale)
 
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with kernels.split_over(mesh, batch=sharding.BATCH_AXES, heads="tensor"):
@@ -202,14 +183,12 @@ def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "widths", "platform", "message"),
     [
-        ("flash", jnp.bfloat16, (64,), "gpu", "'flash' is unknown; .* auto, xla, cudnn, tokamax"),
+        ("flash", jnp.bfloat16, (64,), "gpu", "'flash' is unknown; .* auto, xla, cudnn"),
         ("dot_product", jnp.bfloat16, (64,), "gpu", "removed.*write 'xla'.*or 'cudnn'"),
         ("cudnn", jnp.float32, (64,), "gpu", "bfloat16 or float16, and dtype is float32"),
         ("cudnn", jnp.bfloat16, (64, 136), "gpu", "up to 128 channels .* network's have 136"),
         ("cudnn", jnp.bfloat16, (36,), "gpu", "multiples of 8.*have 36"),
         ("cudnn", jnp.bfloat16, (64,), "tpu", "needs an NVIDIA GPU.*computes on tpu"),
-        ("tokamax", jnp.float32, (64,), "gpu", "bfloat16 or float16, and dtype is float32"),
-        ("tokamax", jnp.bfloat16, (64,), "cpu", "needs an NVIDIA GPU.*computes on cpu"),
     ],
 )
 def test_what_an_implementation_cannot_do_is_refused(name, dtype, widths, platform, message):
@@ -223,25 +202,6 @@ def test_wide_heads_are_taken_on_hopper(monkeypatch):
     assert wide(head_widths=(256,)) == "cudnn"
     with pytest.raises(ConfigError, match="up to 256"):
         wide(head_widths=(264,))
-
-
-def test_tokamax_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(tokamax.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fd_jax\[tokamax\]'"):
-        kernels.choose("tokamax", dtype=jnp.bfloat16, head_widths=(64,), platform="gpu")
-
-
-def test_tokamax_leaves_the_command_line_to_the_program_it_runs_in():
-    """By itself it parses sys.argv with absl and ends a program whose flags it does not know."""
-    assert tokamax_library is not None
-    code = (
-        "import sys; sys.argv += ['--output=x.json']\n"
-        "import jax.numpy as jnp\n"
-        "from fd_jax.models.kernels import tokamax\n"
-        "q = jnp.ones((1, 4, 1, 16))\n"
-        "tokamax.attend(q, q, q, bias=jnp.ones((1, 4, 4)), scale=1.0, implementation=('xla',))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_an_unknown_name_never_reaches_a_network():

@@ -298,7 +298,7 @@ def test_branches_drop_by_example():
     assert np.abs(out[1] - kept[1]).max() > 1e-2
 
 
-def test_recomputing_and_other_attention_change_nothing(kernels_by_xla):
+def test_recomputing_and_other_attention_change_nothing(cudnn_by_xla):
     made = swins.spec(2, depths=[2, 1], heads=[2, 4], pretrained_windows=[0, 0])
     params, images = swins.own_params(made), swins.pictures(made, 2)
 

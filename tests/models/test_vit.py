@@ -290,12 +290,11 @@ def test_recomputing_changes_nothing(remat):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("attention", ["cudnn", "tokamax"])
-def test_networks_with_either_kernel_agree_with_xla(attention, kernels_by_xla):
+def test_a_network_with_cudnn_agrees_with_xla(cudnn_by_xla):
     spec = student_spec({**SMALL, "depth": 2}, "shared_rpb")
     params, images = random_params(spec), pictures(spec, 2)
     want = np.asarray(bind(spec, params)(images).tokens)
-    got = bind(spec, params, attention=attention)(images).tokens
+    got = bind(spec, params, attention="cudnn")(images).tokens
     assert relative(got, want) < 1e-5
 
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError
-from fd_jax.models.kernels import cudnn, tokamax, xla
+from fd_jax.models.kernels import cudnn, xla
 from fd_jax.models.kernels.base import Implementation, split_over
 
 __all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "split_over"]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
-    for implementation in (xla.IMPLEMENTATION, cudnn.IMPLEMENTATION, tokamax.IMPLEMENTATION)
+    for implementation in (xla.IMPLEMENTATION, cudnn.IMPLEMENTATION)
 }
 
 # What "auto" takes: the first that a network's dtype and head width allow. Only implementations
