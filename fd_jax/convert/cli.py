@@ -10,7 +10,8 @@ from typing import NoReturn
 from absl import logging
 import jax
 
-from fd_jax.convert import exporting, importing, listing, rules, verifying
+from fd_jax.convert import exporting, importing, listing, verifying
+from fd_jax.convert.rules import tables
 from fd_jax.errors import ConversionError, UserError
 
 
@@ -115,7 +116,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
     )
     if left:
-        print(f"the layout has no place for {', '.join(rules.summarize(left))}")
+        print(f"the layout has no place for {', '.join(tables.summarize(left))}")
     print(f"wrote {arguments.output}")
 
 

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax import model_folder
-from fd_jax.convert import layouts, own, rules, safetensors_io, sources
-from fd_jax.convert.rules import Table
-from fd_jax.convert.tensors import DTYPES
+from fd_jax.convert import families, layouts
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.tensors import DTYPES
+from fd_jax.convert.families import own
+from fd_jax.convert.rules import tables
+from fd_jax.convert.rules.tables import Table
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -93,14 +96,14 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """The names, shapes and dtypes of the file the model came from, as safetensors."""
     name, _, part = spec.source.partition(":")
-    if name not in sources.SOURCES:
+    if name not in families.SOURCES:
         raise ConversionError(
             f"this network was not imported (its source is {spec.source!r}); choose another format"
         )
-    source = sources.get(name)
+    source = families.get(name)
     table = source.parts[part or source.default_part].table
     tensors = {}
-    for key, array in rules.invert(table, params, spec.arch, derived=False):
+    for key, array in tables.invert(table, params, spec.arch, derived=False):
         tensors[key] = array.astype(DTYPES[spec.source_dtypes.get(key, "float32")], copy=False)
     safetensors_io.write(path, tensors, {"format": "pt", "source": spec.source})
     return _left(params, table, spec)
@@ -109,7 +112,7 @@ def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) ->
 def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """Names of timm, as safetensors."""
     table = layouts.for_model(layouts.timm(spec), set(params), spec.arch, "timm")
-    tensors = dict(rules.invert(table, params, spec.arch, derived=False))
+    tensors = dict(tables.invert(table, params, spec.arch, derived=False))
     safetensors_io.write(path, tensors, {"format": "pt"})
     return _left(params, table, spec)
 
@@ -118,7 +121,7 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
     """A folder that `AutoModel.from_pretrained` opens."""
     layout = layouts.huggingface(spec, head="head/kernel" in params)
     table = layouts.for_model(layout.table, set(params), spec.arch, "huggingface")
-    tensors = dict(rules.invert(table, params, spec.arch, derived=False))
+    tensors = dict(tables.invert(table, params, spec.arch, derived=False))
     if layout.model_type.startswith("dino"):  # their classes ask for a token only training uses
         shape = (1, 1, spec.arch["width"]) if layout.model_type == "dinov3_vit" else None
         tensors["embeddings.mask_token"] = np.zeros(shape or (1, spec.arch["width"]), np.float32)
@@ -150,7 +153,7 @@ def _write_official(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) 
     table = layouts.for_model(names, set(params), spec.arch, "official")
     tensors = {
         name: torch.from_numpy(np.array(array))
-        for name, array in rules.invert(table, params, spec.arch, derived=True)
+        for name, array in tables.invert(table, params, spec.arch, derived=True)
     }
     try:
         torch.save({"model": tensors}, path)
@@ -242,7 +245,7 @@ def nested_encoder(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _left(params: Mapping[str, np.ndarray], table: Table, spec: ModelSpec) -> list[str]:
-    return sorted(set(params) - rules.target_paths(table, spec.arch))
+    return sorted(set(params) - tables.target_paths(table, spec.arch))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.checkpoint import LazyArray
-from fd_jax.convert import own, rules, sources
-from fd_jax.convert.containers import open_container
-from fd_jax.convert.rules import Match
+from fd_jax.convert import families
+from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor
+from fd_jax.convert.families import own
+from fd_jax.convert.rules import tables
+from fd_jax.convert.rules.tables import Match
+from fd_jax.convert.rules.transforms import Shape
 from fd_jax.convert.source import Source, shapes
-from fd_jax.convert.tensors import DTYPES, Container, Tensor
-from fd_jax.convert.transforms import Shape
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -162,7 +164,7 @@ def read(
 def _chosen(name: str, container: Container) -> Source:
     if name == own.NAME or (name == AUTO and own.METADATA in container.metadata):
         return own.source(container)
-    return identify(container) if name == AUTO else sources.get(name)
+    return identify(container) if name == AUTO else families.get(name)
 
 
 def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
@@ -233,7 +235,7 @@ def identify(container: Container) -> Source:
 def _fitting(container: Container) -> list[Source]:
     return [
         source
-        for source in sources.SOURCES.values()
+        for source in families.SOURCES.values()
         if source.share_of_names(container, source.default_part) == 1
         and not source.match(container, source.default_part)[0].problems
     ]
@@ -245,7 +247,7 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
         return
     missing = [p.removeprefix("missing ") for p in found.problems if p.startswith("missing ")]
     others = [p for p in found.problems if not p.startswith("missing ")]
-    lines = [f"missing {line}" for line in rules.summarize(missing)] + rules.summarize(others)
+    lines = [f"missing {line}" for line in tables.summarize(missing)] + tables.summarize(others)
     fitting = [s.name for s in _fitting(container) if s.name != source.name]
     if fitting:
         lines.append(f"the file fits {', '.join(fitting)}")
@@ -267,7 +269,7 @@ def _converted(
     *,
     lazy: bool,
 ) -> Iterator[tuple[str, np.ndarray | LazyArray]]:
-    for path, load in rules.convert(found, tensors):
+    for path, load in tables.convert(found, tensors):
 
         def in_dtype(load=load, path=path):
             return convert(path, load())

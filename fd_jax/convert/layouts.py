@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from fd_jax.convert import beit, clip, dinov2, dinov3, siglip2, swin, timm_vit
-from fd_jax.convert.rules import (
+from fd_jax.convert.families import beit, clip, dinov2, dinov3, siglip2, swin, timm_vit
+from fd_jax.convert.rules.tables import (
     Rule,
     Table,
     missing_paths,
@@ -13,8 +13,8 @@ from fd_jax.convert.rules import (
     summarize,
     target_paths,
 )
+from fd_jax.convert.rules.transforms import SPLIT_QKV
 from fd_jax.convert.source import HF_ACTIVATIONS, conv, linear, norm
-from fd_jax.convert.transforms import SPLIT_QKV
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.models.swin import grids as swin_grids

@@ -7,11 +7,12 @@ import os
 from etils import epath
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, rules, sources
-from fd_jax.convert.containers import open_container
+from fd_jax.convert import exporting, families
+from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.containers.tensors import DTYPES, Container
 from fd_jax.convert.importing import Imported
+from fd_jax.convert.rules import tables
 from fd_jax.convert.source import output_width
-from fd_jax.convert.tensors import DTYPES, Container
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 _STATISTICS = {
@@ -27,7 +28,7 @@ def source_table() -> str:
     """The table of sources as markdown; `docs/conversion.md` holds the same text."""
     header = "source", "public file", "parts", "network", "statistics", "positions", "compared with"
     rows = [header, ("---",) * len(header)]
-    for source in sources.SOURCES.values():
+    for source in families.SOURCES.values():
         spec = source.parts[source.default_part].spec
         rows.append(
             (
@@ -80,7 +81,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
     tensors = [(t.name, t.shape, t.dtype) for t in container.tensors.values()]
     parts = [f"{container.path}: {container.kind}, {container.size:,} bytes", _tree(tensors)]
     if container.entries:
-        entries = rules.summarize([f"{name}: {what}" for name, what in container.entries.items()])
+        entries = tables.summarize([f"{name}: {what}" for name, what in container.entries.items()])
         parts.append("entries that are no tensors:\n" + _indented(entries))
     parts.append(_matches(container))
     return "\n".join(parts)
@@ -97,7 +98,7 @@ def _tree(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
     kinds: dict[tuple, list[str]] = {}
     totals: dict[str, list[int]] = {}
     for name, shape, dtype in tensors:
-        kinds.setdefault((rules.collapse(name), shape, dtype), []).append(name)
+        kinds.setdefault((tables.collapse(name), shape, dtype), []).append(name)
         total = totals.setdefault(dtype, [0, 0, 0])
         count = math.prod(shape)
         for i, amount in enumerate((1, count, count * DTYPES[dtype].itemsize)):
@@ -116,7 +117,7 @@ def _tree(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
 
 def _matches(container: Container) -> str:
     fits, near = [], []
-    for source in sources.SOURCES.values():
+    for source in families.SOURCES.values():
         for part in source.parts:
             if not source.share_of_names(container, part):
                 continue
@@ -160,7 +161,7 @@ def import_report(result: Imported) -> str:
 
 
 def _checksum(result: Imported) -> str:
-    source = sources.SOURCES.get(result.source.partition(":")[0])
+    source = families.SOURCES.get(result.source.partition(":")[0])
     if source is None or not source.published:
         return f"SHA-256 {result.sha256}"
     if result.sha256.startswith(source.published):
@@ -172,7 +173,7 @@ def _checksum(result: Imported) -> str:
 
 
 def _heads(names: list[str]) -> list[str]:
-    kinds = rules.summarize(names)
+    kinds = tables.summarize(names)
     return kinds if len(kinds) <= 4 else [*kinds[:3], f"and {len(kinds) - 3} more kinds"]
 
 

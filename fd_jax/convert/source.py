@@ -6,9 +6,9 @@ import functools
 import json
 from typing import Any
 
-from fd_jax.convert.rules import Match, Rule, Table, match, required_names
-from fd_jax.convert.tensors import Container, Tensor
-from fd_jax.convert.transforms import CONV, LINEAR, Shape
+from fd_jax.convert.containers.tensors import Container, Tensor
+from fd_jax.convert.rules.tables import Match, Rule, Table, match, required_names
+from fd_jax.convert.rules.transforms import CONV, LINEAR, Shape
 from fd_jax.model_folder import flat_shapes
 from fd_jax.models.spec import ModelSpec
 

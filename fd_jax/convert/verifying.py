@@ -18,10 +18,12 @@ import jax
 import numpy as np
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing, rules, safetensors_io, sources
-from fd_jax.convert.containers import open_container
+from fd_jax.convert import exporting, families, importing
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.containers.tensors import DTYPES
+from fd_jax.convert.rules import tables
 from fd_jax.convert.source import Source
-from fd_jax.convert.tensors import DTYPES
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -98,7 +100,7 @@ def verify(
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference"
         _write_reference(read, reference)
-        chosen = sources.SOURCES.get(read.source.partition(":")[0])
+        chosen = families.SOURCES.get(read.source.partition(":")[0])
         if chosen is not None and chosen.hf:
             untouched = _take_as_they_are(chosen, path, part, reference, DTYPES[dtype])
         else:
@@ -108,7 +110,7 @@ def verify(
     with torch.no_grad():
         theirs = [state.numpy() for state in _torch_tokens(model, pixels)]
     ours = _our_tokens(spec, params, images)
-    names = ["embedding", *(f"block {i}" for i in range(rules.depth(spec.arch))), "final norm"]
+    names = ["embedding", *(f"block {i}" for i in range(tables.depth(spec.arch))), "final norm"]
     rows = [
         (name, float(np.abs(found - expected).max()), float(np.abs(expected).max()))
         for name, found, expected in zip(names, ours, theirs, strict=False)
@@ -163,7 +165,7 @@ def _compare_parameters(expected: dict[str, np.ndarray], found: dict[str, np.nda
     if wrong:
         raise ConversionError(
             "the model folder does not hold the parameters of the file: "
-            f"{', '.join(rules.summarize(wrong))}"
+            f"{', '.join(tables.summarize(wrong))}"
         )
 
 
@@ -176,7 +178,7 @@ def _our_tokens(
     @jax.jit
     def run(encoder: Any, images: jax.Array) -> list[jax.Array]:
         module: Any = nnx.merge(definition, encoder)
-        maps = module.intermediates(images, range(rules.depth(spec.arch)))
+        maps = module.intermediates(images, range(tables.depth(spec.arch)))
         final = [module(images).tokens] if spec.arch["final_norm"] else []
         return [module.embed(images), *(found.tokens for found in maps), *final]
 

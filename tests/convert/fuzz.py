@@ -21,9 +21,11 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from fd_jax.convert import exporting, importing, listing, safetensors_io, sources
+from fd_jax.convert import exporting, families, importing, listing
+from fd_jax.convert.containers import safetensors_io
 from fd_jax.errors import ConversionError
-from tests.convert import synthetic, test_onnx
+from tests.convert import synthetic
+from tests.convert.families import test_dinov2_onnx
 
 SECONDS = 2.0
 WARM_UP = 20  # files whose time is not looked at: the first of a container imports its packages
@@ -48,7 +50,7 @@ def seed_file(container: str, folder: Path) -> bytes:
     """An undamaged shrunk file."""
     name, _ = SEEDS[container]
     if container == "onnx":
-        return test_onnx.write_graph(folder, test_onnx.hub_tensors()).read_bytes()
+        return test_dinov2_onnx.write_graph(folder, test_dinov2_onnx.hub_tensors()).read_bytes()
     if container == "own safetensors":
         (folder / "f.pth").write_bytes(seed_file("torch legacy", folder))
         result = importing.read("dino_vitb16", folder / "f.pth")
@@ -201,8 +203,8 @@ def one(container: str, seeds: dict[str, bytes], rng: random.Random, folder: Pat
 
 def install() -> None:
     """Puts shrunk sources in the place of the real ones."""
-    for name in [*synthetic.names(), test_onnx.NAME]:
-        sources.SOURCES[name] = synthetic.small_source(name)
+    for name in [*synthetic.names(), test_dinov2_onnx.NAME]:
+        families.SOURCES[name] = synthetic.small_source(name)
     importing._LAZY_SIZE = 1000  # as large tensors are: read when their turn to be written comes
 
 

@@ -16,11 +16,12 @@ import types
 
 import numpy as np
 
-from fd_jax.convert import siglip2, sources
+from fd_jax.convert import families
+from fd_jax.convert.families import siglip2
 from fd_jax.convert.source import Source
 
 # Tests put shrunk sources into the registry; here the real ones are meant.
-REAL = dict(sources.SOURCES)
+REAL = dict(families.SOURCES)
 STRUCTURES = Path(__file__).parent / "structures"
 SMALL = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 128, "patch_size": 4}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fd_jax.convert import importing
-from fd_jax.convert.tensors import Container, Tensor
+from fd_jax.convert.containers.tensors import Container, Tensor
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fd_jax import checkpoint, model_folder
-from fd_jax.convert import cli, exporting, importing, listing, sources, verifying
+from fd_jax.convert import cli, exporting, families, importing, listing, verifying
 from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
 from tests.convert import synthetic
 
@@ -24,7 +24,7 @@ NAME = "fd_official_distilled_clip_vit_b"
 def small(monkeypatch):
     """Sources of shrunk files in the place of the real ones."""
     for name in synthetic.names():
-        monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+        monkeypatch.setitem(families.SOURCES, name, synthetic.small_source(name))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_verify_sees_a_wrong_table_where_the_file_is_the_references(small, tmp_p
     name = "dinov2_vitb14_hf"
     given = synthetic.structure(name)
     path = synthetic.write(given, synthetic.values(given), tmp_path)
-    source = sources.SOURCES[name]
+    source = families.SOURCES[name]
     part = source.parts["backbone"]
     swap = {"norm1": "norm2", "norm2": "norm1"}
     rules = tuple(
@@ -291,7 +291,7 @@ def test_verify_sees_a_wrong_table_where_the_file_is_the_references(small, tmp_p
     )
     wrong = dataclasses.replace(part, table=dataclasses.replace(part.table, rules=rules))
     monkeypatch.setitem(
-        sources.SOURCES, name, dataclasses.replace(source, parts={"backbone": wrong})
+        families.SOURCES, name, dataclasses.replace(source, parts={"backbone": wrong})
     )
     importing.import_file(name, path, tmp_path / "model")
     compared = verifying.verify(name, path, tmp_path / "model")
@@ -302,7 +302,7 @@ def test_sources_prints_the_table_of_the_docs(capsys):
     assert run("sources") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2
-    assert len(tables[0].splitlines()) == len(sources.SOURCES) + 2
+    assert len(tables[0].splitlines()) == len(families.SOURCES) + 2
     assert len(tables[1].splitlines()) == len(exporting.FORMATS) + 2
     text = (ROOT / "docs" / "conversion.md").read_text()
     missing = [line for table in tables for line in table.splitlines() if line not in text]
@@ -312,8 +312,8 @@ def test_sources_prints_the_table_of_the_docs(capsys):
 
 
 def test_every_source_is_tested_and_documented():
-    assert set(synthetic.names()) | {"dinov2_vits14_onnx"} == set(sources.SOURCES)
-    for source in sources.SOURCES.values():
+    assert set(synthetic.names()) | {"dinov2_vits14_onnx"} == set(families.SOURCES)
+    for source in families.SOURCES.values():
         assert source.file and source.oracle, source.name
 
 
@@ -346,9 +346,9 @@ KILLED = """
 import sys, time
 from etils import epath
 from fd_jax import checkpoint
-from fd_jax.convert import importing, sources
+from fd_jax.convert import families, importing
 from tests.convert import synthetic
-sources.SOURCES[{name!r}] = synthetic.small_source({name!r})
+families.SOURCES[{name!r}] = synthetic.small_source({name!r})
 def stop():
     print("stopped", flush=True)
     time.sleep(60)
@@ -402,14 +402,14 @@ def test_a_kill_leaves_no_half_written_folder(overwrite, moment, left, weights, 
 def test_import_tells_whether_the_file_is_the_public_one(weights, tmp_path, capsys, monkeypatch):
     common = ("import", "--source", NAME, "--input", weights, "--overwrite", "--output")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    source = sources.SOURCES[NAME]
+    source = families.SOURCES[NAME]
     for published, message in (
         ("", f"SHA-256 {digest}\n"),
         (digest[:8], f"{digest}, that of the public {source.file}"),
         ("0123456789", "begins with 01234567: this one was trained on, saved again or changed"),
     ):
         changed = dataclasses.replace(source, published=published)
-        monkeypatch.setitem(sources.SOURCES, NAME, changed)
+        monkeypatch.setitem(families.SOURCES, NAME, changed)
         assert run(*common, tmp_path / "model") == 0
         assert message in capsys.readouterr().out
 

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing, safetensors_io, sources
-from fd_jax.convert.containers import open_container
+from fd_jax.convert import exporting, families, importing
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles, synthetic
 
 TOLERANCE = 1e-5
 NAMES = synthetic.names()
-PARTS = [(name, part) for name in NAMES for part in sources.SOURCES[name].parts]
+PARTS = [(name, part) for name in NAMES for part in families.SOURCES[name].parts]
 # One source per table of rules.
 VITS = (
     "openai_clip_vit_b16",
@@ -50,7 +51,7 @@ TABLES = (*VITS, *SWINS, *ALONE)
 def precise(monkeypatch):
     """Float32 products in full, and sources of shrunk files in the place of the real ones."""
     for name in NAMES:
-        monkeypatch.setitem(sources.SOURCES, name, _small(name))
+        monkeypatch.setitem(families.SOURCES, name, _small(name))
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -406,7 +407,7 @@ def test_auto_takes_the_only_source_that_fits_and_asks_where_keys_cannot_tell(
 ):
     # At their real sizes the others differ; shrunk ones would be alike.
     kept = ("deit_base_patch16_224", "openai_clip_vit_b16", "open_clip_vit_b16_laion2b")
-    monkeypatch.setattr(sources, "SOURCES", {name: sources.SOURCES[name] for name in kept})
+    monkeypatch.setattr(families, "SOURCES", {name: families.SOURCES[name] for name in kept})
     deit, _ = imported("deit_base_patch16_224", None, tmp_path)
     assert importing.read("auto", tmp_path / "model.pth").source == deit.source
     given, trees = _trees("openai_clip_vit_b16")
@@ -444,7 +445,7 @@ def test_blocks_beyond_ten_stay_in_order(tmp_path, monkeypatch):
     """Sorted as text, 10 comes before 2: nothing on the way may go by that order."""
     monkeypatch.setitem(synthetic.SMALL, "depth", 12)
     name = "deit_base_patch16_224"
-    monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+    monkeypatch.setitem(families.SOURCES, name, synthetic.small_source(name))
     given = synthetic.structure(name)
     trees = synthetic.values(given)
     path = synthetic.write(given, trees, tmp_path)

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Drop, Place, Rule, Table
+from fd_jax.convert.rules.tables import Derived, Drop, Place, Rule, Table
+from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
-from fd_jax.convert.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
 from fd_jax.models.spec import ModelSpec
 
 _BLOCK = "encoder/blocks/{i}"

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from fd_jax.convert.rules import Drop, Rule, Table
-from fd_jax.convert.source import SIZES, Part, Source, linear, norm
-from fd_jax.convert.transforms import (
+from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
     FUSED_QKV_BIAS,
@@ -12,6 +11,7 @@ from fd_jax.convert.transforms import (
     SPLIT_QKV,
     VECTOR_TOKEN,
 )
+from fd_jax.convert.source import SIZES, Part, Source, linear, norm
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, ModelSpec
 
 _BLOCK = "encoder/blocks/{i}"

@@ -1,8 +1,8 @@
 """DINO, DeiT and MAE: the ViT of timm, which all three use."""
 
-from fd_jax.convert.rules import Drop, Rule, Table
+from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
-from fd_jax.convert.transforms import FUSED_QKV, FUSED_QKV_BIAS
 from fd_jax.models.spec import ModelSpec
 
 BLOCK = "encoder/blocks/{i}"

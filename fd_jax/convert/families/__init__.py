@@ -1,6 +1,6 @@
 """The registry: every source there is, collected from the tables."""
 
-from fd_jax.convert import beit, clip, dinov2, dinov3, official_fd, siglip2, swin, timm_vit
+from fd_jax.convert.families import beit, clip, dinov2, dinov3, official_fd, siglip2, swin, timm_vit
 from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
 

@@ -5,8 +5,8 @@ from tokenize import TokenError
 
 import numpy as np
 
-from fd_jax.convert.tensors import DTYPES, Container, Tensor, check_shape, damaged
-from fd_jax.convert.zips import DAMAGE, MappedZip
+from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor, check_shape, damaged
+from fd_jax.convert.containers.zips import DAMAGE, MappedZip
 from fd_jax.errors import ConversionError
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Drop, Place, Rule, Table
+from fd_jax.convert.rules.tables import Derived, Drop, Place, Rule, Table
+from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, PER_HEAD, SPLIT_QKV
 from fd_jax.convert.source import Part, Source, conv, linear, norm
-from fd_jax.convert.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, PER_HEAD, SPLIT_QKV
 from fd_jax.models import swin, windows
 from fd_jax.models.layers import relative_position_index
 from fd_jax.models.spec import ModelSpec

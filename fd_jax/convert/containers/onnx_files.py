@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fd_jax.convert.tensors import DTYPES, Container, Tensor, check_shape, damaged
+from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor, check_shape, damaged
 from fd_jax.errors import ConversionError
 
 _ANONYMOUS = "onnx::"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_jax.convert.tensors import Tensor
-from fd_jax.convert.transforms import SAME, Shape, Transform
+from fd_jax.convert.containers.tensors import Tensor
+from fd_jax.convert.rules.transforms import SAME, Shape, Transform
 from fd_jax.errors import ConversionError
 
 FLOATS = ("float32", "float16", "bfloat16")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fd_jax.convert import rules, transforms
-from fd_jax.convert.rules import Derived, Drop, Rule, Table
-from fd_jax.convert.tensors import Tensor
+from fd_jax.convert.containers.tensors import Tensor
+from fd_jax.convert.rules import tables, transforms
+from fd_jax.convert.rules.tables import Derived, Drop, Rule, Table
 from fd_jax.errors import ConversionError
 
 ARCH = {"depth": 2, "width": 4}
@@ -42,14 +42,14 @@ def a_file(**changes):
 
 
 def problems(**changes):
-    return rules.match(TABLE, a_file(**changes), SHAPES, ARCH).problems
+    return tables.match(TABLE, a_file(**changes), SHAPES, ARCH).problems
 
 
 def test_a_file_that_fits():
-    found = rules.match(TABLE, a_file(), SHAPES, ARCH)
+    found = tables.match(TABLE, a_file(), SHAPES, ARCH)
     assert not found.problems and found.found == found.expected == 3
     assert found.dropped == {"the text tower": ["text.x"]}
-    converted = {path: load() for path, load in rules.convert(found, a_file())}
+    converted = {path: load() for path, load in tables.convert(found, a_file())}
     assert {k: v.shape for k, v in converted.items()} == {
         k: v for k, v in SHAPES.items() if k.startswith("encoder")
     }
@@ -89,19 +89,19 @@ def test_nan_in_a_derived_tensor_is_refused():
 
 def test_a_parameter_without_a_rule_is_a_fault_of_the_table():
     shapes = {**SHAPES, "encoder/b": (1,)}
-    found = rules.match(TABLE, a_file(), shapes, ARCH)
+    found = tables.match(TABLE, a_file(), shapes, ARCH)
     assert found.problems == ["no rule fills the parameter encoder/b"]
 
 
 def test_writing_what_the_model_lacks_is_refused():
     params = {"encoder/a": np.zeros(4), "encoder/blocks/0/kernel": np.zeros((4, 3))}
     with pytest.raises(ConversionError, match="lacks .*encoder/blocks/1/kernel"):
-        dict(rules.invert(TABLE, params, ARCH, derived=True))
+        dict(tables.invert(TABLE, params, ARCH, derived=True))
 
 
 def test_names_are_summarised_by_block_number():
     names = [f"blocks.{i}.mlp.0.w" for i in range(12)] + ["norm1.w", "img/encoderblock_3/k"]
-    assert rules.summarize(names) == [
+    assert tables.summarize(names) == [
         "blocks.*.mlp.*.w (12)",
         "norm1.w",
         "img/encoderblock_3/k",

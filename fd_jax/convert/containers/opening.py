@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
-from fd_jax.convert import foreign, npz, onnx_files, safetensors_io, torch_files
-from fd_jax.convert.tensors import Container, Tensor, damaged
-from fd_jax.convert.zips import MappedZip
+from fd_jax.convert.containers import foreign, npz, onnx_files, safetensors_io, torch_files
+from fd_jax.convert.containers.tensors import Container, Tensor, damaged
+from fd_jax.convert.containers.zips import MappedZip
 from fd_jax.errors import ConversionError
 
 _EXPECTED = (

@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from fd_jax.convert.tensors import (
+from fd_jax.convert.containers.tensors import (
     DTYPES,
     Container,
     MappedFile,

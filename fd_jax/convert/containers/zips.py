@@ -5,7 +5,7 @@ import struct
 import zipfile
 import zlib
 
-from fd_jax.convert.tensors import MappedFile, damaged
+from fd_jax.convert.containers.tensors import MappedFile, damaged
 from fd_jax.errors import ConversionError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")

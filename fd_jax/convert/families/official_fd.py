@@ -1,10 +1,10 @@
 """Checkpoints of the original Feature Distillation repository, distilled and fine-tuned."""
 
-from fd_jax.convert import beit, clip, swin, timm_vit
-from fd_jax.convert.beit import PER_BLOCK, SHARED
-from fd_jax.convert.rules import Drop, Rule, Table, as_glob, as_tuple, prefixed
+from fd_jax.convert.families import beit, clip, swin, timm_vit
+from fd_jax.convert.families.beit import PER_BLOCK, SHARED
+from fd_jax.convert.rules.tables import Drop, Rule, Table, as_glob, as_tuple, prefixed
+from fd_jax.convert.rules.transforms import CONV_1X1
 from fd_jax.convert.source import Part, Source
-from fd_jax.convert.transforms import CONV_1X1
 from fd_jax.models.spec import ModelSpec
 
 # The distillation module: student `encoder`, projector `decoder`, frozen teacher `feature_model`.

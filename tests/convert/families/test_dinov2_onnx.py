@@ -10,8 +10,8 @@ from onnx import helper, numpy_helper
 import pytest
 
 from fd_jax import model_folder
-from fd_jax.convert import importing, sources
-from fd_jax.convert.containers import open_container
+from fd_jax.convert import families, importing
+from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ConversionError
 from tests.convert import oracles, synthetic
 
@@ -58,7 +58,7 @@ def hub_tensors():
 
 
 def test_features_equal_dinov2model(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, NAME, small_source())
+    monkeypatch.setitem(families.SOURCES, NAME, small_source())
     tensors = hub_tensors()
     path = write_graph(tmp_path, tensors)
     with pytest.raises(ConversionError, match="--allow-other-hash") as caught:
@@ -77,7 +77,7 @@ def test_features_equal_dinov2model(tmp_path, monkeypatch):
 
 def test_a_renamed_node_is_a_missing_weight(tmp_path, monkeypatch):
     """Negative control: what a constant is follows from its node alone."""
-    monkeypatch.setitem(sources.SOURCES, NAME, small_source())
+    monkeypatch.setitem(families.SOURCES, NAME, small_source())
     path = write_graph(tmp_path, hub_tensors())
     graph = onnx.load(path)
     (node,) = [n for n in graph.graph.node if n.name.endswith("layer.1/mlp/fc2/MatMul")]

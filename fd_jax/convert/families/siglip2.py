@@ -1,14 +1,14 @@
 """SigLIP 2's image tower: big_vision's npz (stacked or per block) and Hugging Face's layout."""
 
-from fd_jax.convert.rules import Drop, Rule, Table
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
-from fd_jax.convert.transforms import (
+from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.rules.transforms import (
     MATRIX_TOKENS,
     SPLIT_QKV,
     heads_bias,
     heads_out,
     split_qkv_heads,
 )
+from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
 from fd_jax.models.spec import ModelSpec
 
 _BLOCK = "encoder/blocks/{i}"

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from fd_jax.convert.rules import Drop, Rule, Table
+from fd_jax.convert.families.timm_vit import TABLE as TIMM
+from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.rules.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
-from fd_jax.convert.timm_vit import TABLE as TIMM
-from fd_jax.convert.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
 from fd_jax.models.resize import PositionResize
 from fd_jax.models.spec import ModelSpec
 

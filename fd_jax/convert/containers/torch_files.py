@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert import pickles
-from fd_jax.convert.pickles import Inert, Name, Storage, StridedTensor
-from fd_jax.convert.tensors import DTYPES, Container, MappedFile, Tensor, damaged, walk
-from fd_jax.convert.zips import MappedZip
+from fd_jax.convert.containers import pickles
+from fd_jax.convert.containers.pickles import Inert, Name, Storage, StridedTensor
+from fd_jax.convert.containers.tensors import DTYPES, Container, MappedFile, Tensor, damaged, walk
+from fd_jax.convert.containers.zips import MappedZip
 from fd_jax.errors import ConversionError
 
 LEGACY_HEAD = b"\x80\x02\x8a\x0a"

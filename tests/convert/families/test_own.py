@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing, listing, safetensors_io, sources
+from fd_jax.convert import exporting, families, importing, listing
+from fd_jax.convert.containers import safetensors_io
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 
@@ -19,7 +20,7 @@ NAME = "fd_official_distilled_clip_vit_b"
 def model(tmp_path, monkeypatch):
     """A small model folder."""
     for name in synthetic.names():
-        monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+        monkeypatch.setitem(families.SOURCES, name, synthetic.small_source(name))
     given = synthetic.structure(NAME)
     importing.import_file(
         NAME, synthetic.write(given, synthetic.values(given), tmp_path), tmp_path / "model"

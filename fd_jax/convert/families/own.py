@@ -6,9 +6,9 @@ made from the file and every fact is the one the model had.
 
 import math
 
-from fd_jax.convert.rules import Rule, Table, depth
+from fd_jax.convert.containers.tensors import Container
+from fd_jax.convert.rules.tables import Rule, Table, depth
 from fd_jax.convert.source import Part, Source, shapes
-from fd_jax.convert.tensors import Container
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models.spec import ModelSpec
 

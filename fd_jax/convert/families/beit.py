@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules import Derived, Place, Rule, Table
+from fd_jax.convert.rules.tables import Derived, Place, Rule, Table
+from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
-from fd_jax.convert.transforms import FUSED_QKV
 from fd_jax.models.layers import relative_position_index
 from fd_jax.models.spec import ModelSpec
 

@@ -21,8 +21,8 @@ import pytest
 from safetensors.numpy import save_file
 import torch
 
-from fd_jax.convert import safetensors_io
-from fd_jax.convert.containers import open_container
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 
@@ -423,9 +423,10 @@ def test_reading_needs_no_torch_onnx_or_tensorflow(tmp_path):
     save_file({"w": np.ones(2)}, tmp_path / "f.safetensors")
     code = (
         "import sys\n"
-        "from fd_jax.convert import cli, containers\n"
+        "from fd_jax.convert import cli\n"
+        "from fd_jax.convert.containers import opening\n"
         f"for end in ('pt', 'npz', 'safetensors'):\n"
-        f"    containers.open_container('{tmp_path}/f.' + end).tensors['w'].load()\n"
+        f"    opening.open_container('{tmp_path}/f.' + end).tensors['w'].load()\n"
         "heavy = {'torch', 'onnx', 'tensorflow', 'cv2', 'safetensors', 'transformers', 'grain',\n"
         "         'tensorflow_datasets', 'clu', 'matplotlib'}\n"
         "print(sorted(heavy & set(sys.modules)))"
