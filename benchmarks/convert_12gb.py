@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.convert_clip_l14 import measure
 from fd_jax.convert import families
 from fd_jax.convert.containers import safetensors_io
-from fd_jax.convert.rules.tables import invert
-from fd_jax.convert.source import shapes
+from fd_jax.convert.networks import shapes
+from fd_jax.convert.rules.matching import invert
 
 NAME = "dinov2_vits14_hf"
 ARCH = {"width": 2560, "depth": 38, "heads": 40, "mlp_width": 10240}

@@ -10,8 +10,9 @@ from typing import NoReturn
 from absl import logging
 import jax
 
-from fd_jax.convert import exporting, importing, listing, verifying
-from fd_jax.convert.rules import tables
+from fd_jax.convert import exporting, importing, inspecting, listing, verifying
+from fd_jax.convert.formats import FORMATS
+from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError, UserError
 
 
@@ -53,7 +54,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")
     command.add_argument("--input", required=True, type=_path, help="any weights file or folder")
-    command.set_defaults(run=lambda a: print(listing.inspect(a.input)))
+    command.set_defaults(run=lambda a: print(inspecting.inspect(a.input)))
 
     command = commands.add_parser("import", help="turn a file into a model folder")
     command.add_argument("--source", required=True, help="a name from `sources`, or auto")
@@ -73,7 +74,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="write a model folder for another library")
-    command.add_argument("--format", required=True, choices=exporting.FORMATS)
+    command.add_argument("--format", required=True, choices=FORMATS)
     command.add_argument("--input", required=True, type=_path, help="model folder")
     command.add_argument(
         "--output", required=True, type=_path, help="file, or folder for huggingface"
@@ -116,7 +117,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
     )
     if left:
-        print(f"the layout has no place for {', '.join(tables.summarize(left))}")
+        print(f"the layout has no place for {', '.join(summarize(left))}")
     print(f"wrote {arguments.output}")
 
 

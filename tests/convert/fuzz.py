@@ -21,8 +21,9 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from fd_jax.convert import exporting, families, importing, listing
+from fd_jax.convert import families, formats, importing, inspecting
 from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 from tests.convert.families import test_dinov2_onnx
@@ -55,7 +56,7 @@ def seed_file(container: str, folder: Path) -> bytes:
         (folder / "f.pth").write_bytes(seed_file("torch legacy", folder))
         result = importing.read("dino_vitb16", folder / "f.pth")
         path = folder / "own.safetensors"
-        exporting.FORMATS["safetensors"].write(result.spec, exporting.flat(result.params), path)
+        formats.FORMATS["safetensors"].write(result.spec, flat(result.params), path)
         return path.read_bytes()
     given = synthetic.structure(name)
     trees = synthetic.values(given)
@@ -175,7 +176,7 @@ def attempt(path: Path, source: str, output: Path) -> str:
         assert not output.exists(), "a refused file left a folder"
         outcome = "refused"
     try:
-        listing.inspect(path)
+        inspecting.inspect(path)
     except ConversionError as error:
         assert str(path) in str(error), f"the message does not name the file: {error}"
     _, peak = tracemalloc.get_traced_memory()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_jax.convert import importing
+from fd_jax.convert import identifying
 from fd_jax.convert.containers.tensors import Container, Tensor
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
@@ -38,9 +38,9 @@ def test_auto_never_takes_another_source(name):
     if name == "fd_official_finetuned_clip_vit_b":  # BEiT's own files have its index buffers too
         asked = {name, "timm_beit_base_patch16_224"}
     if asked is None:
-        assert importing.identify(unread(name)).name == name
+        assert identifying.identify(unread(name)).name == name
         return
     with pytest.raises(ConversionError, match="fit several sources; say which") as caught:
-        importing.identify(unread(name))
+        identifying.identify(unread(name))
     lines = str(caught.value).splitlines()[1:]
     assert {line.split(":")[0].strip() for line in lines} == asked

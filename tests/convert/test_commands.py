@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fd_jax import checkpoint, model_folder
-from fd_jax.convert import cli, exporting, families, importing, listing, verifying
+from fd_jax.convert import cli, families, formats, importing, listing, verifying
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
 from tests.convert import synthetic
 
@@ -284,8 +285,8 @@ def test_verify_sees_a_wrong_table_where_the_file_is_the_references(small, tmp_p
     part = source.parts["backbone"]
     swap = {"norm1": "norm2", "norm2": "norm1"}
     rules = tuple(
-        dataclasses.replace(rule, sources=re.sub("norm[12]", lambda m: swap[m[0]], rule.sources))
-        if isinstance(rule.sources, str)
+        dataclasses.replace(rule, names=re.sub("norm[12]", lambda m: swap[m[0]], rule.names))
+        if isinstance(rule.names, str)
         else rule
         for rule in part.table.rules
     )
@@ -303,7 +304,7 @@ def test_sources_prints_the_table_of_the_docs(capsys):
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2
     assert len(tables[0].splitlines()) == len(families.SOURCES) + 2
-    assert len(tables[1].splitlines()) == len(exporting.FORMATS) + 2
+    assert len(tables[1].splitlines()) == len(formats.FORMATS) + 2
     text = (ROOT / "docs" / "conversion.md").read_text()
     missing = [line for table in tables for line in table.splitlines() if line not in text]
     assert not missing and all(table in text for table in tables), (
@@ -446,7 +447,7 @@ def test_progress_counts_every_byte_once(weights, tmp_path, monkeypatch, capsys)
     last = {what: (done, total) for what, done, total in calls}
     assert list(last) == ["checking the sum of", "writing"]
     assert last["checking the sum of"] == (weights.stat().st_size,) * 2
-    written = sum(a.nbytes for a in exporting.flat(model_folder.load(tmp_path / "a")[1]).values())
+    written = sum(a.nbytes for a in flat(model_folder.load(tmp_path / "a")[1]).values())
     assert last["writing"] == (written, written)
     monkeypatch.setattr(cli._Progress, "EVERY", 0.0)
     assert run("import", "--source", NAME, "--input", weights, "--output", tmp_path / "b") == 0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import transformers
 
-from fd_jax.convert import exporting
+from fd_jax.convert import formats
+from fd_jax.convert.trees import encoder, flat
 from fd_jax.errors import ConfigError, ConversionError
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles, synthetic
@@ -68,7 +69,7 @@ POOLER |= {"pooler.layernorm.bias"}
 def random_params(spec):
     """Random parameters by path."""
     rng = np.random.default_rng(0)
-    shapes = exporting.flat(spec.abstract()[1])
+    shapes = flat(spec.abstract()[1])
     return {
         f"encoder/{name}": (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
         for name, leaf in shapes.items()
@@ -99,7 +100,7 @@ def test_a_network_beside_the_public_ones_is_written_right_or_refused(base, tmp_
         try:
             params = random_params(spec)
             folder = tmp_path / str(index)
-            exporting.FORMATS["huggingface"].write(spec, params, folder)
+            formats.FORMATS["huggingface"].write(spec, params, folder)
         except (ConfigError, ConversionError):
             kinds.append("refused")
             continue
@@ -107,8 +108,8 @@ def test_a_network_beside_the_public_ones_is_written_right_or_refused(base, tmp_
         kinds.append(kind)
         # Eagerly: these run once, and compiling costs more.
         with jax.disable_jit(), jax.default_matmul_precision("highest"):
-            encoder = exporting.nested_encoder(params)
-            ours = np.asarray(nnx.merge(spec.abstract()[0], encoder)(images).tokens)
+            nested = encoder(params)
+            ours = np.asarray(nnx.merge(spec.abstract()[0], nested)(images).tokens)
         assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max(), (kind, change)
     assert kinds[0] == base
     assert "refused" in kinds

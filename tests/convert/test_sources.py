@@ -14,6 +14,7 @@ from fd_jax import model_folder
 from fd_jax.convert import exporting, families, importing
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles, synthetic
@@ -155,7 +156,7 @@ def test_the_comparison_sees_a_wrong_rule(name, tmp_path):
     result, trees = imported(name, None, tmp_path)
     images = _images(result.spec.arch["image_size"])
     right = features(result.spec, result.params, images)
-    seen = exporting.flat(result.params)
+    seen = flat(result.params)
     for path in seen:
         again = "blocks/1/" in path and "extra_norm" not in path
         # A constant on all keys changes no softmax; the projector is not in the features.
@@ -211,7 +212,7 @@ def test_round_trip_gives_every_tensor_back_bit_for_bit(name, part, tmp_path):
     written = safetensors_io.read(tmp_path / "back.safetensors").tensors
     source = _small(name)
     _, originals = source.match(open_container(path), part)
-    taken = {n for step in source.match(open_container(path), part)[0].steps for n in step.sources}
+    taken = {n for step in source.match(open_container(path), part)[0].steps for n in step.names}
     assert set(written) == taken
     for key, tensor in written.items():
         before = originals[key]

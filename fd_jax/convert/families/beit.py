@@ -1,17 +1,28 @@
-"""BEiT's ViT, which is the official feature distillation student: relative positions, no k bias."""
+"""BEiT's ViT, also the student of the original repository: relative positions, no k bias."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules.tables import Derived, Place, Rule, Table
+from fd_jax.convert.families import timm_vit
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
+from fd_jax.convert.layout import Timm
+from fd_jax.convert.networks.vit import (
+    BIASES_QV,
+    BLOCK,
+    CLASS_TOKEN,
+    NOT_ROTARY,
+    PATCH_BIAS,
+    QKV,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Derived, Place, Rule, Table, conv, linear, norm, prefixed
 from fd_jax.convert.rules.transforms import FUSED_QKV
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.layers import relative_position_index
 from fd_jax.models.spec import ModelSpec
-
-_BLOCK = "encoder/blocks/{i}"
 
 
 def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
@@ -26,16 +37,16 @@ _TRUNK = Table(
     (
         Rule("cls_token", "encoder/cls_token"),
         *conv("patch_embed.proj", "encoder/patch_embed"),
-        Rule("blocks.{i}.gamma_1", f"{_BLOCK}/gamma_1"),
-        Rule("blocks.{i}.gamma_2", f"{_BLOCK}/gamma_2"),
-        *norm("blocks.{i}.norm1", f"{_BLOCK}/norm1"),
-        Rule("blocks.{i}.attn.q_bias", f"{_BLOCK}/attn/q_bias"),
-        Rule("blocks.{i}.attn.v_bias", f"{_BLOCK}/attn/v_bias"),
-        Rule("blocks.{i}.attn.qkv.weight", f"{_BLOCK}/attn/qkv/kernel", FUSED_QKV),
-        *linear("blocks.{i}.attn.proj", f"{_BLOCK}/attn/proj"),
-        *norm("blocks.{i}.norm2", f"{_BLOCK}/norm2"),
-        *linear("blocks.{i}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *linear("blocks.{i}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        Rule("blocks.{i}.gamma_1", f"{BLOCK}/gamma_1"),
+        Rule("blocks.{i}.gamma_2", f"{BLOCK}/gamma_2"),
+        *norm("blocks.{i}.norm1", f"{BLOCK}/norm1"),
+        Rule("blocks.{i}.attn.q_bias", f"{BLOCK}/attn/q_bias"),
+        Rule("blocks.{i}.attn.v_bias", f"{BLOCK}/attn/v_bias"),
+        Rule("blocks.{i}.attn.qkv.weight", QKV, FUSED_QKV),
+        *linear("blocks.{i}.attn.proj", f"{BLOCK}/attn/proj"),
+        *norm("blocks.{i}.norm2", f"{BLOCK}/norm2"),
+        *linear("blocks.{i}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear("blocks.{i}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
     )
 )
 SHARED = _TRUNK + Table(
@@ -48,12 +59,27 @@ SHARED = _TRUNK + Table(
 )
 PER_BLOCK = _TRUNK + Table(
     (
-        Rule("blocks.{i}.attn.relative_position_bias_table", f"{_BLOCK}/attn/rel_pos_bias/table"),
+        Rule("blocks.{i}.attn.relative_position_bias_table", f"{BLOCK}/attn/rel_pos_bias/table"),
         *norm("fc_norm", "fc_norm"),
         *linear("head", "head"),
     ),
     (),
     (Derived("blocks.{i}.attn.relative_position_index", _index),),
+)
+_TIMM = Table(
+    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed"))))
+)
+
+_LAYER = "encoder.layer.{i}"
+_TABLE = "relative_position_bias.relative_position_bias_table"
+_HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
+    (
+        Rule(f"{_LAYER}.lambda_1", f"{BLOCK}/gamma_1"),
+        Rule(f"{_LAYER}.lambda_2", f"{BLOCK}/gamma_2"),
+        Rule(f"encoder.{_TABLE}", "encoder/rel_pos_bias/table"),
+        Rule(f"{_LAYER}.attention.attention.{_TABLE}", f"{BLOCK}/attn/rel_pos_bias/table"),
+        *norm("pooler.layernorm", "fc_norm"),
+    )
 )
 
 
@@ -99,3 +125,34 @@ SOURCES = (
         "the head reads fc_norm of the mean patch token; BEiT v2 has ImageNet statistics",
     ),
 )
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    position = spec.arch["position"]
+    return {
+        **vit_fields(spec),
+        "use_absolute_position_embeddings": position == "ape",
+        "use_relative_position_bias": position == "rpb",
+        "use_shared_relative_position_bias": position == "shared_rpb",
+        "use_mean_pooling": not spec.arch["final_norm"],
+        "use_mask_token": False,
+        "layer_scale_init_value": spec.arch["layer_scale"] or 0.0,
+    }
+
+
+_NEEDS = (BIASES_QV, NOT_ROTARY)
+_HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
+LAYOUTS = (
+    Timm("Beit", "vit", _TIMM, _NEEDS),
+    HuggingFace("BeitModel", "vit", _HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
+    HuggingFace(
+        "BeitForImageClassification",
+        "vit",
+        prefixed(_HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
+        (*_HF_NEEDS, HAS_HEAD),
+        model_type="beit",
+        fields=_fields,
+    ),
+)
+
+FAMILY = Family("beit", SOURCES, LAYOUTS)

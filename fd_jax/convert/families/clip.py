@@ -1,8 +1,21 @@
-"""CLIP's image tower: OpenAI's archives, Hugging Face's layout, open_clip."""
+"""CLIP's image tower in the names of OpenAI (also open_clip's) and of Hugging Face."""
 
 import dataclasses
 
-from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.networks.vit import (
+    ABSOLUTE,
+    BIASES_QKV,
+    BLOCK,
+    CLASS_TOKEN,
+    NORM_BEFORE_BLOCKS,
+    QKV,
+    QKV_BIASES,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm
 from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
@@ -11,11 +24,9 @@ from fd_jax.convert.rules.transforms import (
     SPLIT_QKV,
     VECTOR_TOKEN,
 )
-from fd_jax.convert.source import SIZES, Part, Source, linear, norm
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, ModelSpec
 
-_BLOCK = "encoder/blocks/{i}"
-_BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
 _TEXT = "the text tower"
 _SIMILARITY = "the map into the space shared with text"
 
@@ -26,13 +37,13 @@ OPENAI = Table(
         Rule("visual.positional_embedding", "encoder/pos_embed", MATRIX_TOKENS),
         Rule("visual.conv1.weight", "encoder/patch_embed/kernel", CONV),
         *norm("visual.ln_pre", "encoder/ln_pre"),
-        *norm(f"{_RES}.ln_1", f"{_BLOCK}/norm1"),
-        Rule(f"{_RES}.attn.in_proj_weight", f"{_BLOCK}/attn/qkv/kernel", FUSED_QKV),
-        Rule(f"{_RES}.attn.in_proj_bias", _BIASES, FUSED_QKV_BIAS),
-        *linear(f"{_RES}.attn.out_proj", f"{_BLOCK}/attn/proj"),
-        *norm(f"{_RES}.ln_2", f"{_BLOCK}/norm2"),
-        *linear(f"{_RES}.mlp.c_fc", f"{_BLOCK}/mlp/fc1"),
-        *linear(f"{_RES}.mlp.c_proj", f"{_BLOCK}/mlp/fc2"),
+        *norm(f"{_RES}.ln_1", f"{BLOCK}/norm1"),
+        Rule(f"{_RES}.attn.in_proj_weight", QKV, FUSED_QKV),
+        Rule(f"{_RES}.attn.in_proj_bias", QKV_BIASES, FUSED_QKV_BIAS),
+        *linear(f"{_RES}.attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_RES}.ln_2", f"{BLOCK}/norm2"),
+        *linear(f"{_RES}.mlp.c_fc", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_RES}.mlp.c_proj", f"{BLOCK}/mlp/fc2"),
         *norm("visual.ln_post", "encoder/norm"),
     ),
     (
@@ -51,7 +62,7 @@ OPENAI = Table(
 )
 
 _LAYER = "vision_model.encoder.layers.{i}"
-_QKV = ("q_proj", "k_proj", "v_proj")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 HUGGINGFACE = Table(
     (
         Rule("vision_model.embeddings.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
@@ -60,20 +71,20 @@ HUGGINGFACE = Table(
         ),
         Rule("vision_model.embeddings.patch_embedding.weight", "encoder/patch_embed/kernel", CONV),
         *norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # the public name lacks the "e"
-        *norm(f"{_LAYER}.layer_norm1", f"{_BLOCK}/norm1"),
+        *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
         Rule(
-            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _QKV),
-            f"{_BLOCK}/attn/qkv/kernel",
+            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
+            QKV,
             SPLIT_QKV,
         ),
         *(
             Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
-            for p, bias in zip(_QKV, _BIASES, strict=True)
+            for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
         ),
-        *linear(f"{_LAYER}.self_attn.out_proj", f"{_BLOCK}/attn/proj"),
-        *norm(f"{_LAYER}.layer_norm2", f"{_BLOCK}/norm2"),
-        *linear(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *linear(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        *linear(f"{_LAYER}.self_attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
         *norm("vision_model.post_layernorm", "encoder/norm"),
     ),
     (
@@ -107,7 +118,7 @@ def _spec(size: str, patch_size: int, image_size: int, **changes) -> ModelSpec:
 VIT_B16 = Part(OPENAI, _spec("B", 16, 224))
 VIT_L14 = Part(OPENAI, _spec("L", 14, 224))
 
-_NOTE = "QuickGELU and epsilon 1e-5 stand in no key; the final norm is visual.ln_post"
+_NOTE = "QuickGELU and epsilon 1e-5 are in no key; the final norm is visual.ln_post"
 _OPENAI_ORACLE = "transformers CLIPVisionModel, ln_post on every token"
 
 # OpenAI's download addresses hold the checksums.
@@ -165,3 +176,23 @@ SOURCES = (
         "OpenAI's names, but the exact GELU",
     ),
 )
+
+
+def _normalized(model, tokens):
+    """All tokens after the final norm, which the class applies to the class token only."""
+    return getattr(model, "vision_model", model).post_layernorm(tokens)
+
+
+LAYOUTS = (
+    HuggingFace(
+        "CLIPVisionModel",
+        "vit",
+        HUGGINGFACE,
+        (CLASS_TOKEN, NORM_BEFORE_BLOCKS, FINAL_NORM, ABSOLUTE, BIASES_QKV),
+        model_type="clip_vision_model",
+        fields=vit_fields,
+        final_tokens=_normalized,
+    ),
+)
+
+FAMILY = Family("clip", SOURCES, LAYOUTS)

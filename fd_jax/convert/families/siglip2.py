@@ -1,6 +1,21 @@
-"""SigLIP 2's image tower: big_vision's npz (stacked or per block) and Hugging Face's layout."""
+"""SigLIP 2's image tower in the names of big_vision (stacked or per block) and of Hugging Face."""
 
-from fd_jax.convert.rules.tables import Drop, Rule, Table
+from typing import Any
+
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.networks.vit import (
+    ABSOLUTE,
+    BIASES_QKV,
+    BLOCK,
+    NO_CLASS_TOKEN,
+    PATCH_BIAS,
+    QKV,
+    QKV_BIASES,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm
 from fd_jax.convert.rules.transforms import (
     MATRIX_TOKENS,
     SPLIT_QKV,
@@ -8,19 +23,17 @@ from fd_jax.convert.rules.transforms import (
     heads_out,
     split_qkv_heads,
 )
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.spec import ModelSpec
 
-_BLOCK = "encoder/blocks/{i}"
-_BIASES = (f"{_BLOCK}/attn/q_bias", f"{_BLOCK}/attn/k_bias", f"{_BLOCK}/attn/v_bias")
 _TEXT = "the text tower"
 _POOL = "the attention pooling head"
 _SIMILARITY = "scale and bias of the similarity"
 
 
-def _both(source: str, target: str, names: tuple[str, str]) -> tuple[Rule, Rule]:
+def _both(name: str, path: str, leaves: tuple[str, str]) -> tuple[Rule, Rule]:
     """Rules of a flax layer, whose layout is ours."""
-    first, second = (Rule(f"{source}/{name}", f"{target}/{name}") for name in names)
+    first, second = (Rule(f"{name}/{leaf}", f"{path}/{leaf}") for leaf in leaves)
     return first, second
 
 
@@ -33,21 +46,21 @@ def big_vision(heads: int) -> Table:
         (
             *_both("img/embedding", "encoder/patch_embed", ("kernel", "bias")),
             Rule("img/pos_embedding", "encoder/pos_embed"),
-            *_both(f"{block}/LayerNorm_0", f"{_BLOCK}/norm1", ("scale", "bias")),
+            *_both(f"{block}/LayerNorm_0", f"{BLOCK}/norm1", ("scale", "bias")),
             Rule(
                 tuple(f"{attention}/{p}/kernel" for p in qkv),
-                f"{_BLOCK}/attn/qkv/kernel",
+                QKV,
                 split_qkv_heads(heads),
             ),
             *(
                 Rule(f"{attention}/{p}/bias", bias, heads_bias(heads))
-                for p, bias in zip(qkv, _BIASES, strict=True)
+                for p, bias in zip(qkv, QKV_BIASES, strict=True)
             ),
-            Rule(f"{attention}/out/kernel", f"{_BLOCK}/attn/proj/kernel", heads_out(heads)),
-            Rule(f"{attention}/out/bias", f"{_BLOCK}/attn/proj/bias"),
-            *_both(f"{block}/LayerNorm_1", f"{_BLOCK}/norm2", ("scale", "bias")),
-            *_both(f"{block}/MlpBlock_0/Dense_0", f"{_BLOCK}/mlp/fc1", ("kernel", "bias")),
-            *_both(f"{block}/MlpBlock_0/Dense_1", f"{_BLOCK}/mlp/fc2", ("kernel", "bias")),
+            Rule(f"{attention}/out/kernel", f"{BLOCK}/attn/proj/kernel", heads_out(heads)),
+            Rule(f"{attention}/out/bias", f"{BLOCK}/attn/proj/bias"),
+            *_both(f"{block}/LayerNorm_1", f"{BLOCK}/norm2", ("scale", "bias")),
+            *_both(f"{block}/MlpBlock_0/Dense_0", f"{BLOCK}/mlp/fc1", ("kernel", "bias")),
+            *_both(f"{block}/MlpBlock_0/Dense_1", f"{BLOCK}/mlp/fc2", ("kernel", "bias")),
             *_both("img/Transformer/encoder_norm", "encoder/norm", ("scale", "bias")),
         ),
         (
@@ -60,27 +73,27 @@ def big_vision(heads: int) -> Table:
 
 
 _LAYER = "vision_model.encoder.layers.{i}"
-_QKV = ("q_proj", "k_proj", "v_proj")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 HUGGINGFACE = Table(
     (
         *conv("vision_model.embeddings.patch_embedding", "encoder/patch_embed"),
         Rule(
             "vision_model.embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS
         ),
-        *norm(f"{_LAYER}.layer_norm1", f"{_BLOCK}/norm1"),
+        *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
         Rule(
-            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _QKV),
-            f"{_BLOCK}/attn/qkv/kernel",
+            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
+            QKV,
             SPLIT_QKV,
         ),
         *(
             Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
-            for p, bias in zip(_QKV, _BIASES, strict=True)
+            for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
         ),
-        *linear(f"{_LAYER}.self_attn.out_proj", f"{_BLOCK}/attn/proj"),
-        *norm(f"{_LAYER}.layer_norm2", f"{_BLOCK}/norm2"),
-        *linear(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
-        *linear(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
+        *linear(f"{_LAYER}.self_attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
         *norm("vision_model.post_layernorm", "encoder/norm"),
     ),
     (
@@ -133,3 +146,21 @@ SOURCES = (
         hf=True,
     ),
 )
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {**vit_fields(spec), "vision_use_head": False}
+
+
+LAYOUTS = (
+    HuggingFace(
+        "SiglipVisionModel",
+        "vit",
+        HUGGINGFACE,
+        (NO_CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ABSOLUTE, BIASES_QKV),
+        model_type="siglip_vision_model",
+        fields=_fields,
+    ),
+)
+
+FAMILY = Family("siglip2", SOURCES, LAYOUTS)

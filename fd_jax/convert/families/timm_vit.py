@@ -1,11 +1,15 @@
-"""DINO, DeiT and MAE: the ViT of timm, which all three use."""
+"""The plain ViT in the names of timm, as DINO, DeiT and MAE are published, and of Hugging Face."""
 
-from fd_jax.convert.rules.tables import Drop, Rule, Table
-from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS
-from fd_jax.convert.source import SIZES, Part, Source, conv, linear, norm
+from typing import Any
+
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
+from fd_jax.convert.layout import Timm
+from fd_jax.convert.networks.vit import BLOCK, NOT_ROTARY, PLAIN, QKV, QKV_BIASES, SIZES
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, prefixed
+from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
+from fd_jax.convert.source import Part, Source
 from fd_jax.models.spec import ModelSpec
-
-BLOCK = "encoder/blocks/{i}"
 
 TABLE = Table(
     (
@@ -13,12 +17,8 @@ TABLE = Table(
         Rule("pos_embed", "encoder/pos_embed"),
         *conv("patch_embed.proj", "encoder/patch_embed"),
         *norm("blocks.{i}.norm1", f"{BLOCK}/norm1"),
-        Rule("blocks.{i}.attn.qkv.weight", f"{BLOCK}/attn/qkv/kernel", FUSED_QKV),
-        Rule(
-            "blocks.{i}.attn.qkv.bias",
-            (f"{BLOCK}/attn/q_bias", f"{BLOCK}/attn/k_bias", f"{BLOCK}/attn/v_bias"),
-            FUSED_QKV_BIAS,
-        ),
+        Rule("blocks.{i}.attn.qkv.weight", QKV, FUSED_QKV),
+        Rule("blocks.{i}.attn.qkv.bias", QKV_BIASES, FUSED_QKV_BIAS),
         *linear("blocks.{i}.attn.proj", f"{BLOCK}/attn/proj"),
         *norm("blocks.{i}.norm2", f"{BLOCK}/norm2"),
         *linear("blocks.{i}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
@@ -31,6 +31,39 @@ DINO_HEAD = Table((), (Drop("head.*", "DINO's projection head", required=True),)
 MAE_DECODER = Table(
     (), (Drop("decoder_*", "MAE's decoder", required=True), Drop("mask_token", "MAE's decoder"))
 )
+
+# timm's class covers more networks than those published here.
+_VISION_TRANSFORMER = (
+    TABLE
+    + Table(
+        (
+            *norm("norm_pre", "encoder/ln_pre"),
+            Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
+            Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
+        )
+    )
+    + HEAD
+)
+
+_LAYER = "encoder.layer.{i}"
+_ATTENTION = tuple(f"{_LAYER}.attention.attention.{p}" for p in ("query", "key", "value"))
+# BEiT's class of transformers has these names as well.
+HUGGINGFACE = Table(
+    (
+        Rule("embeddings.cls_token", "encoder/cls_token"),
+        Rule("embeddings.position_embeddings", "encoder/pos_embed"),
+        *conv("embeddings.patch_embeddings.projection", "encoder/patch_embed"),
+        *norm(f"{_LAYER}.layernorm_before", f"{BLOCK}/norm1"),
+        Rule(tuple(f"{a}.weight" for a in _ATTENTION), QKV, SPLIT_QKV),
+        *(Rule(f"{a}.bias", bias) for a, bias in zip(_ATTENTION, QKV_BIASES, strict=True)),
+        *linear(f"{_LAYER}.attention.output.dense", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layernorm_after", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.intermediate.dense", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.output.dense", f"{BLOCK}/mlp/fc2"),
+        *norm("layernorm", "encoder/norm"),
+    )
+)
+HUGGINGFACE_HEAD = Table(linear("classifier", "head"))
 
 ARCH = {
     "image_size": 224,
@@ -92,3 +125,23 @@ SOURCES = (
         "the position table is the fixed sine-cosine one, stored in the file",
     ),
 )
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {**vit_fields(spec), "qkv_bias": True, "encoder_stride": spec.arch["patch_size"]}
+
+
+LAYOUTS = (
+    Timm("VisionTransformer", "vit", _VISION_TRANSFORMER, (NOT_ROTARY,)),
+    HuggingFace("ViTModel", "vit", HUGGINGFACE, PLAIN, model_type="vit", fields=_fields),
+    HuggingFace(
+        "ViTForImageClassification",
+        "vit",
+        prefixed(HUGGINGFACE, "vit.") + HUGGINGFACE_HEAD,
+        (*PLAIN, HAS_HEAD),
+        model_type="vit",
+        fields=_fields,
+    ),
+)
+
+FAMILY = Family("timm_vit", SOURCES, LAYOUTS)

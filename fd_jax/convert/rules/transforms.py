@@ -1,7 +1,7 @@
-"""The layout changes between source files and fd_jax, each with its inverse and shapes.
+"""The layout changes between files and fd_jax, each with its inverse and shapes.
 
 Arrays go in and come out in order; nothing is computed on values, so an inverse gives the very
-bits back. Shapes: `source_shapes` gets the shapes of the fd_jax side and returns the file's.
+bits back. Shapes: `file_shapes` gets the shapes of the fd_jax side and returns the file's.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ class Transform:
     Attributes:
       forward: file arrays -> fd_jax arrays, both tuples.
       inverse: fd_jax arrays -> file arrays.
-      source_shapes: fd_jax shapes -> file shapes.
+      file_shapes: fd_jax shapes -> file shapes.
     """
 
     forward: Callable[..., tuple[np.ndarray, ...]]
     inverse: Callable[..., tuple[np.ndarray, ...]]
-    source_shapes: Callable[..., tuple[Shape, ...]]
+    file_shapes: Callable[..., tuple[Shape, ...]]
 
 
 def _one(forward, inverse, shape) -> Transform:
@@ -87,7 +87,7 @@ SPLIT_QKV_IN_OUT = Transform(
 # Fused qkv bias [3D] <-> q, k, v
 FUSED_QKV_BIAS = Transform(_split_rows, _join_rows, lambda q, k, v: ((3 * q[0],),))
 
-# Fused qkv bias [3D] whose k part the source masks out <-> q, v; goes back with zeros for k
+# Fused qkv bias [3D] whose k part the file masks out <-> q, v; goes back with zeros for k
 MASKED_QKV_BIAS = Transform(
     lambda x: _split_rows(x)[::2],
     lambda q, v: _join_rows(q, np.zeros_like(q), v),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, families, importing, listing
+from fd_jax.convert import exporting, families, importing, inspecting
 from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 
@@ -85,8 +86,8 @@ def test_a_description_that_fits_no_network_is_one_error(case, model, tmp_path):
             fields["arch"] = {**spec.arch, **changed}
     text = changes if isinstance(changes, str) else json.dumps(fields)
     metadata = {} if changes is None else {"model.json": text}
-    safetensors_io.write(path, exporting.flat(params), metadata)
+    safetensors_io.write(path, flat(params), metadata)
     with pytest.raises(ConversionError, match=message) as caught:
         importing.read("fd_jax", path)
     assert str(path) in str(caught.value)
-    listing.inspect(path)
+    inspecting.inspect(path)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fd_jax.convert.containers.tensors import Tensor
-from fd_jax.convert.rules import tables, transforms
+from fd_jax.convert.rules import matching, transforms
+from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.rules.tables import Derived, Drop, Rule, Table
 from fd_jax.errors import ConversionError
 
@@ -42,14 +43,14 @@ def a_file(**changes):
 
 
 def problems(**changes):
-    return tables.match(TABLE, a_file(**changes), SHAPES, ARCH).problems
+    return matching.match(TABLE, a_file(**changes), SHAPES, ARCH).problems
 
 
 def test_a_file_that_fits():
-    found = tables.match(TABLE, a_file(), SHAPES, ARCH)
+    found = matching.match(TABLE, a_file(), SHAPES, ARCH)
     assert not found.problems and found.found == found.expected == 3
     assert found.dropped == {"the text tower": ["text.x"]}
-    converted = {path: load() for path, load in tables.convert(found, a_file())}
+    converted = {path: load() for path, load in matching.convert(found, a_file())}
     assert {k: v.shape for k, v in converted.items()} == {
         k: v for k, v in SHAPES.items() if k.startswith("encoder")
     }
@@ -89,19 +90,19 @@ def test_nan_in_a_derived_tensor_is_refused():
 
 def test_a_parameter_without_a_rule_is_a_fault_of_the_table():
     shapes = {**SHAPES, "encoder/b": (1,)}
-    found = tables.match(TABLE, a_file(), shapes, ARCH)
+    found = matching.match(TABLE, a_file(), shapes, ARCH)
     assert found.problems == ["no rule fills the parameter encoder/b"]
 
 
 def test_writing_what_the_model_lacks_is_refused():
     params = {"encoder/a": np.zeros(4), "encoder/blocks/0/kernel": np.zeros((4, 3))}
     with pytest.raises(ConversionError, match="lacks .*encoder/blocks/1/kernel"):
-        dict(tables.invert(TABLE, params, ARCH, derived=True))
+        dict(matching.invert(TABLE, params, ARCH, derived=True))
 
 
 def test_names_are_summarised_by_block_number():
     names = [f"blocks.{i}.mlp.0.w" for i in range(12)] + ["norm1.w", "img/encoderblock_3/k"]
-    assert tables.summarize(names) == [
+    assert summarize(names) == [
         "blocks.*.mlp.*.w (12)",
         "norm1.w",
         "img/encoderblock_3/k",
@@ -137,7 +138,7 @@ def test_transforms_are_inverted_bit_for_bit(transform, shapes):
     rng = np.random.default_rng(0)
     ours = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
     theirs = transform.inverse(*ours)
-    assert tuple(array.shape for array in theirs) == transform.source_shapes(*shapes)
+    assert tuple(array.shape for array in theirs) == transform.file_shapes(*shapes)
     for before, after in zip(ours, transform.forward(*theirs), strict=True):
         assert after.dtype == before.dtype
         np.testing.assert_array_equal(before, after)
