@@ -32,13 +32,13 @@ class SelfDescribed:
     Attributes:
       name: what the user types for the source.
       file: what such a file is, for people.
-      recognizes: (file) -> whether it is one of this kind; `--source=auto` asks.
+      recognises: (file) -> whether it is one of this kind; `--source=auto` asks.
       source: (file) -> its source; raises a ConversionError for a file of another kind.
     """
 
     name: str
     file: str
-    recognizes: Callable[[Container], bool]
+    recognises: Callable[[Container], bool]
     source: Callable[[Container], Source]
 
 

@@ -10,11 +10,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.convert import families, huggingface, trees
+from fd_jax.convert import families, trees
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import DTYPES
 from fd_jax.convert.family import Format
-from fd_jax.convert.layout import Timm
+from fd_jax.convert.huggingface import HuggingFace, preprocessor
+from fd_jax.convert.layout import Layout, Timm
 from fd_jax.convert.rules.matching import invert
 from fd_jax.convert.rules.tables import target_paths
 from fd_jax.errors import ConversionError
@@ -33,12 +34,12 @@ def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> l
 
 def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """A folder that `AutoModel.from_pretrained` opens."""
-    layout, fit = families.layout(huggingface.HuggingFace, spec, set(params), format="huggingface")
+    layout, fit = families.layout(HuggingFace, spec, set(params), format="huggingface")
     tensors = dict(invert(fit.table, params, spec.arch, derived=False)) | layout.extra(spec)
     path.mkdir()
     safetensors_io.write(path / "model.safetensors", tensors, _TORCH)
     _write_json(path / "config.json", layout.config(spec))
-    _write_json(path / "preprocessor_config.json", huggingface.preprocessor(spec))
+    _write_json(path / "preprocessor_config.json", preprocessor(spec))
     return fit.left
 
 
@@ -78,17 +79,22 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def _classes(kind: type[Layout]) -> str:
+    """The classes of a library that the families know, for people."""
+    names = [f"`{layout.class_name}`" for layout in families.layouts(kind)]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 FORMATS: dict[str, Format] = {
     "timm": Format(
         _write_timm,
-        "safetensors in timm's names: `Beit` for our students, `VisionTransformer` for plain "
-        "networks, `SwinTransformer` and `SwinTransformerV2`; timm computes its index buffers "
+        f"safetensors in the names of timm's {_classes(Timm)}; timm computes its index buffers "
         "itself and takes none from a file",
     ),
     "huggingface": Format(
         _write_huggingface,
         "a folder with `config.json`, `model.safetensors` and `preprocessor_config.json` that "
-        "`AutoModel.from_pretrained` opens",
+        f"`AutoModel.from_pretrained` opens, as a {_classes(HuggingFace)}",
     ),
     **families.formats(),
     "source": Format(

@@ -26,9 +26,17 @@ class Candidate:
         return not self.match.problems
 
     @property
-    def share(self) -> str:
-        """How much of it is in the file, in words."""
-        return f"{self.match.found} of {self.match.expected} tensors fit"
+    def label(self) -> str:
+        """The source as the user types it, with the part unless it is the default one."""
+        default = self.part == self.source.default_part
+        return self.source.name + ("" if default else f" --part={self.part}")
+
+    @property
+    def report(self) -> str:
+        """How much of the file fits, in words."""
+        count = len(self.match.problems)
+        problems = f"{count} problem{'s' if count != 1 else ''}"
+        return f"{self.match.found} of {self.match.expected} tensors fit, {problems}"
 
 
 def candidates(container: Container) -> list[Candidate]:
@@ -36,7 +44,7 @@ def candidates(container: Container) -> list[Candidate]:
     every = ((source, part) for source in families.SOURCES.values() for part in source.parts)
     matched = _matched(container, every, at_least=0.0)
     near = [c for c in matched if c.fits or c.match.found >= _NEAR * c.match.expected]
-    return sorted(near, key=lambda c: (len(c.match.problems), "" if c.fits else _label(c)))
+    return sorted(near, key=lambda c: (len(c.match.problems), "" if c.fits else c.label))
 
 
 def fitting(container: Container) -> list[Source]:
@@ -67,17 +75,10 @@ def _nearest(container: Container) -> str:
     near = candidates(container)
     if not near:
         return "none comes near. `inspect` lists what is in it, `sources` what can be read"
-    first = near[0]
-    part = "" if first.part == first.source.default_part else f" --part={first.part}"
     return (
-        f"the nearest is {first.source.name} ({first.share}, {len(first.match.problems)} "
-        f"problems). --source={first.source.name}{part} lists what differs, `inspect` the other "
-        "sources that come near"
+        f"the nearest is {near[0].label} ({near[0].report}). --source={near[0].label} lists what "
+        "differs, `inspect` the other sources that come near"
     )
-
-
-def _label(candidate: Candidate) -> str:
-    return candidate.source.label(candidate.part)
 
 
 def _matched(

@@ -1,7 +1,7 @@
 """What a class of another library can hold: its names, and the properties it takes for granted.
 
-Every layout answers for itself whether a network can be written in it and what stands in the way;
-`best` asks several.
+Every layout answers for itself whether it can hold a network, and what is in the way; `best` asks
+several.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -56,7 +56,7 @@ class Fit:
 
     @property
     def problems(self) -> int:
-        """How much stands in the way; 0 where the network can be written."""
+        """How much is in the way; 0 if the network can be written."""
         return len(self.lacking) + len(self.homeless)
 
     def describe(self) -> str:
@@ -91,7 +91,7 @@ class Layout:
         return self.class_name
 
     def fit(self, spec: ModelSpec, paths: Set[str]) -> Fit:
-        """Whether the layout holds a network, and what stands in the way.
+        """Whether the layout holds a network, and what is in the way.
 
         Args:
           spec: of the network, one of the family `network`.

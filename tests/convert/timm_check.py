@@ -109,7 +109,7 @@ def check(name, folder):
     exporting.export("timm", folder / "model", folder / "timm.safetensors")
     loaded = model_folder.load_model(folder / "model")
     arch = loaded.spec.arch
-    theirs = (timm_swin if "depths" in arch else timm_model)(arch, loaded.spec.classes)
+    theirs = (timm_model if loaded.spec.family == "vit" else timm_swin)(arch, loaded.spec.classes)
     theirs.load_state_dict(load_file(folder / "timm.safetensors"), strict=True)
     size = arch["image_size"]
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)

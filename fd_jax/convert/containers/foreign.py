@@ -1,8 +1,8 @@
-"""Tells what a file is that fd_jax does not read, from its first bytes, and what to do about it."""
+"""Recognises files that fd_jax does not read, by their first bytes, and says what to do."""
 
 from pathlib import Path
 
-HEAD = 512  # bytes that `hint` wants to see; the mark of a tar archive stands at 257
+HEAD = 512  # bytes that `hint` wants to see; the mark of a tar archive is at 257
 
 _UNPACK = "unpack it first: "
 # (offset, bytes there, what it is, what to do); the first that fits counts.
@@ -48,7 +48,7 @@ def hint(path: Path, head: bytes) -> str | None:
             return f"{what}; {remedy}"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return (
-            "a Python pickle that torch.save did not write; loading it would run what stands in "
+            "a Python pickle that torch.save did not write; loading it would run what is in "
             "it. Save its arrays with torch.save, safetensors or numpy.savez where you trust it"
         )
     return None

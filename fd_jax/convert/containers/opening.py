@@ -20,7 +20,7 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
-    """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that stands in it.
+    """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that is in it.
 
     Raises:
       ConversionError: missing, unreadable, damaged, of no known kind, or its pickle names a class

@@ -130,7 +130,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "__builtin__.set": _tuple,
 }
 
-# Classes that stand in checkpoints beside the weights and whose values nothing here needs.
+# Classes found in checkpoints beside the weights, whose values nothing here needs.
 _INERT = frozenset(
     (
         "argparse.Namespace",

@@ -76,7 +76,7 @@ class Container:
     def sha256(self, read: Callable[[int], object] = lambda count: None) -> str:
         """Checksum of the weight file, or of the `<sum>  <name>` lines of its shards.
 
-        `read` is told after every piece how many bytes it had.
+        `read` is called after every piece with the number of its bytes.
         """
         sums = [file_sha256(file, read) for file in self.files]
         if len(sums) == 1:
@@ -86,7 +86,7 @@ class Container:
 
 
 def file_sha256(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces; `read` is told the bytes of each."""
+    """Hexadecimal SHA-256 of a file, read in pieces; `read` is called with the bytes of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_HASH_CHUNK):
@@ -150,7 +150,7 @@ def walk(tree: object, join: str = "/", limit: int = 200_000) -> Iterator[tuple[
     astronomically many paths.
 
     Raises:
-      ValueError: where a bound is passed or two paths have the same joined name.
+      ValueError: if a bound is passed or two paths have the same joined name.
     """
     seen: set[str] = set()
     visited = 0

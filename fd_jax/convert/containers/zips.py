@@ -38,7 +38,7 @@ class MappedZip:
         self.entries = {info.filename: info for info in infos}
         self._sound: set[str] = set()  # entries whose checksum was right
         if len(self.entries) != len(infos):
-            raise damaged(path, "an entry stands twice in the zip directory")
+            raise damaged(path, "an entry occurs twice in the zip directory")
 
     def stored(self, name: str) -> tuple[int, int]:
         """Position and length of a stored entry's bytes in the file."""

@@ -77,7 +77,7 @@ def self_described(container: Container) -> Source | None:
       ConversionError: the description in the file is not a network's.
     """
     for family in FAMILIES:
-        if family.described is not None and family.described.recognizes(container):
+        if family.described is not None and family.described.recognises(container):
             return family.described.source(container)
     return None
 
@@ -85,6 +85,11 @@ def self_described(container: Container) -> Source | None:
 def formats() -> dict[str, Format]:
     """What single families write, by the name the user types."""
     return {name: format for family in FAMILIES for name, format in family.formats.items()}
+
+
+def layouts(kind: type[AnyLayout]) -> list[AnyLayout]:
+    """Every layout of a kind, which is a subclass of `Layout`, one per library."""
+    return [one for family in FAMILIES for one in family.layouts if isinstance(one, kind)]
 
 
 def layout(
@@ -104,5 +109,4 @@ def layout(
     Raises:
       ConversionError: none does; the error names what is in the way of the nearest.
     """
-    layouts = [one for family in FAMILIES for one in family.layouts if isinstance(one, kind)]
-    return best(layouts, spec, paths, format=format)
+    return best(layouts(kind), spec, paths, format=format)
