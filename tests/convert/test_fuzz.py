@@ -22,7 +22,7 @@ def seeds():
     importing._LAZY_SIZE = lazy_size
 
 
-def test_the_undamaged_files_are_read(seeds, tmp_path):
+def test_the_undamaged_fuzz_files_are_read(seeds, tmp_path):
     for container, data in seeds.items():
         source, name = fuzz.SEEDS[container]
         path = tmp_path / name

@@ -81,7 +81,7 @@ def test_torch_files_equal_torch_load(name, legacy, tmp_path):
     assert_equals_torch(container, expected)
 
 
-def test_entries_beside_the_weights_are_named_not_loaded(tmp_path):
+def test_entries_beside_the_weights_are_named_and_not_loaded(tmp_path):
     given = synthetic.structure("fd_official_distilled_clip_vit_b")
     container = open_container(synthetic.write(given, synthetic.values(given), tmp_path))
     assert container.entries["config"] == "yacs.config.CfgNode"
@@ -90,7 +90,7 @@ def test_entries_beside_the_weights_are_named_not_loaded(tmp_path):
     assert "yacs" not in sys.modules
 
 
-def test_views_and_shared_storages(tmp_path):
+def test_tensors_that_are_views_or_share_a_storage_are_read_right(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tree = {
         "turned": base.T,
@@ -155,7 +155,7 @@ def test_safetensors_equal_the_reference_implementation(tmp_path):
         np.testing.assert_array_equal(ours.load(), want)
 
 
-def test_sharded_hugging_face_folders(tmp_path):
+def test_sharded_folders_are_read_and_wrong_indexes_refused(tmp_path):
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "model-1.safetensors")
     save_file({"b": np.zeros(3, np.float32)}, tmp_path / "model-2.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -232,7 +232,7 @@ def test_pickles_that_run_code_are_refused_by_name_and_nothing_runs(legacy, tmp_
         (b"\x80\x02X\x01\x00\x00\x00x]b.", "attributes set on a str"),
     ],
 )
-def test_every_way_to_call_is_closed(code, what, tmp_path, monkeypatch):
+def test_no_pickle_opcode_calls_a_function(code, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "f.pt"
     with zipfile.ZipFile(path, "w") as archive:
@@ -332,7 +332,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_files_of_other_kinds_are_told_by_name_with_what_to_do(case, tmp_path):
+def test_files_of_other_kinds_are_named_with_what_to_do(case, tmp_path):
     data, message = FOREIGN[case]
     path = tmp_path / "weights.bin"
     path.write_bytes(data)
@@ -362,7 +362,7 @@ def test_devices_and_impossible_names_are_refused(tmp_path):
             open_container(tmp_path / name)
 
 
-def test_the_cache_of_hugging_face_leads_to_its_newest_version(tmp_path):
+def test_a_hugging_face_cache_is_read_at_its_newest_version(tmp_path):
     for version in ("old", "new"):
         folder = tmp_path / "snapshots" / version
         folder.mkdir(parents=True)
@@ -372,7 +372,7 @@ def test_the_cache_of_hugging_face_leads_to_its_newest_version(tmp_path):
     assert list(open_container(tmp_path).tensors) == ["new"]
 
 
-def test_missing_files_and_folders_without_weights(tmp_path):
+def test_missing_files_and_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(ConversionError, match="no such file or folder"):
         open_container(tmp_path / "nothing.pt")
     with pytest.raises(ConversionError, match="a folder without model.safetensors"):

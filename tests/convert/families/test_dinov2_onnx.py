@@ -57,7 +57,7 @@ def hub_tensors():
     return synthetic.values(synthetic.structure("dinov2_vits14_hf"))[""]
 
 
-def test_features_equal_dinov2model(tmp_path, monkeypatch):
+def test_features_of_the_onnx_source_equal_dinov2model(tmp_path, monkeypatch):
     monkeypatch.setitem(families.SOURCES, NAME, small_source())
     tensors = hub_tensors()
     path = write_graph(tmp_path, tensors)
@@ -75,7 +75,7 @@ def test_features_equal_dinov2model(tmp_path, monkeypatch):
     assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_a_renamed_node_is_a_missing_weight(tmp_path, monkeypatch):
+def test_an_onnx_node_of_another_name_is_a_missing_weight(tmp_path, monkeypatch):
     """Negative control: what a constant is follows from its node alone."""
     monkeypatch.setitem(families.SOURCES, NAME, small_source())
     path = write_graph(tmp_path, hub_tensors())

@@ -50,7 +50,7 @@ def test_the_official_export_is_a_file_of_its_source(model, tmp_path):
     assert set(back) == {"encoder"}
 
 
-def test_a_trained_model_has_no_source_layout(model, tmp_path):
+def test_export_to_source_of_a_trained_model_is_refused(model, tmp_path):
     spec, params = model_folder.load(model)
     trained = dataclasses.replace(spec, source="distillation from dino_vitb16")
     model_folder.save(tmp_path / "trained", trained, params)

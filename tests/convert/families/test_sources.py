@@ -108,7 +108,7 @@ def imported(name, part, folder, variant=None):
 
 
 @pytest.mark.parametrize(("name", "part"), PARTS)
-def test_features_equal_those_of_torch(name, part, tmp_path):
+def test_features_of_every_source_equal_those_of_torch(name, part, tmp_path):
     result, trees = imported(name, part, tmp_path)
     images = _images(result.spec.arch["image_size"])
     oracle, tensors = oracles.reference(name, part, trees)
@@ -151,7 +151,7 @@ def test_fd_projector_is_a_one_by_one_convolution(tmp_path):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_comparison_sees_a_wrong_rule(name, tmp_path):
+def test_the_feature_comparison_fails_for_every_wrong_rule(name, tmp_path):
     """Negative control: every kind of parameter, put the wrong way round, fails the tolerance."""
     result, trees = imported(name, None, tmp_path)
     images = _images(result.spec.arch["image_size"])
@@ -174,7 +174,7 @@ def _reversed_at(params, path):
 
 @pytest.mark.parametrize("name", (*VITS, "esvit_swin_base_w14", SWINS[-1]))
 @pytest.mark.parametrize("fact", ["activation", "norm_eps"])
-def test_the_comparison_sees_a_wrong_fact(name, fact, tmp_path):
+def test_the_feature_comparison_fails_for_a_wrong_activation_or_epsilon(name, fact, tmp_path):
     """Negative control: what no key tells must still be right."""
     given, trees = _trees(name)
     # Small embeddings: the first norms then depend on their epsilon.
@@ -323,7 +323,7 @@ def test_swin_export_to_timm_and_back_keeps_every_value(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
 
 
-def test_swin_v1_tables_follow_a_smaller_image(tmp_path):
+def test_swin_v1_bias_tables_are_resized_for_a_smaller_image(tmp_path):
     """At half the size the second grid fits its window, and the fourth is a single token."""
     given, trees = _trees("esvit_swin_base_w14")
     path = synthetic.write(given, trees, tmp_path)
@@ -364,7 +364,7 @@ def test_stablehlo_export_computes_the_same_from_uint8_images(tmp_path):
         ("dinov2_vitb14_reg4", 7),
     ],
 )
-def test_another_image_size_agrees_with_torch(name, grid, tmp_path):
+def test_features_at_another_image_size_equal_those_of_torch(name, grid, tmp_path):
     """Positions resized at import equal transformers' own interpolation at that size."""
     given, trees = _trees(name)
     size = grid * synthetic.SMALL["patch_size"]
