@@ -25,7 +25,6 @@ from fd_jax.convert.containers.tensors import DTYPES
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.huggingface import HuggingFace
 from fd_jax.convert.rules.names import summarize
-from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -102,11 +101,7 @@ def verify(
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference"
         layout = _write_reference(read, reference)
-        chosen = families.SOURCES.get(read.source.partition(":")[0])
-        if chosen is not None and chosen.hf:
-            untouched = _take_as_they_are(chosen, path, part, reference, DTYPES[dtype])
-        else:
-            untouched = 0
+        untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
         model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     with torch.no_grad():
@@ -142,11 +137,19 @@ def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:
     return families.layout(HuggingFace, spec, set(params), format="huggingface")[0]
 
 
-def _take_as_they_are(source: Source, path, part: str | None, folder: Path, dtype: np.dtype) -> int:
-    """Puts the file's tensors into the reference by name, rounded to the model folder's dtype.
+def _take_as_they_are(
+    read: importing.Imported, path, part: str | None, folder: Path, dtype: np.dtype
+) -> int:
+    """Puts a Hugging Face file's tensors into the reference by name, in the model folder's dtype.
 
     Positions that were resized stay as they are.
+
+    Returns:
+      How many tensors these are; 0 for other files, whose names the reference does not have.
     """
+    source = families.SOURCES.get(read.source.partition(":")[0])
+    if source is None or not source.hf:
+        return 0
     _, theirs = source.match(open_container(path), importing.check_part(source, part))
     weights = folder / "model.safetensors"
     tensors = safetensors_io.read(weights).tensors
