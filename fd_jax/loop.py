@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import ml_collections
 import numpy as np
 
 from fd_jax import evaluation, files, metrics, model_folder, program, sharding
@@ -86,7 +87,8 @@ def _fit(
     task.check_data(feed)
     steps_per_epoch = feed.steps_per_epoch(config.batch_size)
     total_steps = config.steps or round(config.epochs * steps_per_epoch)
-    claim_workdir(workdir, config, accept=accept_config)
+    claim_workdir(workdir, _settled(config, task), accept=accept_config)
+    say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
     run = program.build(
         task, config, mesh, steps_per_epoch=steps_per_epoch, total_steps=total_steps
@@ -115,6 +117,18 @@ def initial_state(
         logging.info("resuming at step %d", latest)
         return TrainState(**{"ema": None, **tree}), latest, record
     return run.create(jax.random.key(seed), task.load_initial()), 0, {}
+
+
+def _settled(config: Config, task: Task) -> Config:
+    """The config with the implementation of attention that this run uses in place of "auto".
+
+    So a workdir says what ran, and a later version that would choose another shows a difference.
+    """
+    if config.attention != "auto":
+        return config
+    settled = ml_collections.ConfigDict(config.to_dict())
+    settled.attention = next(iter(task.attention.values()))
+    return settled
 
 
 def claim_workdir(workdir: epath.Path, config: Config, *, accept: bool) -> None:

@@ -15,6 +15,7 @@ import ml_collections
 from fd_jax import model_folder
 from fd_jax.convert import families
 from fd_jax.errors import ConfigError, check_positive
+from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
@@ -31,7 +32,7 @@ class Experiment:
 
     Attributes:
       task: what it trains.
-      config: its settings, with the dtype of accelerators where it says "auto".
+      config: its settings, with the dtype and attention of TPUs where it says "auto".
       networks: what stands for each network that would be read: (role, where it came from).
       examples: images in an epoch, or None where the config counts steps.
       steps_per_epoch: full batches in an epoch.
@@ -61,6 +62,8 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
     config = ml_collections.ConfigDict(config.to_dict())
     if config.dtype == "auto":
         config.dtype = "bfloat16"
+    if config.attention == "auto":
+        config.attention = kernels.PREFERRED["tpu"][0]
     steps_per_epoch, total_steps, examples = _length(config, examples)
     config = ml_collections.FrozenConfigDict(config)
     if "teacher" in config:

@@ -19,7 +19,12 @@ class Task(Protocol):
 
     Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
     "index": int32 [B]}; weight is 0 for padding.
+
+    Attributes:
+      attention: implementation of attention by network, the one that trains first.
     """
+
+    attention: dict[str, str]
 
     def check_data(self, feed: "Feed") -> None:
         """Refuses data that this task cannot use, before anything is computed."""

@@ -1,4 +1,7 @@
-"""Feature distillation: a student learns the feature map of a frozen teacher (paper section 3)."""
+"""Feature distillation: a student learns the feature map of a frozen teacher.
+
+The method is in docs/reference.md#method.
+"""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,14 +32,14 @@ Resample = Literal["none", "bilinear"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What of the teacher is learned (Tables 2 and 3).
+    """What of the teacher is learned (docs/reference.md#table-2 and docs/reference.md#table-3).
 
     Attributes:
       kind: "full" the whole map (class token where both have one, and patches), "cls" the class
         token, "gap" the mean patch token, "logits" the class distribution of the teacher's head,
         learned from the student's class token or, where it has none, from its mean patch token.
       normalize: of the tokens, see `losses.normalize_target`; unused for logits.
-      after_norm: whether the teacher's own final norm comes first (PRED_FEAT_AFTERNORM).
+      after_norm: whether the teacher's own final norm comes first (docs/reference.md#after-norm).
       resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
         before they are normalised; with "none", as in the original, unequal grids are refused.
     """
@@ -90,9 +93,15 @@ class DistillTask:
             spec, arch={**_teacher_arch(spec, config.teacher.stages), "image_size": size}
         )
 
+        self.attention = {
+            role: spec.choose_attention(config.attention, dtype=self.dtype)
+            for role, spec in (("student", self.student_spec), ("teacher", self.teacher_spec))
+        }
         self.student_def, student = self.student_spec.abstract(**self._student_runtime())
         self.teacher_def, self._teacher_shapes = self.teacher_spec.abstract(
-            dtype=self.dtype, drop_path=config.teacher.drop_path
+            dtype=self.dtype,
+            drop_path=config.teacher.drop_path,
+            attention=self.attention["teacher"],
         )
         self.student = nnx.merge(self.student_def, student)
         self.teacher = nnx.merge(self.teacher_def, self._teacher_shapes)
@@ -240,7 +249,7 @@ class DistillTask:
             "init": "fd_student",
             "dtype": self.dtype,
             "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
-            "attention": self.config.attention,
+            "attention": self.attention["student"],
             "remat": self.config.remat or None,
         }
 
@@ -293,7 +302,9 @@ class DistillTask:
 
 
 def resize_images(images: jax.Array, size: int) -> jax.Array:
-    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks (quirk 22).
+    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks.
+
+    See docs/reference.md#quirk-teacher-resize.
 
     [B, H, W, 3] uint8 -> [B, size, size, 3] float32 on the scale of the input, not rounded.
     """
@@ -321,7 +332,7 @@ def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def _teacher_arch(spec: ModelSpec, stages: int) -> dict[str, Any]:
-    """The teacher's architecture, or its first stages alone (PRED_FEAT_S3)."""
+    """The teacher's architecture, or its first stages alone (docs/reference.md#stage-3-target)."""
     if not stages:
         return spec.arch
     depths = spec.arch.get("depths", ())

@@ -21,7 +21,7 @@ from fd_jax.convert.networks.vit import (
 from fd_jax.convert.rules.tables import Derived, Place, Rule, Table, conv, linear, norm, prefixed
 from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import Part, Source
-from fd_jax.models.layers import relative_position_index
+from fd_jax.models.attention import relative_position_index
 from fd_jax.models.spec import ModelSpec
 
 

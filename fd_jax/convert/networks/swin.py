@@ -8,7 +8,7 @@ from fd_jax.convert.layout import need
 from fd_jax.convert.networks.network import Arch, Network
 from fd_jax.convert.rules.tables import Place
 from fd_jax.models import swin, windows
-from fd_jax.models.layers import relative_position_index
+from fd_jax.models.attention import relative_position_index
 
 V1 = Network(
     depths=lambda arch: arch["depths"],
