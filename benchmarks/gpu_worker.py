@@ -196,12 +196,12 @@ def define(job: Job, choice: str, *, dtype: str, depth: int = 0):
       depth: blocks of both networks, if not the real number.
     """
     from configs import distill_clip_vit_b16, distill_clip_vit_l14
-    from fd_jax.convert import sources
+    from fd_jax.convert import families
     from fd_jax.tasks.distill import DistillTask
 
     config = {"b": distill_clip_vit_b16, "l": distill_clip_vit_l14}[job.model].get_config()
     config.update(batch_size=job.batch, dtype=dtype, attention=choice)
-    source = sources.get(config.teacher.source)
+    source = families.get(config.teacher.source)
     spec = source.parts[source.default_part].spec
     changes: dict[str, Any] = {"depth": depth} if depth else {}
     if job.toy:

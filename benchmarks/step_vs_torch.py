@@ -21,7 +21,7 @@ import torch
 from benchmarks import jax_step
 from benchmarks.torch_step import Step
 from configs import distill_clip_vit_b16
-from fd_jax.convert import sources
+from fd_jax.convert import families
 from fd_jax.tasks.distill import DistillTask
 
 BATCH, STEPS = 4, 2
@@ -31,7 +31,7 @@ def ours(images: np.ndarray) -> jax_step.JaxStep:
     """The step of fd_jax, compiled."""
     config = distill_clip_vit_b16.get_config()
     config.update(batch_size=BATCH, dtype="float32")
-    source = sources.get(config.teacher.source)
+    source = families.get(config.teacher.source)
     task = DistillTask(config, teacher_spec=source.parts[source.default_part].spec)
     return jax_step.distillation(task, config, images)
 

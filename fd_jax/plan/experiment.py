@@ -13,7 +13,7 @@ from etils import epath
 import ml_collections
 
 from fd_jax import model_folder
-from fd_jax.convert import sources
+from fd_jax.convert import families
 from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
@@ -130,7 +130,7 @@ def _start(config: Config, start: str) -> tuple[ModelSpec | None, str]:
 
 
 def _of_source(name: str) -> ModelSpec:
-    source = sources.get(name)
+    source = families.get(name)
     return dataclasses.replace(source.parts[source.default_part].spec, source=name)
 
 
