@@ -14,9 +14,10 @@ import tempfile
 import numpy as np
 
 from benchmarks.convert_clip_l14 import measure
-from fd_jax.convert import safetensors_io, sources
-from fd_jax.convert.rules import invert
-from fd_jax.convert.source import shapes
+from fd_jax.convert import families
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.networks import shapes
+from fd_jax.convert.rules.matching import invert
 
 NAME = "dinov2_vits14_hf"
 ARCH = {"width": 2560, "depth": 38, "heads": 40, "mlp_width": 10240}
@@ -27,16 +28,16 @@ IMPORT = "importing.import_file({name!r}, {path!r}, {output!r})"
 
 def install() -> None:
     """Gives the source the size of the large network."""
-    source = sources.SOURCES[NAME]
+    source = families.SOURCES[NAME]
     (part,) = source.parts.values()
     spec = dataclasses.replace(part.spec, arch={**part.spec.arch, **ARCH})
     part = dataclasses.replace(part, spec=spec)
-    sources.SOURCES[NAME] = dataclasses.replace(source, parts={source.default_part: part})
+    families.SOURCES[NAME] = dataclasses.replace(source, parts={source.default_part: part})
 
 
 def write(path: Path) -> None:
     """Writes the file; every tensor is a window on the same random numbers."""
-    (part,) = sources.SOURCES[NAME].parts.values()
+    (part,) = families.SOURCES[NAME].parts.values()
     sizes = {k: v for k, v in shapes(part.spec).items() if k.startswith("encoder/")}
     noise = np.random.default_rng(0).standard_normal(1 << 27, np.float32)
     params = {k: noise[: np.prod(size)].reshape(size) for k, size in sizes.items()}

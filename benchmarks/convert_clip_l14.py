@@ -27,7 +27,8 @@ synthetic.write(given, synthetic.values(given), Path({folder!r}))
 # Runs the code below it and prints seconds, highest resident bytes and highest anonymous bytes.
 MEASURED = """
 import json, re, resource, threading, time
-from fd_jax.convert import cli, containers, importing
+from fd_jax.convert import cli, importing
+from fd_jax.convert.containers import opening
 from fd_jax import checkpoint
 from etils import epath
 import jax
@@ -58,7 +59,7 @@ YARDSTICK = """
 with open({path!r}, "rb") as stream:
     while stream.read(1 << 22):
         pass
-containers.open_container({path!r}).sha256()
+opening.open_container({path!r}).sha256()
 checkpoint.save_tree(epath.Path({output!r}), params)
 """
 

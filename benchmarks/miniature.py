@@ -4,7 +4,8 @@ r"""The paper in miniature: pre-train, distil, fine-tune, probe, over several se
 
 Every stage goes through the code of train.py and finetune.py with configs/miniature.py. A stage
 that is done is not done again, so the command can be stopped and repeated. The table, laid out as
-the paper's Table 1, is printed and written to WORKDIR/table.md, its figures to WORKDIR/table.json.
+docs/reference.md#table-1, is printed and written to WORKDIR/table.md, its figures to
+WORKDIR/table.json.
 """
 
 import argparse

@@ -18,47 +18,23 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks import jax_step
 from benchmarks.torch_step import Step
 from configs import distill_clip_vit_b16
-from fd_jax import sharding
-from fd_jax.convert import sources
+from fd_jax.convert import families
 from fd_jax.tasks import registry
-from fd_jax.training.program import build
 
 BATCH, STEPS = 4, 2
 
 
-def ours(images: np.ndarray):
-    """A function that makes one step and waits for it, and the seconds of compilation."""
+def ours(images: np.ndarray) -> jax_step.JaxStep:
+    """The step of fd_jax, compiled."""
     config = distill_clip_vit_b16.get_config()
     config.update(batch_size=BATCH, dtype="float32")
-    source = sources.get(config.teacher.source)
+    source = families.get(config.teacher.source)
     spec = source.parts[source.default_part].spec
     task = registry.make(config, {registry.TEACHER: spec})
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    program = build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
-    began = time.monotonic()
-    step = program.compile_train_step()
-    compile_seconds = time.monotonic() - began
-    state = program.create(jax.random.key(0), {})
-    rng = np.random.default_rng(0)
-    frozen = program.place_frozen(
-        jax.tree.map(
-            lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), task.abstract_frozen()
-        )
-    )
-    split = sharding.batch_sharding(mesh)
-    batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.batch.items()}
-    batch |= {"image": images, "weight": np.ones(BATCH, np.float32)}
-    batch = {name: jax.device_put(value, split) for name, value in batch.items()}
-    seed = program.place_seed(0)
-
-    def one() -> None:
-        nonlocal state
-        state, metrics = step(state, frozen, batch, seed)
-        jax.block_until_ready((state, metrics))
-
-    return one, compile_seconds
+    return jax_step.distillation(task, config, images)
 
 
 def main() -> None:
@@ -67,9 +43,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     images = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), dtype=np.uint8)
-    jax_step, compile_seconds = ours(images)
-    theirs, tensor = Step(), torch.from_numpy(images)
-    sides = {"fd_jax": jax_step, "PyTorch, eager": lambda: theirs(tensor)}
+    step_of_ours, step_of_torch = ours(images), Step()
+    tensor = torch.from_numpy(images)
+    sides = {
+        "fd_jax": lambda: jax.block_until_ready(step_of_ours()),
+        "PyTorch, eager": lambda: step_of_torch(tensor).item(),
+    }
     for step in sides.values():
         step()  # allocation, caches
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -86,7 +65,8 @@ def main() -> None:
             f"({min(values):.2f} to {max(values):.2f}, {args.rounds} rounds)"
         )
     a, b = medians.values()
-    print(f"ratio {a / b:.2f}; compiled in {compile_seconds:.0f} s; {os.cpu_count()} cores")
+    seconds = step_of_ours.compile_seconds
+    print(f"ratio {a / b:.2f}; compiled in {seconds:.0f} s; {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_jax.convert import importing, sources, verifying
+from fd_jax.convert import families, importing, verifying
 
 # family -> the source whose file transformers writes
 SOURCES = {
@@ -33,7 +33,7 @@ Functions = dict[str, Callable[[], Any]]
 
 def pictures(family: str, batch: int) -> np.ndarray:
     """Random normalised images. [B, H, W, 3]"""
-    size = sources.get(SOURCES[family]).parts["classifier"].spec.arch["image_size"]
+    size = families.get(SOURCES[family]).parts["classifier"].spec.arch["image_size"]
     shape = (batch, size, size, 3)
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
@@ -43,7 +43,7 @@ def theirs(family: str, folder: Path, batch: int) -> Functions:
     import torch
     import transformers
 
-    arch = sources.get(SOURCES[family]).parts["classifier"].spec.arch
+    arch = families.get(SOURCES[family]).parts["classifier"].spec.arch
     common = {
         "image_size": arch["image_size"],
         "embed_dim": arch["embed_width"],

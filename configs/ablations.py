@@ -1,5 +1,7 @@
 """The ablation grid of the paper's Tables 2 to 5: one row of one table for one teacher.
 
+See docs/reference.md#ablations.
+
     python train.py --config=configs/ablations.py:table=3,row=l2,teacher=dino --workdir=runs/t3_l2
 
 ViT-B/16, 100 epochs, fine-tuned afterwards; the paper's figures (top-1 after fine-tuning; CLIP,
@@ -8,7 +10,7 @@ DINO, DeiT) stand beside each row. Ours: not yet run.
 
 from configs import base
 
-# Teacher: (converter source, best drop path of the student in Table 5).
+# Teacher: (converter source, best drop path of the student, docs/reference.md#table-5).
 TEACHERS = {
     "clip": ("openai_clip_vit_b16", 0.1),
     "dino": ("dino_vitb16", 0.2),
@@ -17,23 +19,23 @@ TEACHERS = {
 
 # Table: row: fields that differ from the default row.
 TABLES = {
-    "2": {  # distillation target
+    "2": {  # distillation target (docs/reference.md#table-2)
         "logits": {"target.kind": "logits"},  # -, -, 81.9
         "cls": {"target.kind": "cls"},  # 81.7, 82.2, 78.0
         "gap": {"target.kind": "gap"},  # 83.4, 82.8, 82.0
         "full": {},  # 84.3, 83.6, 82.7
     },
-    "3": {  # normalisation of the target
+    "3": {  # normalisation of the target (docs/reference.md#table-3)
         "none": {"target.normalize": "none"},  # 83.5, 83.4, 81.7
         "l2": {"target.normalize": "l2"},  # 83.9, 83.6, 81.6
         "whiten": {},  # 84.3, 83.6, 82.7
     },
-    "4": {  # position encoding of the student
+    "4": {  # position encoding of the student (docs/reference.md#table-4)
         "ape": {"student.arch.position": "ape"},  # 84.0, 83.4, 82.3
         "rpb": {"student.arch.position": "rpb"},  # 83.9, 83.6, 82.6
         "shared_rpb": {},  # 84.3, 83.6, 82.7
     },
-    "5": {  # drop path of student and teacher
+    "5": {  # drop path of student and teacher (docs/reference.md#table-5)
         "0.1": {"student.drop_path": 0.1},  # 84.3, 83.2, 82.4
         "0.2": {"student.drop_path": 0.2},  # 84.0, 83.6, 82.7
         "0.3": {"student.drop_path": 0.3},  # -, 83.6, 81.9

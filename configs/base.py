@@ -10,12 +10,13 @@ import ml_collections
 
 from fd_jax.typing import Config
 
-# Student shapes of the paper's Table 6.
+# Student shapes of the paper (docs/reference.md#table-6).
 VIT_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
 VIT_L14 = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 
 
-# Swin shapes: EsViT's teacher and the student of it (reference 2.2), and SwinV2-G, whose authors
+# Swin shapes: EsViT's teacher and the student of it (docs/reference.md#student-swin), and
+# SwinV2-G (docs/reference.md#swin-v2-giant), whose authors
 # give channels, depths and the norm after every sixth block; 32 channels per head are assumed.
 SWIN_B_W14 = {
     "embed_width": 128,
@@ -42,7 +43,7 @@ def common() -> Config:
     config.accumulation = 1  # micro-batches per update
     config.dtype = "auto"  # of matmuls and activations: bfloat16 on accelerators, float32 on CPU
     config.grad_reduce_dtype = "float32"  # of gradients while they are summed over devices
-    config.attention = "xla"  # or "dot_product"
+    config.attention = "auto"  # or "xla", "cudnn": docs/running.md, Attention
     config.remat = ""  # "full" or "dots": what blocks recompute in the backward pass
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: the devices that are left
     config.ema_decay = 0.0  # > 0: keep a moving average of the weights and evaluate it
@@ -97,7 +98,7 @@ def common() -> Config:
 
 
 def student(shape: dict, *, image_size: int, position: str = "shared_rpb") -> dict:
-    """Architecture of a distilled student (reference 2.1)."""
+    """Architecture of a distilled student (docs/reference.md#student-vit)."""
     return {
         **shape,
         "image_size": image_size,
@@ -115,7 +116,7 @@ def student(shape: dict, *, image_size: int, position: str = "shared_rpb") -> di
 
 
 def swin_v1(shape: dict, *, image_size: int, norm_eps: float = 1e-5) -> dict:
-    """Architecture of a Swin V1 network (reference 2.3)."""
+    """Architecture of a Swin V1 network (docs/reference.md#esvit-teacher)."""
     return {
         "image_size": image_size,
         "patch_size": 4,
@@ -128,7 +129,7 @@ def swin_v1(shape: dict, *, image_size: int, norm_eps: float = 1e-5) -> dict:
 
 
 def swin_v2(shape: dict, *, image_size: int, position: str = "rpb") -> dict:
-    """Architecture of a distilled Swin V2 student (reference 2.2)."""
+    """Architecture of a distilled Swin V2 student (docs/reference.md#student-swin)."""
     return {
         "position": position,
         "pretrained_windows": [0] * len(shape["depths"]),
@@ -147,7 +148,7 @@ def distillation(
     drop_path: float,
     epochs: float = 300,
 ) -> Config:
-    """A feature-distillation run with the paper's defaults (its Table 6).
+    """A feature-distillation run with the paper's defaults (docs/reference.md#table-6).
 
     Args:
       teacher: converter source name; the weights are expected in teachers/<name>.
@@ -193,7 +194,9 @@ def fine_tuning(
     warmup_epochs: float = 20,
     image_size: int = 224,
 ) -> Config:
-    """Supervised fine-tuning of `init_from` with the original's recipe (paper, Table 7).
+    """Supervised fine-tuning of `init_from` with the original's recipe.
+
+    See docs/reference.md#fine-tune-configs and docs/reference.md#table-7.
 
     Args:
       drop_path: of the last block.
@@ -225,7 +228,7 @@ def fine_tuning(
         "smoothing": 0.1,
         "erasing": 0.25,  # probability
     }
-    config.reference_quirks = False  # evaluate with CLIP's pixel statistics, as the original does
+    config.reference_quirks = False  # True: evaluates as in docs/reference.md#quirk-eval-statistics
     config.eval.update(every=0, epochs=1.0, batches=0)
     config.data.update(
         image_size=image_size, interpolation="bicubic", rand_augment="rand-m9-mstd0.5-inc1"
@@ -246,7 +249,8 @@ def swin_fine_tuning(
 ) -> Config:
     """`fine_tuning` of a Swin: its final norm stays, the head reads the mean token after it.
 
-    The head starts at the full scale of its initial weights (reference 2.2). Arguments as there.
+    The head starts at the full scale of its initial weights (docs/reference.md#swin-init).
+    Arguments as there.
     """
     config = fine_tuning(
         drop_path=drop_path,
@@ -270,7 +274,7 @@ def clip_recipe(
 ) -> Config:
     """FT-CLIP: the better direct recipe of Dong et al. 2022 (arXiv 2212.06138).
 
-    Rates are absolute, whatever the batch, as its authors give them.
+    Rates are absolute, whatever the batch, as its authors give them (docs/reference.md#ft-clip).
     """
     config = fine_tuning(
         drop_path=0.0,
@@ -291,7 +295,9 @@ def clip_recipe(
 
 
 def linear_probe(*, epochs: float, pooling: str = "cls", final_norm: bool = True) -> Config:
-    """MAE's linear probe on a frozen encoder, which the paper follows (reference 6).
+    """MAE's linear probe on a frozen encoder, which the paper follows.
+
+    See docs/reference.md#linear-probe.
 
     Args:
       epochs: 90 for B, 50 for L.
@@ -311,7 +317,7 @@ def linear_probe(*, epochs: float, pooling: str = "cls", final_norm: bool = True
 
 
 def official_probe(config: Config) -> Config:
-    """The probe as the official code runs it by default (reference 6, quirk 23)."""
+    """The probe as the official code runs it by default (docs/reference.md#quirk-linear-probe)."""
     config.batch_size = 2048
     config.model.update(pooling="mean_norm", final_norm=False)
     config.optim.update(lr_batch=512, weight_decay=0.05, clip_norm=5.0, lag=1)

@@ -1,4 +1,4 @@
-"""CLIP ViT-B/16 into ViT-B/16, 300 epochs (Table 1, FD-CLIP).
+"""CLIP ViT-B/16 into ViT-B/16, 300 epochs (FD-CLIP, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_clip_vit_b16.py --workdir=runs/distill_clip_vit_b16
 

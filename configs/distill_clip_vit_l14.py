@@ -1,4 +1,4 @@
-"""CLIP ViT-L/14 into ViT-L/14, 300 epochs (Table 1, FD-CLIP ViT-L).
+"""CLIP ViT-L/14 into ViT-L/14, 300 epochs (FD-CLIP ViT-L, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_clip_vit_l14.py --workdir=runs/distill_clip_vit_l14
 

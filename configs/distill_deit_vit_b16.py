@@ -1,4 +1,4 @@
-"""DeiT ViT-B/16 into ViT-B/16, 300 epochs (Table 1, FD-DeiT).
+"""DeiT ViT-B/16 into ViT-B/16, 300 epochs (FD-DeiT, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_deit_vit_b16.py --workdir=runs/distill_deit_vit_b16
 

@@ -1,4 +1,4 @@
-"""DINO ViT-B/16 into ViT-B/16, 300 epochs (Table 1, FD-DINO).
+"""DINO ViT-B/16 into ViT-B/16, 300 epochs (FD-DINO, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_dino_vit_b16.py --workdir=runs/distill_dino_vit_b16
 

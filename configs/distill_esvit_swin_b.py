@@ -1,4 +1,4 @@
-"""EsViT Swin-B into SwinV2-B with windows of 14, 300 epochs (Table 1, FD-EsViT).
+"""EsViT Swin-B into SwinV2-B with windows of 14, 300 epochs (FD-EsViT, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_esvit_swin_b.py --workdir=runs/distill_esvit_swin_b
 

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/distill_esvit_vit_b16.py --workdir=runs/distill_esvit_vit_b16
 
-The original has the switch (PRED_FEAT_S3) without a shipped experiment or a published figure; the
-other values are those of the ViT-B students. Ours: not yet run.
+The original has the switch (docs/reference.md#stage-3-target) without a shipped experiment or a
+published figure; the other values are those of the ViT-B students. Ours: not yet run.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-"""MAE ViT-B/16 into ViT-B/16, 300 epochs (paper, section 4.3).
+"""MAE ViT-B/16 into ViT-B/16, 300 epochs (docs/reference.md#table-1).
 
     python train.py --config=configs/distill_mae_vit_b16.py --workdir=runs/distill_mae_vit_b16
 

@@ -1,4 +1,4 @@
-"""SwinV2-G into SwinV2-G at 256 pixels (Table 1, FD-SwinV2-G).
+"""SwinV2-G into SwinV2-G at 256 pixels (FD-SwinV2-G, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_swinv2_g.py --workdir=runs/distill_swinv2_g
 

@@ -1,4 +1,6 @@
-r"""FD-CLIP ViT-L at 336 px with ImageNet-22K in between: the 89.0 row of Table 1, in two stages.
+r"""FD-CLIP ViT-L at 336 px with ImageNet-22K in between, in two stages.
+
+The 89.0 row of docs/reference.md#table-1:
 
     python finetune.py --config=configs/finetune_clip_vit_l14_336.py:stage=22k \
       --config.init_from=runs/distill_clip_vit_l14/model --config.data.name=folder:/data/in22k \

@@ -1,4 +1,4 @@
-r"""FD-EsViT Swin-B (a SwinV2-B with windows of 14) on ImageNet-1K (Table 1).
+r"""FD-EsViT Swin-B (a SwinV2-B with windows of 14) on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_esvit_swin_b.py \
       --config.init_from=runs/distill_esvit_swin_b/model --workdir=runs/finetune_esvit_swin_b

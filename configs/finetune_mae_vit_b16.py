@@ -1,4 +1,4 @@
-r"""FD-MAE ViT-B/16 on ImageNet-1K (paper, text of section 4).
+r"""FD-MAE ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_mae_vit_b16.py \
       --config.init_from=runs/distill_mae_vit_b16/model --workdir=runs/finetune_mae_vit_b16

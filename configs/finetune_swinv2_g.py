@@ -1,4 +1,4 @@
-r"""FD-SwinV2-G on ImageNet-1K at 256 pixels (Table 1).
+r"""FD-SwinV2-G on ImageNet-1K at 256 pixels (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_swinv2_g.py \
       --config.init_from=runs/distill_swinv2_g/model --workdir=runs/finetune_swinv2_g

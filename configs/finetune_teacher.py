@@ -1,4 +1,4 @@
-r"""Direct fine-tuning of a teacher: the rows "before distillation" of Table 1.
+r"""Direct fine-tuning of a teacher: the rows "before distillation" (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_teacher.py:teacher=clip_b \
       --config.init_from=teachers/openai_clip_vit_b16 --workdir=runs/finetune_clip_b

@@ -1,4 +1,4 @@
-r"""The paper in miniature: every stage of Table 1 on small pictures, minutes on a CPU.
+r"""The paper in miniature: docs/reference.md#table-1 on small pictures, minutes on a CPU.
 
     make miniature
 

@@ -9,7 +9,7 @@ TargetNorm = Literal["whiten", "l2", "none"]
 
 
 def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
-    """Normalises each token over its channels with no learned scale (paper section 3.2).
+    """Normalises each token over its channels with no learned scale (docs/reference.md#whitening).
 
     The LayerNorm without affine of the paper: biased variance, torch's default eps.
     [..., D] -> [..., D] float32.
@@ -21,14 +21,14 @@ def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
 
 
 def l2_normalize(features: jax.Array, *, eps: float = 1e-12) -> jax.Array:
-    """Scales each token to unit length (Table 3, second row). [..., D] -> [..., D] float32."""
+    """Scales tokens to unit length (docs/reference.md#table-3). [..., D] -> [..., D] float32."""
     x = features.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     return x / jnp.maximum(norm, eps)
 
 
 def normalize_target(features: jax.Array, kind: TargetNorm) -> jax.Array:
-    """The normalisation of the teacher's tokens that Table 3 varies. [..., D] -> [..., D]."""
+    """A normalisation of the target of docs/reference.md#table-3. [..., D] -> [..., D]."""
     if kind == "whiten":
         return whiten(features)
     if kind == "l2":

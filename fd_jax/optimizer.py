@@ -17,16 +17,19 @@ Moments = Literal["float32", "bfloat16", "factored"]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then half a cosine, in optimizer steps and absolute rates (reference 3).
+    """Linear warm-up, then half a cosine, in optimizer steps and absolute rates.
+
+    See docs/reference.md#lr-schedule.
 
     Attributes:
       start, peak, minimum: absolute learning rates.
       warmup_steps: W.
       total_steps: N; from there on the rate is `minimum`.
       lag: optimizer step i runs at position max(i - lag, 0). The original advances its schedule
-        after the step, so its lag is 1 (quirk 2).
+        after the step, so its lag is 1 (docs/reference.md#quirk-lr-lag).
       scale_floors: whether layer-wise decay scales `start` and `minimum` too. The original does
-        not (quirk 3), so its lowest layers can fall in warm-up and rise afterwards.
+        not (docs/reference.md#quirk-lr-floors), so its lowest layers can fall in warm-up and rise
+        afterwards.
     """
 
     start: float
@@ -157,7 +160,7 @@ def lars(
     clip_norm: float | None = None,
     trust: float = 0.001,
 ) -> optax.GradientTransformation:
-    """LARS as MAE's linear probe defines it (reference 6).
+    """LARS as MAE's linear probe defines it (docs/reference.md#lars).
 
     Tensors of more than one dimension get weight decay and a trust ratio; the rest are plain
     momentum SGD.
@@ -213,7 +216,7 @@ def scale_by_schedule(schedule: Schedule, scales: PyTree | None) -> optax.Gradie
 
 
 def decay_mask(params: PyTree, no_decay: tuple[str, ...], *, vectors: bool = False) -> PyTree:
-    """True where weight decay applies (reference 3).
+    """True where weight decay applies (docs/reference.md#weight-decay).
 
     Spared: tensors of at most one dimension unless `vectors` is set, and paths in which a pattern
     of the model family is found ("blocks/0/attn/qkv/kernel" is a path).
@@ -231,7 +234,7 @@ def decay_mask(params: PyTree, no_decay: tuple[str, ...], *, vectors: bool = Fal
 def layer_scales(
     params: PyTree, layer_id: Callable[[str], int], *, last: int, decay: float
 ) -> PyTree:
-    """Layer-wise decay: decay^(last - id) per parameter (reference 5.2).
+    """Layer-wise decay: decay^(last - id) per parameter (docs/reference.md#layer-decay).
 
     Args:
       params: tree of arrays or shapes.

@@ -1,4 +1,4 @@
-"""Every experiment file: its values against the reference tables, its schedule, its decay."""
+"""Every experiment file: its values against docs/reference.md, its schedule, its decay."""
 
 import importlib
 import pathlib
@@ -21,7 +21,7 @@ from tests import tiny
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS_PER_EPOCH = 625  # 1,281,167 images in batches of 2,048, the rest dropped
 
-# name: source, patch, drop path, epochs, minimum crop area (reference section 3)
+# name: source, patch, drop path, epochs, minimum crop area (docs/reference.md#pretrain-configs)
 PAPER = {
     "distill_clip_vit_b16": ("openai_clip_vit_b16", 16, 0.2, 300, 0.08),
     "distill_clip_vit_b16_100ep": ("openai_clip_vit_b16", 16, 0.1, 100, 0.67),
@@ -32,7 +32,7 @@ PAPER = {
 }
 
 
-# The same of the Swin experiments, with the rates at their own batch (reference section 3).
+# The same of the Swin experiments, rates at their own batch (docs/reference.md#pretrain-configs).
 SWIN_TEACHER = specs.ModelSpec(
     "swin", base.swin_v1(base.SWIN_B_W14, image_size=224), source="esvit_swin_base_w14"
 )
@@ -89,7 +89,7 @@ def test_values_are_the_papers(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_schedule_at_its_milestones(name):
-    """Against the closed form of reference section 3, written out in float64."""
+    """Against the closed form of docs/reference.md#lr-schedule, written out in float64."""
     schedule, total = schedule_of(load(name))
     warmup = 10 * STEPS_PER_EPOCH
     start, peak, minimum = 2e-6, 1.2e-3, 2e-5
@@ -124,7 +124,7 @@ def test_schedule_has_the_published_spot_values():
 
 
 def test_weight_decay_of_every_parameter():
-    """Reference section 3: vectors, class token and position table spared, bias tables decayed."""
+    """docs/reference.md#weight-decay: bias tables decayed, position tables spared."""
     config = load("distill_clip_vit_b16")
     params, _ = jax.eval_shape(task_for(config).init, jax.random.key(0))
     mask = optimizer.decay_mask(params, specs.FAMILIES["vit"].NO_DECAY)
@@ -146,7 +146,8 @@ def test_large_student_has_the_published_number_of_tensors():
     assert len(jax.tree.leaves(params)) == 368
 
 
-# name: patch, epochs, warm-up, drop path, layer decay, peak and floor at 2048 (reference 3)
+# name: patch, epochs, warm-up, drop path, layer decay, peak and floor at 2048
+# (docs/reference.md#fine-tune-configs)
 FINE_TUNING = {
     "finetune_clip_vit_b16_100ep": (16, 100, 20, 0.1, 0.65, 5e-3, 1e-6),
     "finetune_clip_vit_b16": (16, 100, 20, 0.3, 0.60, 5e-3, 1e-6),
@@ -154,7 +155,7 @@ FINE_TUNING = {
     "finetune_deit_vit_b16": (16, 100, 20, 0.3, 0.65, 5e-3, 1e-6),
     "finetune_clip_vit_l14": (14, 50, 5, 0.4, 0.75, 1e-3, 2e-6),
 }
-# name: image size, batch, epochs, warm-up, layer decay, absolute peak (reference 11)
+# name: image size, batch, epochs, warm-up, layer decay, absolute peak (docs/reference.md#ft-clip)
 FT_CLIP = {
     "ft_clip_vit_b16": (224, 2048, 50, 10, 0.6, 6e-4),
     "ft_clip_vit_b16_384": (384, 2048, 50, 10, 0.6, 7e-4),
@@ -200,7 +201,7 @@ def test_fine_tuning_values_are_the_originals(name):
 
 
 def test_lowest_layers_of_the_large_model_fall_in_warm_up():
-    """Quirk 3: their peak lies below the floor, which is not scaled."""
+    """Their peak lies below the unscaled floor (docs/reference.md#quirk-lr-floors)."""
     _, schedule, _ = classifier_for(load("finetune_clip_vit_l14"), 14)
     scale = 0.75**25
     np.testing.assert_allclose(1e-3 * scale, 7.53e-7, rtol=1e-3)
@@ -320,7 +321,7 @@ def test_esvit_distillation_is_the_originals():
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     assert len(jax.tree.leaves(params)) == 425
     encoder = sum(leaf.size for leaf in jax.tree.leaves(params["encoder"]))
-    assert encoder == 86_893_816  # reference 2.2
+    assert encoder == 86_893_816  # docs/reference.md#parameter-counts
 
 
 def test_a_vit_takes_the_third_stage_of_esvit():

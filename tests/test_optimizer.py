@@ -43,7 +43,7 @@ def run(tx, params):
 
 
 def expected_rate(step, scale=1.0):
-    """The schedule of reference section 3 in plain float64, one step late."""
+    """The schedule of docs/reference.md#lr-schedule in plain float64, one step late."""
     u = max(step - 1, 0)
     peak = 1e-2 * scale
     if u < 2:
@@ -126,7 +126,7 @@ def test_layer_decay_equals_torch():
 
 
 def test_floors_of_the_schedule_are_not_scaled_unless_asked():
-    """Quirk 3: with a small scale the rate falls in warm-up and rises afterwards."""
+    """docs/reference.md#quirk-lr-floors: a small scale falls in warm-up, then rises."""
     scale = 1e-3
     assert SCHEDULE(0, scale) == pytest.approx(1e-4)
     assert SCHEDULE(3, scale) < SCHEDULE(0, scale)
@@ -148,7 +148,7 @@ def test_clipping_follows_torch_at_the_limit():
 
 
 def test_lars_has_the_published_spot_values():
-    """Reference section 6: two steps of a [1, 2] kernel and of a bias."""
+    """docs/reference.md#lars: two steps of a [1, 2] kernel and of a bias."""
     flat = optimizer.Schedule(0.1, 0.1, 0.1, 0, 10, lag=0)
     tx = optimizer.lars(flat, momentum=0.9, weight_decay=0.0)
     params = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([1.0])}
@@ -164,7 +164,7 @@ def test_lars_has_the_published_spot_values():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_five_lars_steps_equal_numpy(weight_decay):
-    """Trust ratio and decay for matrices only, momentum on the scaled gradient (reference 6)."""
+    """Trust ratio and decay for matrices only; momentum after both (docs/reference.md#lars)."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (6, 4), "bias": (4,), "zero": (3, 2)}
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

@@ -10,22 +10,24 @@ from typing import NoReturn
 from absl import logging
 import jax
 
-from fd_jax.convert import exporting, importing, listing, rules, verifying
+from fd_jax.convert import exporting, importing, inspecting, listing, verifying
+from fd_jax.convert.formats import FORMATS
+from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError, UserError
 
 
 def run_as_script(name: str) -> NoReturn:
     """Runs the command of `sys.argv` and exits."""
-    # What holds for a process that does nothing else. `main` prints the one message: Orbax logs
-    # with a traceback what it then raises, and a write that fails (a full disk) leaves callbacks.
+    # For a process that does nothing else. `main` prints the one message: Orbax also logs what it
+    # raises, with a traceback, and a write that fails (a full disk) leaves callbacks behind.
     sys.unraisablehook = lambda _: None
     logging.set_verbosity(logging.FATAL)
-    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to those who compute
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to others
     sys.exit(main(name=name))
 
 
 def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.py") -> int:
-    """Runs one command; what the user got wrong becomes one message and the status 2."""
+    """Runs one command; a mistake of the user becomes one message and the status 2."""
     arguments = _parser(name).parse_args(argv)
     try:
         arguments.run(arguments)
@@ -34,9 +36,9 @@ def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what stood at the output before is untouched", file=sys.stderr)
+        print("interrupted; what was at the output before is unchanged", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output (`head`, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -52,7 +54,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")
     command.add_argument("--input", required=True, type=_path, help="any weights file or folder")
-    command.set_defaults(run=lambda a: print(listing.inspect(a.input)))
+    command.set_defaults(run=lambda a: print(inspecting.inspect(a.input)))
 
     command = commands.add_parser("import", help="turn a file into a model folder")
     command.add_argument("--source", required=True, help="a name from `sources`, or auto")
@@ -72,12 +74,12 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="write a model folder for another library")
-    command.add_argument("--format", required=True, choices=exporting.FORMATS)
+    command.add_argument("--format", required=True, choices=FORMATS)
     command.add_argument("--input", required=True, type=_path, help="model folder")
     command.add_argument(
         "--output", required=True, type=_path, help="file, or folder for huggingface"
     )
-    command.add_argument("--overwrite", action="store_true", help="replace what stands there")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=_export)
 
     command = commands.add_parser("verify", help="compare a model folder with torch, by block")
@@ -93,7 +95,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 class _Progress:
-    """Says on the error stream how far a long command is, once in a while."""
+    """Reports the progress of a long command on the error stream, every few seconds."""
 
     EVERY = 5.0  # seconds
 
@@ -106,7 +108,7 @@ class _Progress:
             print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
 
-# Shells leave the "~" of --input=~/file alone.
+# Shells do not expand the "~" of --input=~/file.
 _path = os.path.expanduser
 
 
@@ -115,7 +117,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
     )
     if left:
-        print(f"the layout has no place for {', '.join(rules.summarize(left))}")
+        print(f"the format has no place for {', '.join(summarize(left))}")
     print(f"wrote {arguments.output}")
 
 

@@ -1,6 +1,6 @@
 """A file of weights in, a model folder out."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import math
@@ -13,12 +13,14 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.checkpoint import LazyArray
-from fd_jax.convert import own, rules, sources
-from fd_jax.convert.containers import open_container
-from fd_jax.convert.rules import Match
-from fd_jax.convert.source import Source, shapes
-from fd_jax.convert.tensors import DTYPES, Container, Tensor
-from fd_jax.convert.transforms import Shape
+from fd_jax.convert import families, identifying, networks, trees
+from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor
+from fd_jax.convert.rules import matching
+from fd_jax.convert.rules.matching import Match
+from fd_jax.convert.rules.names import summarize
+from fd_jax.convert.rules.transforms import Shape
+from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -140,10 +142,11 @@ def read(
     spec = chosen.parts[part].spec
     not_finite: list[str] = []
     convert = functools.partial(_in_dtype, container, DTYPES[dtype], not_finite)
-    items = list(_converted(found, tensors, shapes(spec), DTYPES[dtype], convert, lazy=lazy))
-    params = _nested(_counted(items, _counter(progress, "writing", _nbytes(items))))
-    label = chosen.name if part == chosen.default_part else f"{chosen.name}:{part}"
-    if chosen.name != own.NAME:  # whose file says all this itself
+    expected = networks.shapes(spec)
+    items = list(_converted(found, tensors, expected, DTYPES[dtype], convert, lazy=lazy))
+    params = trees.nested(_counted(items, _counter(progress, "writing", _nbytes(items))))
+    label = chosen.label(part)
+    if not chosen.complete:
         spec = dataclasses.replace(
             spec,
             classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
@@ -160,9 +163,9 @@ def read(
 
 
 def _chosen(name: str, container: Container) -> Source:
-    if name == own.NAME or (name == AUTO and own.METADATA in container.metadata):
-        return own.source(container)
-    return identify(container) if name == AUTO else sources.get(name)
+    if name == AUTO:
+        return families.self_described(container) or identifying.identify(container)
+    return families.source_for(name, container)
 
 
 def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
@@ -209,44 +212,14 @@ def check_part(source: Source, part: str | None) -> str:
     return part
 
 
-def identify(container: Container) -> Source:
-    """The one source whose default part fits a file completely.
-
-    Raises:
-      ConversionError: none fits, or the keys cannot tell several apart.
-    """
-    fitting = _fitting(container)
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        lines = "\n  ".join(f"{s.name}: {s.file}; {s.note}" for s in fitting)
-        raise ConversionError(
-            f"{container.path}: the names and shapes in it fit several sources; say which with "
-            f"--source=\n  {lines}"
-        )
-    raise ConversionError(
-        f"{container.path}: it fits no source; `inspect` shows which come near, and naming one "
-        "with --source lists what differs"
-    )
-
-
-def _fitting(container: Container) -> list[Source]:
-    return [
-        source
-        for source in sources.SOURCES.values()
-        if source.share_of_names(container, source.default_part) == 1
-        and not source.match(container, source.default_part)[0].problems
-    ]
-
-
 def refuse_problems(source: Source, container: Container, found: Match) -> None:
     """Raises one error with everything that does not fit."""
     if not found.problems:
         return
     missing = [p.removeprefix("missing ") for p in found.problems if p.startswith("missing ")]
     others = [p for p in found.problems if not p.startswith("missing ")]
-    lines = [f"missing {line}" for line in rules.summarize(missing)] + rules.summarize(others)
-    fitting = [s.name for s in _fitting(container) if s.name != source.name]
+    lines = [f"missing {line}" for line in summarize(missing)] + summarize(others)
+    fitting = [s.name for s in identifying.fitting(container) if s.name != source.name]
     if fitting:
         lines.append(f"the file fits {', '.join(fitting)}")
     if _SHARD.search(container.path.name):
@@ -267,7 +240,7 @@ def _converted(
     *,
     lazy: bool,
 ) -> Iterator[tuple[str, np.ndarray | LazyArray]]:
-    for path, load in rules.convert(found, tensors):
+    for path, load in matching.convert(found, tensors):
 
         def in_dtype(load=load, path=path):
             return convert(path, load())
@@ -297,16 +270,5 @@ def _in_dtype(
 
 
 def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
-    taken = (name for step in found.steps for name in step.sources)
+    taken = (name for step in found.steps for name in step.names)
     return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}
-
-
-def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in items:
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return tree

@@ -18,10 +18,13 @@ import jax
 import numpy as np
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing, rules, safetensors_io, sources
-from fd_jax.convert.containers import open_container
-from fd_jax.convert.source import Source
-from fd_jax.convert.tensors import DTYPES
+from fd_jax.convert import families, importing, networks, trees
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.opening import open_container
+from fd_jax.convert.containers.tensors import DTYPES
+from fd_jax.convert.formats import FORMATS
+from fd_jax.convert.huggingface import HuggingFace
+from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -78,7 +81,7 @@ def verify(
         ) from error
     transformers.utils.logging.disable_progress_bar()
     spec, params = model_folder.load(folder)
-    params = exporting.flat(params)
+    params = trees.flat(params)
     dtype = next(iter(params.values())).dtype.name
     made_from, _, made_part = spec.source.partition(":")
     if part is None and made_from == source and made_part:
@@ -92,23 +95,19 @@ def verify(
         dtype=dtype,
         allow_other_hash=allow_other_hash,
     )
-    _compare_parameters(exporting.flat(read.params), params)
+    _compare_parameters(trees.flat(read.params), params)
     size = spec.arch["image_size"]
     images = np.random.default_rng(_SEED).standard_normal((1, size, size, 3)).astype(np.float32)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference"
-        _write_reference(read, reference)
-        chosen = sources.SOURCES.get(read.source.partition(":")[0])
-        if chosen is not None and chosen.hf:
-            untouched = _take_as_they_are(chosen, path, part, reference, DTYPES[dtype])
-        else:
-            untouched = 0
+        layout = _write_reference(read, reference)
+        untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
         model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     with torch.no_grad():
-        theirs = [state.numpy() for state in _torch_tokens(model, pixels)]
+        theirs = [state.numpy() for state in _torch_tokens(model, layout, pixels)]
     ours = _our_tokens(spec, params, images)
-    names = ["embedding", *(f"block {i}" for i in range(rules.depth(spec.arch))), "final norm"]
+    names = ["embedding", *(f"block {i}" for i in range(sum(networks.depths(spec)))), "final norm"]
     rows = [
         (name, float(np.abs(found - expected).max()), float(np.abs(expected).max()))
         for name, found, expected in zip(names, ours, theirs, strict=False)
@@ -126,21 +125,31 @@ def report(compared: Compared) -> str:
     return "\n".join(lines)
 
 
-def _write_reference(read: importing.Imported, folder: Path) -> None:
+def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:
+    """Writes the folder that the reference is opened from; returns the layout of its class."""
     params = {
         name: np.asarray(array, DTYPES["float32"])
-        for name, array in exporting.flat(read.params).items()
+        for name, array in trees.flat(read.params).items()
         if name.startswith("encoder/")
     }
     spec = dataclasses.replace(read.spec, classes=0)
-    exporting.FORMATS["huggingface"].write(spec, params, folder)
+    FORMATS["huggingface"].write(spec, params, folder)
+    return families.layout(HuggingFace, spec, set(params), format="huggingface")[0]
 
 
-def _take_as_they_are(source: Source, path, part: str | None, folder: Path, dtype: np.dtype) -> int:
-    """Puts the file's tensors into the reference by name, rounded to the model folder's dtype.
+def _take_as_they_are(
+    read: importing.Imported, path, part: str | None, folder: Path, dtype: np.dtype
+) -> int:
+    """Puts a Hugging Face file's tensors into the reference by name, in the model folder's dtype.
 
     Positions that were resized stay as they are.
+
+    Returns:
+      How many tensors these are; 0 for other files, whose names the reference does not have.
     """
+    source = families.SOURCES.get(read.source.partition(":")[0])
+    if source is None or not source.hf:
+        return 0
     _, theirs = source.match(open_container(path), importing.check_part(source, part))
     weights = folder / "model.safetensors"
     tensors = safetensors_io.read(weights).tensors
@@ -163,7 +172,7 @@ def _compare_parameters(expected: dict[str, np.ndarray], found: dict[str, np.nda
     if wrong:
         raise ConversionError(
             "the model folder does not hold the parameters of the file: "
-            f"{', '.join(rules.summarize(wrong))}"
+            f"{', '.join(summarize(wrong))}"
         )
 
 
@@ -171,12 +180,12 @@ def _our_tokens(
     spec: ModelSpec, params: dict[str, np.ndarray], images: np.ndarray
 ) -> list[np.ndarray]:
     definition, _ = spec.abstract()
-    encoder = exporting.nested_encoder(params)
+    encoder = trees.encoder(params)
 
     @jax.jit
     def run(encoder: Any, images: jax.Array) -> list[jax.Array]:
         module: Any = nnx.merge(definition, encoder)
-        maps = module.intermediates(images, range(rules.depth(spec.arch)))
+        maps = module.intermediates(images, range(sum(networks.depths(spec))))
         final = [module(images).tokens] if spec.arch["final_norm"] else []
         return [module.embed(images), *(found.tokens for found in maps), *final]
 
@@ -184,7 +193,7 @@ def _our_tokens(
         return [np.asarray(tokens) for tokens in run(encoder, images)]
 
 
-def _torch_tokens(model: Any, pixels: Any) -> list[Any]:
+def _torch_tokens(model: Any, layout: HuggingFace, pixels: Any) -> list[Any]:
     """What enters the first block, what leaves each, and the normalised end."""
     caught: list[Any] = []
 
@@ -200,9 +209,7 @@ def _torch_tokens(model: Any, pixels: Any) -> list[Any]:
     )
     blocks = [block for layer in layers for block in getattr(layer, "blocks", [layer])]
     hooks = [block.register_forward_hook(keep) for block in blocks]
-    tokens = model(pixels).last_hidden_state
+    tokens = layout.final_tokens(model, model(pixels).last_hidden_state)
     for hook in hooks:
         hook.remove()
-    if model.config.model_type == "clip_vision_model":  # normalises the class token only
-        tokens = getattr(model, "vision_model", model).post_layernorm(tokens)
     return [*caught, tokens]

@@ -16,7 +16,7 @@ _SPLIT = "{split}"  # in a folder's path
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
 # File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
-# fine-tuning (reference 4.1); one of them belongs to ImageNet-1K.
+# fine-tuning (docs/reference.md#skipped-files); one of them belongs to ImageNet-1K.
 OFFICIAL_SKIPPED = tuple(
     f"{name}.JPEG"
     for name in (

@@ -29,7 +29,7 @@ class Feed:
       rand_augment: policy in timm's notation; "" for none.
       eval_resize: short side of a held-out picture to the side of the centre crop.
       eval_crop: False squashes held-out pictures to the square instead.
-      skip_official: leaves out the files that the original skips (reference 4.1).
+      skip_official: leaves out the files that the original skips (docs/reference.md#skipped-files).
       threads: decoding threads per process.
       workers: worker processes; 0 decodes in this one.
       max_broken: unreadable images replaced before the run stops, in each process and start.

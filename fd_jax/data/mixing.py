@@ -1,4 +1,6 @@
-"""Mixup, CutMix and random erasing of whole global batches, on the device (reference 4.2, 4.3).
+"""Mixup, CutMix and random erasing of whole global batches, on the device.
+
+See docs/reference.md#mixing and docs/reference.md#random-erasing.
 
 Everything is drawn for the global batch from one key, so the result depends on neither the mesh nor
 the number of hosts.
@@ -26,7 +28,8 @@ def smooth_one_hot(label: jax.Array, classes: int, smoothing: float) -> jax.Arra
 class Mixing:
     """Mixes every image of a batch with its partner from the other end, all with one lambda.
 
-    The original draws once per device's batch (quirk 10); here it is once per global batch.
+    The original draws once per device's batch (docs/reference.md#quirk-mixup-per-rank); here it is
+    once per global batch.
 
     Attributes:
       mixup: alpha of lambda's Beta distribution for mixup; 0 for no mixup.

@@ -1,4 +1,6 @@
-"""RandAugment as timm 0.4.12 applies it for `rand-m9-mstd0.5-inc1` (reference 4.2).
+"""RandAugment as timm 0.4.12 applies it for `rand-m9-mstd0.5-inc1`.
+
+See docs/reference.md#rand-augment.
 
 A few operations, drawn uniformly with replacement, each applied with probability one half and at a
 magnitude drawn anew. Pillow does the pixels, as it does there.

@@ -93,7 +93,9 @@ def mirror(pixels: np.ndarray) -> np.ndarray:
 def random_resized_crop_box(
     rng: np.random.Generator, height: int, width: int, *, min_area: float, max_area: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """A crop of random area and aspect, as torchvision draws it (reference 4.1).
+    """A crop of random area and aspect, as torchvision draws it.
+
+    See docs/reference.md#distillation-crop.
 
     Args:
       rng: where the numbers come from.
@@ -128,7 +130,7 @@ def random_resized_crop_box(
 def single_crop_box(
     rng: np.random.Generator, height: int, width: int, *, min_area: float
 ) -> tuple[int, int, int, int]:
-    """A crop drawn once and cut to the picture, as in MAE's linear probe (reference 4.5).
+    """A crop drawn once and cut to the picture, as in MAE's probe (docs/reference.md#probe-crop).
 
     Arguments and result as in `random_resized_crop_box`.
     """
@@ -143,7 +145,9 @@ _CROPS = {"retried": random_resized_crop_box, "single": single_crop_box}
 
 
 class TrainTransform:
-    """Random resized crop and horizontal flip (reference 4.1), then RandAugment where asked (4.2).
+    """Random resized crop and horizontal flip, then RandAugment where asked.
+
+    See docs/reference.md#distillation-crop and docs/reference.md#fine-tune-augmentation.
 
     Args:
       image_size: side of the result in pixels.
@@ -190,7 +194,9 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Short side to int(ratio * S), bicubic, then the centre S x S (reference 4.4).
+    """Short side to int(ratio * S), bicubic, then the centre S x S.
+
+    See docs/reference.md#evaluation-transform.
 
     Args:
       image_size: S.

@@ -18,7 +18,7 @@ class Projector(nnx.Module):
     """The 1x1 map from student to teacher width, trained with the student and then set aside.
 
     Weight and bias start uniform in +-1/sqrt(D_s), torch's default for the 1x1 convolution of the
-    original (reference 1.5).
+    original (docs/reference.md#projector).
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Classifier(nnx.Module):
 
     Attributes:
       pooling: "cls" the class token, "mean" the mean patch token, "mean_norm" LayerNorm `fc_norm`
-        of that mean (fine-tuning in the original, reference 2.1), "norm_mean" the mean of the
-        patch tokens after `fc_norm` (FT-CLIP, reference 11).
+        of that mean (fine-tuning in the original, docs/reference.md#fine-tune-head), "norm_mean"
+        the mean of the patch tokens after `fc_norm` (FT-CLIP, docs/reference.md#ft-clip).
       affine: whether `fc_norm` has scale and bias to train.
     """
 

@@ -49,7 +49,9 @@ def antialias_matrix(
 def resize_pos_embed(
     table: np.ndarray, grid: int, *, prefix: int, method: PositionResize
 ) -> np.ndarray:
-    """Resizes an absolute position table to another square grid (reference 5.3, quirks per source).
+    """Resizes an absolute position table to another square grid.
+
+    See docs/reference.md#pos-embed-resize.
 
     Args:
       table: [1, prefix + g0*g0, D].
@@ -82,7 +84,9 @@ def resize_pos_embed(
 
 
 def resize_rel_pos_table(table: np.ndarray, grid: int, *, extra: int) -> np.ndarray:
-    """Resizes a relative position bias table to another square grid (reference 5.4).
+    """Resizes a relative position bias table to another square grid.
+
+    See docs/reference.md#rel-pos-resize.
 
     Source offsets are placed in a geometric progression, dense near zero, so that close neighbours
     keep their bias; the target offsets are read off a tensor-product cubic spline through them.
@@ -114,7 +118,8 @@ def resize_rel_pos_table(table: np.ndarray, grid: int, *, extra: int) -> np.ndar
 def geometric_offsets(half: int, reach: int) -> np.ndarray:
     """Positions 0, +-p_k: p_1 = 1, p_{k+1} = p_k + q^k, p_half near `reach`. [2*half + 1]
 
-    q comes from a bisection on [1.01, 1.5]; its floor of 1.01 stays when shrinking (quirk 24).
+    q comes from a bisection on [1.01, 1.5]; its floor of 1.01 stays when shrinking
+    (docs/reference.md#quirk-bias-resize).
     """
     low, high, ratio = 1.01, 1.5, 1.01
     while high - low > 1e-6:

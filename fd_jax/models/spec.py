@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.errors import ModelFolderError
-from fd_jax.models import resize
+from fd_jax.models import kernels, resize
 from fd_jax.models.heads import Pooling
 from fd_jax.models.swin_v1 import SwinV1
 from fd_jax.models.swin_v2 import SwinV2
@@ -99,6 +99,11 @@ class ModelSpec:
         return spec, FAMILIES[self.family].resize_positions(
             params, self.arch, image_size, method=self.position_resize
         )
+
+    def choose_attention(self, name: str, *, dtype: jnp.dtype, platform: str | None = None) -> str:
+        """Settles `config.attention` for this network, see `kernels.choose`."""
+        widths = FAMILIES[self.family].head_widths(self.arch)
+        return kernels.choose(name, dtype=dtype, head_widths=widths, platform=platform)
 
     def to_json(self) -> str:
         """The text of `model.json`."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers, windows
+from fd_jax.models.attention import Attention
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.vit import REMAT_POLICIES
 
@@ -75,7 +76,7 @@ class Block(nnx.Module):
         window: int,
         shift: int,
         norm1: nnx.LayerNorm,
-        attn: layers.Attention,
+        attn: Attention,
         norm2: nnx.LayerNorm,
         mlp: layers.Mlp,
         norm_first: bool,
@@ -176,7 +177,7 @@ class Swin(nnx.Module):
         init: str = "finetune",
         dtype: jnp.dtype = jnp.float32,
         grad_dtype: jnp.dtype = jnp.float32,
-        attention: layers.AttentionKind = "xla",
+        attention: str = "xla",
         remat: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -201,12 +202,13 @@ class Swin(nnx.Module):
             # The residual branches of deep blocks start smaller, as in the ViT.
             out_init = layers.scaled(KERNEL_INIT, 1 / math.sqrt(2 * (number + 1)))
             common = {"kernel_init": KERNEL_INIT, "out_init": out_init, **dtypes, "rngs": rngs}
+            heads_here = {"heads": heads[stage], "implementation": attention}
             return Block(
                 grid=grid,
                 window=min(window, grid),
                 shift=window // 2 if index % 2 and grid > window else 0,
                 norm1=self._branch_norm(norm(width)),
-                attn=self._attention(stage, width, heads[stage], kind=attention, **common),
+                attn=self._attention(stage, width, **heads_here, **common),
                 norm2=self._branch_norm(norm(width)),
                 mlp=layers.Mlp(width, mlp_ratio * width, activation=activation, **common),
                 norm_first=self.norm_first,
@@ -243,8 +245,14 @@ class Swin(nnx.Module):
         self.norm = norm(self.width) if final_norm else None
 
     @staticmethod
+    def head_widths(arch: dict[str, Any]) -> tuple[int, ...]:
+        """Channels per attention head of each stage."""
+        heads = arch["heads"]
+        return tuple(arch["embed_width"] * MERGE**i // heads[i] for i in range(len(heads)))
+
+    @staticmethod
     def layer_id(path: str, arch: dict[str, Any]) -> int:
-        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+        """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
         0 for the patch embedding; 1 + blocks before it for a block; the id of its stage's last
         block for a merging and for a bias that a stage shares; depth + 1 for what comes after.
@@ -272,7 +280,8 @@ class Swin(nnx.Module):
         """The parameters for `first_stages(arch, stages)`; the final norm starts anew.
 
         As the original does for its three-stage teacher: that norm was trained for the last
-        stage's channels, so it is replaced by one of scale 1 and bias 0 (reference, PRED_FEAT_S3).
+        stage's channels, so it is replaced by one of scale 1 and bias 0
+        (docs/reference.md#stage-3-target).
         """
         if stages == len(arch["depths"]):
             return params
@@ -346,7 +355,7 @@ class Swin(nnx.Module):
             run = jax.checkpoint(run, policy=policy)
         return run(block, x, drops, shared_bias)
 
-    def _attention(self, stage: int, width: int, heads: int, **kwargs) -> layers.Attention:
+    def _attention(self, stage: int, width: int, heads: int, **kwargs) -> Attention:
         raise NotImplementedError
 
     def _branch_norm(self, norm: nnx.LayerNorm) -> nnx.LayerNorm:

@@ -12,7 +12,8 @@ class SwinV1(Swin):
 
     norm_first = True
 
-    # Spared from weight decay although they have more than one dimension (reference 3).
+    # Spared from weight decay although they have more than one dimension
+    # (docs/reference.md#weight-decay).
     NO_DECAY = (r"rel_pos_bias/table$",)
 
     @staticmethod

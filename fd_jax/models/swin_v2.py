@@ -20,7 +20,8 @@ class SwinV2(Swin):
     Architecture beside `Swin`'s:
       position: "rpb" a bias network per block; "shared_rpb" one for each stage.
       pretrained_windows: per stage, the window whose scale the bias networks' coordinates have; 0
-        for the stage's own, which is what the original always takes (quirk 18).
+        for the stage's own, which is what the original always takes
+        (docs/reference.md#quirk-window-scale).
       residual_scale: start of norm1's and norm2's scales; 1e-5 in the original, 0 in Microsoft's
         SwinV2.
       extra_norm_every: every so many blocks of a stage end with a norm on the main branch (6 in the
@@ -71,7 +72,10 @@ class SwinV2(Swin):
 
     @staticmethod
     def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-        """Copies each stage's shared bias network into its blocks (reference 5.1)."""
+        """Copies each stage's shared bias network into its blocks.
+
+        See docs/reference.md#fine-tune-loading.
+        """
         if arch["position"] != "shared_rpb":
             return params
         stages = {}

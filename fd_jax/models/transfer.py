@@ -1,7 +1,8 @@
 """A trained network as the start of another one: what is taken over, and what is not.
 
 Fine-tuning keeps the encoder of a model folder, gives every block its own position bias, drops the
-final norm that distillation trained, and begins with a fresh head (reference 5.1).
+final norm that distillation trained, and begins with a fresh head
+(docs/reference.md#fine-tune-loading).
 """
 
 import dataclasses

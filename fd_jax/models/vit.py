@@ -14,13 +14,15 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models import layers
+from fd_jax.models.attention import Attention, QkvBias, RelativePositionBias, Rotation
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
 
 Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
 
-# Truncation of the 0.02-std normal initialisation (reference quirk 5): the distillation student is
-# cut at one standard deviation, the fine-tuning model at absolute +-2, which cuts nothing.
+# Truncation of the 0.02-std normal initialisation (docs/reference.md#quirk-init-truncation): the
+# distillation student is cut at one standard deviation, the fine-tuning model at absolute +-2,
+# which cuts nothing.
 INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
 
 REMAT_POLICIES = {
@@ -37,7 +39,7 @@ class Block(nnx.Module):
         width: int,
         mlp_width: int,
         *,
-        attn: layers.Attention,
+        attn: Attention,
         activation: layers.Activation,
         norm_eps: float,
         layer_scale: float | None,
@@ -71,7 +73,7 @@ class Block(nnx.Module):
         x: jax.Array,
         drops: jax.Array | None,
         shared_bias: jax.Array | None,
-        rotate: layers.Rotation | None,
+        rotate: Rotation | None,
     ) -> jax.Array:
         """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
@@ -109,7 +111,7 @@ class ViT(nnx.Module):
       init: "fd_student" or "finetune", see INIT_LIMITS.
       dtype: of matmuls and activations; parameters stay float32 as created.
       grad_dtype: of weight gradients until they are summed over devices.
-      attention: implementation name, see `layers.attend`.
+      attention: key of `kernels.IMPLEMENTATIONS`, as `kernels.choose` settles it.
       remat: None, "full" or "dots": what a block recomputes in the backward pass.
     """
 
@@ -130,14 +132,14 @@ class ViT(nnx.Module):
         activation: layers.Activation,
         norm_eps: float,
         layer_scale: float | None,
-        qkv_bias: layers.QkvBias,
+        qkv_bias: QkvBias,
         patch_bias: bool,
         rope_theta: float = 100.0,
         drop_path: float = 0.0,
         init: str = "finetune",
         dtype: jnp.dtype = jnp.float32,
         grad_dtype: jnp.dtype = jnp.float32,
-        attention: layers.AttentionKind = "xla",
+        attention: str = "xla",
         remat: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -166,7 +168,7 @@ class ViT(nnx.Module):
             return nnx.Param(init_kernel(rngs.params(), shape))
 
         def position_table():
-            return layers.RelativePositionBias(self.grid, heads, cls_token=cls_token)
+            return RelativePositionBias(self.grid, heads, cls_token=cls_token)
 
         dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
         self.patch_embed = layers.PatchEmbed(
@@ -185,12 +187,12 @@ class ViT(nnx.Module):
             # The residual branches of deep blocks start smaller (BEiT's rescaling).
             out_init = layers.scaled(init_kernel, 1 / math.sqrt(2 * (index + 1)))
             common = {"kernel_init": init_kernel, "out_init": out_init, "rngs": rngs, **dtypes}
-            attn = layers.Attention(
+            attn = Attention(
                 width,
                 heads,
                 qkv_bias=qkv_bias,
                 rel_pos_bias=position_table() if position == "rpb" else None,
-                kind=attention,
+                implementation=attention,
                 **common,
             )
             return Block(
@@ -213,12 +215,17 @@ class ViT(nnx.Module):
         )
 
     # Spared from weight decay although they have more than one dimension. Position bias tables are
-    # decayed, as in the original (quirk 6).
+    # decayed, as in the original (docs/reference.md#quirk-bias-table-decay).
     NO_DECAY = (r"(^|/)cls_token$", r"(^|/)pos_embed$", r"(^|/)register_tokens$")
 
     @staticmethod
+    def head_widths(arch: dict[str, Any]) -> tuple[int, ...]:
+        """Channels per attention head: what implementations of attention have limits on."""
+        return (arch["width"] // arch["heads"],)
+
+    @staticmethod
     def layer_id(path: str, arch: dict[str, Any]) -> int:
-        """Layer of an encoder parameter for layer-wise decay (reference 5.2).
+        """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
         0 for what stands before the blocks, i + 1 for block i, depth + 1 for what comes after.
         """
@@ -307,7 +314,10 @@ class ViT(nnx.Module):
 
     @staticmethod
     def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-        """Copies a shared bias table into every block (reference 5.1), for `untied(arch)`."""
+        """Copies a shared bias table into every block, for `untied(arch)`.
+
+        See docs/reference.md#fine-tune-loading.
+        """
         if arch["position"] != "shared_rpb":
             return params
         rest = {name: value for name, value in params.items() if name != "rel_pos_bias"}
@@ -324,7 +334,7 @@ class ViT(nnx.Module):
         rotate = None
         if self.position == "rope":
             prefix = self.cls + self.registers
-            rotate = layers.Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
+            rotate = Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
         kept = {}
         for index in range(self.depth):
             block = self.blocks[str(index)]
@@ -363,7 +373,7 @@ def _check(image_size, patch_size, width, heads, activation, position, qkv_bias,
     for name, value, known in (
         ("activation", activation, tuple(layers.ACTIVATIONS)),
         ("position", position, Position.__args__),
-        ("qkv_bias", qkv_bias, layers.QkvBias.__args__),
+        ("qkv_bias", qkv_bias, QkvBias.__args__),
         ("remat", remat, (None, *REMAT_POLICIES)),
     ):
         if value not in known:

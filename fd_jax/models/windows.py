@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.models import layers
+from fd_jax.models.attention import Attention
 
-MASKED = -100.0  # logit of a pair that the shift brought together from far apart (reference 2.2)
+# Logit of a pair that the shift brought together from afar (docs/reference.md#swin-shift-mask).
+MASKED = -100.0
 HIDDEN = 512  # of the continuous position bias
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -92,7 +94,8 @@ def log_offsets(window: int, pretrained: int) -> np.ndarray:
       window: w.
       pretrained: p, the window that the scale belongs to; 0 for w itself.
     """
-    # A window of one token has the one offset 0; the guard keeps it from being 0 / 0 (quirk 18).
+    # A window of one token has the one offset 0; the guard keeps it from being 0 / 0
+    # (docs/reference.md#quirk-window-scale).
     reach = max((pretrained or window) - 1, 1)
     v = 8 * np.arange(-(window - 1), window) / reach
     scaled = np.sign(v) * np.log2(np.abs(v) + 1) / 3
@@ -141,7 +144,7 @@ class ContinuousBias(nnx.Module):
         return expand_offsets(16 * jax.nn.sigmoid(table), self.window)
 
 
-class WindowAttention(layers.Attention):
+class WindowAttention(Attention):
     """Attention inside windows, which are the rows of the batch."""
 
     def project(self, x: jax.Array) -> list[jax.Array]:

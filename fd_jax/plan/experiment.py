@@ -13,9 +13,10 @@ from etils import epath
 import ml_collections
 
 from fd_jax import model_folder
-from fd_jax.convert import sources
+from fd_jax.convert import families
 from fd_jax.cost.flops import Flops
 from fd_jax.errors import ConfigError, check_positive
+from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks import registry
 from fd_jax.tasks.base import Task
@@ -31,7 +32,7 @@ class Experiment:
 
     Attributes:
       task: what it trains.
-      config: its settings, with the dtype of accelerators where it says "auto".
+      config: its settings, with the dtype and attention of TPUs where it says "auto".
       networks: each network that would be read: (role, where its description came from).
       examples: images in an epoch, or None where the config counts steps.
       steps_per_epoch: full batches in an epoch.
@@ -75,6 +76,8 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
     config = ml_collections.ConfigDict(config.to_dict())
     if config.dtype == "auto":
         config.dtype = "bfloat16"
+    if config.attention == "auto":
+        config.attention = kernels.PREFERRED["tpu"][0]
     steps_per_epoch, total_steps, examples = _length(config, examples)
     config = ml_collections.FrozenConfigDict(config)
     specs, origins = {}, []
@@ -138,7 +141,7 @@ def _find(network: registry.Network, start: str) -> tuple[ModelSpec | None, str]
 
 
 def _of_source(name: str) -> ModelSpec:
-    source = sources.get(name)
+    source = families.get(name)
     return dataclasses.replace(source.parts[source.default_part].spec, source=name)
 
 

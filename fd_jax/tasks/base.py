@@ -20,7 +20,12 @@ class Task(Protocol):
 
     Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
     "index": int32 [B]} and whatever else the data's elements name; weight is 0 for padding.
+
+    Attributes:
+      attention: implementation of attention by network, the one that trains first.
     """
+
+    attention: dict[str, str]
 
     @property
     def trains_encoder(self) -> bool:

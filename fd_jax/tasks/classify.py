@@ -30,7 +30,8 @@ from fd_jax.typing import Batch, Config, Metrics, PyTree
 Trains = Literal["all", "head"]
 Head = Literal["fresh", "keep"]
 
-HEAD_STD = {"all": 0.02, "head": 0.01}  # of the head's initial weights (reference 2.1 and 6)
+# Of the head's initial weights (docs/reference.md#fine-tune-head, docs/reference.md#probe-head).
+HEAD_STD = {"all": 0.02, "head": 0.01}
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # share of the new batch in the running statistics
 
@@ -76,8 +77,9 @@ class ClassifyTask:
             source=_source_name(config, start),
         )
         self.statistics = self.spec
-        if config.reference_quirks:  # the original evaluates every model so (quirk 1)
+        if config.reference_quirks:  # as in docs/reference.md#quirk-eval-statistics
             self.statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
+        self.attention = {"encoder": self.spec.choose_attention(config.attention, dtype=self.dtype)}
         self.encoder_def, self._encoder_shapes = self.spec.abstract(**self._runtime())
         self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
         if model.pooling == "cls" and not self.encoder.cls:
@@ -277,7 +279,7 @@ class ClassifyTask:
             "init": "finetune",
             "dtype": self.dtype,
             "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
-            "attention": self.config.attention,
+            "attention": self.attention["encoder"],
             "remat": self.config.remat or None,
         }
 

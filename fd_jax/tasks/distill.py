@@ -1,4 +1,7 @@
-"""Feature distillation: a student learns the feature map of a frozen teacher (paper section 3)."""
+"""Feature distillation: a student learns the feature map of a frozen teacher.
+
+The method is in docs/reference.md#method.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +37,7 @@ class DistillTask:
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
       goals: what is learned, by the name of the teacher; `ONLY` where there is one.
+      attention: implementation of attention by network, the student first.
     """
 
     trains_encoder = True
@@ -66,8 +70,18 @@ class DistillTask:
         )
         if teachers is None:
             head = target.kind == "logits"
-            only = Teacher(config.teacher, dtype=self.dtype, head=head, spec=teacher_spec)
+            only = Teacher(
+                config.teacher,
+                dtype=self.dtype,
+                head=head,
+                attention=config.attention,
+                spec=teacher_spec,
+            )
             teachers = {ONLY: only}
+        chosen = self.student_spec.choose_attention(config.attention, dtype=self.dtype)
+        self.attention = {"student": chosen}
+        for name, teacher in teachers.items():
+            self.attention[f"teacher {name}".rstrip()] = teacher.attention
         self.student_def, shapes = self.student_spec.abstract(**self._student_runtime())
         self.student: Any = nnx.merge(self.student_def, shapes)
         self._check_size()
@@ -241,7 +255,7 @@ class DistillTask:
             "init": "fd_student",
             "dtype": self.dtype,
             "grad_dtype": jnp.dtype(self.config.grad_reduce_dtype),
-            "attention": self.config.attention,
+            "attention": self.attention["student"],
             "remat": self.config.remat or None,
         }
 

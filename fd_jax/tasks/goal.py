@@ -23,14 +23,14 @@ Resample = Literal["none", "bilinear"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What of the teacher is learned (Tables 2 and 3).
+    """What of the teacher is learned (docs/reference.md#table-2 and docs/reference.md#table-3).
 
     Attributes:
       kind: "full" the whole map (class token where both have one, and patches), "cls" the class
         token, "gap" the mean patch token, "logits" the class distribution of the teacher's head,
         learned from the student's class token or, where it has none, from its mean patch token.
       normalize: of the tokens, see `losses.normalize_target`; unused for logits.
-      after_norm: whether the teacher's own final norm comes first (PRED_FEAT_AFTERNORM).
+      after_norm: whether the teacher's own final norm comes first (docs/reference.md#after-norm).
       resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
         before they are normalised; with "none", as in the original, unequal grids are refused.
 

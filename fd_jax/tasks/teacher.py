@@ -26,6 +26,7 @@ class Teacher:
       spec: of the network as it runs: its stages and its input size; its pixel statistics.
       width, depth, grid, image_size, cls: of that network.
       drop_path: rate of its last block.
+      attention: implementation that it uses.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Teacher:
         *,
         dtype: jnp.dtype,
         head: bool,
+        attention: str = "auto",
         spec: ModelSpec | None = None,
     ):
         """Defines the network; reads no weights.
@@ -42,6 +44,7 @@ class Teacher:
           config: `config.teacher`.
           dtype: of its weights and matmuls.
           head: whether its classifier head is needed.
+          attention: implementation, or "auto" for the best that this device has.
           spec: replaces the one in the folder `config.path`, for planning without weights.
 
         Raises:
@@ -55,7 +58,10 @@ class Teacher:
         size = config.image_size or stored.arch["image_size"]
         arch = {**_arch(stored, config.stages), "image_size": size}
         self.spec = dataclasses.replace(stored, arch=arch)
-        self._definition, self._shapes = self.spec.abstract(dtype=dtype, drop_path=self.drop_path)
+        self.attention = self.spec.choose_attention(attention, dtype=dtype)
+        self._definition, self._shapes = self.spec.abstract(
+            dtype=dtype, drop_path=self.drop_path, attention=self.attention
+        )
         network: Any = nnx.merge(self._definition, self._shapes)
         self.width, self.depth, self.grid = network.width, network.depth, network.grid
         self.image_size, self.cls = network.image_size, network.cls
@@ -135,7 +141,9 @@ class Teacher:
 
 
 def resize_images(images: jax.Array, size: int) -> jax.Array:
-    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks (quirk 22).
+    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks.
+
+    See docs/reference.md#quirk-teacher-resize.
 
     [B, H, W, 3] uint8 -> [B, size, size, 3] float32 on the scale of the input, not rounded.
     """
@@ -163,7 +171,7 @@ def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def _arch(spec: ModelSpec, stages: int) -> dict[str, Any]:
-    """The teacher's architecture, or its first stages alone (PRED_FEAT_S3)."""
+    """The teacher's architecture, or its first stages alone (docs/reference.md#stage-3-target)."""
     if not stages:
         return spec.arch
     depths = spec.arch.get("depths", ())

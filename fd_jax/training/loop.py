@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import ml_collections
 import numpy as np
 
 from fd_jax import model_folder, sharding
@@ -78,7 +79,8 @@ def fit(
         task.check_data(feed)
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
         total_steps = config.steps or round(config.epochs * steps_per_epoch)
-        workdirs.claim(workdir, config, accept=accept_config)
+        workdirs.claim(workdir, _settled(config, task), accept=accept_config)
+        say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
         program = build(
             task,
@@ -291,6 +293,18 @@ class Run:
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
         model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
+
+
+def _settled(config: Config, task: Task) -> Config:
+    """The config with the implementation of attention that this run uses in place of "auto".
+
+    So a workdir says what ran, and a later version that would choose another shows a difference.
+    """
+    if config.attention != "auto":
+        return config
+    settled = ml_collections.ConfigDict(config.to_dict())
+    settled.attention = next(iter(task.attention.values()))
+    return settled
 
 
 def _check_seed(seed: int) -> None:

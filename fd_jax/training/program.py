@@ -5,6 +5,7 @@ The loop runs it; the planner compiles the same object ahead of time, without th
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, get_args
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from fd_jax import sharding
 from fd_jax.data.elements import Element, Elements, of_config
 from fd_jax.errors import check_choice
-from fd_jax.models.layers import AttentionKind
+from fd_jax.models import kernels
 from fd_jax.optimizer import Moments, Schedule
 from fd_jax.tasks.base import Task
 from fd_jax.training.step import TrainState, make_train_step
@@ -118,6 +119,14 @@ def build(
         step = jax.device_put(jnp.zeros((), jnp.int32), whole)
         return TrainState(step=step, params=params, opt_state=opt_state, extra=extra, ema=ema)
 
+    def on_mesh(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def traced(*args):
+            with kernels.split_over(mesh, batch=sharding.BATCH_AXES, heads="tensor"):
+                return function(*args)
+
+        return traced
+
     step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
     return Program(
         mesh=mesh,
@@ -127,15 +136,14 @@ def build(
         batch=_abstract_batch(elements, config.batch_size, mesh),
         seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         create=create,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        eval_step=jax.jit(task.evaluate, out_shardings=whole),
-        features=jax.jit(task.features, out_shardings=sharding.batch_sharding(mesh)),
+        train_step=jax.jit(on_mesh(step), donate_argnums=0, out_shardings=(state_shardings, whole)),
+        eval_step=jax.jit(on_mesh(task.evaluate), out_shardings=whole),
+        features=jax.jit(on_mesh(task.features), out_shardings=sharding.batch_sharding(mesh)),
     )
 
 
 def _check_choices(config: Config) -> None:
     for name, value, known in (
-        ("attention", config.attention, get_args(AttentionKind)),
         ("grad_reduce_dtype", config.grad_reduce_dtype, ("float32", "bfloat16")),
         ("optim.moments", config.optim.moments, get_args(Moments)),
     ):

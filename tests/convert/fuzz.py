@@ -21,9 +21,12 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from fd_jax.convert import exporting, importing, listing, safetensors_io, sources
+from fd_jax.convert import families, formats, importing, inspecting
+from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConversionError
-from tests.convert import synthetic, test_onnx
+from tests.convert import synthetic
+from tests.convert.families import test_dinov2_onnx
 
 SECONDS = 2.0
 WARM_UP = 20  # files whose time is not looked at: the first of a container imports its packages
@@ -48,12 +51,12 @@ def seed_file(container: str, folder: Path) -> bytes:
     """An undamaged shrunk file."""
     name, _ = SEEDS[container]
     if container == "onnx":
-        return test_onnx.write_graph(folder, test_onnx.hub_tensors()).read_bytes()
+        return test_dinov2_onnx.write_graph(folder, test_dinov2_onnx.hub_tensors()).read_bytes()
     if container == "own safetensors":
         (folder / "f.pth").write_bytes(seed_file("torch legacy", folder))
         result = importing.read("dino_vitb16", folder / "f.pth")
         path = folder / "own.safetensors"
-        exporting.FORMATS["safetensors"].write(result.spec, exporting.flat(result.params), path)
+        formats.FORMATS["safetensors"].write(result.spec, flat(result.params), path)
         return path.read_bytes()
     given = synthetic.structure(name)
     trees = synthetic.values(given)
@@ -173,7 +176,7 @@ def attempt(path: Path, source: str, output: Path) -> str:
         assert not output.exists(), "a refused file left a folder"
         outcome = "refused"
     try:
-        listing.inspect(path)
+        inspecting.inspect(path)
     except ConversionError as error:
         assert str(path) in str(error), f"the message does not name the file: {error}"
     _, peak = tracemalloc.get_traced_memory()
@@ -201,8 +204,8 @@ def one(container: str, seeds: dict[str, bytes], rng: random.Random, folder: Pat
 
 def install() -> None:
     """Puts shrunk sources in the place of the real ones."""
-    for name in [*synthetic.names(), test_onnx.NAME]:
-        sources.SOURCES[name] = synthetic.small_source(name)
+    for name in [*synthetic.names(), test_dinov2_onnx.NAME]:
+        families.SOURCES[name] = synthetic.small_source(name)
     importing._LAZY_SIZE = 1000  # as large tensors are: read when their turn to be written comes
 
 

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 import torch
 import transformers
 
+from fd_jax.convert.families import FAMILIES
+
 VIT_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -401,50 +403,79 @@ def unstack(tensors):
 
 def reference(source, part, trees):
     """The oracle of a file with these trees and the tensors to give it."""
-    flat = trees.get("", trees.get("model", {}))
-    if "swin" in source:
-        return _swin_reference(source, part, trees, flat)
-    if source.startswith("fd_official_distilled"):
-        if part == "student":
-            return beit, stripped(flat, "encoder.")
-        teacher = stripped(flat, "feature_model.")
-        return (clip_openai if "clip" in source else vit), teacher
-    if source.startswith("dino_vitb16_full"):
+    (family,) = (f.name for f in FAMILIES if source in {known.name for known in f.sources})
+    return REFERENCES[family](source, part, trees)
+
+
+def _clip(source, part, trees):
+    return (clip if source.startswith("hf_") else clip_openai), _only_tree(trees)
+
+
+def _timm_vit(source, part, trees):
+    if source == "dino_vitb16_full_checkpoint":
         inside = ("module.", "backbone.") if part == "student" else ("backbone.",)
         return vit, stripped(trees[part], *inside)
-    if source.startswith("siglip2") and source.endswith("bigvision"):
-        return siglip_big_vision, unstack(flat)
-    for prefix, oracle in (
-        ("openai_clip", clip_openai),
-        ("open_clip", clip_openai),
-        ("hf_clip", clip),
-        ("siglip2", siglip),
-        ("dino_", vit),
-        ("mae", vit),
-        ("deit", vit),
-        ("fd_official_finetuned", beit_logits),
-        ("timm_beit", beit_logits),
-    ):
-        if source.startswith(prefix):
-            if oracle is vit:
-                flat = {n: v for n, v in flat.items() if not n.startswith("head.")}
-            return oracle, flat
-    hf = source.endswith("_hf")
-    if source.startswith("dinov2"):
-        return (dinov2 if hf else dinov2_hub), flat
-    return (dinov3 if hf else dinov3_hub), flat
+    return vit, {n: v for n, v in _only_tree(trees).items() if not n.startswith("head.")}
 
 
-def _swin_reference(source, part, trees, flat):
-    if source.startswith("esvit"):
-        branch = {n.removeprefix("module."): v for n, v in trees[part].items()}
-        return swin_plain, branch
+def _dinov2(source, part, trees):
+    return (dinov2 if source.endswith("_hf") else dinov2_hub), _only_tree(trees)
+
+
+def _dinov3(source, part, trees):
+    return (dinov3 if source.endswith("_hf") else dinov3_hub), _only_tree(trees)
+
+
+def _siglip2(source, part, trees):
+    if source.endswith("_bigvision"):
+        return siglip_big_vision, unstack(_only_tree(trees))
+    return siglip, _only_tree(trees)
+
+
+def _beit(source, part, trees):
+    return beit_logits, _only_tree(trees)
+
+
+def _swin(source, part, trees):
+    if source == "esvit_swin_base_w14":
+        return swin_plain, {n.removeprefix("module."): v for n, v in trees[part].items()}
+    return (swin_timm if source.startswith("timm_") else swin_hf), _only_tree(trees)
+
+
+def _swin_v2(source, part, trees):
     if source == "swinv2_giant":
-        return swin_plain, flat
-    if source.startswith("fd_official_distilled"):
-        if part == "teacher":
-            return swin_plain, stripped(flat, "feature_model.")
-        return swin, stripped(flat, "encoder.")
-    if source.startswith("timm"):
-        return swin_timm, flat
-    return (swin_hf if source.endswith("_hf") else swin), flat
+        return swin_plain, _only_tree(trees)
+    if source.startswith("timm_"):
+        return swin_timm, _only_tree(trees)
+    return (swin_hf if source.endswith("_hf") else swin), _only_tree(trees)
+
+
+def _official_fd(source, part, trees):
+    tensors = _only_tree(trees)
+    of_swin = "swin" in source
+    if source.startswith("fd_official_finetuned"):
+        return (swin if of_swin else beit_logits), tensors
+    if part == "student":
+        return (swin if of_swin else beit), stripped(tensors, "encoder.")
+    teacher = stripped(tensors, "feature_model.")
+    if of_swin:
+        return swin_plain, teacher
+    return (clip_openai if "clip" in source else vit), teacher
+
+
+def _only_tree(trees):
+    return trees.get("", trees.get("model", {}))
+
+
+# By family: (source, part, trees) -> (oracle, the tensors it is given).
+REFERENCES = {
+    "clip": _clip,
+    "timm_vit": _timm_vit,
+    "dinov2": _dinov2,
+    "dinov3": _dinov3,
+    "siglip2": _siglip2,
+    "beit": _beit,
+    "swin": _swin,
+    "swin_v2": _swin_v2,
+    "official_fd": _official_fd,
+}

@@ -16,11 +16,12 @@ import types
 
 import numpy as np
 
-from fd_jax.convert import siglip2, sources
+from fd_jax.convert import families
+from fd_jax.convert.families import siglip2
 from fd_jax.convert.source import Source
 
 # Tests put shrunk sources into the registry; here the real ones are meant.
-REAL = dict(sources.SOURCES)
+REAL = dict(families.SOURCES)
 STRUCTURES = Path(__file__).parent / "structures"
 SMALL = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 128, "patch_size": 4}
 
@@ -47,9 +48,10 @@ def names():
 def structure(name, *, small=True, variant=None, optional=False) -> Structure:
     """Reads a structure, shrunk to `SMALL` unless told otherwise."""
     raw = json.loads((STRUCTURES / f"{name}.json").read_text())
-    full = _arch(REAL[name])
-    arch = small_arch(full) if small else full
-    shrink = _swin_shrinker(full, arch) if "depths" in full else _vit_shrinker(REAL[name], small)
+    spec = _spec(REAL[name])
+    arch = small_arch(spec) if small else spec.arch
+    vit = spec.family == "vit"
+    shrink = _vit_shrinker(REAL[name], small) if vit else _swin_shrinker(spec.arch, arch)
     trees = dict(raw["trees"])
     if variant is not None:
         trees[""] = raw["variants"][variant]
@@ -66,13 +68,14 @@ def structure(name, *, small=True, variant=None, optional=False) -> Structure:
     return Structure(name, arch, raw["container"], tuple(raw["extra"]), expanded)
 
 
-def _arch(source):
-    return source.parts[source.default_part].spec.arch
+def _spec(source):
+    return source.parts[source.default_part].spec
 
 
-def small_arch(arch):
+def small_arch(spec):
     """The same network, small: grid 3, or 5 where positions are stored for 518 pixels."""
-    if "depths" in arch:
+    arch = spec.arch
+    if spec.family != "vit":
         return _small_swin(arch)
     grid = 5 if arch["image_size"] == 518 else 4 if arch["image_size"] == 336 else 3
     return {**arch, **SMALL, "image_size": grid * SMALL["patch_size"]}
@@ -156,7 +159,7 @@ def small_source(name) -> Source:
         table = part.table
         if name.endswith("_bigvision"):  # the number of heads stands in the table
             table = siglip2.big_vision(SMALL["heads"])
-        spec = dataclasses.replace(part.spec, arch=small_arch(part.spec.arch))
+        spec = dataclasses.replace(part.spec, arch=small_arch(part.spec))
         parts[key] = dataclasses.replace(part, table=table, spec=spec)
     return dataclasses.replace(source, parts=parts)
 
@@ -164,7 +167,7 @@ def small_source(name) -> Source:
 def _sizes(source: Source) -> dict[int, int]:
     sizes: dict[int, int] = {1000: 5}
     for part in source.parts.values():
-        full, small = (_measures(arch) for arch in (part.spec.arch, small_arch(part.spec.arch)))
+        full, small = (_measures(arch) for arch in (part.spec.arch, small_arch(part.spec)))
         for before, after in zip(full, small, strict=True):
             assert sizes.setdefault(before, after) == after, (before, after, sizes)
     return sizes

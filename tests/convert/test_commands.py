@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fd_jax import checkpoint, model_folder
-from fd_jax.convert import cli, exporting, importing, listing, sources, verifying
+from fd_jax.convert import cli, families, formats, importing, listing, verifying
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConfigError, ConversionError, ModelFolderError
 from tests.convert import synthetic
 
@@ -24,7 +25,7 @@ NAME = "fd_official_distilled_clip_vit_b"
 def small(monkeypatch):
     """Sources of shrunk files in the place of the real ones."""
     for name in synthetic.names():
-        monkeypatch.setitem(sources.SOURCES, name, synthetic.small_source(name))
+        monkeypatch.setitem(families.SOURCES, name, synthetic.small_source(name))
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_import_says_what_it_read_dropped_and_resized(weights, tmp_path, capsys)
     assert model_folder.load_spec(output).arch["image_size"] == 20
 
 
-def test_part_takes_the_teacher_inside(weights, tmp_path, capsys):
+def test_import_with_part_takes_the_teacher_of_a_distillation_checkpoint(weights, tmp_path, capsys):
     output = tmp_path / "model"
     common = ("import", "--source", NAME, "--input", weights, "--output", output)
     assert run(*common, "--part", "decoder") == 2
@@ -132,7 +133,7 @@ def test_a_full_disk_is_one_error(weights, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth"]
 
 
-def test_damage_in_a_tensor_that_is_read_while_writing(weights, tmp_path, monkeypatch):
+def test_damage_found_while_writing_is_one_error_and_no_folder(weights, tmp_path, monkeypatch):
     """Large tensors are read only when their turn to be written comes."""
     monkeypatch.setattr(importing, "_LAZY_SIZE", 1)
     data = bytearray(weights.read_bytes())
@@ -145,13 +146,13 @@ def test_damage_in_a_tensor_that_is_read_while_writing(weights, tmp_path, monkey
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth"]
 
 
-def test_a_tilde_means_home(weights, tmp_path, monkeypatch):
+def test_a_tilde_in_a_path_is_the_home_folder(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run("import", "--source", NAME, "--input=~/model.pth", "--output=~/model") == 0
     assert (tmp_path / "model" / "model.json").exists()
 
 
-def test_a_shard_alone_is_told_to_be_one(weights, tmp_path):
+def test_import_of_a_single_shard_asks_for_the_folder(weights, tmp_path):
     import torch
 
     shard = tmp_path / "pytorch_model-00001-of-00002.bin"
@@ -160,7 +161,7 @@ def test_a_shard_alone_is_told_to_be_one(weights, tmp_path):
         importing.read(NAME, shard)
 
 
-def test_export_of_a_weights_file_and_import_of_a_model_folder(weights, tmp_path, capsys):
+def test_export_of_a_file_and_import_of_a_model_folder_are_refused(weights, tmp_path, capsys):
     export = ("export", "--format", "timm", "--output", tmp_path / "x", "--input")
     assert run(*export, weights) == 2
     assert "`import` makes a model folder of it" in capsys.readouterr().err
@@ -249,7 +250,7 @@ def test_verify_compares_every_block_with_torch(name, small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", importing.STORED_DTYPES)
-def test_verify_compares_what_was_stored(dtype, small, tmp_path):
+def test_verify_agrees_in_every_stored_dtype(dtype, small, tmp_path):
     """A network of half precision differs from its file, but not from the rounded file."""
     name = "dinov2_vitb14_hf"
     given = synthetic.structure(name)
@@ -275,23 +276,23 @@ def test_verify_sees_another_file_and_another_network(weights, tmp_path, capsys)
     assert not verifying.Compared(1, 0, rows).agrees
 
 
-def test_verify_sees_a_wrong_table_where_the_file_is_the_references(small, tmp_path, monkeypatch):
+def test_verify_sees_a_wrong_table_of_a_hugging_face_file(small, tmp_path, monkeypatch):
     """A Hugging Face file's tensors reach the reference by name: a swapped rule cannot hide."""
     name = "dinov2_vitb14_hf"
     given = synthetic.structure(name)
     path = synthetic.write(given, synthetic.values(given), tmp_path)
-    source = sources.SOURCES[name]
+    source = families.SOURCES[name]
     part = source.parts["backbone"]
     swap = {"norm1": "norm2", "norm2": "norm1"}
     rules = tuple(
-        dataclasses.replace(rule, sources=re.sub("norm[12]", lambda m: swap[m[0]], rule.sources))
-        if isinstance(rule.sources, str)
+        dataclasses.replace(rule, names=re.sub("norm[12]", lambda m: swap[m[0]], rule.names))
+        if isinstance(rule.names, str)
         else rule
         for rule in part.table.rules
     )
     wrong = dataclasses.replace(part, table=dataclasses.replace(part.table, rules=rules))
     monkeypatch.setitem(
-        sources.SOURCES, name, dataclasses.replace(source, parts={"backbone": wrong})
+        families.SOURCES, name, dataclasses.replace(source, parts={"backbone": wrong})
     )
     importing.import_file(name, path, tmp_path / "model")
     compared = verifying.verify(name, path, tmp_path / "model")
@@ -302,8 +303,8 @@ def test_sources_prints_the_table_of_the_docs(capsys):
     assert run("sources") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2
-    assert len(tables[0].splitlines()) == len(sources.SOURCES) + 2
-    assert len(tables[1].splitlines()) == len(exporting.FORMATS) + 2
+    assert len(tables[0].splitlines()) == len(families.SOURCES) + 2
+    assert len(tables[1].splitlines()) == len(formats.FORMATS) + 2
     text = (ROOT / "docs" / "conversion.md").read_text()
     missing = [line for table in tables for line in table.splitlines() if line not in text]
     assert not missing and all(table in text for table in tables), (
@@ -312,8 +313,8 @@ def test_sources_prints_the_table_of_the_docs(capsys):
 
 
 def test_every_source_is_tested_and_documented():
-    assert set(synthetic.names()) | {"dinov2_vits14_onnx"} == set(sources.SOURCES)
-    for source in sources.SOURCES.values():
+    assert set(synthetic.names()) | {"dinov2_vits14_onnx"} == set(families.SOURCES)
+    for source in families.SOURCES.values():
         assert source.file and source.oracle, source.name
 
 
@@ -331,7 +332,7 @@ def test_the_script_exits_2_with_one_line_on_a_bad_file(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_stops_is_no_error(weights):
+def test_output_into_a_pipe_that_closes_is_no_error(weights):
     done = subprocess.run(
         f"{sys.executable} convert_checkpoints.py inspect --input={weights} | head -1",
         cwd=ROOT,
@@ -346,9 +347,9 @@ KILLED = """
 import sys, time
 from etils import epath
 from fd_jax import checkpoint
-from fd_jax.convert import importing, sources
+from fd_jax.convert import families, importing
 from tests.convert import synthetic
-sources.SOURCES[{name!r}] = synthetic.small_source({name!r})
+families.SOURCES[{name!r}] = synthetic.small_source({name!r})
 def stop():
     print("stopped", flush=True)
     time.sleep(60)
@@ -399,22 +400,22 @@ def test_a_kill_leaves_no_half_written_folder(overwrite, moment, left, weights, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.pth"]
 
 
-def test_import_tells_whether_the_file_is_the_public_one(weights, tmp_path, capsys, monkeypatch):
+def test_import_says_whether_the_file_is_the_public_one(weights, tmp_path, capsys, monkeypatch):
     common = ("import", "--source", NAME, "--input", weights, "--overwrite", "--output")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    source = sources.SOURCES[NAME]
+    source = families.SOURCES[NAME]
     for published, message in (
         ("", f"SHA-256 {digest}\n"),
         (digest[:8], f"{digest}, that of the public {source.file}"),
         ("0123456789", "begins with 01234567: this one was trained on, saved again or changed"),
     ):
         changed = dataclasses.replace(source, published=published)
-        monkeypatch.setitem(sources.SOURCES, NAME, changed)
+        monkeypatch.setitem(families.SOURCES, NAME, changed)
         assert run(*common, tmp_path / "model") == 0
         assert message in capsys.readouterr().out
 
 
-def test_numbers_that_are_none_are_told_and_none_are_made(small, tmp_path, capsys):
+def test_import_reports_nan_and_makes_no_infinity(small, tmp_path, capsys):
     given = synthetic.structure(NAME)
     trees = synthetic.values(given)
     trees["model"]["encoder.blocks.1.mlp.fc1.bias"][3] = 1e5
@@ -446,14 +447,14 @@ def test_progress_counts_every_byte_once(weights, tmp_path, monkeypatch, capsys)
     last = {what: (done, total) for what, done, total in calls}
     assert list(last) == ["checking the sum of", "writing"]
     assert last["checking the sum of"] == (weights.stat().st_size,) * 2
-    written = sum(a.nbytes for a in exporting.flat(model_folder.load(tmp_path / "a")[1]).values())
+    written = sum(a.nbytes for a in flat(model_folder.load(tmp_path / "a")[1]).values())
     assert last["writing"] == (written, written)
     monkeypatch.setattr(cli._Progress, "EVERY", 0.0)
     assert run("import", "--source", NAME, "--input", weights, "--output", tmp_path / "b") == 0
     assert re.search(r"^writing \d\.\d of \d\.\d GB$", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_the_report_names_few_kinds():
+def test_the_import_report_names_few_kinds_of_dropped_tensors():
     kinds = [f"decoder.{letter}.weight" for letter in "abcdef"]
     spec = synthetic.REAL["mae_vit_base_full"].parts["encoder"].spec
     result = importing.Imported("s", spec, {}, {"the decoder": kinds}, {}, "", [])

@@ -8,21 +8,21 @@ import zipfile
 from hypothesis import HealthCheck, given, settings, strategies
 import pytest
 
-from fd_jax.convert import importing, sources
+from fd_jax.convert import families, importing
 from tests.convert import fuzz
 
 
 @pytest.fixture(scope="module")
 def seeds():
     """Undamaged shrunk files; the registry holds their sources while this module runs."""
-    real, lazy_size = dict(sources.SOURCES), importing._LAZY_SIZE
+    real, lazy_size = dict(families.SOURCES), importing._LAZY_SIZE
     fuzz.install()
     yield fuzz.seed_files()
-    sources.SOURCES.update(real)
+    families.SOURCES.update(real)
     importing._LAZY_SIZE = lazy_size
 
 
-def test_the_undamaged_files_are_read(seeds, tmp_path):
+def test_the_undamaged_fuzz_files_are_read(seeds, tmp_path):
     for container, data in seeds.items():
         source, name = fuzz.SEEDS[container]
         path = tmp_path / name

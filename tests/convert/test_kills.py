@@ -10,8 +10,8 @@ import time
 import pytest
 
 from fd_jax import model_folder
-from fd_jax.convert import importing, sources
-from fd_jax.convert.containers import open_container
+from fd_jax.convert import families, importing
+from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ModelFolderError
 from tests.convert import synthetic
 
@@ -21,9 +21,9 @@ NAME = "fd_official_distilled_dino_vit_b"
 # Writes the same outputs for ever, in two sizes.
 LOOP = """
 import itertools
-from fd_jax.convert import exporting, importing, sources
+from fd_jax.convert import exporting, families, importing
 from tests.convert import synthetic
-sources.SOURCES[{name!r}] = synthetic.small_source({name!r})
+families.SOURCES[{name!r}] = synthetic.small_source({name!r})
 print("ready", flush=True)
 for size in itertools.cycle((12, 16)):
     importing.import_file({name!r}, {weights!r}, {model!r}, image_size=size, overwrite=True)
@@ -34,7 +34,7 @@ for size in itertools.cycle((12, 16)):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_whole_outputs(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, NAME, synthetic.small_source(NAME))
+    monkeypatch.setitem(families.SOURCES, NAME, synthetic.small_source(NAME))
     given = synthetic.structure(NAME)
     weights = synthetic.write(given, synthetic.values(given), tmp_path)
     model = tmp_path / "model"
@@ -70,7 +70,7 @@ def assert_whole(model):
 
 
 def test_a_model_set_aside_is_named_and_survives_the_next_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, NAME, synthetic.small_source(NAME))
+    monkeypatch.setitem(families.SOURCES, NAME, synthetic.small_source(NAME))
     given = synthetic.structure(NAME)
     weights = synthetic.write(given, synthetic.values(given), tmp_path)
     model, aside = tmp_path / "model", tmp_path / ".model.replaced"

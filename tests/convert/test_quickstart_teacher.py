@@ -25,7 +25,7 @@ def real_file():
 
 
 @pytest.mark.slow
-def test_features_equal_the_graph(tmp_path):
+def test_features_of_the_quickstart_teacher_equal_its_onnx_graph(tmp_path):
     file = real_file()
     command = ["import", "--source=dinov2_vits14_onnx", f"--input={file}"]
     assert cli.main([*command, f"--output={tmp_path / 'teacher'}"]) == 0

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from fd_jax import model_folder
-from fd_jax.convert import exporting, importing, sources
+from fd_jax.convert import exporting, families, importing
 from tests.convert import oracles, synthetic
 
 TOLERANCE = 1e-5
@@ -109,7 +109,7 @@ def check(name, folder):
     exporting.export("timm", folder / "model", folder / "timm.safetensors")
     loaded = model_folder.load_model(folder / "model")
     arch = loaded.spec.arch
-    theirs = (timm_swin if "depths" in arch else timm_model)(arch, loaded.spec.classes)
+    theirs = (timm_model if loaded.spec.family == "vit" else timm_swin)(arch, loaded.spec.classes)
     theirs.load_state_dict(load_file(folder / "timm.safetensors"), strict=True)
     size = arch["image_size"]
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
@@ -122,7 +122,7 @@ def check(name, folder):
 def main():
     """Prints one line per source; fails on a key too few or too many, or another feature."""
     for name in SOURCES:
-        sources.SOURCES[name] = synthetic.small_source(name)
+        families.SOURCES[name] = synthetic.small_source(name)
         with tempfile.TemporaryDirectory() as folder:
             difference = check(name, Path(folder))
         print(f"{name:40} {difference:.1e}", flush=True)

@@ -25,7 +25,7 @@ def targets(count=6, classes=5, smoothing=0.1):
 
 
 def test_smoothed_targets_have_the_published_values():
-    """Reference 4.3: .0001 off and .9001 on for 1000 classes."""
+    """docs/reference.md#mixing: .0001 off and .9001 on for 1000 classes."""
     target = mixing.smooth_one_hot(jnp.array([3]), 1000, 0.1)
     np.testing.assert_allclose(target[0, 3], 0.9001, rtol=1e-6)
     np.testing.assert_allclose(target[0, 4], 0.0001, rtol=1e-6)
@@ -65,7 +65,7 @@ def test_partners_cross_devices_as_bytes():
 @pytest.mark.parametrize("lam", [0.05, 0.37, 0.5, 0.96, 1.0])
 @pytest.mark.parametrize("centre", [(0, 0), (7, 12), (15, 3)])
 def test_cutmix_is_its_closed_form(lam, centre):
-    """The box of reference 4.3 pasted from the partner, and lambda corrected to its true area."""
+    """The box of docs/reference.md#mixing, and lambda corrected to its true area."""
     images, (target, _) = pictures(), targets()
     mask = mixing.box_mask(SIZE, jnp.float32(lam), jnp.array(centre))
     mixed, soft = mixing.mix(images, target, 1 - mask)
@@ -130,7 +130,7 @@ def test_impossible_settings_are_refused(values, message):
 
 
 def erased_reference(uniform, size):
-    """Reference 4.2 e as a loop over tries."""
+    """docs/reference.md#random-erasing as a loop over tries."""
     for area_u, aspect_u, top_u, left_u in uniform:
         area = (0.02 + area_u * (1 / 3 - 0.02)) * size * size
         aspect = math.exp(math.log(0.3) + aspect_u * (math.log(1 / 0.3) - math.log(0.3)))

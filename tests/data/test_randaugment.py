@@ -1,4 +1,7 @@
-"""Each operation against its rule in numpy, or Pillow's documented function (reference 4.2)."""
+"""Each operation against its rule in numpy, or Pillow's documented function.
+
+The rules are those of docs/reference.md#rand-augment.
+"""
 
 import collections
 import math
@@ -72,7 +75,7 @@ def rotated(pixels, degrees):
 
 
 def reference(name, pixels, level, sign):
-    """What the table of reference 4.2 says, at L = level / 10."""
+    """What the table of docs/reference.md#rand-augment says, at L = level / 10."""
     L = level / 10  # noqa: N806
     height, width = pixels.shape[:2]
     image = Image.fromarray(pixels)
@@ -225,7 +228,7 @@ def test_notation_is_read():
         ("rand-m9-q3-inc1", "part 'q3' is unknown"),
         ("rand-mx-inc1", "part 'mx' is unknown"),
         ("rand-m9", "add inc1"),
-        ("rand-m9-inc0", "add inc1"),  # quirk 9: a non-empty string is not a yes
+        ("rand-m9-inc0", "add inc1"),  # docs/reference.md#quirk-color-jitter: "0" is not a yes
         ("rand-m11-inc1", "magnitudes go from 0 to 10"),
         ("rand-m9-p2-inc1", "probabilities from 0 to 1"),
     ],

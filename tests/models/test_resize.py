@@ -88,7 +88,7 @@ def test_what_is_no_square_or_unknown_is_refused():
         resize.resize_rel_pos_table(np.zeros((50 + 3, 2)), 4, extra=3)
 
 
-# Grids, ratio and last source position of reference 5.4.
+# Grids, ratio and last source position of docs/reference.md#rel-pos-resize.
 ANCHORS = [
     (14, 24, 1.09030745, 22.999934),
     (14, 16, 1.02349283, 14.999963),

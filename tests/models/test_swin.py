@@ -232,7 +232,7 @@ def test_parameter_counts():
 
 
 def test_windows_shift_where_the_original_does():
-    """Reference 2.2: stages 1-2 window 14, odd blocks shifted by 7; 3 and 4 one window each."""
+    """docs/reference.md#swin-windows: 14 and shifts of 7, then one window a stage."""
     network = nnx.eval_shape(
         lambda: ModelSpec("swin_v2", base.swin_v2(base.SWIN_B_W14, image_size=224)).build(
             rngs=nnx.Rngs(0)
@@ -256,7 +256,7 @@ def test_windows_shift_where_the_original_does():
 
 
 def test_initialisation():
-    """Reference 2.2: untruncated 0.02, residual branches over sqrt(2n), the norms' 1e-5."""
+    """docs/reference.md#swin-init: untruncated 0.02, sqrt(2n), the norms' 1e-5."""
     made = swins.spec(2, embed_width=64, residual_scale=1e-5)
     params = swins.own_params(made)
     number = 0
@@ -298,7 +298,7 @@ def test_branches_drop_by_example():
     assert np.abs(out[1] - kept[1]).max() > 1e-2
 
 
-def test_recomputing_and_other_attention_change_nothing():
+def test_recomputing_and_other_attention_change_nothing(cudnn_by_xla):
     made = swins.spec(2, depths=[2, 1], heads=[2, 4], pretrained_windows=[0, 0])
     params, images = swins.own_params(made), swins.pictures(made, 2)
 
@@ -311,7 +311,7 @@ def test_recomputing_and_other_attention_change_nothing():
         return jax.jit(jax.grad(loss))(params)
 
     want = grads()
-    for runtime in ({"remat": "dots"}, {"remat": "full", "attention": "dot_product"}):
+    for runtime in ({"remat": "dots"}, {"remat": "full", "attention": "cudnn"}):
         for got, leaf in zip(jax.tree.leaves(grads(**runtime)), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(got, leaf, rtol=0, atol=2e-5 * np.abs(leaf).max())
 
@@ -352,7 +352,7 @@ def test_images_of_another_shape_are_refused():
         network.intermediates(np.zeros((1, 32, 32, 3)), [5])
 
 
-# Layer of every parameter of SwinV2-B by the original's rule (reference 5.2), depths 2/2/18/2.
+# Layer of every parameter of SwinV2-B, depths 2/2/18/2 (docs/reference.md#layer-decay).
 FIRST = {"0": 1, "1": 3, "2": 5, "3": 23}  # id of a stage's first block
 MERGED = {"0": 2, "1": 4, "2": 22}
 
@@ -387,7 +387,7 @@ def test_layer_and_decay_of_every_parameter(family, no_decay_matrices):
 
 
 def test_a_shared_bias_has_the_layer_of_its_stage():
-    """Where the original's parser fails (quirk 17)."""
+    """Where the original's parser fails (docs/reference.md#quirk-swin-layer-ids)."""
     arch = {**base.swin_v2(base.SWIN_B_W14, image_size=224), "position": "shared_rpb"}
     ids = [
         FAMILIES["swin_v2"].layer_id(f"stages/{s}/rel_pos_bias/fc1/kernel", arch) for s in range(4)

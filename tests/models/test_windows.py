@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fd_jax.models import layers, windows
+from fd_jax.models import attention, layers, windows
 
 
 def tokens(grid, batch=2, width=3):
@@ -50,7 +50,7 @@ def test_masks_and_offsets_are_computed_once():
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
 def test_offsets_spread_as_the_index_table_says(window):
     table = np.random.default_rng(0).normal(size=((2 * window - 1) ** 2, 3)).astype(np.float32)
-    index = layers.relative_position_index((window, window), cls_token=False)
+    index = attention.relative_position_index((window, window), cls_token=False)
     np.testing.assert_array_equal(
         windows.expand_offsets(jnp.asarray(table), window), table.T[:, index]
     )
@@ -63,7 +63,7 @@ def test_spreading_needs_no_gather():
 
 
 def test_coordinates():
-    """Reference 2.2: spot values at w = 14; quirk 18: another window's scale, and w = 1."""
+    """docs/reference.md#swin-position-bias at w = 14; docs/reference.md#quirk-window-scale."""
     side = windows.log_offsets(14, 0).reshape(27, 27, 2)
     np.testing.assert_allclose(side[0, 0], -1.0566, atol=5e-5)
     np.testing.assert_array_equal(side[13, 13], 0)
@@ -77,19 +77,19 @@ def test_coordinates():
 
 def cosine_attention(scales):
     common = {"kernel_init": nnx.initializers.zeros, "out_init": nnx.initializers.zeros}
-    attention = windows.CosineAttention(
+    module = windows.CosineAttention(
         8,
         2,
         qkv_bias="qv",
         rel_pos_bias=None,
-        kind="xla",
+        implementation="xla",
         dtype=jnp.float32,
         rngs=nnx.Rngs(0),
         **common,
     )
-    np.testing.assert_allclose(attention.logit_scale[...], np.log(10.0), rtol=1e-6)
-    attention.logit_scale[...] = jnp.asarray(scales, jnp.float32)
-    return attention
+    np.testing.assert_allclose(module.logit_scale[...], np.log(10.0), rtol=1e-6)
+    module.logit_scale[...] = jnp.asarray(scales, jnp.float32)
+    return module
 
 
 def test_cosines_are_scaled_and_bounded_above_only():

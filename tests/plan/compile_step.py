@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from configs import base
 from fd_jax import sharding
 from fd_jax.models import layers
+from fd_jax.models.kernels import xla
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
 from fd_jax.tasks.distill import DistillTask
@@ -55,7 +56,7 @@ def define(made):
 def breakage():
     """Everything wrong at once that the tests have to see."""
 
-    def bias_per_example(q, k, *, bias, scale, original=layers.attention_logits):
+    def bias_per_example(q, k, *, bias, scale, original=xla.attention_logits):
         logits = original(q, k, bias=None, scale=scale)
         if bias is None:
             return logits
@@ -81,7 +82,7 @@ def breakage():
         return jit(function, **kwargs)
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(layers, "attention_logits", bias_per_example))
+    stack.enter_context(mock.patch.object(xla, "attention_logits", bias_per_example))
     stack.enter_context(mock.patch.object(layers, "activate", keeping_float32))
     stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated))
     stack.enter_context(mock.patch.object(sharding, "param_shardings", teacher_whole))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from fd_jax.models import layers, vit
+from fd_jax.models.kernels import xla
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
@@ -96,7 +97,7 @@ def plain_average(logits, v):
 def test_more_would_be_seen(monkeypatch):
     """Control: the functions without gradients of their own."""
     monkeypatch.setattr(layers, "activate", lambda x, name: layers.ACTIVATIONS[name](x))
-    monkeypatch.setattr(layers, "softmax_average", plain_average)
+    monkeypatch.setattr(xla, "softmax_average", plain_average)
     kept = list(kept_by_a_block())
     assert sum(a.shape == (ROWS * TOKENS, ARCH["mlp_width"]) for a in kept) > 2
     wide = [a for a in kept if a.shape[-2:] == (TOKENS, TOKENS) and a.dtype == jnp.float32]

@@ -129,7 +129,7 @@ def test_report_of_what_was_taken(student, capsys):
 
 
 def test_number_of_parameters_of_the_papers_models():
-    """Reference 2.1: 1000 classes, a table per block."""
+    """docs/reference.md#parameter-counts: 1000 classes, a table per block."""
     for shape, count in ((base.VIT_B16, 86_530_984), (base.VIT_L14, 304_335_336)):
         config = base.fine_tuning(drop_path=0.1, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
         spec = specs.ModelSpec("vit", base.student(shape, image_size=224), source="distilled")
@@ -141,7 +141,7 @@ def test_number_of_parameters_of_the_papers_models():
     "shape,decay,lowest", [(base.VIT_B16, 0.65, 3.697206e-3), (base.VIT_L14, 0.75, 7.525435e-4)]
 )
 def test_layer_decay_of_every_parameter(shape, decay, lowest):
-    """The full expected table, written out from reference 5.2."""
+    """The full expected table, written out from docs/reference.md#layer-decay."""
     config = base.fine_tuning(drop_path=0.1, layer_decay=decay, peak_lr=1e-3, floor_lr=1e-6)
     spec = specs.ModelSpec("vit", base.student(shape, image_size=224), source="distilled")
     task = ClassifyTask(config, init_spec=spec)
@@ -275,7 +275,7 @@ def test_probe_equals_torchs_batch_norm_and_linear(student):
 
 
 def test_probe_reads_a_normalised_mean_without_the_trained_norm(student):
-    """Reference 6: mean patch token before the final norm, through an fc_norm that is (1, 0)."""
+    """docs/reference.md#probe-head: mean patch before the final norm, fc_norm (1, 0)."""
     task, params, _, frozen = started(student, **probe_fields())
     model = model_folder.load_model(student)
     raw = tiny.labelled_batch()

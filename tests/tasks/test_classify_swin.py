@@ -118,7 +118,10 @@ V1_ATTENTION = ("q_bias", "k_bias", "v_bias", "rel_pos_bias/table")
 
 
 def expected_rows(arch, version):
-    """path -> (layer id, decayed), written out from reference 3 and 5.2."""
+    """path -> (layer id, decayed).
+
+    From docs/reference.md#layer-decay and docs/reference.md#weight-decay.
+    """
     rows = {
         "encoder/patch_embed/kernel": (0, True),
         "encoder/patch_embed/bias": (0, False),
@@ -179,14 +182,14 @@ def test_layer_ids_and_decay_of_every_parameter(name):
     assert flat(scales) == pytest.approx({path: 0.8 ** (last - i) for path, (i, _) in rows.items()})
     decayed = flat(optimizer.decay_mask(params, family.NO_DECAY))
     assert decayed == {path: decays for path, (_, decays) in rows.items()}
-    if name == "swin_b":  # the numbers of the original's optimizer (reference 3 and 5.2)
+    if name == "swin_b":  # the numbers of the original's optimizer (docs/reference.md#weight-decay)
         assert len(rows) == 425
         assert sum(decays for _, decays in rows.values()) == 101
         assert flat(scales)["encoder/patch_norm/bias"] == pytest.approx(3.777893e-3, rel=1e-6)
 
 
 def test_shared_bias_networks_have_their_stage_s_last_layer():
-    """The original's parser fails on them (quirk 17)."""
+    """The original's parser fails on them (docs/reference.md#quirk-swin-layer-ids)."""
     arch = base.swin_v2(base.SWIN_B_W14, image_size=224, position="shared_rpb")
     layer_id = specs.FAMILIES["swin_v2"].layer_id
     ids = [layer_id(f"stages/{stage}/rel_pos_bias/fc1/kernel", arch) for stage in range(4)]

@@ -73,7 +73,7 @@ def test_other_normalisations(folder, normalize):
 
 
 def test_target_before_the_final_norm(folder):
-    """PRED_FEAT_AFTERNORM False; and it differs from the default."""
+    """PRED_FEAT_AFTERNORM False (docs/reference.md#after-norm) differs from the default."""
     task, _, frozen = make(folder, **{"target.after_norm": False})
     got = task.teacher_target(frozen, tiny.batch())
     np.testing.assert_allclose(

@@ -56,7 +56,7 @@ def test_swin_student_learns_the_last_map_of_a_swin(esvit):
 
 
 def test_vit_student_learns_an_earlier_map_without_class_tokens(esvit):
-    """As PRED_FEAT_S3: the blocks of the first stages, then a norm that nobody trained."""
+    """docs/reference.md#stage-3-target: the first stages, then a fresh norm."""
     task, params, frozen = make(tiny.config(esvit, **{"teacher.stages": 2}))
     seen, _ = plain_torch(esvit)
     fresh = whitened(seen[2].astype(np.float64))  # two blocks of the first stage, one of the second

@@ -212,8 +212,8 @@ def test_batch_that_does_not_split_is_refused(batch_size, accumulation, message)
 )
 def test_a_setting_without_such_a_value_is_refused(field, value):
     config = tiny.config(**{field: value})
-    task = DistillTask(config, teacher_spec=tiny.teacher_spec())
     with pytest.raises(ConfigError, match=f"{field}='{value}' is unknown; expected one of"):
+        task = DistillTask(config, teacher_spec=tiny.teacher_spec())
         program.build(task, config, sharding.make_mesh(), steps_per_epoch=10, total_steps=100)
 
 

@@ -1,0 +1,354 @@
+r"""Distillation steps on one GPU: every choice of attention, and PyTorch beside them.
+
+    python -m benchmarks.gpu --output=benchmarks/gpu/h100.json
+    python -m benchmarks.gpu --table                       # the docs' table from those files
+    python -m benchmarks.gpu --output=/tmp/toy.json --toy  # all of it on a CPU, at toy size
+
+ViT-B/16 from CLIP ViT-B/16 and ViT-L/14 from CLIP ViT-L/14 in bfloat16, random weights and
+pictures; no data set, no TFDS, no TensorFlow. Each measurement is a process of its own. Each prints
+its row as it ends, and the file is rewritten after each, so that a run that is cut short still says
+what it found. What there is no time for within --seconds is named as not run.
+
+Parts, in the order in which they run (--parts chooses): "accuracy" is loss and gradients of each
+implementation against XLA's in float32; "fd_jax" and "torch" are the steps; "flags" is the fastest
+step of ViT-B again under XLA's flags.
+"""
+
+import argparse
+from collections.abc import Iterator
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+from benchmarks.gpu_worker import ACCURACY_BATCH, Job
+
+FOLDER = pathlib.Path(__file__).parent / "gpu"
+PARTS = ("accuracy", "fd_jax", "torch", "flags")
+BATCHES = {"b": (512, 128), "l": (128, 64)}  # the first batch of all, then the second
+CHOICES = ("cudnn", "xla")
+LEAST_SECONDS = 20.0  # below that a measurement is not begun
+
+# Packages that the run cannot do without, and those that one side needs.
+NEEDED = ("jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "etils", "absl", "numpy")
+WANTED = ("torch",)
+
+# What is measured in the part "flags"; each is compared with the same step without it.
+FLAGS = {
+    "matmuls by cuBLAS alone": "--xla_gpu_enable_triton_gemm=false",
+    "no CUDA graphs": "--xla_gpu_enable_command_buffer=",
+    "latency-hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "every tiling of matmuls tried": "--xla_gpu_exhaustive_tiling_search=true",
+}
+
+TARGETS = {"b": 0.40, "l": 0.45}  # MFU
+TARGET_RATIO = 1.3  # of torch.compile's images per second
+
+
+class Report:
+    """The file of a run, whole at any time.
+
+    Args:
+      path: of the JSON file.
+      environment: versions and processor.
+    """
+
+    def __init__(self, path: pathlib.Path, environment: dict[str, Any]):
+        self.path = path
+        self.content: dict[str, Any] = {"environment": environment, "rows": []}
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Prints a row and writes all of them."""
+        print(line_of(row), flush=True)
+        self.content["rows"].append(row)
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        staging = self.path.with_name(f"{self.path.name}.new")
+        staging.write_text(json.dumps(self.content, indent=2) + "\n")
+        staging.replace(self.path)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument("--parts", default=",".join(PARTS), help="by commas; all if not given")
+    parser.add_argument("--models", default="b,l", help="b, l or both by commas")
+    parser.add_argument("--seconds", type=float, default=470.0, help="for the whole run")
+    parser.add_argument("--profile", default="", help="folder for a trace of each model")
+    parser.add_argument("--toy", action="store_true", help="on a CPU, at toy size")
+    parser.add_argument("--table", action="store_true", help="print the docs' table")
+    args = parser.parse_args()
+    parts, models = args.parts.split(","), args.models.split(",")
+    for option, given, known in (("parts", parts, PARTS), ("models", models, tuple(BATCHES))):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"--{option}={','.join(unknown)} is unknown; expected some of {known}")
+    if args.table:
+        files = [args.output] if args.output else sorted(FOLDER.glob("*.json"))
+        print(table([json.loads(file.read_text()) for file in files]))
+        return
+    if args.output is None:
+        parser.error("--output=FILE.json is missing")
+    run(args, parts, models)
+
+
+def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
+    """Measures until everything is done or the time is over."""
+    deadline = time.monotonic() + args.seconds
+    missing = [name for name in (*NEEDED, *WANTED) if not _installed(name)]
+    print(f"missing packages: {', '.join(missing) or 'none'}", flush=True)
+    if needed := [name for name in missing if name in NEEDED]:
+        raise SystemExit(f"nothing can run without {', '.join(needed)}: install it first")
+    report = Report(args.output, environment(missing))
+    with tempfile.TemporaryDirectory() as cache:
+        for job in jobs(parts, models, report, toy=args.toy, profile=args.profile):
+            left = deadline - time.monotonic()
+            if left < LEAST_SECONDS:
+                report.add(
+                    {**described(job), "status": f"not yet run: {max(left, 0.0):.0f} s were left"}
+                )
+                continue
+            for row in measure(job, left, cache):
+                report.add({**described(job), **row})
+
+
+def jobs(
+    parts: list[str], models: list[str], report: Report, *, toy: bool, profile: str
+) -> Iterator[Job]:
+    """What is measured, the most telling first: large batches of every side, then small ones."""
+    if "accuracy" in parts:
+        yield Job("accuracy", "b", 4 if toy else ACCURACY_BATCH, toy=toy)
+    for order in (0, 1):
+        for model in models:
+            batch = (8, 4)[order] if toy else BATCHES[model][order]
+            common: dict[str, Any] = {"model": model, "batch": batch, "toy": toy}
+            common["round_seconds"] = 0.02 if toy else 1.0
+            for choice in CHOICES if "fd_jax" in parts else ():
+                traced = profile if choice == CHOICES[1 if toy else 0] and not order else ""
+                yield Job("fd_jax", choice=choice, profile=traced, **common)
+            for choice in ("compile", "eager") if "torch" in parts else ():
+                yield Job("torch", choice=choice, **common)
+    if "flags" in parts and "b" in models:
+        best = fastest(report.content["rows"], "b")
+        for flags in FLAGS.values() if best else ():
+            yield Job("flags", "b", best["batch"], best["choice"], flags, toy=toy)
+
+
+def fastest(rows: list[dict[str, Any]], model: str) -> dict[str, Any] | None:
+    """The row of fd_jax with the highest rate at this model's first batch."""
+    measured = [
+        row
+        for row in rows
+        if row["part"] == "fd_jax" and row["model"] == model and "images_per_second" in row
+    ]
+    first = max((row["batch"] for row in measured), default=0)
+    of_first = [row for row in measured if row["batch"] == first]
+    return max(of_first, key=lambda row: row["images_per_second"], default=None)
+
+
+def measure(job: Job, seconds: float, cache: str) -> Iterator[dict[str, Any]]:
+    """Runs a job in a process of its own; yields its rows, or why there are none."""
+    command = [sys.executable, "-m", "benchmarks.gpu_worker", json.dumps(dataclasses.asdict(job))]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command,
+            env=_environment_of(job, cache),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        assert process.stdout is not None
+        killer = threading.Timer(seconds, process.kill)
+        killer.start()
+        began, rows = time.monotonic(), 0
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                rows += 1
+                yield {"status": "ok", **json.loads(line.removeprefix("ROW "))}
+        code = process.wait()
+        killer.cancel()
+        if time.monotonic() - began >= seconds:
+            yield {"status": f"cut off after {seconds:.0f} s"}
+        elif code or not rows:
+            errors.seek(0)
+            yield {"status": f"failed: {_last_line(errors.read())}"}
+
+
+def _environment_of(job: Job, cache: str) -> dict[str, str]:
+    made = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    flags = [os.environ.get("XLA_FLAGS", ""), job.xla_flags]
+    if job.toy:
+        made["JAX_PLATFORMS"] = "cpu"
+    elif not job.xla_flags:
+        # Matmuls that several programs share are tuned once. Not under a flag that is measured,
+        # whose choices would be those of the others.
+        flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={cache}")
+    made["XLA_FLAGS"] = " ".join(filter(None, flags))
+    return made
+
+
+def _last_line(text: str) -> str:
+    """What an error says: the last line that is no part of a traceback or a log's tail."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("  ")]
+    return lines[-1][:500] if lines else "no message"
+
+
+def described(job: Job) -> dict[str, Any]:
+    """The fields of a row that say what it is of."""
+    row = {"part": job.part, "model": job.model, "batch": job.batch}
+    row |= {"choice": job.choice} if job.choice else {}
+    return row | ({"xla_flags": job.xla_flags} if job.xla_flags else {})
+
+
+def environment(missing: list[str]) -> dict[str, Any]:
+    """Where it ran: versions of what counts, and the processor."""
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "torch", "numpy"):
+        if _installed(name):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "missing": missing,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that `name` is a part of
+        return False
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    what = " ".join(
+        str(row[key]) for key in ("part", "model", "batch", "choice", "xla_flags") if key in row
+    )
+    if "images_per_second" in row:
+        return f"{what}: {_rate(row)}, compiled in {row['compile_seconds']:.0f} s"
+    if "gradient_error" in row:
+        return (
+            f"{what}: loss off by {row['loss_error']:.1e}, gradients by "
+            f"{row['gradient_error']:.1e}, that of the bias by {row['bias_gradient_error']:.1e}"
+        )
+    if "profile" in row:
+        return f"{what}: longest kernel {row['profile'][0]['kernel'][:60]}"
+    return f"{what}: {row['status']}"
+
+
+def _rate(row: dict[str, Any]) -> str:
+    text = f"{row['images_per_second']:.0f} images/s ({row['least']:.0f} to {row['most']:.0f})"
+    return f"{text}, MFU {row['mfu']:.1%}" if row.get("mfu") else text
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Markdown of every run; says so where there is none."""
+    if not reports:
+        return "Not yet run on a GPU: `python -m benchmarks.gpu --output=benchmarks/gpu/NAME.json`."
+    return "\n\n".join(_table_of(report) for report in reports)
+
+
+def _table_of(report: dict[str, Any]) -> str:
+    rows = [row for row in report["rows"] if row["part"] in ("fd_jax", "torch", "flags")]
+    device = next((row["device"] for row in rows if "device" in row), "no device")
+    versions = ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
+    lines = [
+        f"{device}, {report['environment']['date']}, Python {report['environment']['python']}, "
+        f"{versions}:",
+        "",
+        "| model | batch | step | images/s | MFU | / torch.compile | peak GiB | compile s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "profile" not in row:
+            lines.append(_table_row(row, rows))
+    accuracy = [row for row in report["rows"] if row["part"] == "accuracy"]
+    if accuracy:
+        lines += [
+            "",
+            f"Against XLA in float32 ({ACCURACY_BATCH} images, two blocks of ViT-B), relative:",
+            "",
+            "| attention | loss | gradients | gradient of the bias |",
+            "|---|---|---|---|",
+        ]
+    for row in accuracy:
+        errors = [row.get(f"{name}_error") for name in ("loss", "gradient", "bias_gradient")]
+        cells = [_shortened(row["status"]), "", ""]
+        if None not in errors:
+            cells = [f"{error:.1e}" for error in errors]
+        lines.append(f"| {row.get('choice', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines + ["", *verdicts(rows)])
+
+
+def _table_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    names = {"fd_jax": "fd_jax, ", "torch": "PyTorch, ", "flags": f"`{row.get('xla_flags')}`, "}
+    cells = [f"ViT-{row['model'].upper()}", row["batch"], names[row["part"]] + row["choice"]]
+    if "images_per_second" not in row:
+        return _cells(*cells, _shortened(row["status"]), "", "", "", "")
+    ratio = ratio_to_compiled(row, rows)
+    cells += [
+        f"{row['images_per_second']:.0f} ({row['least']:.0f} to {row['most']:.0f})",
+        f"{row['mfu']:.1%}" if row.get("mfu") else "",
+        f"{ratio:.2f}" if ratio else "",
+        f"{row['peak_gib']:.1f}" if row.get("peak_gib") else "",
+        f"{row['compile_seconds']:.0f}",
+    ]
+    return _cells(*cells)
+
+
+def _cells(*cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _shortened(status: str) -> str:
+    """Why there is no figure, as far as a cell has room; the file has all of it."""
+    text = status.replace("|", "/")
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def ratio_to_compiled(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Images per second over those of torch.compile at the same model and batch."""
+    for other in rows:
+        same = all(other[key] == row[key] for key in ("model", "batch"))
+        if same and other["part"] == "torch" and other["choice"] == "compile":
+            rate = other.get("images_per_second")
+            return row["images_per_second"] / rate if rate else None
+    return None
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per model: whether its best row meets the targets, or what is missing to say so."""
+    lines = []
+    for model, mfu in TARGETS.items():
+        best = fastest(rows, model)
+        if best is None or not best.get("mfu"):
+            lines.append(f"ViT-{model.upper()}: not yet run on a chip whose peak is known.")
+            continue
+        ratio = ratio_to_compiled(best, rows)
+        beside = "PyTorch not yet run" if ratio is None else f"{ratio:.2f} of torch.compile"
+        lines.append(
+            f"ViT-{model.upper()}: MFU {best['mfu']:.1%} (target {mfu:.0%}), {beside} "
+            f"(target {TARGET_RATIO})."
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

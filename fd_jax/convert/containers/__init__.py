@@ -1,0 +1,1 @@
+"""Readers and writers of weight files, by kind of file; they know no network."""

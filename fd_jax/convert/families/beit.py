@@ -1,0 +1,158 @@
+"""BEiT's ViT, also the student of the original repository: relative positions, no k bias."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fd_jax.convert.families import timm_vit
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
+from fd_jax.convert.layout import Timm
+from fd_jax.convert.networks.vit import (
+    BIASES_QV,
+    BLOCK,
+    CLASS_TOKEN,
+    NOT_ROTARY,
+    PATCH_BIAS,
+    QKV,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Derived, Place, Rule, Table, conv, linear, norm, prefixed
+from fd_jax.convert.rules.transforms import FUSED_QKV
+from fd_jax.convert.source import Part, Source
+from fd_jax.models.attention import relative_position_index
+from fd_jax.models.spec import ModelSpec
+
+
+def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
+    """Row of the bias table for every query and key. [N, N]"""
+    del place
+    side = arch["image_size"] // arch["patch_size"]
+    return relative_position_index((side, side), cls_token=arch["cls_token"]).astype(np.int64)
+
+
+# What the shared and the per-block variant have in common.
+_TRUNK = Table(
+    (
+        Rule("cls_token", "encoder/cls_token"),
+        *conv("patch_embed.proj", "encoder/patch_embed"),
+        Rule("blocks.{i}.gamma_1", f"{BLOCK}/gamma_1"),
+        Rule("blocks.{i}.gamma_2", f"{BLOCK}/gamma_2"),
+        *norm("blocks.{i}.norm1", f"{BLOCK}/norm1"),
+        Rule("blocks.{i}.attn.q_bias", f"{BLOCK}/attn/q_bias"),
+        Rule("blocks.{i}.attn.v_bias", f"{BLOCK}/attn/v_bias"),
+        Rule("blocks.{i}.attn.qkv.weight", QKV, FUSED_QKV),
+        *linear("blocks.{i}.attn.proj", f"{BLOCK}/attn/proj"),
+        *norm("blocks.{i}.norm2", f"{BLOCK}/norm2"),
+        *linear("blocks.{i}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear("blocks.{i}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
+    )
+)
+SHARED = _TRUNK + Table(
+    (
+        Rule("rel_pos_bias.relative_position_bias_table", "encoder/rel_pos_bias/table"),
+        *norm("norm", "encoder/norm"),
+    ),
+    (),
+    (Derived("rel_pos_bias.relative_position_index", _index),),
+)
+PER_BLOCK = _TRUNK + Table(
+    (
+        Rule("blocks.{i}.attn.relative_position_bias_table", f"{BLOCK}/attn/rel_pos_bias/table"),
+        *norm("fc_norm", "fc_norm"),
+        *linear("head", "head"),
+    ),
+    (),
+    (Derived("blocks.{i}.attn.relative_position_index", _index),),
+)
+_TIMM = Table(
+    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed"))))
+)
+
+_LAYER = "encoder.layer.{i}"
+_TABLE = "relative_position_bias.relative_position_bias_table"
+_HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
+    (
+        Rule(f"{_LAYER}.lambda_1", f"{BLOCK}/gamma_1"),
+        Rule(f"{_LAYER}.lambda_2", f"{BLOCK}/gamma_2"),
+        Rule(f"encoder.{_TABLE}", "encoder/rel_pos_bias/table"),
+        Rule(f"{_LAYER}.attention.attention.{_TABLE}", f"{BLOCK}/attn/rel_pos_bias/table"),
+        *norm("pooler.layernorm", "fc_norm"),
+    )
+)
+
+
+def arch(size: str, patch_size: int, *, shared: bool) -> dict[str, Any]:
+    """Architecture of the distillation student (shared table) or the classifier (per block)."""
+    return {
+        "image_size": 224,
+        "patch_size": patch_size,
+        **SIZES[size],
+        "position": "shared_rpb" if shared else "rpb",
+        "cls_token": True,
+        "registers": 0,
+        "ln_pre": False,
+        "final_norm": shared,  # the classifier normalises the mean token (fc_norm) instead
+        "activation": "gelu_erf",
+        "norm_eps": 1e-6,
+        "layer_scale": 0.1,
+        "qkv_bias": "qv",
+        "patch_bias": True,
+    }
+
+
+_HALF = (0.5, 0.5, 0.5)
+
+SOURCES = (
+    Source(
+        "timm_beit_base_patch16_224",
+        "timm/beit_base_patch16_224.in22k_ft_in22k_in1k model.safetensors",
+        {
+            "classifier": Part(
+                PER_BLOCK,
+                ModelSpec(
+                    "vit",
+                    arch("B", 16, shared=False),
+                    mean=_HALF,
+                    std=_HALF,
+                    pooling="mean_norm",
+                ),
+                ("model/", "module/", ""),
+            )
+        },
+        "transformers BeitForImageClassification",
+        "the head reads fc_norm of the mean patch token; BEiT v2 has ImageNet statistics",
+    ),
+)
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    position = spec.arch["position"]
+    return {
+        **vit_fields(spec),
+        "use_absolute_position_embeddings": position == "ape",
+        "use_relative_position_bias": position == "rpb",
+        "use_shared_relative_position_bias": position == "shared_rpb",
+        "use_mean_pooling": not spec.arch["final_norm"],
+        "use_mask_token": False,
+        "layer_scale_init_value": spec.arch["layer_scale"] or 0.0,
+    }
+
+
+_NEEDS = (BIASES_QV, NOT_ROTARY)
+_HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
+LAYOUTS = (
+    Timm("Beit", "vit", _TIMM, _NEEDS),
+    HuggingFace("BeitModel", "vit", _HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
+    HuggingFace(
+        "BeitForImageClassification",
+        "vit",
+        prefixed(_HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
+        (*_HF_NEEDS, HAS_HEAD),
+        model_type="beit",
+        fields=_fields,
+    ),
+)
+
+FAMILY = Family("beit", SOURCES, LAYOUTS)

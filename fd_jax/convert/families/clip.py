@@ -1,0 +1,198 @@
+"""CLIP's image tower in the names of OpenAI (also open_clip's) and of Hugging Face."""
+
+import dataclasses
+
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.networks.vit import (
+    ABSOLUTE,
+    BIASES_QKV,
+    BLOCK,
+    CLASS_TOKEN,
+    NORM_BEFORE_BLOCKS,
+    QKV,
+    QKV_BIASES,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm
+from fd_jax.convert.rules.transforms import (
+    CONV,
+    FUSED_QKV,
+    FUSED_QKV_BIAS,
+    MATRIX_TOKENS,
+    SPLIT_QKV,
+    VECTOR_TOKEN,
+)
+from fd_jax.convert.source import Part, Source
+from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, ModelSpec
+
+_TEXT = "the text tower"
+_SIMILARITY = "the map into the space shared with text"
+
+_RES = "visual.transformer.resblocks.{i}"
+OPENAI = Table(
+    (
+        Rule("visual.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
+        Rule("visual.positional_embedding", "encoder/pos_embed", MATRIX_TOKENS),
+        Rule("visual.conv1.weight", "encoder/patch_embed/kernel", CONV),
+        *norm("visual.ln_pre", "encoder/ln_pre"),
+        *norm(f"{_RES}.ln_1", f"{BLOCK}/norm1"),
+        Rule(f"{_RES}.attn.in_proj_weight", QKV, FUSED_QKV),
+        Rule(f"{_RES}.attn.in_proj_bias", QKV_BIASES, FUSED_QKV_BIAS),
+        *linear(f"{_RES}.attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_RES}.ln_2", f"{BLOCK}/norm2"),
+        *linear(f"{_RES}.mlp.c_fc", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_RES}.mlp.c_proj", f"{BLOCK}/mlp/fc2"),
+        *norm("visual.ln_post", "encoder/norm"),
+    ),
+    (
+        Drop("visual.proj", _SIMILARITY),
+        Drop("logit_scale", _SIMILARITY),
+        Drop("text_projection", _SIMILARITY),
+        Drop("transformer.*", _TEXT),
+        Drop("token_embedding.*", _TEXT),
+        Drop("positional_embedding", _TEXT),
+        Drop("ln_final.*", _TEXT),
+        Drop("attn_mask", _TEXT),
+        Drop("input_resolution", "a constant of the archive"),
+        Drop("context_length", "a constant of the archive"),
+        Drop("vocab_size", "a constant of the archive"),
+    ),
+)
+
+_LAYER = "vision_model.encoder.layers.{i}"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+HUGGINGFACE = Table(
+    (
+        Rule("vision_model.embeddings.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
+        Rule(
+            "vision_model.embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS
+        ),
+        Rule("vision_model.embeddings.patch_embedding.weight", "encoder/patch_embed/kernel", CONV),
+        *norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # the public name lacks the "e"
+        *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
+        Rule(
+            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
+            QKV,
+            SPLIT_QKV,
+        ),
+        *(
+            Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
+            for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
+        ),
+        *linear(f"{_LAYER}.self_attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
+        *norm("vision_model.post_layernorm", "encoder/norm"),
+    ),
+    (
+        Drop("text_model.*", _TEXT),
+        Drop("visual_projection.weight", _SIMILARITY),
+        Drop("text_projection.weight", _SIMILARITY),
+        Drop("logit_scale", _SIMILARITY),
+        Drop("vision_model.embeddings.position_ids", "a constant buffer"),
+    ),
+)
+
+_ARCH = {
+    "position": "ape",
+    "cls_token": True,
+    "registers": 0,
+    "ln_pre": True,
+    "final_norm": True,
+    "activation": "quick_gelu",
+    "norm_eps": 1e-5,
+    "layer_scale": None,
+    "qkv_bias": "qkv",
+    "patch_bias": False,
+}
+
+
+def _spec(size: str, patch_size: int, image_size: int, **changes) -> ModelSpec:
+    arch = {"image_size": image_size, "patch_size": patch_size, **SIZES[size], **_ARCH, **changes}
+    return ModelSpec("vit", arch, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+VIT_B16 = Part(OPENAI, _spec("B", 16, 224))
+VIT_L14 = Part(OPENAI, _spec("L", 14, 224))
+
+_NOTE = "QuickGELU and epsilon 1e-5 are in no key; the final norm is visual.ln_post"
+_OPENAI_ORACLE = "transformers CLIPVisionModel, ln_post on every token"
+
+# OpenAI's download addresses hold the checksums.
+_PUBLISHED = {
+    "b16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "l14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "l14_336": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+
+def _openai(size: str, file: str, part: Part) -> Source:
+    return Source(
+        f"openai_clip_vit_{size}",
+        file,
+        {"image": part},
+        _OPENAI_ORACLE,
+        _NOTE,
+        published=_PUBLISHED[size],
+    )
+
+
+SOURCES = (
+    _openai("b16", "ViT-B-16.pt", VIT_B16),
+    _openai("l14", "ViT-L-14.pt", VIT_L14),
+    _openai("l14_336", "ViT-L-14-336px.pt", Part(OPENAI, _spec("L", 14, 336))),
+    Source(
+        "hf_clip_vit_base_patch16",
+        "openai/clip-vit-base-patch16: model.safetensors or pytorch_model.bin",
+        {"image": dataclasses.replace(VIT_B16, table=HUGGINGFACE)},
+        _OPENAI_ORACLE,
+        "QuickGELU and epsilon; a config.json beside the file must agree",
+        hf=True,
+    ),
+    Source(
+        "hf_clip_vit_large_patch14",
+        "openai/clip-vit-large-patch14: model.safetensors or pytorch_model.bin",
+        {"image": dataclasses.replace(VIT_L14, table=HUGGINGFACE)},
+        _OPENAI_ORACLE,
+        "QuickGELU and epsilon; a config.json beside the file must agree",
+        hf=True,
+    ),
+    Source(
+        "open_clip_vit_b16_laion2b",
+        "laion/CLIP-ViT-B-16-laion2B-s34B-b88K: open_clip_pytorch_model.bin or "
+        "open_clip_model.safetensors",
+        {
+            "image": Part(
+                OPENAI,
+                _spec("B", 16, 224, activation="gelu_erf"),
+                ("state_dict/", ""),
+                ("module.",),
+            )
+        },
+        _OPENAI_ORACLE,
+        "OpenAI's names, but the exact GELU",
+    ),
+)
+
+
+def _normalized(model, tokens):
+    """All tokens after the final norm, which the class applies to the class token only."""
+    return getattr(model, "vision_model", model).post_layernorm(tokens)
+
+
+LAYOUTS = (
+    HuggingFace(
+        "CLIPVisionModel",
+        "vit",
+        HUGGINGFACE,
+        (CLASS_TOKEN, NORM_BEFORE_BLOCKS, FINAL_NORM, ABSOLUTE, BIASES_QKV),
+        model_type="clip_vision_model",
+        fields=vit_fields,
+        final_tokens=_normalized,
+    ),
+)
+
+FAMILY = Family("clip", SOURCES, LAYOUTS)

@@ -1,0 +1,166 @@
+"""SigLIP 2's image tower in the names of big_vision (stacked or per block) and of Hugging Face."""
+
+from typing import Any
+
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.networks.vit import (
+    ABSOLUTE,
+    BIASES_QKV,
+    BLOCK,
+    NO_CLASS_TOKEN,
+    PATCH_BIAS,
+    QKV,
+    QKV_BIASES,
+    SIZES,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm
+from fd_jax.convert.rules.transforms import (
+    MATRIX_TOKENS,
+    SPLIT_QKV,
+    heads_bias,
+    heads_out,
+    split_qkv_heads,
+)
+from fd_jax.convert.source import Part, Source
+from fd_jax.models.spec import ModelSpec
+
+_TEXT = "the text tower"
+_POOL = "the attention pooling head"
+_SIMILARITY = "scale and bias of the similarity"
+
+
+def _both(name: str, path: str, leaves: tuple[str, str]) -> tuple[Rule, Rule]:
+    """Rules of a flax layer, whose layout is ours."""
+    first, second = (Rule(f"{name}/{leaf}", f"{path}/{leaf}") for leaf in leaves)
+    return first, second
+
+
+def big_vision(heads: int) -> Table:
+    """Rules of big_vision's names; query, key and value are stored per head."""
+    block = "img/Transformer/encoderblock_{i}"
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    qkv = ("query", "key", "value")
+    return Table(
+        (
+            *_both("img/embedding", "encoder/patch_embed", ("kernel", "bias")),
+            Rule("img/pos_embedding", "encoder/pos_embed"),
+            *_both(f"{block}/LayerNorm_0", f"{BLOCK}/norm1", ("scale", "bias")),
+            Rule(
+                tuple(f"{attention}/{p}/kernel" for p in qkv),
+                QKV,
+                split_qkv_heads(heads),
+            ),
+            *(
+                Rule(f"{attention}/{p}/bias", bias, heads_bias(heads))
+                for p, bias in zip(qkv, QKV_BIASES, strict=True)
+            ),
+            Rule(f"{attention}/out/kernel", f"{BLOCK}/attn/proj/kernel", heads_out(heads)),
+            Rule(f"{attention}/out/bias", f"{BLOCK}/attn/proj/bias"),
+            *_both(f"{block}/LayerNorm_1", f"{BLOCK}/norm2", ("scale", "bias")),
+            *_both(f"{block}/MlpBlock_0/Dense_0", f"{BLOCK}/mlp/fc1", ("kernel", "bias")),
+            *_both(f"{block}/MlpBlock_0/Dense_1", f"{BLOCK}/mlp/fc2", ("kernel", "bias")),
+            *_both("img/Transformer/encoder_norm", "encoder/norm", ("scale", "bias")),
+        ),
+        (
+            Drop("img/MAPHead_0/*", _POOL),
+            Drop("txt/*", _TEXT),
+            Drop("t", _SIMILARITY),
+            Drop("b", _SIMILARITY),
+        ),
+    )
+
+
+_LAYER = "vision_model.encoder.layers.{i}"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+HUGGINGFACE = Table(
+    (
+        *conv("vision_model.embeddings.patch_embedding", "encoder/patch_embed"),
+        Rule(
+            "vision_model.embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS
+        ),
+        *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
+        Rule(
+            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
+            QKV,
+            SPLIT_QKV,
+        ),
+        *(
+            Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
+            for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
+        ),
+        *linear(f"{_LAYER}.self_attn.out_proj", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
+        *norm("vision_model.post_layernorm", "encoder/norm"),
+    ),
+    (
+        Drop("vision_model.head.*", _POOL),
+        Drop("text_model.*", _TEXT),
+        Drop("logit_scale", _SIMILARITY),
+        Drop("logit_bias", _SIMILARITY),
+        Drop("vision_model.embeddings.position_ids", "a constant buffer"),
+    ),
+)
+
+SPEC = ModelSpec(
+    "vit",
+    {
+        "image_size": 224,
+        "patch_size": 16,
+        **SIZES["B"],
+        "position": "ape",
+        "cls_token": False,
+        "registers": 0,
+        "ln_pre": False,
+        "final_norm": True,
+        "activation": "gelu_tanh",
+        "norm_eps": 1e-6,
+        "layer_scale": None,
+        "qkv_bias": "qkv",
+        "patch_bias": True,
+    },
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+_ORACLE = "transformers SiglipVisionModel"
+
+SOURCES = (
+    Source(
+        "siglip2_base_patch16_224_bigvision",
+        "siglip2_b16_224.npz",
+        {"image": Part(big_vision(SIZES["B"]["heads"]), SPEC, ("params/",))},
+        _ORACLE,
+        "no class token; blocks stacked on a leading axis or one by one",
+        unstack="img/Transformer/encoderblock",
+    ),
+    Source(
+        "siglip2_base_patch16_224_hf",
+        "google/siglip2-base-patch16-224 model.safetensors",
+        {"image": Part(HUGGINGFACE, SPEC)},
+        _ORACLE,
+        "no class token",
+        hf=True,
+    ),
+)
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    return {**vit_fields(spec), "vision_use_head": False}
+
+
+LAYOUTS = (
+    HuggingFace(
+        "SiglipVisionModel",
+        "vit",
+        HUGGINGFACE,
+        (NO_CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ABSOLUTE, BIASES_QKV),
+        model_type="siglip_vision_model",
+        fields=_fields,
+    ),
+)
+
+FAMILY = Family("siglip2", SOURCES, LAYOUTS)

@@ -1,0 +1,207 @@
+"""Swin V1 in the names of Microsoft (EsViT's also), timm and Hugging Face.
+
+A block has a table of position biases and a fused qkv bias. `swin_v2.py` builds on the names here.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from fd_jax.convert.family import Family
+from fd_jax.convert.huggingface import HAS_HEAD_ON_MEAN, HuggingFace
+from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM, Timm
+from fd_jax.convert.networks import swin as network
+from fd_jax.convert.networks.swin import BLOCK, QKV, QKV_BIASES, SIZES, STAGE
+from fd_jax.convert.rules.tables import (
+    Derived,
+    Drop,
+    Rule,
+    Table,
+    conv,
+    linear,
+    norm,
+    only_where,
+    prefixed,
+)
+from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, SPLIT_QKV
+from fd_jax.convert.source import Part, Source
+from fd_jax.models.spec import ModelSpec
+
+
+def _merging(name: str) -> tuple[Rule, ...]:
+    path = f"{STAGE}/downsample"
+    reduction = Rule(f"{name}.reduction.weight", f"{path}/reduction/kernel", LINEAR)
+    return only_where((reduction, *norm(f"{name}.norm", f"{path}/norm")), network.merges)
+
+
+def trunk(merging: str) -> Table:
+    """What Microsoft and timm call alike in both versions, but for the stage of a merging."""
+    block = "layers.{s}.blocks.{b}"
+    return Table(
+        (
+            *conv("patch_embed.proj", "encoder/patch_embed"),
+            *norm("patch_embed.norm", "encoder/patch_norm"),
+            *norm(f"{block}.norm1", f"{BLOCK}/norm1"),
+            Rule(f"{block}.attn.qkv.weight", QKV, FUSED_QKV),
+            *linear(f"{block}.attn.proj", f"{BLOCK}/attn/proj"),
+            *norm(f"{block}.norm2", f"{BLOCK}/norm2"),
+            *linear(f"{block}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
+            *linear(f"{block}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
+            *_merging(merging),
+            *norm("norm", "encoder/norm"),
+        ),
+        (),
+        (
+            Derived(f"{block}.attn.relative_position_index", network.bias_index),
+            Derived(f"{block}.attn_mask", network.shift_mask, where=network.shifts),
+        ),
+    )
+
+
+# timm counts a merging to the stage after it (from its 0.8.12 on), Microsoft to the one before.
+MERGING = "layers.{s}.downsample"
+TIMM_MERGING = "layers.{s+1}.downsample"
+
+
+def _table(merging: str) -> Table:
+    attn = "layers.{s}.blocks.{b}.attn"
+    return trunk(merging) + Table(
+        (
+            Rule(f"{attn}.qkv.bias", QKV_BIASES, FUSED_QKV_BIAS),
+            Rule(f"{attn}.relative_position_bias_table", f"{BLOCK}/attn/rel_pos_bias/table"),
+        )
+    )
+
+
+HEAD = Table(linear("head", "head"))
+TIMM_HEAD = Table(linear("head.fc", "head"))
+TABLE = _table(MERGING)
+TIMM = _table(TIMM_MERGING) + TIMM_HEAD
+
+_LAYER = "encoder.layers.{s}.blocks.{b}"
+HUGGINGFACE_SELF = f"{_LAYER}.attention.self"
+_PROJECTIONS = tuple(f"{HUGGINGFACE_SELF}.{name}" for name in ("query", "key", "value"))
+HUGGINGFACE_TRUNK = Table(
+    (
+        *conv("embeddings.patch_embeddings.projection", "encoder/patch_embed"),
+        *norm("embeddings.norm", "encoder/patch_norm"),
+        *norm(f"{_LAYER}.layernorm_before", f"{BLOCK}/norm1"),
+        Rule(tuple(f"{name}.weight" for name in _PROJECTIONS), QKV, SPLIT_QKV),
+        Rule(f"{HUGGINGFACE_SELF}.query.bias", f"{BLOCK}/attn/q_bias"),
+        Rule(f"{HUGGINGFACE_SELF}.value.bias", f"{BLOCK}/attn/v_bias"),
+        *linear(f"{_LAYER}.attention.output.dense", f"{BLOCK}/attn/proj"),
+        *norm(f"{_LAYER}.layernorm_after", f"{BLOCK}/norm2"),
+        *linear(f"{_LAYER}.intermediate.dense", f"{BLOCK}/mlp/fc1"),
+        *linear(f"{_LAYER}.output.dense", f"{BLOCK}/mlp/fc2"),
+        *_merging("encoder.layers.{s}.downsample"),
+        *norm("layernorm", "encoder/norm"),
+    ),
+    (),
+    (Derived(f"{HUGGINGFACE_SELF}.relative_position_index", network.bias_index),),
+)
+_HUGGINGFACE = HUGGINGFACE_TRUNK + Table(
+    (
+        Rule(f"{HUGGINGFACE_SELF}.key.bias", f"{BLOCK}/attn/k_bias"),
+        Rule(
+            f"{HUGGINGFACE_SELF}.relative_position_bias_table", f"{BLOCK}/attn/rel_pos_bias/table"
+        ),
+    )
+)
+HUGGINGFACE_HEAD = Table(linear("classifier", "head"))
+OPTIONAL_HEAD = Table(
+    tuple(dataclasses.replace(rule, optional=True) for rule in HUGGINGFACE_HEAD.rules)
+)
+
+
+def arch(size: str, image_size: int, window: int) -> dict[str, Any]:
+    """Architecture of a published network."""
+    return {
+        "image_size": image_size,
+        "patch_size": 4,
+        **SIZES[size],
+        "window": window,
+        "mlp_ratio": 4,
+        "activation": "gelu_erf",
+        "norm_eps": 1e-5,
+        "final_norm": True,
+    }
+
+
+_DINO_HEADS = Table(
+    (), tuple(Drop(f"{name}.*", "EsViT's projection heads") for name in ("head", "head_dense"))
+)
+ESVIT = Part(
+    TABLE + _DINO_HEADS, ModelSpec("swin", arch("B", 224, 14)), ("student/",), ("module.",)
+)
+
+
+def _classifier(table: Table, arch: Mapping[str, Any], strip: tuple[str, ...] = ()):
+    return {"classifier": Part(table, ModelSpec("swin", dict(arch), pooling="mean"), strip=strip)}
+
+
+_ORACLE = "transformers SwinForImageClassification"
+TIMM_NOTE = "names of timm from 0.8.12 on, where a merging belongs to the stage after it"
+
+SOURCES = (
+    Source(
+        "esvit_swin_base_w14",
+        "checkpoint_best.pth of EsViT's swin_base, window 14",
+        {
+            "student": ESVIT,
+            "teacher": dataclasses.replace(ESVIT, under=("teacher/",)),
+        },
+        "Swin V1 in plain torch (transformers' has no table for a window that the grid clips)",
+        "the original distils the student branch, with the epsilon given here; EsViT itself has "
+        "1e-6",
+    ),
+    Source(
+        "swin_base_patch4_window7_224_hf",
+        "microsoft/swin-base-patch4-window7-224 model.safetensors",
+        _classifier(_HUGGINGFACE + OPTIONAL_HEAD, arch("B", 224, 7), ("swin.",)),
+        _ORACLE,
+        hf=True,
+    ),
+    Source(
+        "timm_swin_base_patch4_window7_224",
+        "timm/swin_base_patch4_window7_224.ms_in1k model.safetensors",
+        _classifier(TIMM, arch("B", 224, 7)),
+        _ORACLE,
+        TIMM_NOTE,
+    ),
+)
+
+
+def huggingface_fields(spec: ModelSpec) -> dict[str, Any]:
+    """What config.json says of a network of either version."""
+    arch = spec.arch
+    return {
+        "embed_dim": arch["embed_width"],
+        "depths": arch["depths"],
+        "num_heads": arch["heads"],
+        "window_size": arch["window"],
+        "mlp_ratio": float(arch["mlp_ratio"]),
+        "qkv_bias": True,
+        "use_absolute_embeddings": False,
+        "drop_path_rate": 0.0,
+        "encoder_stride": arch["patch_size"] << len(arch["depths"]) - 1,
+    }
+
+
+# Its norms of patches and mergings have torch's own epsilon, whatever the config says.
+_NEEDS = (FINAL_NORM, EPSILON_1E5, network.GRIDS_HOLD_WINDOWS)
+LAYOUTS = (
+    Timm("SwinTransformer", "swin", TIMM, (FINAL_NORM,)),
+    HuggingFace(
+        "SwinModel", "swin", _HUGGINGFACE, _NEEDS, model_type="swin", fields=huggingface_fields
+    ),
+    HuggingFace(
+        "SwinForImageClassification",
+        "swin",
+        prefixed(_HUGGINGFACE, "swin.") + HUGGINGFACE_HEAD,
+        (*_NEEDS, HAS_HEAD_ON_MEAN),
+        model_type="swin",
+        fields=huggingface_fields,
+    ),
+)
+
+FAMILY = Family("swin", SOURCES, LAYOUTS)

@@ -1,0 +1,131 @@
+"""The layout changes between files and fd_jax, each with its inverse and shapes.
+
+Arrays go in and come out in order; nothing is computed on values, so an inverse gives the very
+bits back. Shapes: `file_shapes` gets the shapes of the fd_jax side and returns the file's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+
+# Sizes; a letter stands for one that only the file knows (the classes of a head).
+Shape = tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A layout change.
+
+    Attributes:
+      forward: file arrays -> fd_jax arrays, both tuples.
+      inverse: fd_jax arrays -> file arrays.
+      file_shapes: fd_jax shapes -> file shapes.
+    """
+
+    forward: Callable[..., tuple[np.ndarray, ...]]
+    inverse: Callable[..., tuple[np.ndarray, ...]]
+    file_shapes: Callable[..., tuple[Shape, ...]]
+
+
+def _one(forward, inverse, shape) -> Transform:
+    """A transform of one array into one array."""
+    return Transform(lambda x: (forward(x),), lambda x: (inverse(x),), lambda s: (shape(s),))
+
+
+def _split_rows(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(x.reshape(3, -1))
+
+
+def _join_rows(*rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (np.concatenate(rows),)
+
+
+SAME = _one(lambda x: x, lambda x: x, lambda s: s)
+
+# torch Linear [out, in] <-> [in, out]
+LINEAR = _one(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
+
+# torch Conv2d OIHW <-> HWIO
+CONV = _one(
+    lambda x: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+    lambda s: (s[3], s[2], s[0], s[1]),
+)
+
+# torch Conv1d with kernel 1 [out, in, 1] <-> [in, out]
+CONV_1X1 = _one(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None], lambda s: (s[1], s[0], 1))
+
+# [D] <-> [1, 1, D] and [N, D] <-> [1, N, D]
+VECTOR_TOKEN = _one(lambda x: x[None, None], lambda x: x[0, 0], lambda s: s[2:])
+MATRIX_TOKENS = _one(lambda x: x[None], lambda x: x[0], lambda s: s[1:])
+
+# One number per head, [A, 1, 1] <-> [A]
+PER_HEAD = _one(lambda x: x[:, 0, 0], lambda x: x[:, None, None], lambda s: (s[0], 1, 1))
+
+# Fused torch qkv weight [3D, D], rows q | k | v <-> [D, 3, D]
+FUSED_QKV = _one(
+    lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),
+    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+    lambda s: (s[1] * s[2], s[0]),
+)
+
+# Three torch weights [D, D] (q, k, v) <-> [D, 3, D]
+SPLIT_QKV = Transform(
+    lambda q, k, v: (np.stack((q.T, k.T, v.T), axis=1),),
+    lambda x: tuple(x.transpose(1, 2, 0)),
+    lambda s: ((s[2], s[0]),) * 3,
+)
+
+# The same from matrices that are stored as [in, out]
+SPLIT_QKV_IN_OUT = Transform(
+    lambda q, k, v: (np.stack((q, k, v), axis=1),),
+    lambda x: tuple(x.transpose(1, 0, 2)),
+    lambda s: ((s[0], s[2]),) * 3,
+)
+
+# Fused qkv bias [3D] <-> q, k, v
+FUSED_QKV_BIAS = Transform(_split_rows, _join_rows, lambda q, k, v: ((3 * q[0],),))
+
+# Fused qkv bias [3D] whose k part the file masks out <-> q, v; goes back with zeros for k
+MASKED_QKV_BIAS = Transform(
+    lambda x: _split_rows(x)[::2],
+    lambda q, v: _join_rows(q, np.zeros_like(q), v),
+    lambda q, v: ((3 * q[0],),),
+)
+
+# Position table in two pieces, class token [1, 1, D] and patches [1, N, D] <-> [1, 1 + N, D]
+SPLIT_POSITIONS = Transform(
+    lambda cls, patches: (np.concatenate((cls, patches), axis=1),),
+    lambda x: (x[:, :1], x[:, 1:]),
+    lambda s: ((1, 1, s[2]), (1, s[1] - 1, s[2])),
+)
+
+
+def split_qkv_heads(heads: int) -> Transform:
+    """Three flax kernels [D, A, d] <-> [D, 3, D]."""
+
+    def inverse(x):
+        return tuple(part.reshape(len(part), heads, -1) for part in x.transpose(1, 0, 2))
+
+    return Transform(
+        lambda *qkv: (np.stack([x.reshape(len(x), -1) for x in qkv], axis=1),),
+        inverse,
+        lambda s: ((s[0], heads, s[2] // heads),) * 3,
+    )
+
+
+def heads_bias(heads: int) -> Transform:
+    """A flax bias [A, d] <-> [D]."""
+    return _one(
+        lambda x: x.reshape(-1), lambda x: x.reshape(heads, -1), lambda s: (heads, s[0] // heads)
+    )
+
+
+def heads_out(heads: int) -> Transform:
+    """A flax output kernel [A, d, D] <-> [D, D]."""
+    return _one(
+        lambda x: x.reshape(-1, x.shape[-1]),
+        lambda x: x.reshape(heads, -1, x.shape[-1]),
+        lambda s: (heads, s[0] // heads, s[1]),
+    )

@@ -1,0 +1,231 @@
+"""Attention: one function behind which implementations are exchanged, and the layers around it.
+
+The implementations are files of `fd_jax.models.kernels`. What they compute can also be had in its
+parts, logits, weights and values, for diagnostics.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fd_jax.models import kernels
+from fd_jax.models.kernels.xla import attention_logits
+from fd_jax.models.layers import Dense, add_parameter, linear, zeros
+
+QkvBias = Literal["qkv", "qv", "none"]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+    implementation: str,
+) -> jax.Array:
+    """Softmax attention: softmax(scale * q k^T + bias) v.
+
+    Args:
+      q: [B, N, A, d] queries; `k` and `v` have the same shape.
+      k: keys.
+      v: values.
+      bias: [A, N, N] or [G, A, N, N] float32, added to the logits, or None. G divides B, and
+        bias g belongs to the rows g, g + G, g + 2G, ... (the windows of one image are G rows).
+      scale: factor on q k^T.
+      implementation: key of `kernels.IMPLEMENTATIONS`; all are equal within rounding.
+
+    Returns:
+      [B, N, A, d] in the dtype of `v`.
+    """
+    return kernels.IMPLEMENTATIONS[implementation].attend(q, k, v, bias=bias, scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """What softmax attention is computed from, in one layer.
+
+    Attributes:
+      q, k, v: [B, N, A, d]; the windows of a windowed network are rows of the batch.
+      bias: [A, N, N] or [G, A, N, N] float32, see `attend`; or None.
+      scale: factor on q k^T.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    scale: float
+
+    def attend(self, implementation: str) -> jax.Array:
+        """The weighted average of values. -> [B, N, A, d]."""
+        return attend(
+            self.q, self.k, self.v, bias=self.bias, scale=self.scale, implementation=implementation
+        )
+
+    def logits(self) -> jax.Array:
+        """The numbers whose softmax over keys weights the values. -> [B, A, N, N] float32."""
+        return attention_logits(self.q, self.k, bias=self.bias, scale=self.scale)
+
+    def weights(self) -> jax.Array:
+        """The attention weights, whose sum over the last axis is 1. -> [B, A, N, N] float32."""
+        return jax.nn.softmax(self.logits(), axis=-1)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; one qkv kernel [D, 3, D] (axis 1: q, k, v; head-major)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: QkvBias,
+        rel_pos_bias: Callable[[], jax.Array] | None,
+        implementation: str,
+        dtype: jnp.dtype,
+        grad_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer,
+        out_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.implementation = implementation
+        common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
+        self.qkv = Dense(width, (3, width), use_bias=False, kernel_init=kernel_init, **common)
+        # Separate vectors, since which of them exist differs between families and since weight
+        # decay spares tensors of one dimension.
+        self.q_bias = None if qkv_bias == "none" else zeros(width)
+        self.k_bias = zeros(width) if qkv_bias == "qkv" else None
+        self.v_bias = None if qkv_bias == "none" else zeros(width)
+        self.rel_pos_bias = rel_pos_bias
+        self.proj = Dense(width, width, kernel_init=out_init, **common)
+
+    def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
+        """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
+        q, k, v = self.project(x)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return q, k, v
+
+    def project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d]."""
+        # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
+        batch, tokens, width = x.shape
+        rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
+        parts = []
+        for index, bias in enumerate((self.q_bias, self.k_bias, self.v_bias)):
+            part: jax.Array = linear(
+                rows, kernel[:, index], None, self.qkv.dtype, self.qkv.grad_dtype
+            )
+            part = part if bias is None else add_parameter(part, bias[...])
+            parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
+        return parts
+
+    def scaled(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+        """What the logits are the scaled product of: queries, keys, and the factor."""
+        return q, k, q.shape[-1] ** -0.5
+
+    def inputs(
+        self,
+        x: jax.Array,
+        *,
+        shared_bias: jax.Array | None,
+        rotate: "Rotation | None" = None,
+        mask: jax.Array | None = None,
+    ) -> AttentionInputs:
+        """What attention is computed from; arguments as in `__call__`."""
+        q, k, v = self.qkv_heads(x, rotate)
+        bias = shared_bias if self.rel_pos_bias is None else self.rel_pos_bias()
+        if mask is not None:
+            bias = jnp.zeros((self.heads, 1, 1)) if bias is None else bias
+            bias = bias + mask[:, None]
+        q, k, scale = self.scaled(q, k)
+        return AttentionInputs(q, k, v, bias, scale)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        shared_bias: jax.Array | None,
+        rotate: "Rotation | None" = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, N, D] -> [B, N, D].
+
+        Args:
+          x: tokens; the windows of a windowed network are rows of the batch.
+          shared_bias: [A, N, N] for attention without a bias of its own, or None.
+          rotate: rotary position embedding, or None.
+          mask: [G, N, N] added to the bias of row g of every G, see `attend`; or None.
+        """
+        inputs = self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask)
+        return self.proj(inputs.attend(self.implementation).reshape(x.shape))
+
+
+class RelativePositionBias(nnx.Module):
+    """One learned bias per head and relative position (BEiT's table), zero at the start."""
+
+    def __init__(self, grid: tuple[int, int], heads: int, *, cls_token: bool):
+        self.grid = grid
+        self.cls_token = cls_token
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if cls_token else 0)
+        self.table = nnx.Param(jnp.zeros((rows, heads), jnp.float32))
+
+    def __call__(self) -> jax.Array:
+        """The bias of every (query, key) pair. -> [A, N, N] float32."""
+        index = relative_position_index(self.grid, cls_token=self.cls_token)
+        return self.table[...].T[:, index]
+
+
+@functools.lru_cache(maxsize=32)
+def relative_position_index(grid: tuple[int, int], *, cls_token: bool) -> np.ndarray:
+    """Row of the bias table for every query and key. [N, N] int32, N = cls + H*W.
+
+    Patch to patch: (dr + H - 1)(2W - 1) + (dc + W - 1). The last three rows are class query to
+    patch key, patch query to class key, and class to class.
+    """
+    height, width = grid
+    rows, cols = (a.reshape(-1) for a in np.indices(grid))
+    dr = rows[:, None] - rows[None] + height - 1
+    dc = cols[:, None] - cols[None] + width - 1
+    index = dr * (2 * width - 1) + dc
+    if cls_token:
+        offsets = (2 * height - 1) * (2 * width - 1)
+        index = np.pad(index, ((1, 0), (1, 0)))
+        index[0, :] = offsets
+        index[:, 0] = offsets + 1
+        index[0, 0] = offsets + 2
+    return index.astype(np.int32)
+
+
+class Rotation:
+    """Axial rotary position embedding of the patch tokens (DINOv3); prefix tokens stay as they are.
+
+    Patch centres are scaled to [-1, 1] on each axis; head dimension d gives d/4 frequencies per
+    axis, base `theta`; the second half of the channels pairs with the first.
+    """
+
+    def __init__(self, grid: tuple[int, int], prefix: int, head_width: int, *, theta: float):
+        self.prefix = prefix
+        frequencies = theta ** -(np.arange(head_width // 4) / (head_width // 4))
+        centres = [(np.arange(n) + 0.5) / n * 2 - 1 for n in grid]
+        coordinates = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2)
+        angles = 2 * np.pi * coordinates[:, :, None] * frequencies  # [H*W, 2, d/4]
+        angles = np.tile(angles.reshape(len(coordinates), -1), 2)[:, None]  # [H*W, 1, d]
+        self.cos = np.cos(angles).astype(np.float32)
+        self.sin = np.sin(angles).astype(np.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Rotates queries or keys. [B, N, A, d] -> [B, N, A, d], in float32 inside."""
+        patches = x[:, self.prefix :].astype(jnp.float32)
+        first, second = jnp.split(patches, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+        rotated = patches * self.cos + turned * self.sin
+        return jnp.concatenate([x[:, : self.prefix], rotated.astype(x.dtype)], axis=1)

@@ -1,0 +1,67 @@
+"""Implementations of softmax attention: one file each, one line of `IMPLEMENTATIONS` each.
+
+All of them compute softmax(scale * q k^T + bias) v and its gradients, equal within rounding. They
+differ in where they run and in what they keep in memory. A name is settled once, by `choose`,
+before a network is built; nothing here falls back to another implementation in silence.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fd_jax.errors import ConfigError
+from fd_jax.models.kernels import cudnn, xla
+from fd_jax.models.kernels.base import Implementation, split_over
+
+__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "split_over"]
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (xla.IMPLEMENTATION, cudnn.IMPLEMENTATION)
+}
+
+# What "auto" takes: the first that a network's dtype and head width allow. Only implementations
+# that were measured on a platform and won are listed for it; docs/performance.md has the figures.
+PREFERRED = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+# Names of earlier versions, and what to write now.
+REMOVED = {
+    "dot_product": "it ran XLA's own attention on every device: write 'xla' for the same "
+    "computation, or 'cudnn' for NVIDIA's fused kernel"
+}
+
+
+def choose(
+    name: str, *, dtype: jnp.dtype, head_widths: Sequence[int], platform: str | None = None
+) -> str:
+    """Settles which implementation a network uses.
+
+    Args:
+      name: `config.attention`: "auto" or a key of IMPLEMENTATIONS.
+      dtype: of the network's activations.
+      head_widths: channels per attention head, of every stage of the network.
+      platform: "cpu", "gpu" or "tpu"; that of this process if not given.
+
+    Returns:
+      A key of IMPLEMENTATIONS.
+
+    Raises:
+      ConfigError: there is no such implementation, or it cannot do this; the message says why.
+    """
+    platform = platform or jax.default_backend()
+    if name == "auto":
+        return next(
+            candidate
+            for candidate in PREFERRED[platform]
+            if IMPLEMENTATIONS[candidate].refuses(platform, dtype, head_widths) is None
+        )
+    if name in REMOVED:
+        raise ConfigError(f"attention={name!r} was removed, since {REMOVED[name]}")
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ConfigError(f"attention={name!r} is unknown; expected one of {known}")
+    reason = IMPLEMENTATIONS[name].refuses(platform, dtype, head_widths)
+    if reason is not None:
+        raise ConfigError(f"attention={name!r} {reason}; set attention='xla', which has no limits")
+    return name

@@ -1,0 +1,130 @@
+"""What an implementation of attention answers for, and how kernels run on a mesh."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import contextvars
+import dataclasses
+from typing import Protocol
+
+import jax
+from jax import shard_map
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+
+class Attend(Protocol):
+    """The signature that all implementations share, see `fd_jax.models.attention.attend`."""
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, bias: jax.Array | None, scale: float
+    ) -> jax.Array:
+        """[B, N, A, d] x 3, bias [A, N, N] or [G, A, N, N] float32 -> [B, N, A, d]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+      name: as `config.attention` has it.
+      attend: computes it.
+      refuses: (platform, dtype, head widths) -> why it cannot do that, as the end of a sentence
+        that begins with its name; None where it can.
+    """
+
+    name: str
+    attend: Attend
+    refuses: Callable[[str, jnp.dtype, Sequence[int]], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How attention is split over a mesh: examples over some axes, heads over another."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: str
+
+
+_SPLIT: contextvars.ContextVar[Split | None] = contextvars.ContextVar("split", default=None)
+
+
+@contextlib.contextmanager
+def split_over(mesh: Mesh, *, batch: tuple[str, ...], heads: str) -> Iterator[None]:
+    """Kernels that are traced inside run on each device's part of the examples and heads.
+
+    The compiler does not look into a kernel: without this it would gather all examples on every
+    device. Models know no mesh, so whoever traces a step on one says so here.
+    """
+    token = _SPLIT.set(Split(mesh, batch, heads))
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
+
+
+def per_device(attend: Attend) -> Attend:
+    """The same attention, computed by each device on what it holds, see `split_over`.
+
+    The gradient of the bias is summed over the devices that share it, in the dtype of the bias.
+    """
+
+    def attend_on_mesh(q, k, v, *, bias, scale):
+        split = _SPLIT.get()
+        if split is None or split.mesh.size == 1:
+            return attend(q, k, v, bias=bias, scale=scale)
+        tokens = PartitionSpec(split.batch, None, split.heads)
+        inputs, specs = (q, k, v), (tokens,) * 3
+        if bias is not None:
+            inputs = (*inputs, bias)
+            specs = (*specs, PartitionSpec(*(None,) * (bias.ndim - 3), split.heads))
+
+        def local(q, k, v, bias=None):
+            return attend(q, k, v, bias=bias, scale=scale)
+
+        mapped = shard_map(
+            local, mesh=split.mesh, in_specs=specs, out_specs=tokens, check_vma=False
+        )
+        return mapped(*inputs)
+
+    return attend_on_mesh
+
+
+def fold_groups(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Makes groups of examples with a bias of their own into heads, which kernels can broadcast.
+
+    Args:
+      q: [B, N, A, d]; `k` and `v` have the same shape.
+      k: keys.
+      v: values.
+      bias: [A, N, N], or [G, A, N, N] where bias g belongs to the rows g, g + G, g + 2G, ...
+
+    Returns:
+      q, k and v as [B/G, N, G*A, d], and bias as [1, G*A, N, N] in the dtype of `q`; or None.
+    """
+    if bias is None:
+        return q, k, v, None
+    if bias.ndim == 4 and bias.shape[0] > 1:
+        groups = bias.shape[0]
+        q, k, v = (_groups_to_heads(x, groups) for x in (q, k, v))
+    bias = jnp.asarray(bias, q.dtype)
+    return q, k, v, bias.reshape(1, -1, *bias.shape[-2:])
+
+
+def unfold_groups(out: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `fold_groups` for what attention returns. -> `shape`, [B, N, A, d]."""
+    batch, tokens, heads, width = shape
+    groups = out.shape[2] // heads
+    if groups == 1:
+        return out
+    out = out.reshape(batch // groups, tokens, groups, heads, width)
+    return out.transpose(0, 2, 1, 3, 4).reshape(shape)
+
+
+def _groups_to_heads(x: jax.Array, groups: int) -> jax.Array:
+    batch, tokens, heads, width = x.shape
+    x = x.reshape(batch // groups, groups, tokens, heads, width).transpose(0, 2, 1, 3, 4)
+    return x.reshape(batch // groups, tokens, groups * heads, width)

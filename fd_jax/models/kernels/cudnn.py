@@ -1,0 +1,74 @@
+"""NVIDIA's fused attention through `jax.nn.dot_product_attention(implementation="cudnn")`.
+
+cuDNN trains with a bias only where queries and keys are even in number; a ViT has 197 or 257. One
+token is added here, whose key no query can see, and taken off again.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fd_jax.models.kernels.base import Implementation, fold_groups, per_device, unfold_groups
+
+MASKED = -1e9  # bias of the added key: its weight is zero in float32, and so is its gradient
+HOPPER = 9.0  # compute capability from which on heads may be twice as wide
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """Softmax attention, see `fd_jax.models.attention.attend`.
+
+    The bias is rounded to the dtype of `q`, and its gradient is summed over the examples of a
+    device in cuDNN before it returns to float32.
+
+    Args:
+      q: [B, N, A, d] bfloat16 or float16; `k` and `v` have the same shape.
+      k: keys.
+      v: values.
+      bias: [A, N, N] or [G, A, N, N], or None.
+      scale: factor on q k^T.
+      implementation: "xla" runs everything but the kernel itself without a GPU, for tests.
+    """
+    shape, tokens = q.shape, q.shape[1]
+    q, k, v, bias = fold_groups(q, k, v, bias)
+    if bias is not None and tokens % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=MASKED)
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias=bias, scale=scale, implementation=implementation
+    )
+    return unfold_groups(out[:, :tokens], shape)
+
+
+def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str | None:
+    if platform != "gpu":
+        return f"needs an NVIDIA GPU, and this run computes on {platform}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16, and dtype is {jnp.dtype(dtype).name}"
+    limit = 256 if _compute_capability() >= HOPPER else 128
+    wrong = sorted({width for width in head_widths if width > limit or width % 8})
+    if wrong:
+        return (
+            f"takes heads of up to {limit} channels on this GPU, in multiples of 8, and this "
+            f"network's have {', '.join(map(str, wrong))}"
+        )
+    return None
+
+
+def _compute_capability() -> float:
+    """Of this process's GPU; 0 where there is none to ask, as in ahead-of-time compilation."""
+    device = jax.local_devices()[0]
+    return float(getattr(device, "compute_capability", 0.0))
+
+
+IMPLEMENTATION = Implementation("cudnn", per_device(attend), _refuses)

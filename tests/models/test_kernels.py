@@ -1,0 +1,210 @@
+"""Implementations of attention against XLA's: padding, masks, grouped biases, meshes, refusals.
+
+The GPU kernels cannot run here. What is ours around them runs with XLA inside; and programs are
+lowered for CUDA as far as that goes without a card, so that a choice is seen to hold its kernel.
+"""
+
+import functools
+import re
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fd_jax import sharding
+from fd_jax.errors import ConfigError
+from fd_jax.models import kernels
+from fd_jax.models.attention import attend
+from fd_jax.models.kernels import base, cudnn, xla
+from tests.models.arrays import rand
+
+HEADS, WIDTH = 2, 16
+TOLERANCE = 5e-6  # of the largest value; float32
+CUDNN_BY_XLA = functools.partial(cudnn.attend, implementation="xla")
+
+
+def inputs(tokens, *, batch=2, groups=0, masked=False, seed=0):
+    """q, k, v and a bias; of `groups` biases, or with pairs that a mask forbids."""
+    q, k, v = (jnp.asarray(rand(batch, tokens, HEADS, WIDTH, seed=seed + i)) for i in range(3))
+    shape = (groups, HEADS, tokens, tokens) if groups else (HEADS, tokens, tokens)
+    bias = rand(*shape, seed=seed + 3, scale=2.0)
+    if masked:
+        forbidden = np.random.default_rng(seed).random((tokens, tokens)) < 0.3
+        np.fill_diagonal(forbidden, False)
+        bias = bias + np.where(forbidden, -100.0, 0.0).astype(np.float32)
+    return q, k, v, jnp.asarray(bias)
+
+
+def with_gradients(function, arrays, seed=9):
+    """Output and gradients for q, k, v and bias of a loss that weighs every channel differently."""
+    weights = jnp.asarray(rand(*arrays[0].shape, seed=seed))
+
+    def loss(q, k, v, bias):
+        out = function(q, k, v, bias=bias, scale=WIDTH**-0.5)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*arrays)
+    return [out, *grads]
+
+
+def worst(got, want):
+    """Largest error, relative to the largest value of each array."""
+    errors = [
+        np.abs(np.asarray(g) - np.asarray(w)).max() / np.abs(np.asarray(w)).max()
+        for g, w in zip(got, want, strict=True)
+    ]
+    return max(errors)
+
+
+CASES = [(197, {}), (257, {"masked": True}), (577, {}), (49, {"groups": 4, "batch": 8}), (16, {})]
+
+
+@pytest.mark.parametrize(("tokens", "kind"), CASES, ids=str)
+def test_outputs_and_all_gradients_are_those_of_xla(tokens, kind):
+    arrays = inputs(tokens, **kind)
+    want = with_gradients(xla.attend, arrays)
+    assert worst(with_gradients(CUDNN_BY_XLA, arrays), want) < TOLERANCE
+
+
+def test_attention_without_a_bias_is_that_of_xla():
+    q, k, v, _ = inputs(197)
+    want = xla.attend(q, k, v, bias=None, scale=0.25)
+    assert worst([CUDNN_BY_XLA(q, k, v, bias=None, scale=0.25)], [want]) < TOLERANCE
+
+
+def test_a_key_that_is_padded_but_not_masked_would_be_seen(monkeypatch):
+    arrays = inputs(197)
+    monkeypatch.setattr(cudnn, "MASKED", 0.0)
+    got = with_gradients(CUDNN_BY_XLA, arrays)
+    assert worst(got, with_gradients(xla.attend, arrays)) > 50 * TOLERANCE
+
+
+def test_biases_in_another_order_than_their_groups_would_be_seen(monkeypatch):
+    arrays = inputs(49, groups=4, batch=8)
+    want = with_gradients(xla.attend, arrays)
+
+    def other_order(x, groups):
+        batch, tokens, heads, width = x.shape
+        x = x.reshape(groups, batch // groups, tokens, heads, width).transpose(1, 2, 0, 3, 4)
+        return x.reshape(batch // groups, tokens, groups * heads, width)
+
+    monkeypatch.setattr(base, "_groups_to_heads", other_order)
+    assert worst(with_gradients(CUDNN_BY_XLA, arrays), want) > 1e-2
+
+
+def lowered_for_cuda(function, tokens, *, gradient):
+    """The program's text for NVIDIA GPUs, with its number of tokens padded or not."""
+    q = jax.ShapeDtypeStruct((2, tokens, HEADS, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((HEADS, tokens, tokens), jnp.float32)
+
+    def loss(q, k, v, bias):
+        return jnp.sum(function(q, k, v, bias=bias, scale=0.125).astype(jnp.float32))
+
+    made = jax.grad(loss, argnums=(0, 1, 2, 3)) if gradient else loss
+    return jax.jit(made).trace(q, q, q, bias).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernel_calls(text):
+    return re.findall(r"custom_call @([\w$.]*(?:fmha)\w*)", text)
+
+
+def test_a_program_with_cudnn_holds_its_kernels(monkeypatch):
+    # The version that the driver's library would report; everything after that is jax's own.
+    monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
+    forward = lowered_for_cuda(kernels.IMPLEMENTATIONS["cudnn"].attend, 197, gradient=False)
+    assert kernel_calls(forward) == ["__cudnn$fmhaScaleBiasSoftmax"]
+    both = lowered_for_cuda(kernels.IMPLEMENTATIONS["cudnn"].attend, 197, gradient=True)
+    assert kernel_calls(both) == [
+        "__cudnn$fmhaScaleBiasSoftmax",
+        "__cudnn$fmhaScaleBiasSoftmaxBackward",
+    ]
+    # Queries, keys and bias reach the kernel with one token more; 197 is refused in training.
+    assert re.search(r"fmhaScaleBiasSoftmaxBackward.*tensor<1x2x198x198xbf16>", both)
+    plain = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="197"):
+        lowered_for_cuda(
+            lambda q, k, v, bias, scale: plain(
+                q, k, v, bias=bias[None].astype(q.dtype), scale=scale
+            ),
+            197,
+            gradient=True,
+        )
+
+
+def test_a_program_with_xla_holds_no_kernel():
+    """Control; and so did the attention that was called "dot_product"."""
+    assert kernel_calls(lowered_for_cuda(xla.attend, 197, gradient=True)) == []
+
+    def removed(q, k, v, *, bias, scale):
+        return jax.nn.dot_product_attention(q, k, v, bias=bias[None].astype(q.dtype), scale=scale)
+
+    assert kernel_calls(lowered_for_cuda(removed, 197, gradient=True)) == []
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_each_device_computes_its_own_examples_and_heads(groups):
+    """On 2 x 2 x 2 devices: a quarter of the examples, half of the heads, the bias summed."""
+    arrays = inputs(17, batch=32, groups=groups)
+    want = with_gradients(xla.attend, arrays)
+    seen = []
+
+    def watched(q, k, v, *, bias, scale):
+        seen.append((q.shape, bias.shape))
+        return CUDNN_BY_XLA(q, k, v, bias=bias, scale=scale)
+
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with kernels.split_over(mesh, batch=sharding.BATCH_AXES, heads="tensor"):
+        got = with_gradients(base.per_device(watched), arrays)
+    assert {shape for shape, _ in seen} == {(8, 17, 1, WIDTH)}
+    assert {shape[-3] for _, shape in seen} == {1}
+    assert worst(got, want) < TOLERANCE
+    # Control: without the mesh the kernel would see all of them.
+    seen.clear()
+    with_gradients(base.per_device(watched), arrays)
+    assert {shape for shape, _ in seen} == {(32, 17, HEADS, WIDTH)}
+
+
+def test_auto_is_xla_until_another_was_measured_to_be_faster():
+    for platform in ("cpu", "gpu", "tpu"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            chosen = kernels.choose("auto", dtype=dtype, head_widths=(64,), platform=platform)
+            assert chosen == "xla"
+
+
+def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
+    monkeypatch.setitem(kernels.PREFERRED, "gpu", ("cudnn", "xla"))
+    choose = functools.partial(kernels.choose, "auto", head_widths=(64,), platform="gpu")
+    assert choose(dtype=jnp.bfloat16) == "cudnn"
+    assert choose(dtype=jnp.float32) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "widths", "platform", "message"),
+    [
+        ("flash", jnp.bfloat16, (64,), "gpu", "'flash' is unknown; .* auto, xla, cudnn"),
+        ("dot_product", jnp.bfloat16, (64,), "gpu", "removed.*write 'xla'.*or 'cudnn'"),
+        ("cudnn", jnp.float32, (64,), "gpu", "bfloat16 or float16, and dtype is float32"),
+        ("cudnn", jnp.bfloat16, (64, 136), "gpu", "up to 128 channels .* network's have 136"),
+        ("cudnn", jnp.bfloat16, (36,), "gpu", "multiples of 8.*have 36"),
+        ("cudnn", jnp.bfloat16, (64,), "tpu", "needs an NVIDIA GPU.*computes on tpu"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_refused(name, dtype, widths, platform, message):
+    with pytest.raises(ConfigError, match=message):
+        kernels.choose(name, dtype=dtype, head_widths=widths, platform=platform)
+
+
+def test_wide_heads_are_taken_on_hopper(monkeypatch):
+    monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9.0)
+    wide = functools.partial(kernels.choose, "cudnn", dtype=jnp.bfloat16, platform="gpu")
+    assert wide(head_widths=(256,)) == "cudnn"
+    with pytest.raises(ConfigError, match="up to 256"):
+        wide(head_widths=(264,))
+
+
+def test_an_unknown_name_never_reaches_a_network():
+    q = jnp.ones((1, 4, 1, 8))
+    with pytest.raises(KeyError):
+        attend(q, q, q, bias=None, scale=1.0, implementation="auto")
