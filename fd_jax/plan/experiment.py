@@ -32,7 +32,7 @@ class Experiment:
 
     Attributes:
       task: what it trains.
-      config: its settings, with the dtype and attention of TPUs where it says "auto".
+      config: its settings, with the dtype of TPUs where it says "auto".
       networks: each network that would be read: (role, where its description came from).
       examples: images in an epoch, or None where the config counts steps.
       steps_per_epoch: full batches in an epoch.
@@ -76,8 +76,6 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
     config = ml_collections.ConfigDict(config.to_dict())
     if config.dtype == "auto":
         config.dtype = "bfloat16"
-    if config.attention == "auto":
-        config.attention = kernels.PREFERRED["tpu"][0]
     steps_per_epoch, total_steps, examples = _length(config, examples)
     config = ml_collections.FrozenConfigDict(config)
     specs, origins = {}, []
@@ -86,7 +84,8 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
         origins.append((network.role, origin))
         if spec is not None:
             specs[network.role] = spec
-    task = registry.make(config, specs)
+    with kernels.compiling_for("tpu"):
+        task = registry.make(config, specs)
     return Experiment(task, config, tuple(origins), examples, steps_per_epoch, total_steps)
 
 
