@@ -1,4 +1,4 @@
-"""What the loop asks of a task."""
+"""The interface between a task and the training loop."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,13 +16,13 @@ from fd_jax.typing import Batch, Metrics, PyTree
 
 
 class Task(Protocol):
-    """Static definitions of one thing to train: no arrays inside, so it can be closed over.
+    """The static definition of a training task. It holds no arrays, so jit can close over it.
 
     Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
-    "index": int32 [B]} and whatever else the data's elements name; weight is 0 for padding.
+    "index": int32 [B]}, plus any other elements that the data defines; weight is 0 for padding.
 
     Attributes:
-      attention: implementation of attention by network, the one that trains first.
+      attention: name of the attention implementation of each network, the trained network first.
     """
 
     attention: dict[str, str]
@@ -31,24 +31,25 @@ class Task(Protocol):
     def trains_encoder(self) -> bool:
         """Whether gradients go through a whole encoder.
 
-        Then activation checkpointing saves memory, and a batch can be taken in parts.
+        If they do, activation checkpointing saves memory, and a batch can be split into
+        micro-batches.
         """
         ...
 
     def check_data(self, data: Data) -> None:
-        """Refuses data that this task cannot use, before anything is computed."""
+        """Raises an error for data that this task cannot use, before anything is computed."""
         ...
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Fresh (params, extra); traced by jit, so that they are created sharded."""
+        """Fresh (params, extra). The loop jits this, so that the arrays are created sharded."""
         ...
 
     def load_initial(self) -> PyTree:
-        """Host arrays that replace parts of the fresh params, as a nested dict; {} for none."""
+        """Host arrays that replace parts of the fresh params, as a nested dict; {} if none do."""
         ...
 
     def load_frozen(self) -> PyTree:
-        """Host arrays that take part but do not train (teacher, probed encoder); {} for none."""
+        """Host arrays that a step uses but does not train (teacher, probed encoder), or {}."""
         ...
 
     def abstract_frozen(self) -> PyTree:
@@ -56,43 +57,43 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Adds everything random to a whole global batch, each array with rows per example."""
+        """Adds all random numbers to a whole global batch, in arrays with one row per example."""
         ...
 
     def loss(
         self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """Mean loss of a prepared batch, new extra state and metrics. Deterministic."""
+        """(mean loss, (new extra state, metrics)) of a prepared batch. Deterministic."""
         ...
 
     def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
-        """Metrics of a batch as it comes from the data, padding excluded by its weight."""
+        """Metrics of an unprepared batch; padding has weight 0 and does not count."""
         ...
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-        """One vector per image, for nearest neighbours. -> [B, D] float32."""
+        """One feature vector per image, for nearest neighbours. -> [B, D] float32."""
         ...
 
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, Schedule]:
-        """The transformation for a tree of shapes, and the rate to report."""
+        """The optimizer for a tree of arrays or shapes, and the learning-rate schedule to log."""
         ...
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """What is measured on held-out data, in the order of its report."""
+        """The evaluators to run on held-out data, in the order in which they are reported."""
         ...
 
     def flops(self) -> Flops | None:
-        """Of a step, per image, in closed form; None where no closed form is known."""
+        """FLOPs of a step, per image, in closed form; None if no closed form is known."""
         ...
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
-        """What goes into the model folder at the end."""
+        """The spec and parameters that are saved in the model folder at the end."""
         ...
 
 
 def apply_frozen(definition: nnx.GraphDef, params: PyTree, *args, **kwargs) -> Any:
-    """Calls a network without letting a gradient into it or its input."""
+    """Calls a network so that no gradient reaches its parameters or its inputs."""
     module = nnx.merge(definition, jax.lax.stop_gradient(params))
     return jax.lax.stop_gradient(module(*args, **kwargs))

@@ -1,6 +1,7 @@
 """Classification: fine-tuning, training from random weights, and the linear probe.
 
-The probe is the same task with the encoder frozen: forward only, its weights beside the state.
+The probe is the same task with a frozen encoder: it only runs forward, and its weights are kept
+outside the training state.
 """
 
 import dataclasses
@@ -30,25 +31,27 @@ from fd_jax.typing import Batch, Config, Metrics, PyTree
 Trains = Literal["all", "head"]
 Head = Literal["fresh", "keep"]
 
-# Of the head's initial weights (docs/reference.md#fine-tune-head, docs/reference.md#probe-head).
+# Standard deviation of the head's initial weights
+# (docs/reference.md#fine-tune-head, docs/reference.md#probe-head).
 HEAD_STD = {"all": 0.02, "head": 0.01}
 BATCH_NORM_EPS = 1e-6
-BATCH_NORM_MOMENTUM = 0.1  # share of the new batch in the running statistics
+BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch in the running statistics
 
 
 class ClassifyTask:
-    """Encoder, head and recipe of one run, from its config."""
+    """The encoder, head and recipe that a config describes."""
 
     def __init__(self, config: Config, *, init_spec: ModelSpec | None = None):
         """Checks the config and defines the network; reads no weights.
 
         Args:
           config: see configs/base.py for the fields.
-          init_spec: replaces that of the folder `config.init_from`, for planning without weights.
+          init_spec: replaces the spec in the folder `config.init_from`, for planning without
+            weights.
 
         Raises:
-          ConfigError: the combination cannot work, with the numbers.
-          ModelFolderError: no model at `config.init_from`.
+          ConfigError: the settings cannot work together; the message has the numbers.
+          ModelFolderError: there is no model at `config.init_from`.
         """
         model = config.model
         check_choice("model.trains", model.trains, get_args(Trains))
@@ -56,8 +59,8 @@ class ClassifyTask:
         if model.trains == "head" and config.accumulation > 1:
             raise ConfigError(
                 f"accumulation={config.accumulation} with model.trains='head': the probe's "
-                "BatchNorm is over the whole batch; set accumulation=1 (nothing of the frozen "
-                "encoder is kept for a backward pass, so that little memory is needed)"
+                "BatchNorm is over the whole batch; set accumulation=1 (the frozen encoder has no "
+                "backward pass, so that the whole batch needs little memory)"
             )
         self.config = config
         self.dtype = compute_dtype(config.dtype)
@@ -68,17 +71,17 @@ class ClassifyTask:
             untie=model.untie_positions,
             keep_head=model.head == "keep",
         )
-        start = init_spec or _starting_spec(config)
-        self._check_start(start)
+        start = init_spec or _initial_spec(config)
+        self._check_initial_spec(start)
         self.spec = dataclasses.replace(
             transfer.target_spec(start, self.changes),
             classes=model.classes,
             pooling=model.pooling,
             source=_source_name(config, start),
         )
-        self.statistics = self.spec
+        self.eval_statistics = self.spec
         if config.reference_quirks:  # as in docs/reference.md#quirk-eval-statistics
-            self.statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
+            self.eval_statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
         self.attention = {"encoder": self.spec.choose_attention(config.attention, dtype=self.dtype)}
         self.encoder_def, self._encoder_shapes = self.spec.abstract(**self._runtime())
         self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
@@ -101,17 +104,17 @@ class ClassifyTask:
           DataError: there are no labels, or more classes than the head has outputs.
         """
         data.check_labels()
-        classes, found, name = self.spec.classes, data.classes, data.name
-        if found > classes:
+        head_classes, data_classes, name = self.spec.classes, data.classes, data.name
+        if data_classes > head_classes:
             raise DataError(
-                f"{name} has {found} classes, labels 0 to {found - 1}, but "
-                f"model.classes={classes}; set --config.model.classes={found}"
+                f"{name} has {data_classes} classes, labels 0 to {data_classes - 1}, but "
+                f"model.classes={head_classes}; set --config.model.classes={data_classes}"
             )
-        if found < classes:
-            say(f"note: model.classes={classes}, but {name} has {found}")
+        if data_classes < head_classes:
+            say(f"note: model.classes={head_classes}, but {name} has only {data_classes} classes")
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Random parameters; of the head alone where the encoder is frozen."""
+        """Random parameters; only the head has any where the encoder is frozen."""
         encoder_key, head_key = jax.random.split(key)
         params = split(self._classifier(nnx.Rngs(head_key)))[1]
         if self.probe:
@@ -123,21 +126,21 @@ class ClassifyTask:
         return {"encoder": split(encoder)[1], **params}, {}
 
     def load_initial(self) -> PyTree:
-        """What `init_from` gives to the parameters that train; says what it took and what not."""
+        """The trained parameters that `init_from` provides; prints what it loads and drops."""
         if not self.config.init_from:
             return {}
-        taken = self._take(report=True)
+        taken = self._transferred(report=True)
         return {name: value for name, value in taken.items() if name != "encoder" or not self.probe}
 
     def load_frozen(self) -> PyTree:
-        """The probed encoder in the compute dtype; {} where everything trains."""
+        """The probed encoder in the compute dtype, or {} where everything trains."""
         if not self.probe:
             return {}
-        encoder = self._take()["encoder"]
+        encoder = self._transferred()["encoder"]
         return jax.tree.map(lambda leaf: leaf.astype(self.dtype), {"encoder": encoder})
 
     def abstract_frozen(self) -> PyTree:
-        """Shapes of `load_frozen`."""
+        """Shapes and dtypes of `load_frozen`, without reading weights."""
         if not self.probe:
             return {}
         return jax.tree.map(
@@ -146,7 +149,7 @@ class ClassifyTask:
         )
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Mixes, normalises and erases the whole batch; adds targets and drop-path numbers.
+        """Mixes, normalises and erases the whole batch; adds targets and drop-path randomness.
 
         "image" becomes float [B, S, S, 3] in the compute dtype; "target" [B, K] is a smoothed,
         mixed distribution.
@@ -172,7 +175,7 @@ class ClassifyTask:
         self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """Mean cross entropy against the prepared targets."""
-        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        classifier = nnx.merge(self.classifier_def, _head_params(params))
         pooled = classifier.pool(self._encode(params, frozen, batch["image"], batch.get("drops")))
         if self.probe:
             pooled, extra = _batch_norm(pooled, extra)
@@ -186,8 +189,8 @@ class ClassifyTask:
         return classification.scores(logits, batch["label"], batch["weight"])
 
     def logits(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-        """Class scores of a batch as it comes from the data. -> [B, K] float32."""
-        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        """Logits of an unprepared batch, as the data delivers it. -> [B, K] float32."""
+        classifier = nnx.merge(self.classifier_def, _head_params(params))
         pooled = classifier.pool(self._encode(params, frozen, self._eval_images(batch), None))
         if self.probe:
             pooled = (pooled - extra["mean"]) * jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
@@ -195,13 +198,13 @@ class ClassifyTask:
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The pooled vector of each image, before the head. -> [B, D] float32."""
-        classifier = nnx.merge(self.classifier_def, _head_of(params))
+        classifier = nnx.merge(self.classifier_def, _head_params(params))
         return classifier.pool(self._encode(params, frozen, self._eval_images(batch), None))
 
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
-        """The config's optimizer, with a rate per layer where `optim.layer_decay` asks for it."""
+        """The config's optimizer, with a learning rate per layer if `optim.layer_decay` is set."""
         family = FAMILIES[self.spec.family]
 
         def layer_id(path: str) -> int:
@@ -223,27 +226,30 @@ class ClassifyTask:
 
     @property
     def trains_encoder(self) -> bool:
-        """Not in a probe."""
+        """False for a probe, which trains only the head."""
         return not self.probe
 
     def evaluators(self) -> list[evaluators.Evaluator]:
-        """Held-out loss and accuracy, and nearest neighbours where `eval.knn` asks for them."""
+        """Held-out loss and accuracy, and nearest neighbours if `eval.knn` is set."""
         return evaluators.from_config(self.config)
 
     def flops(self) -> flops.Flops:
-        """Of a step, per image."""
+        """FLOPs of a step, per image."""
         trains = not self.probe
         head = flops.linear(1, self.encoder.width, self.spec.classes, input_gradient=trains)
         return flops.network(self.spec, trains=trains, remat=self.config.remat) + head
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
-        """Encoder and head; a probe's BatchNorm goes into the head's weights."""
+        """The encoder and head; a probe's BatchNorm is folded into the head's weights."""
         if not self.probe:
             return self.spec, params
         scale = jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
         kernel = params["head"]["kernel"] * scale[:, None]
         bias = params["head"]["bias"] - extra["mean"] @ kernel
-        parts = {"encoder": self._take()["encoder"], "head": {"kernel": kernel, "bias": bias}}
+        parts = {
+            "encoder": self._transferred()["encoder"],
+            "head": {"kernel": kernel, "bias": bias},
+        }
         if "norm" in self.spec.pooling:
             width = self.encoder.width
             parts["fc_norm"] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
@@ -255,10 +261,10 @@ class ClassifyTask:
         return nnx.merge(self.encoder_def, params["encoder"])(images, drops=drops)
 
     def _eval_images(self, batch: Batch) -> jax.Array:
-        return self.statistics.normalize(batch["image"], self.dtype)
+        return self.eval_statistics.normalize(batch["image"], self.dtype)
 
-    def _take(self, *, report: bool = False) -> PyTree:
-        """The parts of `init_from` that this network starts from."""
+    def _transferred(self, *, report: bool = False) -> PyTree:
+        """The parts of `init_from` that this network starts from; `report` prints them."""
         folder = self.config.init_from
         spec, parts = model_folder.load(folder)
         taken, lines = transfer.start(spec, parts, self.changes)
@@ -296,7 +302,7 @@ class ClassifyTask:
             rngs=rngs,
         )
 
-    def _check_start(self, start: ModelSpec) -> None:
+    def _check_initial_spec(self, start: ModelSpec) -> None:
         model, folder = self.config.model, self.config.init_from
         if model.classes < 2:
             raise ConfigError(f"model.classes={model.classes}; a classifier needs at least 2")
@@ -307,20 +313,20 @@ class ClassifyTask:
         if start.classes != model.classes or start.pooling != model.pooling:
             raise ConfigError(
                 f"model.head='keep', but init_from={folder} has a head of {start.classes} classes "
-                f"on pooling {start.pooling!r}, the config asks for model.classes={model.classes} "
-                f"on {model.pooling!r}; change those or set model.head='fresh'"
+                f"on pooling {start.pooling!r}, and the config sets model.classes={model.classes} "
+                f"on {model.pooling!r}; change these or set model.head='fresh'"
             )
 
 
-def _starting_spec(config: Config) -> ModelSpec:
-    """Of the folder `init_from`, or of the random network that the config describes."""
+def _initial_spec(config: Config) -> ModelSpec:
+    """The spec in the folder `init_from`, or that of the random network in the config."""
     if config.init_from:
         return model_folder.load_spec(epath.Path(config.init_from))
     if config.model.trains == "head":
-        raise ConfigError("model.trains='head' probes a trained encoder: name it in init_from")
+        raise ConfigError("model.trains='head' probes a trained encoder: set init_from to it")
     if not config.model.family:
         raise ConfigError(
-            "init_from is empty: name the model folder to start from "
+            "init_from is empty: set it to the model folder to start from "
             "(--config.init_from=RUN/model), or set model.family and model.arch"
         )
     arch = {**config.model.arch.to_dict(), "image_size": config.data.image_size}
@@ -335,7 +341,10 @@ def _source_name(config: Config, start: ModelSpec) -> str:
 
 
 def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:
-    """BatchNorm without scale and bias over the global batch, as torch trains it. x: [B, D]."""
+    """BatchNorm over the global batch, without scale and bias, in training mode as in torch.
+
+    x: [B, D]. Returns the normalised x and the updated running statistics.
+    """
     mean = jnp.mean(x, axis=0)
     var = jnp.mean(jnp.square(x - mean), axis=0)
     unbiased = var * x.shape[0] / max(x.shape[0] - 1, 1)
@@ -347,5 +356,5 @@ def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:
     return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS), running
 
 
-def _head_of(params: PyTree) -> PyTree:
+def _head_params(params: PyTree) -> PyTree:
     return {name: params[name] for name in ("fc_norm", "head") if name in params}

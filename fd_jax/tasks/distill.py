@@ -24,20 +24,20 @@ from fd_jax.tasks.goal import Goal, Target
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
-# The name of a run's teacher where it has one alone: its weights and its projector are then not
-# nested under a name.
-ONLY = ""
+# The name of the teacher in a run with a single one. Its weights and its projector are not nested
+# under a name, so that the trees are those of one network.
+SINGLE_TEACHER = ""
 
 
 class DistillTask:
-    """A student and what it learns of its teachers, from the config of a run.
+    """The student and the goals that a config describes: what it learns from each teacher.
 
     The loss is the sum over the goals.
 
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
-      goals: what is learned, by the name of the teacher; `ONLY` where there is one.
-      attention: implementation of attention by network, the student first.
+      goals: goal for each teacher by name; a single teacher is named `SINGLE_TEACHER`.
+      attention: name of the attention implementation of each network, the student first.
     """
 
     trains_encoder = True
@@ -53,12 +53,13 @@ class DistillTask:
 
         Args:
           config: see configs/base.py for the fields.
-          teacher_spec: replaces that of `config.teacher.path`, for planning without weights.
-          teachers: several by name, in place of `config.teacher`.
+          teacher_spec: replaces the spec in the folder `config.teacher.path`, for planning without
+            weights.
+          teachers: several teachers by name, in place of `config.teacher`.
 
         Raises:
-          ConfigError: the combination cannot work, with the numbers.
-          ModelFolderError: no teacher at `config.teacher.path`.
+          ConfigError: the settings cannot work together; the message has the numbers.
+          ModelFolderError: there is no teacher at `config.teacher.path`.
         """
         self.config = config
         self.dtype = compute_dtype(config.dtype)
@@ -70,14 +71,14 @@ class DistillTask:
         )
         if teachers is None:
             head = target.kind == "logits"
-            only = Teacher(
+            teacher = Teacher(
                 config.teacher,
                 dtype=self.dtype,
                 head=head,
                 attention=config.attention,
                 spec=teacher_spec,
             )
-            teachers = {ONLY: only}
+            teachers = {SINGLE_TEACHER: teacher}
         chosen = self.student_spec.choose_attention(config.attention, dtype=self.dtype)
         self.attention = {"student": chosen}
         for name, teacher in teachers.items():
@@ -99,17 +100,17 @@ class DistillTask:
 
     @property
     def goal(self) -> Goal:
-        """Of a run with one teacher."""
+        """The only goal of a run with one teacher."""
         (goal,) = self.goals.values()
         return goal
 
     @property
     def cls(self) -> bool:
-        """Whether the student and its one teacher both have a class token."""
+        """Whether the student and its only teacher both have a class token."""
         return self.goal.cls
 
     def check_data(self, data: Data) -> None:
-        """Labels are read for nearest neighbours only."""
+        """Checks that there are labels if `eval.knn` needs them; nothing else reads labels."""
         if self.config.eval.knn:
             data.check_labels()
 
@@ -118,31 +119,33 @@ class DistillTask:
         encoder_key, *projector_keys = jax.random.split(key, 1 + len(self.goals))
         encoder = self.student_spec.build(rngs=nnx.Rngs(encoder_key), **self._student_runtime())
         keys = zip(self.goals.items(), projector_keys, strict=True)
-        projectors = _join({name: goal.init(key) for (name, goal), key in keys})
+        projectors = _nest_by_teacher({name: goal.init(key) for (name, goal), key in keys})
         return {"encoder": split(encoder)[1], "projector": projectors}, {}
 
     def load_initial(self) -> PyTree:
-        """The student of `init_from`, where one is named, to train on from."""
+        """The student in `init_from`, to continue from; {} if `init_from` is empty."""
         if not self.config.init_from:
             return {}
         spec, parts = model_folder.load(self.config.init_from)
         if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
             raise ConfigError(
                 f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
-                f"the student is {self.student_spec.family} {self.student_spec.arch}"
+                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
             )
         return {name: parts[name] for name in ("encoder", "projector") if name in parts}
 
     def load_frozen(self) -> PyTree:
-        """The teachers' weights in the compute dtype, at their input sizes in this run."""
-        return _join({name: goal.teacher.load() for name, goal in self.goals.items()})
+        """The teachers' weights in the compute dtype, resized to their input sizes in this run."""
+        return _nest_by_teacher({name: goal.teacher.load() for name, goal in self.goals.items()})
 
     def abstract_frozen(self) -> PyTree:
-        """Shapes of `load_frozen`."""
-        return _join({name: goal.teacher.abstract() for name, goal in self.goals.items()})
+        """Shapes and dtypes of `load_frozen`, without reading weights."""
+        return _nest_by_teacher(
+            {name: goal.teacher.abstract() for name, goal in self.goals.items()}
+        )
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Adds the uniform numbers of all networks' drop paths, [B, depth, 2] each."""
+        """Adds the uniform random numbers for drop path, [B, depth, 2] for each network."""
         batch = dict(batch)
         student_key, *teacher_keys = jax.random.split(key, 1 + len(self.goals))
         rows = batch["image"].shape[0]
@@ -151,7 +154,7 @@ class DistillTask:
         for (name, goal), teacher_key in zip(self.goals.items(), teacher_keys, strict=True):
             if goal.teacher.drop_path:
                 shape = (rows, goal.teacher.depth, 2)
-                batch[_drops_of(name)] = jax.random.uniform(teacher_key, shape)
+                batch[_drop_path_entry(name)] = jax.random.uniform(teacher_key, shape)
         return batch
 
     def loss(
@@ -171,9 +174,9 @@ class DistillTask:
         weight = batch["weight"]
         metrics = {"loss": weighted(self._distance(predictions, targets), weight)}
         for name, goal in self.goals.items():
-            found = goal.agreement(predictions[name], targets[name], weight)
+            agreement = goal.agreement(predictions[name], targets[name], weight)
             suffix = f"_{name}" if name else ""
-            metrics |= {f"{metric}{suffix}": value for metric, value in found.items()}
+            metrics |= {f"{metric}{suffix}": value for metric, value in agreement.items()}
         return metrics
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
@@ -183,17 +186,19 @@ class DistillTask:
         return jnp.mean(features.patches.astype(jnp.float32), axis=1)
 
     def targets(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """What the student has to predict of each teacher; see `Goal.of_teacher`."""
+        """The target from each teacher; see `Goal.teacher_target`."""
         return {
-            name: goal.of_teacher(_share(frozen, name), batch["image"], batch.get(_drops_of(name)))
+            name: goal.teacher_target(
+                _part_of_teacher(frozen, name), batch["image"], batch.get(_drop_path_entry(name))
+            )
             for name, goal in self.goals.items()
         }
 
     def predictions(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The student's projected tokens for each teacher, final norm applied. -> [B, T, D_t]."""
+        """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t]."""
         features = self._student_features(params, batch["image"], batch.get("student_drops"))
         return {
-            name: goal.predict(_share(params["projector"], name), features)
+            name: goal.predict(_part_of_teacher(params["projector"], name), features)
             for name, goal in self.goals.items()
         }
 
@@ -210,7 +215,7 @@ class DistillTask:
     def optimizer(
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
-        """AdamW of the config over student and projectors."""
+        """The config's optimizer for the student and the projectors."""
         return optimizer.from_config(
             self.config,
             params,
@@ -220,17 +225,17 @@ class DistillTask:
         )
 
     def evaluators(self) -> list[evaluators.Evaluator]:
-        """Held-out loss and cosine, and nearest neighbours where `eval.knn` asks for them."""
+        """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set."""
         return evaluators.from_config(self.config)
 
     def flops(self) -> flops.Flops:
-        """Of a step, per image."""
+        """FLOPs of a step, per image."""
         size = self.config.data.image_size
         work = flops.network(self.student_spec, trains=True, remat=self.config.remat)
         return sum((goal.flops(size) for goal in self.goals.values()), work)
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
-        """Student and projector; a logits student's head is its projector."""
+        """The student and projector; the head of a logits student is its projector."""
         del extra
         return self.student_spec, params
 
@@ -243,7 +248,7 @@ class DistillTask:
     def _distance(
         self, predictions: dict[str, jax.Array], targets: dict[str, jax.Array]
     ) -> jax.Array:
-        """Per example, summed over the goals. -> [B]."""
+        """Distance of each example, summed over the goals. -> [B]."""
         first, *others = (
             goal.distance(predictions[name], targets[name]) for name, goal in self.goals.items()
         )
@@ -268,16 +273,16 @@ class DistillTask:
             )
 
 
-def _join(trees: dict[str, PyTree]) -> PyTree:
-    """One tree of all teachers' parts by name; that of an only one by itself."""
-    return trees[ONLY] if ONLY in trees else trees
+def _nest_by_teacher(trees: dict[str, PyTree]) -> PyTree:
+    """Nests the trees under the teachers' names; the tree of a single teacher is not nested."""
+    return trees[SINGLE_TEACHER] if SINGLE_TEACHER in trees else trees
 
 
-def _share(tree: PyTree, name: str) -> PyTree:
-    """What of a joined tree belongs to a teacher."""
+def _part_of_teacher(tree: PyTree, name: str) -> PyTree:
+    """The part of a tree from `_nest_by_teacher` that belongs to one teacher."""
     return tree[name] if name else tree
 
 
-def _drops_of(name: str) -> str:
-    """The batch's entry of a teacher's drop-path numbers."""
+def _drop_path_entry(name: str) -> str:
+    """The name of the batch entry that holds a teacher's drop-path randomness."""
     return f"teacher_drops_{name}" if name else "teacher_drops"

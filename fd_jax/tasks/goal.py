@@ -1,4 +1,4 @@
-"""What a student learns of one teacher: target, projector and distance."""
+"""What a student learns from one teacher: target, projector and distance."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -23,19 +23,22 @@ Resample = Literal["none", "bilinear"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What of the teacher is learned (docs/reference.md#table-2 and docs/reference.md#table-3).
+    """Which of the teacher's features is the target, and how it is normalised.
+
+    See docs/reference.md#table-2 and docs/reference.md#table-3.
 
     Attributes:
-      kind: "full" the whole map (class token where both have one, and patches), "cls" the class
-        token, "gap" the mean patch token, "logits" the class distribution of the teacher's head,
-        learned from the student's class token or, where it has none, from its mean patch token.
-      normalize: of the tokens, see `losses.normalize_target`; unused for logits.
-      after_norm: whether the teacher's own final norm comes first (docs/reference.md#after-norm).
-      resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
-        before they are normalised; with "none", as in the original, unequal grids are refused.
+      kind: "full" is the whole map (the class token if both networks have one, and the patches),
+        "cls" the class token, "gap" the mean patch token, "logits" the class distribution from the
+        teacher's head. The student predicts logits from its class token, or from its mean patch
+        token if it has no class token.
+      normalize: normalisation of the tokens, see `losses.normalize_target`; unused for logits.
+      after_norm: whether the teacher's final norm is applied first (docs/reference.md#after-norm).
+      resample: "bilinear" resizes the teacher's patches to the student's grid if the grids differ,
+        before they are normalised; "none", as in the original, refuses unequal grids.
 
     Raises:
-      ConfigError: a kind, normalisation or resampling that does not exist.
+      ConfigError: the kind, normalisation or resampling is unknown.
     """
 
     kind: TargetKind
@@ -49,7 +52,7 @@ class Target:
         check_choice("target.resample", self.resample, get_args(Resample))
 
     def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
-        """The tokens that are compared. -> [B, T, D]; `cls`: whether both sides have one."""
+        """The tokens to compare. -> [B, T, D]; `cls`: whether both sides have a class token."""
         if self.kind == "gap":
             return jnp.mean(features.patches, axis=1, keepdims=True)
         if self.kind == "logits" and not features.cls:
@@ -60,10 +63,11 @@ class Target:
 
 
 class Goal:
-    """A teacher, what of it is the target, and the projector from the student to it.
+    """A teacher, the target taken from it, and the projector from the student to the target.
 
     Attributes:
-      teacher, target: as given.
+      teacher: the teacher.
+      target: which of its features is the target.
       cls: whether student and teacher both have a class token.
       projector_def: the projector's graph definition.
     """
@@ -81,15 +85,15 @@ class Goal:
         """Checks that student and teacher can be compared.
 
         Args:
-          teacher: whose features are the target; with its head where logits are.
-          target: what of them.
-          student: abstract network.
-          beta: of smooth L1.
-          dtype: of the projector's matmul.
-          grad_dtype: of its weight gradient while it is summed over devices.
+          teacher: teacher; it needs its head if the target is logits.
+          target: which of its features is the target.
+          student: abstract student network.
+          beta: beta of the smooth L1 loss.
+          dtype: dtype of the projector's matmul.
+          grad_dtype: dtype of the projector's weight gradient while it is summed over devices.
 
         Raises:
-          ConfigError: they cannot be, with the numbers.
+          ConfigError: they cannot be compared; the message has the numbers.
         """
         self.teacher, self.target = teacher, target
         self.cls = bool(student.cls and teacher.cls)
@@ -99,16 +103,18 @@ class Goal:
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
 
     def init(self, key: jax.Array) -> PyTree:
-        """A random projector's parameters."""
+        """Random initial parameters of the projector."""
         return split(self._projector(nnx.Rngs(key)))[1]
 
-    def of_teacher(self, weights: PyTree, images: jax.Array, drops: jax.Array | None) -> jax.Array:
-        """What the student has to predict. -> [B, T, D_t] float32, or [B, 1, K] logits.
+    def teacher_target(
+        self, weights: PyTree, images: jax.Array, drops: jax.Array | None
+    ) -> jax.Array:
+        """The target that the student predicts. -> [B, T, D_t] float32, or [B, 1, K] logits.
 
         Args:
-          weights: of the teacher.
+          weights: the teacher's weights.
           images: [B, H, W, 3] uint8.
-          drops: the teacher's drop-path numbers [B, depth, 2], or None.
+          drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
         """
         after_norm = self.target.after_norm
         features = self.teacher.features(weights, images, final_norm=after_norm, drops=drops)
@@ -125,21 +131,21 @@ class Goal:
         return nnx.merge(self.projector_def, projector)(tokens)
 
     def distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
-        """Per example. [B, T, D] x 2 -> [B]."""
+        """Distance of each example. [B, T, D] x 2 -> [B]."""
         if self.target.kind == "logits":
             return losses.cross_entropy(prediction[:, 0], jax.nn.softmax(target[:, 0]))
         distance = losses.smooth_l1(prediction, target, beta=self._beta)
         return jnp.mean(distance, axis=(1, 2))
 
     def agreement(self, prediction: jax.Array, target: jax.Array, weight: jax.Array) -> Metrics:
-        """Held-out metrics beside the distance: cosine similarity, except of logits."""
+        """Held-out metrics besides the distance: cosine similarity, or {} for logits."""
         if self.target.kind == "logits":
             return {}
         cosine = jnp.mean(losses.cosine_similarity(prediction, target), axis=-1)
         return {"cosine": weighted(cosine, weight)}
 
     def flops(self, image_size: int) -> flops.Flops:
-        """Of teacher and projector, for one image that comes at `image_size`."""
+        """FLOPs of teacher and projector for one image whose side is `image_size` pixels."""
         tokens = 1
         if self.target.kind == "full":
             tokens = self._grid[0] * self._grid[1] + int(self.cls)

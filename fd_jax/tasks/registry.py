@@ -1,7 +1,7 @@
-"""The tasks that a config can ask for. Who needs a task of a config gets it here.
+"""Creates the task that a config selects; the only place that lists all kinds of task.
 
-A config asks for the task whose section it has: `teacher` for distillation, `model` for
-classification. Another task is another row.
+A config selects a task by the section it has: `teacher` for distillation, `model` for
+classification. A new task is a new `Kind` in `KINDS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config
 
-# Roles of networks.
-TEACHER, START = "teacher", "starts from"
+# Roles of the networks that a run reads, as a plan prints them.
+TEACHER, INIT_FROM = "teacher", "starts from"
 
-Specs = Mapping[str, ModelSpec]  # of networks that are planned without their folders, by role
+Specs = Mapping[str, ModelSpec]  # by role; for networks that are planned without their folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Network:
     """A network that a run reads from a model folder.
 
     Attributes:
-      role: what it is to the run, as a plan names it.
-      path: its folder; "" where none is named.
-      source: the converter source it came from, as the config names it: "" where it names none,
-        None where it has no field for it.
-      needs_head: whether its classifier head takes part.
-      optional: whether the run starts from random weights where there is no folder.
+      role: `TEACHER` or `INIT_FROM`.
+      path: its folder, or "" if the config names none.
+      source: name of the converter source it comes from; "" if the config leaves it open, None if
+        the config has no field for it.
+      needs_head: whether the run uses its classifier head.
+      optional: whether the run starts from random weights if there is no folder.
     """
 
     role: str
@@ -45,10 +45,10 @@ class Kind:
     """One kind of task.
 
     Attributes:
-      name: as people say it.
-      section: the config's field that asks for it.
-      make: (config, specs) -> task; `specs` replace what the folders of its networks hold.
-      networks: config -> the networks that a run reads.
+      name: name of the kind for people.
+      section: config field whose presence selects this kind.
+      make: (config, specs) -> task; `specs` replace the specs in the networks' folders.
+      networks: config -> the networks that the run reads.
     """
 
     name: str
@@ -57,52 +57,52 @@ class Kind:
     networks: Callable[[Config], list[Network]]
 
 
-def _teachers(config: Config) -> list[Network]:
+def _teacher_networks(config: Config) -> list[Network]:
     teacher = config.teacher
     head = config.target.kind == "logits"
     return [Network(TEACHER, teacher.path, source=teacher.source, needs_head=head)]
 
 
-def _start(config: Config) -> list[Network]:
-    return [Network(START, config.init_from, optional=bool(config.model.family))]
+def _initial_networks(config: Config) -> list[Network]:
+    return [Network(INIT_FROM, config.init_from, optional=bool(config.model.family))]
 
 
 DISTILLATION = Kind(
     "distillation",
     "teacher",
     lambda config, specs: DistillTask(config, teacher_spec=specs.get(TEACHER)),
-    _teachers,
+    _teacher_networks,
 )
 CLASSIFICATION = Kind(
     "classification",
     "model",
-    lambda config, specs: ClassifyTask(config, init_spec=specs.get(START)),
-    _start,
+    lambda config, specs: ClassifyTask(config, init_spec=specs.get(INIT_FROM)),
+    _initial_networks,
 )
 KINDS = (DISTILLATION, CLASSIFICATION)
 
 
 def kind_of(config: Config) -> Kind:
-    """The kind of task that a config asks for.
+    """The kind of task that a config selects.
 
     Raises:
-      ConfigError: none, since it has the section of none of them.
+      ConfigError: the config has none of the sections that select a task.
     """
     for kind in KINDS:
         if kind.section in config:
             return kind
     sections = " nor ".join(f"a {kind.section}" for kind in KINDS)
-    raise ConfigError(f"the config has neither {sections}: no task here trains it")
+    raise ConfigError(f"the config has neither {sections}: no task can train it")
 
 
 def make(config: Config, specs: Specs | None = None) -> Task:
-    """The task of a config.
+    """Creates the task that a config selects.
 
     Args:
       config: see configs/base.py for the fields.
-      specs: of networks whose folders are not read, by role.
+      specs: specs by role for networks whose folders are not read.
 
     Raises:
-      UserError: no task trains it, or its settings do not go together.
+      UserError: the config selects no task, or its settings cannot work together.
     """
     return kind_of(config).make(config, specs or {})

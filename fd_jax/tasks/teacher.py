@@ -1,4 +1,4 @@
-"""A frozen teacher: its network at the size it runs at, its head and its share of the weights."""
+"""A frozen teacher: its network at its input size in this run, its head and its weights."""
 
 import dataclasses
 from typing import Any
@@ -20,13 +20,14 @@ from fd_jax.typing import Config, PyTree
 
 
 class Teacher:
-    """Static definition of one teacher; its weights come in with each call.
+    """The static definition of one teacher; its weights are an argument of each call.
 
     Attributes:
-      spec: of the network as it runs: its stages and its input size; its pixel statistics.
-      width, depth, grid, image_size, cls: of that network.
-      drop_path: rate of its last block.
-      attention: implementation that it uses.
+      dtype: dtype of its weights and matmuls.
+      spec: spec of the network as it runs, with the stages and the input size of this run.
+      width, depth, grid, image_size, cls: properties of that network.
+      drop_path: drop-path rate of its last block.
+      attention: name of the attention implementation that it uses.
     """
 
     def __init__(
@@ -41,22 +42,23 @@ class Teacher:
         """Defines the network; reads no weights.
 
         Args:
-          config: `config.teacher`.
-          dtype: of its weights and matmuls.
+          config: the section `config.teacher` of a run's config.
+          dtype: dtype of its weights and matmuls.
           head: whether its classifier head is needed.
-          attention: implementation, or "auto" for the best that this device has.
-          spec: replaces the one in the folder `config.path`, for planning without weights.
+          attention: attention implementation, or "auto" for the best one on this device.
+          spec: replaces the spec in the folder `config.path`, for planning without weights.
 
         Raises:
-          ConfigError: the folder holds another teacher, or one without the stages or head asked.
-          ModelFolderError: there is no folder.
+          ConfigError: the folder holds another teacher, or the teacher lacks the requested stages
+            or head.
+          ModelFolderError: there is no such folder.
         """
         self.dtype = dtype
         self.drop_path = config.drop_path
         self._path, self._stages = config.path, config.stages
         stored = spec or _read_spec(config)
         size = config.image_size or stored.arch["image_size"]
-        arch = {**_arch(stored, config.stages), "image_size": size}
+        arch = {**_arch_of_stages(stored, config.stages), "image_size": size}
         self.spec = dataclasses.replace(stored, arch=arch)
         self.attention = self.spec.choose_attention(attention, dtype=dtype)
         self._definition, self._shapes = self.spec.abstract(
@@ -73,20 +75,20 @@ class Teacher:
 
     @property
     def classes(self) -> int:
-        """Outputs of its classifier head.
+        """Number of outputs of its classifier head.
 
         Raises:
-          ConfigError: it has none.
+          ConfigError: it has no classifier head.
         """
         if not self.spec.classes:
             raise ConfigError(
                 f"target.kind='logits' needs a teacher with a classifier head; "
-                f"{self.spec.source} has none. Use 'full', 'cls' or 'gap', or DeiT"
+                f"{self.spec.source} has none. Use 'full', 'cls' or 'gap', or DeiT as the teacher"
             )
         return self.spec.classes
 
     def load(self) -> PyTree:
-        """Its weights as host arrays in the compute dtype, at its input size in this run."""
+        """Its weights as host arrays in the compute dtype, resized to its input size."""
         spec, parts = model_folder.load(self._path)
         _, encoder = spec.resized(parts["encoder"], self.image_size)
         if self._stages:
@@ -102,7 +104,7 @@ class Teacher:
     def features(
         self, weights: PyTree, images: jax.Array, *, final_norm: bool, drops: jax.Array | None
     ) -> FeatureMap:
-        """Its feature map of uint8 images [B, H, W, 3], which it resizes to its input size."""
+        """Its feature map of uint8 images [B, H, W, 3], which are resized to its input size."""
         if images.shape[1] != self.image_size:
             images = resize_images(images, self.image_size)
         return apply_frozen(
@@ -114,13 +116,13 @@ class Teacher:
         )
 
     def logits(self, weights: PyTree, features: FeatureMap) -> jax.Array:
-        """Its head on its feature map. -> [B, K] float32."""
+        """Logits of its head for a feature map. -> [B, K] float32."""
         assert self._head is not None
         head = {name: weights[name] for name in self._head_shapes}
         return apply_frozen(self._head, head, features)
 
     def flops(self, image_size: int) -> flops.Flops:
-        """Of one image that comes at `image_size`."""
+        """FLOPs of one image whose side is `image_size` pixels."""
         work = flops.network(self.spec, trains=False)
         if image_size != self.image_size:
             work += flops.resize(image_size, self.image_size)
@@ -129,7 +131,7 @@ class Teacher:
         return work
 
     def _classifier(self, rngs: nnx.Rngs) -> Classifier:
-        """Its own head on its own pooling; the weights come from the folder."""
+        """Its own head and pooling; the weights come from the folder."""
         return Classifier(
             self.width,
             self.classes,
@@ -141,19 +143,20 @@ class Teacher:
 
 
 def resize_images(images: jax.Array, size: int) -> jax.Array:
-    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks.
+    """Antialiased bilinear resize on the device, needed for the fixed 224 px input of CLIP-L.
 
     See docs/reference.md#quirk-teacher-resize.
 
-    [B, H, W, 3] uint8 -> [B, size, size, 3] float32 on the scale of the input, not rounded.
+    [B, H, W, 3] uint8 -> [B, size, size, 3] float32, still 0 to 255, not rounded.
     """
     return _resize(images, (size, size))
 
 
 def resize_map(features: FeatureMap, grid: tuple[int, int]) -> FeatureMap:
-    """The same feature map on another grid, antialiased bilinear; only patches change.
+    """Resizes the patches of a feature map to another grid, antialiased bilinear.
 
-    Tokens become [B, cls + registers + h*w, D] float32.
+    The class token and registers stay as they are.
+    Tokens: [B, cls + registers + H*W, D] -> [B, cls + registers + h*w, D] float32.
     """
     batch, _, width = features.tokens.shape
     others = features.cls + features.registers
@@ -170,8 +173,8 @@ def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
 
 
-def _arch(spec: ModelSpec, stages: int) -> dict[str, Any]:
-    """The teacher's architecture, or its first stages alone (docs/reference.md#stage-3-target)."""
+def _arch_of_stages(spec: ModelSpec, stages: int) -> dict[str, Any]:
+    """The architecture, cut after `stages` stages if not 0 (docs/reference.md#stage-3-target)."""
     if not stages:
         return spec.arch
     depths = spec.arch.get("depths", ())

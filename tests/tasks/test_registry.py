@@ -1,4 +1,4 @@
-"""From a config to its task."""
+"""The registry creates the task that a config selects."""
 
 import pytest
 
@@ -9,21 +9,21 @@ from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
 
-def test_a_config_gets_the_task_whose_section_it_has():
+def test_the_section_of_a_config_selects_its_task():
     specs = {registry.TEACHER: tiny.teacher_spec()}
     assert isinstance(registry.make(tiny.config(), specs), DistillTask)
-    specs = {registry.START: tiny.teacher_spec()}
+    specs = {registry.INIT_FROM: tiny.teacher_spec()}
     assert isinstance(registry.make(tiny.fine_tuning(), specs), ClassifyTask)
 
 
-def test_a_config_of_no_task_is_refused():
+def test_a_config_without_a_task_section_is_refused():
     config = tiny.config()
     del config.teacher
     with pytest.raises(ConfigError, match="neither a teacher nor a model: no task"):
         registry.make(config)
 
 
-def test_networks_are_those_that_a_run_reads():
+def test_networks_lists_what_a_run_reads_from_model_folders():
     config = tiny.config("somewhere", **{"target.kind": "logits"})
     assert registry.kind_of(config).networks(config) == [
         registry.Network("teacher", "somewhere", source="tiny", needs_head=True)
