@@ -1,4 +1,4 @@
-"""Fine-tuning and the probe: what is loaded, what is computed, what is refused."""
+"""Fine-tuning and the linear probe: initial weights, losses, features and refused configs."""
 
 from flax import nnx
 import jax
@@ -29,8 +29,8 @@ def student(tmp_path_factory):
     return tiny.save_student(tmp_path_factory.mktemp("students") / "tiny")
 
 
-def started(folder, **fields):
-    """The task and the parameters a run would start from, the head at a visible scale."""
+def initialized(folder, **fields):
+    """The task and its initial parameters, with a head large enough to compare logits."""
     task = ClassifyTask(tiny.fine_tuning(folder, **fields))
     params, extra = task.init(jax.random.key(0))
     params = program.overlay(params, task.load_initial())
@@ -42,7 +42,7 @@ def started(folder, **fields):
 
 
 def beit_logits(folder, params, image_size, batch, where):
-    """BeitForImageClassification with the student's weights, its table copied and resized here."""
+    """Logits of BeitForImageClassification with the student's weights; resizes its table itself."""
     spec, parts = model_folder.load(folder)
     encoder = parts["encoder"]
     grid, old = image_size // 8, spec.arch["image_size"] // 8
@@ -73,8 +73,8 @@ def beit_logits(folder, params, image_size, batch, where):
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
-def test_logits_equal_beits(student, tmp_path, image_size):
-    task, params, extra, frozen = started(student, **{"data.image_size": image_size})
+def test_logits_equal_those_of_beit(student, tmp_path, image_size):
+    task, params, extra, frozen = initialized(student, **{"data.image_size": image_size})
     batch = tiny.labelled_batch(side=image_size)
     want = beit_logits(student, params, image_size, batch, tmp_path)
     got = task.logits(params, extra, frozen, batch)
@@ -83,13 +83,13 @@ def test_logits_equal_beits(student, tmp_path, image_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [224, 288])
-def test_full_size_logits_equal_beits(tmp_path, image_size):
+def test_full_size_logits_equal_those_of_beit(tmp_path, image_size):
     folder = tmp_path / "student"
     arch = base.student({**base.VIT_B16, "patch_size": 8}, image_size=112)
     spec = specs.ModelSpec("vit", arch, source="distilled")
     model_folder.save(folder, spec, {"encoder": test_vit.random_params(spec)})
     side = image_size // 2  # the grids of patch 16 at 224 and 288, at a quarter of the work
-    task, params, extra, frozen = started(str(folder), **{"data.image_size": side})
+    task, params, extra, frozen = initialized(str(folder), **{"data.image_size": side})
     batch = tiny.labelled_batch(size=2, side=side)
     want = beit_logits(str(folder), params, side, batch, tmp_path / "hf")
     assert test_vit.relative(task.logits(params, extra, frozen, batch), want) < 1e-4
@@ -100,17 +100,17 @@ def test_full_size_logits_equal_beits(tmp_path, image_size):
     [{"model.final_norm": True}, {"model.pooling": "mean"}, {"model.pooling": "norm_mean"}],
     ids=str,
 )
-def test_another_head_is_seen(student, tmp_path, change):
-    """Negative control: the trained final norm kept, or another order of norm and mean."""
-    _, right, _, _ = started(student)
-    task, params, extra, frozen = started(student, **change)
+def test_a_wrong_norm_or_pooling_changes_the_logits(student, tmp_path, change):
+    """Negative control: keeps the trained final norm, or swaps the order of norm and mean."""
+    _, right, _, _ = initialized(student)
+    task, params, extra, frozen = initialized(student, **change)
     params = {**params, "head": right["head"]}
     batch = tiny.labelled_batch()
     want = beit_logits(student, right, 32, batch, tmp_path)
     assert test_vit.relative(task.logits(params, extra, frozen, batch), want) > 1e-3
 
 
-def test_fresh_parts_start_as_the_original(student):
+def test_a_fresh_head_is_initialized_like_the_original(student):
     task = ClassifyTask(tiny.fine_tuning(student, **{"model.classes": 1000}))
     params, _ = task.init(jax.random.key(0))
     assert set(params) == {"encoder", "fc_norm", "head"}
@@ -119,17 +119,17 @@ def test_fresh_parts_start_as_the_original(student):
     np.testing.assert_array_equal(params["head"]["bias"], 0)
 
 
-def test_report_of_what_was_taken(student, capsys):
+def test_load_initial_prints_what_was_resized_copied_and_dropped(student, capsys):
     ClassifyTask(tiny.fine_tuning(student, **{"data.image_size": 48})).load_initial()
-    said = capsys.readouterr().out
-    assert "resized  position tables from 32 px to 48 px" in said
-    assert "copied   the shared position bias into every block" in said
-    assert "dropped  encoder/norm, projector" in said
-    assert "fresh    fc_norm, head" in said
+    output = capsys.readouterr().out
+    assert "resized  position tables from 32 px to 48 px" in output
+    assert "copied   the shared position bias into every block" in output
+    assert "dropped  encoder/norm, projector" in output
+    assert "fresh    fc_norm, head" in output
 
 
-def test_number_of_parameters_of_the_papers_models():
-    """docs/reference.md#parameter-counts: 1000 classes, a table per block."""
+def test_parameter_counts_equal_the_papers():
+    """See docs/reference.md#parameter-counts: 1000 classes, a table per block."""
     for shape, count in ((base.VIT_B16, 86_530_984), (base.VIT_L14, 304_335_336)):
         config = base.fine_tuning(drop_path=0.1, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
         spec = specs.ModelSpec("vit", base.student(shape, image_size=224), source="distilled")
@@ -140,7 +140,7 @@ def test_number_of_parameters_of_the_papers_models():
 @pytest.mark.parametrize(
     "shape,decay,lowest", [(base.VIT_B16, 0.65, 3.697206e-3), (base.VIT_L14, 0.75, 7.525435e-4)]
 )
-def test_layer_decay_of_every_parameter(shape, decay, lowest):
+def test_every_parameter_has_the_published_layer_decay(shape, decay, lowest):
     """The full expected table, written out from docs/reference.md#layer-decay."""
     config = base.fine_tuning(drop_path=0.1, layer_decay=decay, peak_lr=1e-3, floor_lr=1e-6)
     spec = specs.ModelSpec("vit", base.student(shape, image_size=224), source="distilled")
@@ -179,8 +179,8 @@ def test_layer_decay_of_every_parameter(shape, decay, lowest):
 NO_MIXING = {"mixing.mixup": 0.0, "mixing.cutmix": 0.0, "mixing.erasing": 0.0}
 
 
-def test_loss_is_torchs_with_label_smoothing(student):
-    task, params, extra, frozen = started(student, **NO_MIXING, **{"model.drop_path": 0.0})
+def test_loss_equals_torch_with_label_smoothing(student):
+    task, params, extra, frozen = initialized(student, **NO_MIXING, **{"model.drop_path": 0.0})
     raw = tiny.labelled_batch()
     loss, _ = task.loss(params, extra, frozen, task.prepare(raw, jax.random.key(1)))
     logits = torch.from_numpy(np.array(task.logits(params, extra, frozen, raw)))
@@ -189,8 +189,8 @@ def test_loss_is_torchs_with_label_smoothing(student):
     np.testing.assert_allclose(loss, float(want), rtol=2e-6)
 
 
-def test_mixing_before_normalising_is_mixing_after_it(student):
-    task, *_ = started(student, **{"mixing.erasing": 0.0})
+def test_mixing_commutes_with_normalisation(student):
+    task, *_ = initialized(student, **{"mixing.erasing": 0.0})
     raw, key = tiny.labelled_batch(), jax.random.key(1)
     prepared = task.prepare(raw, key)
     target = mixing.smooth_one_hot(raw["label"], CLASSES, 0.1)
@@ -200,7 +200,7 @@ def test_mixing_before_normalising_is_mixing_after_it(student):
 
 
 def test_mixing_erasing_and_drop_path_are_on_in_training_and_off_in_evaluation(student):
-    task, params, extra, frozen = started(student)
+    task, params, extra, frozen = initialized(student)
     raw = tiny.labelled_batch()
     prepared = task.prepare(raw, jax.random.key(1))
     assert prepared["drops"].shape == (16, 2, 2)
@@ -215,13 +215,13 @@ def test_mixing_erasing_and_drop_path_are_on_in_training_and_off_in_evaluation(s
     assert first == task.evaluate(params, extra, frozen, raw)
 
 
-def test_reference_quirks_evaluate_with_clips_statistics(student):
-    quirky, params, extra, frozen = started(student, reference_quirks=True)
+def test_reference_quirks_evaluate_with_the_pixel_statistics_of_clip(student):
+    quirky, params, extra, frozen = initialized(student, reference_quirks=True)
     raw = tiny.labelled_batch()
     swapped = {**raw, "image": raw["image"]}
     shifted = (raw["image"] / 255.0 - specs.CLIP_MEAN) / specs.CLIP_STD
     as_imagenet = (shifted * specs.IMAGENET_STD + specs.IMAGENET_MEAN) * 255.0
-    plain, _, _, _ = started(student)
+    plain, _, _, _ = initialized(student)
     want = plain.logits(params, extra, frozen, {**swapped, "image": as_imagenet})
     got = quirky.logits(params, extra, frozen, raw)
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -245,9 +245,9 @@ def probe_fields(**fields):
     }
 
 
-def test_probe_equals_torchs_batch_norm_and_linear(student):
-    """Two training batches, then evaluation with the running statistics; encoder untouched."""
-    task, params, extra, frozen = started(student, **probe_fields())
+def test_probe_equals_torch_batch_norm_and_linear(student):
+    """Two training batches, then evaluation with the running statistics."""
+    task, params, extra, frozen = initialized(student, **probe_fields())
     assert set(params) == {"head"}
     assert set(frozen) == {"encoder"}
     norm = torch.nn.BatchNorm1d(32, eps=1e-6, momentum=0.1, affine=False)
@@ -274,9 +274,9 @@ def test_probe_equals_torchs_batch_norm_and_linear(student):
     )
 
 
-def test_probe_reads_a_normalised_mean_without_the_trained_norm(student):
-    """docs/reference.md#probe-head: mean patch before the final norm, fc_norm (1, 0)."""
-    task, params, _, frozen = started(student, **probe_fields())
+def test_probe_features_are_the_normalised_mean_before_the_trained_norm(student):
+    """See docs/reference.md#probe-head: mean patch before the final norm, fc_norm (1, 0)."""
+    task, params, _, frozen = initialized(student, **probe_fields())
     model = model_folder.load_model(student)
     raw = tiny.labelled_batch()
     definition, _ = model.spec.abstract()
@@ -289,15 +289,15 @@ def test_probe_reads_a_normalised_mean_without_the_trained_norm(student):
 
 
 def test_no_gradient_reaches_the_probed_encoder(student):
-    task, params, extra, frozen = started(student, **probe_fields())
+    task, params, extra, frozen = initialized(student, **probe_fields())
     batch = task.prepare(tiny.labelled_batch(), jax.random.key(0))
     grads = jax.grad(lambda frozen: task.loss(params, extra, frozen, batch)[0])(frozen)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_exported_probe_gives_the_same_logits(student, tmp_path):
-    """The BatchNorm of the probe stands in the weights of the exported head."""
-    task, params, extra, frozen = started(student, **probe_fields())
+    """The probe's BatchNorm is folded into the weights of the exported head."""
+    task, params, extra, frozen = initialized(student, **probe_fields())
     rng = np.random.default_rng(0)
     extra = {"mean": rng.normal(size=32) * 0.1, "var": rng.uniform(0.5, 2, size=32)}
     extra = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), extra)
@@ -343,7 +343,7 @@ def test_impossible_configs_are_refused(student, fields, message):
         ClassifyTask(tiny.fine_tuning(**{"init_from": student, **fields}))
 
 
-def test_head_of_other_classes_is_refused(student, tmp_path):
+def test_keeping_a_head_of_another_size_is_refused(student, tmp_path):
     teacher = tiny.save_teacher(tmp_path / "deit", classes=7)
     fields = {"model.head": "keep", "model.pooling": "cls", "model.final_norm": True}
     with pytest.raises(ConfigError, match=r"head of 7 classes.*model.classes=10"):
@@ -351,28 +351,28 @@ def test_head_of_other_classes_is_refused(student, tmp_path):
     assert ClassifyTask(tiny.fine_tuning(teacher, **{**fields, "model.classes": 7})).load_initial()
 
 
-def test_a_norm_that_is_not_there_cannot_be_kept(tmp_path):
+def test_keeping_a_missing_final_norm_is_refused(tmp_path):
     folder = tiny.save_teacher(tmp_path / "plain", final_norm=False)
     with pytest.raises(ConfigError, match="ends without one"):
         ClassifyTask(tiny.fine_tuning(folder, **{"model.final_norm": True}))
 
 
-def test_a_probe_takes_its_batch_whole(student):
-    """Statistics of parts of a batch would be another probe."""
+def test_a_probe_refuses_accumulation(student):
+    """BatchNorm statistics of micro-batches would define another probe."""
     config = tiny.fine_tuning(student, **{"model.trains": "head", "accumulation": 2})
     with pytest.raises(ConfigError, match="accumulation=2 with model.trains='head'"):
         ClassifyTask(config)
 
 
-def test_lars_never_decays_vectors(student):
+def test_lars_refuses_to_decay_vectors(student):
     task = ClassifyTask(tiny.fine_tuning(student, **probe_fields(**{"optim.decay_vectors": True})))
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     with pytest.raises(ConfigError, match="LARS leaves biases"):
         task.optimizer(params, steps_per_epoch=10, total_steps=10)
 
 
-def test_teachers_with_their_own_structure_start(tmp_path):
-    """The rows before distillation: pre-norm and absolute positions stay as they are."""
+def test_fine_tuning_keeps_pre_norm_and_absolute_positions(tmp_path):
+    """Fine-tuning a teacher directly, without distillation: its architecture does not change."""
     folder = tiny.save_teacher(tmp_path / "clip", ln_pre=True, activation="quick_gelu")
     task = ClassifyTask(tiny.fine_tuning(folder, **{"data.image_size": 48}))
     assert task.spec.arch["position"] == "ape"

@@ -1,4 +1,4 @@
-"""Fine-tuning a Swin: what is loaded and resized, layer ids and decay of every parameter."""
+"""Fine-tuning a Swin: loaded and resized weights, layer ids and decay of every parameter."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from tests.models.test_resize import scipy_rel_table
 SWIN = {"model.pooling": "mean", "model.final_norm": True, "model.head_scale": 1.0}
 
 
-def started(folder, **fields):
-    """The task and the parameters a run would start from, the head at a visible scale."""
+def initialized(folder, **fields):
+    """The task and its initial parameters, with a head large enough to compare logits."""
     task = ClassifyTask(tiny.fine_tuning(folder, **{**SWIN, **fields}))
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
@@ -31,7 +31,7 @@ def started(folder, **fields):
 
 
 def hugging_face_logits(official, arch, head, image_size, where):
-    """Swinv2ForImageClassification on the tiny batch."""
+    """Logits of Swinv2ForImageClassification for the tiny batch."""
     tensors = {f"swinv2.{name}": value for name, value in swins.to_hf(official).items()}
     tensors |= {"classifier.weight": head["kernel"].T, "classifier.bias": head["bias"]}
     config = swins.hf_config({**arch, "image_size": image_size})
@@ -47,7 +47,7 @@ def hugging_face_logits(official, arch, head, image_size, where):
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_logits_equal_transformers_with_the_shared_bias_copied(image_size, tmp_path):
     folder = tiny.save_swin(tmp_path / "student", 2, position="shared_rpb")
-    task, params = started(folder, **{"data.image_size": image_size})
+    task, params = initialized(folder, **{"data.image_size": image_size})
     assert task.spec.arch["position"] == "rpb"
     spec, parts = model_folder.load(folder)
     official = swins.to_official(parts["encoder"], spec.arch)
@@ -63,8 +63,8 @@ def test_logits_equal_transformers_with_the_shared_bias_copied(image_size, tmp_p
 
 
 @pytest.mark.parametrize("image_size,sides", [(32, (4, 4, 2)), (16, (4, 2, 1))])
-def test_tables_of_v1_follow_the_image(image_size, sides, tmp_path, capsys):
-    """Windows are 4, 4, 4 at 64 pixels; a table is resized where the grid changes its window."""
+def test_v1_bias_tables_are_resized_with_the_image(image_size, sides, tmp_path, capsys):
+    """Windows are 4, 4, 4 at 64 pixels; a table is resized if its stage's window changes."""
     folder = tiny.save_swin(tmp_path / "esvit", 1, image_size=64)
     spec, parts = model_folder.load(folder)
     taken = ClassifyTask(
@@ -83,12 +83,12 @@ def test_tables_of_v1_follow_the_image(image_size, sides, tmp_path, capsys):
     assert spec.arch["window"] == 4
 
 
-def test_report_says_that_v2_has_no_tables(tmp_path, capsys):
+def test_v2_reports_a_resized_input_and_no_tables(tmp_path, capsys):
     folder = tiny.save_swin(tmp_path / "student", 2)
     ClassifyTask(tiny.fine_tuning(folder, **{**SWIN, "data.image_size": 64})).load_initial()
-    said = capsys.readouterr().out
-    assert "resized  the input from 32 px to 64 px" in said
-    assert "fresh    head" in said and "dropped" not in said
+    output = capsys.readouterr().out
+    assert "resized  the input from 32 px to 64 px" in output
+    assert "fresh    head" in output and "dropped" not in output
 
 
 def test_a_grid_that_windows_do_not_divide_is_refused(tmp_path):
@@ -118,7 +118,7 @@ V1_ATTENTION = ("q_bias", "k_bias", "v_bias", "rel_pos_bias/table")
 
 
 def expected_rows(arch, version):
-    """path -> (layer id, decayed).
+    """path -> (layer id, whether it is decayed).
 
     From docs/reference.md#layer-decay and docs/reference.md#weight-decay.
     """
@@ -182,14 +182,14 @@ def test_layer_ids_and_decay_of_every_parameter(name):
     assert flat(scales) == pytest.approx({path: 0.8 ** (last - i) for path, (i, _) in rows.items()})
     decayed = flat(optimizer.decay_mask(params, family.NO_DECAY))
     assert decayed == {path: decays for path, (_, decays) in rows.items()}
-    if name == "swin_b":  # the numbers of the original's optimizer (docs/reference.md#weight-decay)
+    if name == "swin_b":  # counts from the original's optimizer (docs/reference.md#weight-decay)
         assert len(rows) == 425
         assert sum(decays for _, decays in rows.values()) == 101
         assert flat(scales)["encoder/patch_norm/bias"] == pytest.approx(3.777893e-3, rel=1e-6)
 
 
-def test_shared_bias_networks_have_their_stage_s_last_layer():
-    """The original's parser fails on them (docs/reference.md#quirk-swin-layer-ids)."""
+def test_a_shared_bias_network_has_the_layer_id_of_its_last_block():
+    """The original's parser fails on these names (docs/reference.md#quirk-swin-layer-ids)."""
     arch = base.swin_v2(base.SWIN_B_W14, image_size=224, position="shared_rpb")
     layer_id = specs.FAMILIES["swin_v2"].layer_id
     ids = [layer_id(f"stages/{stage}/rel_pos_bias/fc1/kernel", arch) for stage in range(4)]

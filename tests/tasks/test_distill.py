@@ -1,4 +1,4 @@
-"""What the student is asked to predict, against plain numpy."""
+"""Distillation targets, predictions and losses, against plain numpy and torch."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def whitened(tokens):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
 
 
-def test_full_map_is_class_token_and_patches_whitened(folder):
+def test_full_target_is_the_whitened_class_token_and_patches(folder):
     task, _, frozen = make(folder)
     got = task.teacher_target(frozen, tiny.batch())
     want = whitened(teacher_tokens(folder)[0])
@@ -63,7 +63,7 @@ def test_single_token_targets(folder, kind):
 
 
 @pytest.mark.parametrize("normalize", ["l2", "none"])
-def test_other_normalisations(folder, normalize):
+def test_l2_and_raw_targets_equal_numpy(folder, normalize):
     task, _, frozen = make(folder, **{"target.normalize": normalize})
     tokens = teacher_tokens(folder)[0]
     if normalize == "l2":
@@ -97,7 +97,7 @@ def test_logits_are_matched_by_cross_entropy(folder):
 
 
 def test_logits_of_a_head_on_the_normalised_mean(tmp_path):
-    """A fine-tuned teacher: its fc_norm and head read the mean patch token, not the class token."""
+    """The fc_norm and head of a fine-tuned teacher read the mean patch, not the class token."""
     path = tiny.save_teacher(tmp_path / "tiny", classes=7, final_norm=False)
     spec, parts = model_folder.load(path)
     rng = np.random.default_rng(4)
@@ -135,7 +135,7 @@ def test_loss_is_the_mean_over_every_element(folder):
     np.testing.assert_allclose(total / count, loss, rtol=1e-6)
 
 
-def test_padding_does_not_count(folder):
+def test_padding_does_not_change_the_metrics(folder):
     task, params, frozen = make(folder)
     batch = tiny.batch()
     weight = np.arange(16) < 5
@@ -179,14 +179,14 @@ def test_registers_are_never_in_the_target(tmp_path):
     np.testing.assert_allclose(task.teacher_target(frozen, tiny.batch()), want, atol=2e-5)
 
 
-def test_without_a_class_token_on_one_side_patches_remain(tmp_path):
+def test_only_patches_are_compared_if_one_side_has_no_class_token(tmp_path):
     folder = tiny.save_teacher(tmp_path / "patches", cls_token=False)
     task, params, frozen = make(folder)
     target = task.teacher_target(frozen, tiny.batch())
     assert target.shape == task.predict(params, tiny.batch()).shape == (16, 16, 48)
 
 
-def test_each_side_has_its_own_statistics(tmp_path):
+def test_the_teacher_uses_its_own_pixel_statistics(tmp_path):
     spec = dataclasses.replace(tiny.teacher_spec(), mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
     encoder = tiny.randomize(specs.split(spec.build(rngs=nnx.Rngs(0)))[1], 0)
     model_folder.save(tmp_path / "odd", spec, {"encoder": encoder})
@@ -200,7 +200,7 @@ def test_each_side_has_its_own_statistics(tmp_path):
 
 
 def test_teacher_at_its_own_size_sees_resized_images(tmp_path):
-    """CLIP-L with a 256/16 student: 16 x 16 patches on both sides from different pixels."""
+    """As for CLIP-L with a 256/16 student: equal grids, but different image sizes."""
     folder = tiny.save_teacher(tmp_path / "small", image_size=24, patch_size=6)
     task, _, frozen = make(folder)
     assert task.goal.teacher.image_size == 24
@@ -220,12 +220,12 @@ def test_resized_images_equal_torch():
         np.testing.assert_allclose(got, want.numpy(), atol=1e-3)
 
 
-def test_wrong_teacher_source_is_named(folder):
+def test_a_teacher_from_another_source_is_refused(folder):
     with pytest.raises(ConfigError, match="converted from 'tiny', but the config distils 'dino'"):
         make(folder, **{"teacher.source": "dino"})
 
 
-def test_student_goes_on_from_a_model_folder(folder, tmp_path):
+def test_a_student_continues_from_a_model_folder(folder, tmp_path):
     task, params, _ = make(folder)
     spec, parts = task.export(params, {})
     model_folder.save(tmp_path / "student", spec, parts)
@@ -238,7 +238,7 @@ def test_student_goes_on_from_a_model_folder(folder, tmp_path):
         other.load_initial()
 
 
-def test_a_distilled_student_can_teach(folder, tmp_path):
+def test_a_distilled_student_can_be_a_teacher(folder, tmp_path):
     task, params, _ = make(folder)
     spec, parts = task.export(params, {})
     model_folder.save(tmp_path / "student", spec, parts)
@@ -250,8 +250,8 @@ def test_a_distilled_student_can_teach(folder, tmp_path):
 # --- several teachers ------------------------------------------------------------------------
 
 
-def test_the_loss_of_two_teachers_is_the_sum_of_theirs(teacher, tmp_path):
-    """Each with its own input size, drop path, weights and projector."""
+def test_the_loss_of_two_teachers_is_the_sum_of_the_single_losses(teacher, tmp_path):
+    """Each teacher has its own input size, drop path, weights and projector."""
     config = tiny.config(teacher, **{"target.kind": "cls"})
     other = tiny.config(tiny.save_teacher(tmp_path / "other", width=40, image_size=24)).teacher
     other.drop_path = 0.5
@@ -274,14 +274,14 @@ def test_the_loss_of_two_teachers_is_the_sum_of_theirs(teacher, tmp_path):
     for name, each in teachers.items():
         alone = DistillTask(config, teachers={"": each})
         own = {"encoder": params["encoder"], "projector": params["projector"][name]}
-        drops = {"student_drops": batch["student_drops"]}
+        drop_path = {"student_drops": batch["student_drops"]}
         if name == "second":
-            drops["teacher_drops"] = batch["teacher_drops_second"]
-        wanted.append(alone.loss(own, extra, frozen[name], {**tiny.batch(), **drops})[0])
+            drop_path["teacher_drops"] = batch["teacher_drops_second"]
+        wanted.append(alone.loss(own, extra, frozen[name], {**tiny.batch(), **drop_path})[0])
     np.testing.assert_allclose(got, sum(wanted), rtol=1e-6)
     assert wanted[0] != wanted[1] and metrics["loss"][1] == 16
-    found = both.evaluate(params, extra, frozen, tiny.batch())
-    assert found.keys() == {"loss", "cosine_first", "cosine_second"}
+    held_out = both.evaluate(params, extra, frozen, tiny.batch())
+    assert held_out.keys() == {"loss", "cosine_first", "cosine_second"}
     shapes = jax.tree.map(np.shape, frozen)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, both.abstract_frozen())
     sharding.param_shardings(params, sharding.make_mesh())  # every parameter matches one row

@@ -1,4 +1,4 @@
-"""Swin teachers and students: which tokens of which stage are compared, against plain torch."""
+"""Swin teachers and students: targets from the right stage and grid, against plain torch."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def target(task, frozen):
 
 
 def plain_torch(folder):
-    """Features after every block and after the final norm, of the tiny batch."""
+    """Features of the tiny batch: (after every block, after the final norm)."""
     spec, parts = model_folder.load(folder)
     images = np.asarray(spec.normalize(tiny.batch()["image"]))
     return swins.plain_torch(spec, parts["encoder"], images)
@@ -56,10 +56,12 @@ def test_swin_student_learns_the_last_map_of_a_swin(esvit):
 
 
 def test_vit_student_learns_an_earlier_map_without_class_tokens(esvit):
-    """docs/reference.md#stage-3-target: the first stages, then a fresh norm."""
+    """See docs/reference.md#stage-3-target: the first stages, then a fresh norm."""
     task, params, frozen = make(tiny.config(esvit, **{"teacher.stages": 2}))
-    seen, _ = plain_torch(esvit)
-    fresh = whitened(seen[2].astype(np.float64))  # two blocks of the first stage, one of the second
+    blocks, _ = plain_torch(esvit)
+    fresh = whitened(
+        blocks[2].astype(np.float64)
+    )  # two blocks of the first stage, one of the second
     learned = target(task, frozen)
     assert learned.shape == (16, 16, 32)
     np.testing.assert_allclose(learned, whitened(fresh), atol=1e-4)
@@ -72,7 +74,7 @@ def test_vit_student_learns_an_earlier_map_without_class_tokens(esvit):
     np.testing.assert_allclose(jax.jit(task.predict)(params, tiny.batch()), want, atol=1e-5)
 
 
-def test_all_stages_are_the_network_itself(esvit):
+def test_keeping_all_stages_equals_the_whole_network(esvit):
     whole, _, frozen = make(tiny.swin_config(esvit))
     same, _, again = make(tiny.swin_config(esvit, **{"teacher.stages": 3}))
     np.testing.assert_array_equal(target(whole, frozen), target(same, again))
@@ -95,7 +97,7 @@ def test_swin_student_of_a_vit_learns_its_map_on_a_coarser_grid(vit):
     patches = np.array(nnx.merge(spec.abstract()[0], parts["encoder"])(images).tokens)[:, 1:]
     got = target(task, frozen)
     np.testing.assert_allclose(got, whitened(interpolated(patches, 2)), atol=5e-5)
-    # Negative control: whitened before it is averaged, a target has less than unit variance.
+    # Negative control: a target that is whitened before it is averaged has less than unit variance.
     before = interpolated(whitened(patches.astype(np.float64)), 2)
     assert np.abs(got - before).max() > 0.1
     assert jax.eval_shape(task.predict, params, tiny.batch()).shape == got.shape == (16, 4, 48)
@@ -123,13 +125,13 @@ def test_unequal_grids_are_refused_with_numbers(vit, esvit):
         DistillTask(tiny.config(esvit, **{"teacher.stages": 4}))
 
 
-def test_targets_of_a_class_token_are_refused(esvit):
+def test_class_token_targets_are_refused_without_class_tokens(esvit):
     with pytest.raises(ConfigError, match="needs a class token on both sides; student has 0"):
         DistillTask(tiny.swin_config(esvit, **{"target.kind": "cls"}))
 
 
 def test_logits_of_a_swin_are_learned_from_mean_tokens(esvit, tmp_path):
-    """Neither side has a class token: the teacher's head and the student's read the mean."""
+    """Without class tokens, the heads of teacher and student read the mean patch token."""
     spec, parts = model_folder.load(esvit)
     rng = np.random.default_rng(2)
     head = {"kernel": rng.normal(size=(64, 7)), "bias": rng.normal(size=7)}
@@ -154,7 +156,7 @@ def test_drop_path_is_drawn_for_the_blocks_of_all_stages(esvit):
         assert not np.allclose(loss({**tiny.batch(), side: prepared[side]}), evaluated)
 
 
-def test_a_swin_student_is_a_teacher_in_turn(esvit, tmp_path):
+def test_a_distilled_swin_student_can_be_a_teacher(esvit, tmp_path):
     task, params, _ = make(tiny.swin_config(esvit))
     model_folder.save(tmp_path / "student", *task.export(params, {}))
     again, _, frozen = make(tiny.swin_config(str(tmp_path / "student"), **{"teacher.source": ""}))
