@@ -134,7 +134,7 @@ def fd_jax_step(job: Job) -> Iterator[dict[str, Any]]:
     step = jax_step.distillation(task, config, pictures(job, job.batch))
     device = jax.devices()[0]
     measured = timed(lambda count: _run(step, count, jax.block_until_ready), job)
-    chip = hardware.of_kind(device.device_kind)
+    chip = hardware.find_chip(device.device_kind)
     memory = step.compiled.memory_analysis()
     stats = device.memory_stats() or {}
     work = task.flops().model

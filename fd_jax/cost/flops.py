@@ -1,9 +1,9 @@
-"""FLOPs per image, in closed form: matmuls alone, a multiply-add counts two.
+"""FLOPs per image in closed form, counting only matmuls, with two FLOPs per multiply-add.
 
-A task composes those of its step from the functions here.
+A task adds up the FLOPs of its step from the functions here.
 
-Norms, softmax, activations, the optimizer and what does not grow with the batch (bias networks of
-SwinV2) are left out; they are about 1 % of a ViT-B step.
+Norms, softmax, activations, the optimizer and work that does not grow with the batch (the bias
+networks of SwinV2) are left out; they are about 1 % of a ViT-B step.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from fd_jax.models.spec import ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of one image.
+    """FLOPs of one image.
 
     Attributes:
-      forward: of all networks.
-      backward: gradients of weights and of inputs, of what trains.
-      recomputed: forward work that remat repeats in the backward pass. It is no use to the model,
-        so that MFU leaves it out.
+      forward: forward passes of all networks.
+      backward: gradients of weights and inputs, for the networks that train.
+      recomputed: forward work that remat repeats in the backward pass. MFU leaves it out, because
+        the model itself does not need it.
     """
 
     forward: float
@@ -38,22 +38,22 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What MFU counts."""
+        """FLOPs that MFU counts: forward and backward."""
         return self.forward + self.backward
 
     @property
     def executed(self) -> float:
-        """What the chip does."""
+        """FLOPs that the chip executes, including recomputed ones."""
         return self.model + self.recomputed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Forward FLOPs of one block, and what remat makes of them."""
+    """Forward FLOPs of one block, and how many of them remat repeats."""
 
     weights: float  # matmuls with a parameter
     attention: float  # q k^T and probabilities times v
-    last: float  # fc2, whose result only a layer scale needs again
+    last: float  # fc2; the backward pass needs its result only for a layer scale
 
     def recomputed(self, remat: str | None) -> float:
         if remat == "full":
@@ -62,12 +62,12 @@ class _Block:
 
 
 def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops:
-    """An encoder on one image.
+    """FLOPs of an encoder for one image.
 
     Args:
-      spec: of the network.
-      trains: whether gradients of its weights are taken (never of its input, the image).
-      remat: as `config.remat`.
+      spec: spec of the encoder.
+      trains: whether its weights get gradients (its input, the image, never does).
+      remat: value of `config.remat`.
     """
     embedding, blocks, merging = _FAMILIES[spec.family](spec.arch)
     inner = sum(block.weights + block.attention for block in blocks) + merging
@@ -78,13 +78,13 @@ def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops
 
 
 def linear(rows: float, width: int, out: int, *, input_gradient: bool = True) -> Flops:
-    """A trained linear layer on `rows` vectors per image."""
+    """FLOPs of a trained linear layer that is applied to `rows` vectors per image."""
     forward = 2.0 * rows * width * out
     return Flops(forward, backward=forward * (2 if input_gradient else 1))
 
 
 def resize(side: int, new_side: int) -> Flops:
-    """A picture [side, side, 3] resized on the device by two matmuls, rows first."""
+    """FLOPs to resize an image [side, side, 3] on the device by two matmuls, rows first."""
     return Flops(2.0 * 3 * (new_side * side * side + new_side * new_side * side))
 
 
@@ -105,7 +105,7 @@ def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
         width = arch["embed_width"] * swin.MERGE**stage
         window = min(arch["window"], grid) ** 2
         hidden = arch["mlp_ratio"] * width
-        # SwinV2 ends its branches with a norm, which needs their result again as a scale does.
+        # SwinV2 ends its branches with a norm; like a layer scale, its gradient needs their result.
         scaled = "residual_scale" in arch
         blocks += [_block(grid**2, window, width, hidden, scaled=scaled)] * depth
         if stage < len(grids) - 1:
@@ -122,7 +122,7 @@ def _block(tokens: int, keys: int, width: int, hidden: int, *, scaled: bool) -> 
     )
 
 
-# Of the patch embedding, of each block, and of the matmuls between stages; a row per family.
+# Forward FLOPs of (patch embedding, each block, matmuls between stages), for each family.
 _FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block], float]]] = {
     "vit": _vit,
     "swin": _swin,

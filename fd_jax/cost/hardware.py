@@ -1,10 +1,10 @@
-"""What chips can do at most, from their vendors' public data sheets.
+"""Peak rates and capacities of chips, from their vendors' public data sheets.
 
 TPU v4, v5e, v5p, v6e: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (peak compute, HBM capacity
 and bandwidth, inter-chip interconnect bandwidth per chip, in Gbit/s there and bytes/s here).
-`clock_hz` is what peak compute implies with the number of matrix units: the compiler's cycles of a
-large matmul on each chip say 88 to 90 % of that number, on v6e 70 %. A100, H100, H200 (SXM):
-NVIDIA's data sheets of each, dense bfloat16 without sparsity, NVLink in one direction.
+X's cycle
+estimates for a large matmul imply 88 to 90 % of that clock, on v6e 70 %. A100, H100, H200 (SXM):
+NVIDIA's data sheets, dense bfloat16 without sparsity, NVLink in one direction.
 
 These are limits, not measurements.
 """
@@ -23,15 +23,16 @@ class Chip:
     """Limits of one chip.
 
     Attributes:
-      name: as people say it, and as TPU topologies begin.
-      kinds: what `jax.Device.device_kind` says.
-      bf16_flops: peak bfloat16 FLOP/s with float32 sums; a multiply-add is two.
-      hbm_bytes: capacity of its memory.
+      name: common name, with which the names of TPU topologies begin.
+      kinds: values of `jax.Device.device_kind` for this chip.
+      bf16_flops: peak bfloat16 FLOP/s with float32 accumulation; a multiply-add is two FLOPs.
+      hbm_bytes: memory capacity in bytes.
       hbm_bandwidth: bytes/s between memory and chip.
-      interconnect: bytes/s that leave the chip in one direction, all links to other chips together.
-      clock_hz: of the matrix units, for cycle estimates; None where nothing here needs it.
-      dimensions: of its topologies, 2 (AxB) or 3 (AxBxC); 0 where chips are not named so.
-      largest: number of chips of the largest slice.
+      interconnect: bytes/s that leave the chip in one direction, over all links to other chips.
+      clock_hz: clock of the matrix units, for cycle estimates; None for chips that need none here.
+      dimensions: dimensions of its topologies, 2 (AxB) or 3 (AxBxC); 0 for chips without
+        topologies.
+      largest: number of chips in the largest slice.
     """
 
     name: str
@@ -124,13 +125,13 @@ CHIPS = {
 }
 
 
-def of_kind(device_kind: str) -> Chip | None:
-    """The chip that a jax device of this kind is (or, of a v4, is half of); None if unknown."""
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of a jax device of this kind (one of two devices on a v4); None if unknown."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
 def topologies() -> list[str]:
-    """Names of TPU topologies that make sense, smallest first: what an error lists."""
+    """Names of common TPU topologies for each chip, smallest first, for error messages."""
     flat = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
     cubes = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
     shapes = {2: flat, 3: cubes}
@@ -141,7 +142,7 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Chip and shape of a topology such as "v5e:4x4" or "v4:2x2x4".
 
     Raises:
-      ConfigError: no such chip or shape; the message lists those that there are.
+      ConfigError: there is no such chip or shape; the message lists topologies that exist.
     """
     kind, _, layout = name.partition(":")
     chip = CHIPS.get(kind)

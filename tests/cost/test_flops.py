@@ -21,7 +21,7 @@ SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
 
 
 def matmul_flops(jaxpr):
-    """Two per multiply-add of every dot_general, also inside calls; loops do not occur here."""
+    """Two FLOPs per multiply-add of every dot_general, also inside calls; there are no loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -38,7 +38,7 @@ def matmul_flops(jaxpr):
 
 
 def traced(task):
-    """Matmul FLOPs per image of loss and gradient, after what is not needed was dropped."""
+    """Matmul FLOPs per image of loss and gradient, after dead code elimination."""
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
     batch = {
         name: jax.ShapeDtypeStruct((ROWS, *element.shape), element.dtype)
@@ -46,8 +46,8 @@ def traced(task):
     }
     batch = jax.eval_shape(task.prepare, batch, jax.random.key(0))
     step = functools.partial(jax.value_and_grad(task.loss, has_aux=True))
-    made = jax.make_jaxpr(step)(params, extra, task.abstract_frozen(), batch)
-    jaxpr, _ = jax.interpreters.partial_eval.dce_jaxpr(made.jaxpr, [True] * len(made.out_avals))
+    closed = jax.make_jaxpr(step)(params, extra, task.abstract_frozen(), batch)
+    jaxpr, _ = jax.interpreters.partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     return matmul_flops(jaxpr) / ROWS
 
 
@@ -56,8 +56,8 @@ def distillation(**fields):
 
 
 def swin(family):
-    made = base.swin_v1 if family == "swin" else base.swin_v2
-    return made(SWIN, image_size=32)
+    arch = base.swin_v1 if family == "swin" else base.swin_v2
+    return arch(SWIN, image_size=32)
 
 
 CASES = {
@@ -96,8 +96,8 @@ def test_closed_form_equals_the_traced_matmuls(name):
     assert task.flops().executed == pytest.approx(traced(task), rel=1e-9)
 
 
-def test_swin_v2_but_for_its_bias_networks():
-    """They run once per step, whatever the batch."""
+def test_closed_form_of_swin_v2_leaves_out_only_the_bias_networks():
+    """The bias networks run once per step, whatever the batch size."""
     spec = ModelSpec("swin_v2", swin("swin_v2"), source="tiny")
     task = ClassifyTask(tiny.fine_tuning(), init_spec=spec)
     assert task.flops().executed < traced(task)
@@ -105,19 +105,19 @@ def test_swin_v2_but_for_its_bias_networks():
     for stage, heads in enumerate(SWIN["heads"]):
         window = min(SWIN["window"], 8 // 2**stage)
         offsets, hidden = (2 * window - 1) ** 2, 512
-        # one per block after untying; no gradient of the offsets
+        # One network per block after untying; the offsets get no gradient.
         bias += SWIN["depths"][stage] * 2 * offsets * hidden * (2 * 2 + 3 * heads)
     assert task.flops().executed + bias / ROWS == pytest.approx(traced(task), rel=1e-9)
 
 
-def test_remat_is_no_work_of_the_model():
+def test_remat_adds_recomputed_flops_but_no_model_flops():
     plain, remat = distillation().flops(), distillation(remat="full").flops()
     assert remat.model == plain.model
     assert remat.recomputed > 0 == plain.recomputed
 
 
 @pytest.mark.parametrize("name", ["distillation", "fine-tune", "probe"])
-def test_the_compiler_counts_within_three_percent(name):
+def test_the_compilers_count_is_within_three_percent(name):
     """Two blocks of ViT-B at 224 pixels, so that matmuls weigh as they do in a real run."""
     student = ModelSpec("vit", base.student({**base.VIT_B16, "depth": 2}, image_size=224))
     config = base.distillation(teacher="", drop_path=0.2)
@@ -134,6 +134,6 @@ def test_the_compiler_counts_within_three_percent(name):
         task = ClassifyTask(config, init_spec=student)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=10)
-    # What the compiler's passes do to counts is not asked for here: the unoptimized program.
+    # The unoptimized program: the compiler's passes would change the count.
     cost = run.train_step.lower(run.state, run.frozen, run.batch, run.seed).cost_analysis()
     assert cost["flops"] / config.batch_size == pytest.approx(task.flops().executed, rel=0.03)

@@ -97,9 +97,9 @@ def test_every_listed_topology_is_taken():
 
 
 def test_chips_by_device_kind():
-    assert hardware.of_kind("TPU v5 lite") is hardware.CHIPS["v5e"]
-    assert hardware.of_kind("NVIDIA H200") is hardware.CHIPS["H200"]
-    assert hardware.of_kind(jax.devices()[0].device_kind) is None
+    assert hardware.find_chip("TPU v5 lite") is hardware.CHIPS["v5e"]
+    assert hardware.find_chip("NVIDIA H200") is hardware.CHIPS["H200"]
+    assert hardware.find_chip(jax.devices()[0].device_kind) is None
     # Peak compute by the units and the clock: 4 of 128 x 128 at 1.5 GHz
     np.testing.assert_allclose(hardware.CHIPS["v5e"].clock_hz, 1.5e9, rtol=0.01)
 
