@@ -1,4 +1,4 @@
-"""How well a student predicts its teacher: R2 and cosine, each beside what a constant reaches."""
+"""How well a student predicts its teacher: R2 and cosine, compared with a constant prediction."""
 
 from collections.abc import Iterable
 import functools
@@ -11,28 +11,26 @@ import numpy as np
 from fd_jax import losses
 from fd_jax.typing import Batch, PyTree
 
-KINDS = ("cls", "patch")
-
 
 class Distillation(Protocol):
-    """What is compared: a student's prediction and the target of its one teacher."""
+    """The methods of a task that are compared: prediction and target, for a single teacher."""
 
     @property
     def cls(self) -> bool:
-        """Whether both begin with a class token."""
+        """Whether prediction and target begin with a class token."""
         ...
 
     def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
-        """[B, T, D] float32."""
+        """The target. -> [B, T, D] float32."""
         ...
 
     def predict(self, params: PyTree, batch: Batch) -> jax.Array:
-        """[B, T, D]."""
+        """The student's prediction of the target. -> [B, T, D]."""
         ...
 
 
 def split_kinds(tokens: jax.Array, *, cls: bool) -> dict[str, jax.Array]:
-    """Class token and patches apart. [B, T, D] -> {"cls": [B, 1, D], "patch": [B, T - 1, D]}."""
+    """Splits class token and patches. [B, T, D] -> {"cls": [B, 1, D], "patch": [B, T - 1, D]}."""
     if not cls:
         return {"patch": tokens}
     return {"cls": tokens[:, :1], "patch": tokens[:, 1:]}
@@ -41,7 +39,7 @@ def split_kinds(tokens: jax.Array, *, cls: bool) -> dict[str, jax.Array]:
 def mean_target(
     task: Distillation, frozen: PyTree, batches: Iterable[PyTree]
 ) -> dict[str, np.ndarray]:
-    """Mean target per channel and kind of token over a dataset. -> {"cls": [D], "patch": [D]}."""
+    """Mean target of each kind of token over a dataset. -> {"cls": [D], "patch": [D]}."""
 
     @jax.jit
     def sums(frozen, batch):
@@ -63,21 +61,23 @@ def agreement(
     batches: Iterable[PyTree],
     mean: dict[str, np.ndarray],
 ) -> dict[str, dict[str, float]]:
-    """Held-out agreement per kind of token.
+    """Held-out agreement with the teacher for each kind of token.
 
-    R2 = 1 - sum (t - p)^2 / sum (t - m)^2 over all tokens of the kind and all channels, m the mean
-    target of the training set. Tokens can share a large common part, so that the constant m alone
-    has a high cosine; it is reported beside the student's as "cosine_of_mean".
+    R2 = 1 - sum (t - p)^2 / sum (t - m)^2, where t is the target, p the prediction and m the mean
+    target of the training set; the sums are over all tokens of the kind and all channels. Tokens
+    can share a large common part, so that even the constant m has a high cosine with the target;
+    this is reported as "cosine_of_mean".
 
     Args:
       task: defines student, teacher and target (target.kind "full").
-      params: student and projector.
+      params: parameters of student and projector.
       frozen: the teacher's weights.
-      batches: batches with "image" and "weight".
-      mean: of `mean_target`.
+      batches: held-out batches with "image" and "weight".
+      mean: result of `mean_target` for the training set.
 
     Returns:
-      {"cls": {"r2", "cosine", "cosine_of_mean"}, "patch": {...}}; "cls" only with class tokens.
+      {"cls": {"r2", "cosine", "cosine_of_mean"}, "patch": {...}}; "cls" only if there are class
+      tokens.
     """
 
     @jax.jit
@@ -116,5 +116,5 @@ def _add_up(parts: Iterable[PyTree]) -> PyTree:
         part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
         total = part if total is None else jax.tree.map(np.add, total, part)
     if total is None:
-        raise ValueError("no batches")
+        raise ValueError("there are no batches to measure")
     return total

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, as sums that add up over batches and hosts."""
+"""Accuracy of a classifier, as sums that can be added over batches and hosts."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from fd_jax.metrics import weighted
 from fd_jax.typing import Metrics
 
 
-def scores(logits: jax.Array, label: jax.Array, weight: jax.Array) -> Metrics:
+def accuracy_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> Metrics:
     """Cross entropy, top-1 and top-5 accuracy as (sum, count).
 
-    A label counts as among the k best where fewer than k classes score higher, so that ties do
-    not depend on a sorting order; among fewer than five classes top-5 is always reached.
+    A label is among the top k if fewer than k classes have a higher logit, so that ties do not
+    depend on a sorting order. With five classes or fewer, top-5 accuracy is always 1.
 
     Args:
       logits: [B, K].
@@ -31,7 +31,7 @@ def scores(logits: jax.Array, label: jax.Array, weight: jax.Array) -> Metrics:
 
 
 def confusion(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
-    """How often each class is taken for which. -> [K, K] float32, row label, column prediction."""
+    """Confusion matrix: a row for each label, a column for each prediction. -> [K, K] float32."""
     classes = logits.shape[-1]
     rows = jax.nn.one_hot(label, classes) * weight[:, None]
     return rows.T @ jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)

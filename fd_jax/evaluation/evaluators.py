@@ -1,4 +1,4 @@
-"""What a run measures on its way: each evaluator makes named numbers of the weights it is given.
+"""Measurements during training: an evaluator computes named numbers from the current weights.
 
 A task lists its evaluators; the loop calls them without knowing what they are.
 """
@@ -17,13 +17,13 @@ from fd_jax.typing import Config, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What is evaluated.
+    """The weights to evaluate.
 
     Attributes:
-      params: that train.
-      extra: state that is not trained.
-      frozen: that take part but do not train.
-      ema: moving average of `params`, or None.
+      params: trained parameters.
+      extra: state that is updated but not trained, such as BatchNorm statistics.
+      frozen: weights that are used but not trained.
+      ema: exponential moving average of `params`, or None.
     """
 
     params: PyTree
@@ -33,11 +33,11 @@ class Weights:
 
 
 class Compiled(Protocol):
-    """The jitted functions of a task on its mesh, as `training.program.Program` has them."""
+    """The jitted functions of a task on a mesh; `training.program.Program` provides them."""
 
     @property
     def mesh(self) -> Mesh:
-        """Of the devices."""
+        """The mesh of devices."""
         ...
 
     @property
@@ -55,17 +55,17 @@ class Evaluator(Protocol):
     """One measurement on held-out data."""
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Data, /) -> dict[str, float]:
-        """The numbers by name; the loop writes them as "eval_<name>"."""
+        """The measured numbers by name; the loop logs them as "eval_<name>"."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The task's own metrics over the held-out split, padding excluded by its weight.
+    """The task's own metrics over the held-out split; padding has weight 0 and does not count.
 
     Attributes:
-      batch_size: of the global batch.
-      limit: batches; 0 for the whole split.
+      batch_size: size of the global batch.
+      limit: number of batches, or 0 for the whole split.
     """
 
     batch_size: int
@@ -82,18 +82,18 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Weighted k-nearest-neighbour accuracy of the features, training split as the bank.
+    """Weighted k-nearest-neighbour accuracy of the features, with the training split as the bank.
 
     Attributes:
-      k: neighbours that vote.
-      batch_size: of the global batch.
+      k: number of neighbours that vote.
+      batch_size: size of the global batch.
     """
 
     k: int
     batch_size: int
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Data) -> dict[str, float]:
-        """{"knn_top1", "knn_top5"}."""
+        """Returns {"knn_top1": accuracy, "knn_top5": accuracy}."""
         bank, queries = (self._features(compiled, weights, data, s) for s in ("train", "eval"))
         return neighbours.accuracy(
             bank, queries, mesh=compiled.mesh, classes=data.classes, k=self.k
@@ -104,7 +104,7 @@ class Neighbours:
     ) -> neighbours.Features:
         rows = []
         for batch in passes.batches(compiled.mesh, data, split, self.batch_size):
-            # One batch in flight is enough, and bounds the memory of what runs ahead.
+            # Waiting for each batch bounds the memory of batches that are computed ahead.
             vectors = compiled.features(weights.params, weights.frozen, batch)
             rows.append((jax.block_until_ready(vectors), batch["label"], batch["weight"]))
         return neighbours.Features(*zip(*rows, strict=True))
@@ -112,22 +112,22 @@ class Neighbours:
 
 @dataclasses.dataclass(frozen=True)
 class Averaged:
-    """Another evaluator on the moving average of the weights; its names begin with "ema_"."""
+    """Runs another evaluator on the moving average of the weights, with the prefix "ema_"."""
 
     evaluator: Evaluator
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Data) -> dict[str, float]:
-        """The numbers of the average."""
+        """The other evaluator's numbers for the averaged weights."""
         averaged = dataclasses.replace(weights, params=weights.ema)
-        found = self.evaluator(compiled, averaged, data)
-        return {f"ema_{name}": value for name, value in found.items()}
+        metrics = self.evaluator(compiled, averaged, data)
+        return {f"ema_{name}": value for name, value in metrics.items()}
 
 
 def from_config(config: Config) -> list[Evaluator]:
-    """Those of `config.eval`, and the same on the average where `config.ema_decay` keeps one."""
-    found: list[Evaluator] = [HeldOut(config.batch_size, limit=config.eval.batches)]
+    """The evaluators of `config.eval`, repeated on the average if `config.ema_decay` is set."""
+    evaluators: list[Evaluator] = [HeldOut(config.batch_size, limit=config.eval.batches)]
     if config.eval.knn:
-        found.append(Neighbours(config.eval.knn, config.batch_size))
+        evaluators.append(Neighbours(config.eval.knn, config.batch_size))
     if config.ema_decay:
-        found += [Averaged(evaluator) for evaluator in found]
-    return found
+        evaluators += [Averaged(evaluator) for evaluator in evaluators]
+    return evaluators

@@ -1,8 +1,9 @@
-"""Weighted nearest neighbours on frozen features, as DINO measures them.
+"""Weighted k-nearest-neighbour accuracy of frozen features, as DINO measures it.
 
-Bank and queries lie on the mesh, split over the batch axes. Every chunk of queries is compared with
-each device's part of the bank, the best k of each part are gathered, and the best k of those vote:
-exact for any number of devices, with no more than k candidates per device moved.
+Bank and queries are sharded over the batch axes of the mesh. Each batch of queries is compared with
+every device's shard of the bank, the best k of each shard are gathered, and the best k of these
+vote. The result is exact for any number of devices, and each device sends at most k candidates per
+query.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,12 @@ TEMPERATURE = 0.07
 
 
 class Features(NamedTuple):
-    """Feature vectors of a dataset, in batches as they came.
+    """Feature vectors of a dataset, as a list of batches.
 
     Attributes:
-      vectors: of each batch, [B, D] float32, split over the batch axes of the mesh.
-      labels: of each batch, [B] int32.
-      weights: of each batch, [B], 0 for padding.
+      vectors: features, [B, D] float32 per batch, sharded over the batch axes of the mesh.
+      labels: labels, [B] int32 per batch.
+      weights: weights, [B] per batch, 0 for padding.
     """
 
     vectors: Sequence[jax.Array]
@@ -44,22 +45,25 @@ def accuracy(
     Args:
       bank: labelled examples.
       queries: examples to classify.
-      mesh: on which both lie.
-      classes: number of labels.
-      k: neighbours that vote, each with exp(cosine / 0.07).
+      mesh: mesh that holds both.
+      classes: number of classes.
+      k: number of neighbours that vote, each with weight exp(cosine / 0.07).
 
     Raises:
-      ConfigError: fewer than k examples in the bank.
+      ConfigError: the bank has fewer than k examples.
     """
-    # Batch by batch the bank would be gathered anew for every query; joined it stays in place.
-    joined = [_join(parts, mesh) for parts in bank]
-    size = int(jnp.sum(joined[2]))
+    # As separate batches, the bank would be gathered again for every batch of queries; as one
+    # array it stays in place.
+    whole_bank = [_concatenate(batches, mesh) for batches in bank]
+    size = int(jnp.sum(whole_bank[2]))
     if not 0 < k <= size:
-        raise ConfigError(f"eval.knn={k} neighbours asked for, but the bank has {size} examples")
+        raise ConfigError(
+            f"eval.knn={k}, but the bank has {size} examples; set it to between 1 and {size}"
+        )
     vote = jax.jit(functools.partial(votes, mesh=mesh, classes=classes, k=k))
     total = Mean()
     for vector, label, weight in zip(*queries, strict=True):
-        total.add(_hits(vote(*joined, vector), label, weight))
+        total.add(_correct(vote(*whole_bank, vector), label, weight))
     return total.result()
 
 
@@ -73,23 +77,23 @@ def votes(
     classes: int,
     k: int,
 ) -> jax.Array:
-    """The weight of each class among the k nearest of each query.
+    """The total vote for each class from the k nearest neighbours of each query.
 
     Args:
-      bank: [N, D].
-      labels: [N] of the bank.
-      weights: [N], 0 for padding, which never is a neighbour.
-      queries: [Q, D].
-      mesh: over whose batch axes the bank is split.
-      classes: number of labels, C.
-      k: neighbours that vote.
+      bank: features, [N, D].
+      labels: labels of the bank, [N].
+      weights: weights of the bank, [N]; 0 for padding, which is never a neighbour.
+      queries: features, [Q, D].
+      mesh: mesh over whose batch axes the bank is sharded.
+      classes: number of classes, C.
+      k: number of neighbours that vote.
 
     Returns:
       [Q, C] float32.
     """
     bank, queries = losses.l2_normalize(bank), losses.l2_normalize(queries)
 
-    def nearest_of_part(bank, labels, weights, queries):
+    def nearest_in_shard(bank, labels, weights, queries):
         cosine = jnp.einsum("qd,nd->qn", queries, bank, precision="highest")
         cosine = jnp.where(weights > 0, cosine, -jnp.inf)
         best, position = jax.lax.top_k(cosine, min(k, cosine.shape[1]))
@@ -97,12 +101,12 @@ def votes(
 
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     nearest = shard_map(
-        nearest_of_part,
+        nearest_in_shard,
         mesh=mesh,
         in_specs=(split, split, split, whole),
         out_specs=PartitionSpec(None, BATCH_AXES),
     )
-    cosine, label = nearest(bank, labels, weights, queries)  # [Q, k of each part]
+    cosine, label = nearest(bank, labels, weights, queries)  # [Q, k per shard]
     best, position = jax.lax.top_k(cosine, k)
     label = jnp.take_along_axis(label, position, axis=1)
     voters = jax.nn.one_hot(label, classes) * jnp.exp(best / TEMPERATURE)[..., None]
@@ -110,16 +114,16 @@ def votes(
 
 
 @jax.jit
-def _hits(vote: jax.Array, label: jax.Array, weight: jax.Array):
+def _correct(vote: jax.Array, label: jax.Array, weight: jax.Array):
     own = jnp.take_along_axis(vote, jnp.maximum(label, 0)[:, None], axis=1)
     better = jnp.sum(vote > own, axis=1)
-    # A class without a vote is no answer, however few have more votes.
+    # A class without any vote is never correct, even if few classes have more votes.
     voted = own[:, 0] > 0
     return {
         f"knn_top{n}": (jnp.sum(((better < n) & voted) * weight), jnp.sum(weight)) for n in (1, 5)
     }
 
 
-def _join(parts: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+def _concatenate(batches: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
     sharding = jax.NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return jax.block_until_ready(jax.jit(jnp.concatenate, out_shardings=sharding)(list(parts)))
+    return jax.block_until_ready(jax.jit(jnp.concatenate, out_shardings=sharding)(list(batches)))

@@ -1,4 +1,4 @@
-"""Passes over a split: exact for any dataset size, mesh and number of hosts."""
+"""Evaluation passes over a split, exact for any dataset size, mesh and number of hosts."""
 
 from collections.abc import Iterator
 
@@ -15,12 +15,14 @@ def batches(
     """Every image of a split once, as global arrays on the mesh, the last batch padded.
 
     Args:
-      mesh: over whose batch axes they are split.
-      data: of the run.
+      mesh: mesh over whose batch axes the batches are sharded.
+      data: data of the run.
       split: "train" or "eval".
-      batch_size: of the global batch.
-      limit: batches; 0 for the whole split.
+      batch_size: size of the global batch.
+      limit: number of batches, or 0 for the whole split.
     """
     placement = Placement(mesh, batch_size)
-    for host in data.sequential(split, batch_size=batch_size, rows=placement.rows, limit=limit):
-        yield placement.put(host)
+    for host_batch in data.sequential(
+        split, batch_size=batch_size, rows=placement.rows, limit=limit
+    ):
+        yield placement.put(host_batch)

@@ -186,7 +186,7 @@ class ClassifyTask:
     def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
         """Cross entropy against the labels, top-1 and top-5 accuracy."""
         logits = self.logits(params, extra, frozen, batch)
-        return classification.scores(logits, batch["label"], batch["weight"])
+        return classification.accuracy_metrics(logits, batch["label"], batch["weight"])
 
     def logits(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """Logits of an unprepared batch, as the data delivers it. -> [B, K] float32."""

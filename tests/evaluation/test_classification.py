@@ -1,4 +1,4 @@
-"""Accuracy and its tables against plain loops."""
+"""Accuracy metrics, confusion matrix and tables against torch and plain loops."""
 
 from etils import epath
 import jax
@@ -20,15 +20,17 @@ def data():
     return logits, labels, weight
 
 
-def test_scores_equal_torchs():
+def test_accuracy_metrics_equal_torch():
     logits, labels, weight = data()
     real = weight > 0
-    got = classification.scores(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
+    got = classification.accuracy_metrics(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight)
+    )
     kept = torch.from_numpy(logits[real])
-    wanted = torch.from_numpy(labels[real]).long()
-    loss = torch.nn.functional.cross_entropy(kept, wanted).item()
+    target = torch.from_numpy(labels[real]).long()
+    loss = torch.nn.functional.cross_entropy(kept, target).item()
     best = kept.topk(5).indices
-    hits = (best == wanted[:, None]).numpy()
+    hits = (best == target[:, None]).numpy()
     expected = {"loss": loss, "top1": hits[:, 0].mean(), "top5": hits.any(1).mean()}
     for name, value in expected.items():
         total, count = got[name]
@@ -36,15 +38,19 @@ def test_scores_equal_torchs():
         np.testing.assert_allclose(total / count, value, rtol=1e-6)
 
 
-def test_padding_with_the_label_minus_one_counts_nothing():
+def test_padding_with_label_minus_one_does_not_change_the_metrics():
     logits, labels, weight = data()
     padded = np.where(weight > 0, labels, -1)
-    one = classification.scores(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
-    two = classification.scores(jnp.asarray(logits), jnp.asarray(padded), jnp.asarray(weight))
-    assert jax.device_get(one) == jax.device_get(two)
+    plain = classification.accuracy_metrics(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight)
+    )
+    with_padding = classification.accuracy_metrics(
+        jnp.asarray(logits), jnp.asarray(padded), jnp.asarray(weight)
+    )
+    assert jax.device_get(plain) == jax.device_get(with_padding)
 
 
-def test_confusion_equals_a_loop(tmp_path):
+def test_confusion_matrix_equals_a_loop(tmp_path):
     logits, labels, weight = data()
     want = np.zeros((CLASSES, CLASSES))
     for row, label, w in zip(logits, labels, weight, strict=True):
@@ -55,7 +61,7 @@ def test_confusion_equals_a_loop(tmp_path):
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_names_the_most_frequent_mistake():
+def test_per_class_table_shows_the_most_frequent_mistake():
     table = tables.per_class(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]))
     assert table.splitlines()[2:] == [
         "| 0 | 4 | 0.7500 | 2 (1) |",

@@ -1,4 +1,4 @@
-"""Nearest neighbours against a plain loop, on several meshes, with padding."""
+"""Nearest-neighbour accuracy against a plain loop, on several meshes, with padding."""
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def plain_accuracy(bank, labels, queries, wanted, k):
 
 
 def batched(vectors, labels, mesh, size):
-    """Global batches of one size, the last one padded with rubbish of weight 0."""
+    """Global batches of equal size; the last one is padded with arbitrary rows of weight 0."""
     split = sharding.batch_sharding(mesh)
     batches = []
     for start in range(0, len(vectors), size):
@@ -51,7 +51,7 @@ def batched(vectors, labels, mesh, size):
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 @pytest.mark.parametrize("count,queries,k", [(53, 31, 5), (101, 17, 20), (24, 7, 24)])
-def test_accuracy_is_that_of_a_plain_loop(devices, count, queries, k):
+def test_accuracy_equals_a_plain_loop(devices, count, queries, k):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     bank, held_out = data(count, 1), data(queries, 2)
     got = neighbours.accuracy(
@@ -61,7 +61,7 @@ def test_accuracy_is_that_of_a_plain_loop(devices, count, queries, k):
     np.testing.assert_allclose([got["knn_top1"], got["knn_top5"]], want, rtol=1e-12)
 
 
-def test_features_tell_the_classes_apart_and_shuffled_labels_do_not():
+def test_accuracy_is_high_for_true_labels_and_low_for_shuffled_labels():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     (bank, labels), held_out = data(200, 1), data(100, 2)
     args = {"mesh": mesh, "classes": CLASSES, "k": 10}
@@ -73,8 +73,8 @@ def test_features_tell_the_classes_apart_and_shuffled_labels_do_not():
     assert neighbours.accuracy(wrong, batched(*held_out, mesh, 50), **args)["knn_top1"] < 0.35
 
 
-def test_more_neighbours_than_examples_are_refused():
+def test_more_neighbours_than_bank_examples_are_refused():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     bank = batched(*data(10, 1), mesh, 16)
-    with pytest.raises(ConfigError, match="eval.knn=11 neighbours asked for, but the bank has 10"):
+    with pytest.raises(ConfigError, match="eval.knn=11, but the bank has 10 examples; set it"):
         neighbours.accuracy(bank, bank, mesh=mesh, classes=CLASSES, k=11)
