@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG files; matplotlib is imported only where one is drawn."""
+"""Plots of results as PNG files; matplotlib is imported only when one is drawn."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot without a screen."""
+    """Imports matplotlib.pyplot with a backend that needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +25,7 @@ def save(figure: Any, path: epath.Path) -> None:
 
 
 def losses(rows: Iterable[Mapping[str, float]], path: epath.Path) -> None:
-    """Writes the curves of training and held-out loss over the steps of a run's metrics."""
+    """Plots training and held-out loss over the steps, from the rows of a run's metrics."""
     figure, axes = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -44,14 +44,14 @@ def maps(
     grid: tuple[int, int],
     reference: str,
 ) -> None:
-    """Writes images and the feature maps of several networks side by side.
+    """Plots images and the feature maps of several networks side by side.
 
     Args:
-      images: [M, S, S, 3] uint8, a row each.
-      patches: patch tokens by the name of the network, [M, H*W, D] each, a column each.
-      path: of the PNG.
-      grid: (H, W).
-      reference: the network whose three principal components are the colours of all.
+      images: [M, S, S, 3] uint8, one row of the plot each.
+      patches: patch tokens of each network by name, [M, H*W, D]; one column of the plot each.
+      path: PNG file to write.
+      grid: (H, W) of the patches.
+      reference: name of the network whose first three principal components define the colours.
     """
     colour = principal_colours(patches[reference])
     columns = ["held-out picture", *patches]
@@ -75,10 +75,10 @@ def maps(
 
 
 def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fits the first three principal components of [..., D] tokens to red, green and blue.
+    """Maps the first three principal components of [..., D] tokens to red, green and blue.
 
     Returns:
-      A function [..., D] -> [..., 3] in [0, 1], the same for every network that is compared.
+      A function [..., D] -> [..., 3] in [0, 1], to be applied to every network in a comparison.
     """
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     mean = flat.mean(axis=0)
@@ -92,7 +92,7 @@ def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def confusion(matrix: np.ndarray, path: epath.Path) -> None:
-    """Writes the confusion matrix, each row a share of its class, as a PNG."""
+    """Plots a confusion matrix whose rows are divided by their sums."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure, axes = pyplot().subplots(figsize=(5, 4.4), layout="constrained")
     image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")

@@ -1,10 +1,14 @@
-"""Results as Markdown."""
+"""Tables of results in Markdown."""
 
 import numpy as np
 
 
 def per_class(matrix: np.ndarray) -> str:
-    """Markdown: images, accuracy and most frequent mistake of each class of a confusion matrix."""
+    """Markdown table of images, accuracy and most frequent mistake per class.
+
+    Args:
+      matrix: confusion matrix [K, K], a row for each label.
+    """
     lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
     for label, row in enumerate(matrix):
         count, right = row.sum(), row[label]
