@@ -1,10 +1,10 @@
-r"""What a run needs and can reach on TPUs, as their compiler says, without one.
+r"""Plans a run on TPUs ahead of time, without the chips: its memory and upper bounds of its speed.
 
     python -m fd_jax.plan --config=configs/distill_clip_vit_b16.py --topology=v5e:16x16
     python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \
       --start=configs/distill_clip_vit_b16.py --config.batch_size=4096 --output=plan.json
 
-The real train step is compiled, with neither weights nor data: some minutes. Needs the extra
+The real train step is compiled, without weights or data, which takes some minutes. Needs the extra
 "plan".
 """
 
@@ -20,31 +20,39 @@ from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.plan import experiment, planning, table, topology
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU and shape of the slice, such as v5e:4x4.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the plan.")
-_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the experiment, configs/NAME.py."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU type and shape of the slice, such as v5e:4x4."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the plan to.")
+_HLO = flags.DEFINE_string("hlo", None, "File to write the text of the compiled program to.")
 _START = flags.DEFINE_string(
-    "start", "", "What init_from would hold: a converter source, or the config that distils it."
+    "start",
+    "",
+    "What init_from would hold: a converter source, or the config that distils the student.",
 )
 _EXAMPLES = flags.DEFINE_integer(
-    "examples", None, "Images in an epoch, for data not known here.", lower_bound=1
+    "examples", None, "Images in an epoch, if the dataset is unknown here.", lower_bound=1
 )
 _EFFORT = flags.DEFINE_float(
     "effort",
     0.0,
-    "Of the compiler, -1 to 0; -1 takes a fraction of the time and gives no estimate.",
+    "Compiler effort, -1 to 0; -1 takes a fraction of the time and gives no estimate of speed.",
     lower_bound=-1.0,
     upper_bound=0.0,
 )
 _WINDOWED = flags.DEFINE_bool(
-    "windowed_einsum", False, "Compile sharded matmuls as loops, as runs do; counts are too low."
+    "windowed_einsum",
+    False,
+    "Compile sharded matmuls as loops, as real runs do; the counts are then too low.",
 )
-_ADVICE = flags.DEFINE_bool("advice", True, "Where it does not fit, try what would.")
+_ADVICE = flags.DEFINE_bool("advice", True, "If the step does not fit, try changes that might fit.")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plans one run; 0 if it fits, 1 if not."""
+    """Plans one run. Returns 0 if it fits into memory, else 1."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
     for flag in (_CONFIG, _TOPOLOGY):
@@ -72,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _file(flag: flags.FlagHolder) -> epath.Path | None:
-    """A file to write; refused before anything is compiled for it."""
+    """The output file of a flag, checked before anything is compiled."""
     if flag.value is None:
         return None
     path = epath.Path(flag.value)

@@ -1,4 +1,4 @@
-"""What would make a run fit into memory: changes that are tried, by compiling each."""
+"""Tries changes that may make a run fit into memory, by compiling each of them."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -16,13 +16,13 @@ Compile = Callable[[Config], Compiled]
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One change and what came of it.
+    """A set of config changes and the result of compiling with them.
 
     Attributes:
-      changes: config fields by dotted name.
-      fits: whether it compiled within memory.
-      hbm: bytes a device needs.
-      refused: why it was not compiled: the settings do not go together; else "".
+      changes: new values of config fields by dotted name.
+      fits: whether the step compiled and fits into memory.
+      hbm: bytes of HBM that a device needs, or None if it was not compiled.
+      refused: error message if the settings cannot work together, else "".
     """
 
     changes: dict[str, Any]
@@ -32,59 +32,59 @@ class Attempt:
 
     @property
     def flags(self) -> str:
-        """The change as flags of the command line."""
+        """The changes as command-line flags."""
         return " ".join(f"--config.{name}={value}" for name, value in self.changes.items())
 
 
 def candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]]:
-    """Changes that save memory: each alone, from the one that costs least, then together."""
+    """Changes that save memory: single ones, cheapest first, then combinations of them."""
     config = experiment.config
     sharded = {"mesh.data": 1, "mesh.fsdp": -1}
-    alone: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
     trains_encoder = experiment.task.trains_encoder
     if config.mesh.fsdp in (1,) and config.mesh.tensor == 1 and devices > 1:
-        alone.append(sharded)
+        single.append(sharded)
     if config.optim.moments == "float32" and config.optim.name == "adamw":
-        alone.append({"optim.moments": "bfloat16"})
+        single.append({"optim.moments": "bfloat16"})
     if trains_encoder:
         if not config.remat:
-            alone.append({"remat": "dots"})
+            single.append({"remat": "dots"})
         if config.remat != "full":
-            alone.append({"remat": "full"})
-    yield from alone
-    if trains_encoder:  # a probe takes its batch whole
+            single.append({"remat": "full"})
+    yield from single
+    if trains_encoder:  # a probe refuses accumulation
         yield {"accumulation": 2 * config.accumulation}
     yield {"batch_size": config.batch_size // 2}
-    together: dict[str, Any] = {}
-    for change in alone:
-        together |= change
+    combined: dict[str, Any] = {}
+    for change in single:
+        combined |= change
     for divisor in (1, 2, 4, 8):
-        fewer = {"batch_size": config.batch_size // divisor} if divisor > 1 else {}
-        if len(together | fewer) > 1:
-            yield together | fewer
+        smaller = {"batch_size": config.batch_size // divisor} if divisor > 1 else {}
+        if len(combined | smaller) > 1:
+            yield combined | smaller
 
 
-def find(
+def try_candidates(
     experiment: Experiment,
     devices: int,
     compile_with: Compile,
     *,
     report: Callable[[Attempt], None] = lambda _: None,
 ) -> list[Attempt]:
-    """Tries the candidates: all that change one thing, and together until one fits.
+    """Tries all single changes; if none fits, tries combinations until one fits.
 
     Args:
-      experiment: that does not fit.
-      devices: of the mesh.
-      compile_with: compiles the experiment under another config.
-      report: called after each attempt.
+      experiment: the experiment that does not fit.
+      devices: number of devices in the mesh.
+      compile_with: compiles the experiment with another config.
+      report: called with each attempt when it is done.
     """
     attempts: list[Attempt] = []
-    alone = True
+    single = True
     for changes in candidates(experiment, devices):
         combined = len(changes.keys() - {"mesh.data", "mesh.fsdp"}) + ("mesh.fsdp" in changes) > 1
-        alone = alone and not combined
-        if not alone and any(attempt.fits for attempt in attempts):
+        single = single and not combined
+        if not single and any(attempt.fits for attempt in attempts):
             break
         attempt = _attempt(experiment.config, changes, compile_with)
         attempts.append(attempt)

@@ -1,7 +1,7 @@
-"""What a compiled step can reach at most on its chips, and what the compiler guesses.
+"""Upper bounds of the speed of a compiled step on its chips, and the compiler's estimate.
 
-A bound divides work by the peak of one resource and supposes that all else costs nothing: no real
-run is faster. An estimate is the compiler's own: no measurement.
+A bound divides the work by the peak of one resource and assumes that everything else costs nothing,
+so that no real run is faster. The estimate comes from the compiler; it is not a measurement.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from fd_jax.plan.topology import Slice
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Of one step of the whole slice; times in seconds.
+    """Bounds of one step on the whole slice; all times are in seconds.
 
     Attributes:
-      compute: the model's matmuls, with what remat repeats, at peak.
-      hbm: traffic of this compiled program at full bandwidth.
-      interconnect: bytes each chip has to receive, at the bandwidth of all its links together.
-      images_per_second: at most, of the slice.
-      mfu: at most: model FLOPs at that rate over peak.
-      chip_hours: at least, for the whole run.
-      estimated_seconds: the compiler's cycles of all instructions, one after the other, without
-        collectives that take longer than it thinks; None below the compiler's full effort.
-      estimated_mfu: of that estimate.
+      compute: time of the model's matmuls at peak, including those that remat repeats.
+      hbm: time of the compiled program's HBM traffic at full bandwidth.
+      interconnect: time for each chip to receive its bytes over all its links together.
+      images_per_second: upper bound for the slice.
+      mfu: upper bound: model FLOPs at that rate, divided by peak.
+      chip_hours: lower bound for the whole run.
+      estimated_seconds: the compiler's estimated cycles of all instructions in sequence; it may
+        underestimate collectives. None below the compiler's full effort.
+      estimated_mfu: MFU at the estimated time, or None.
     """
 
     compute: float
@@ -38,22 +38,22 @@ class Bounds:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of a step."""
+        """Lower bound of the time of a step."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
     def limit(self) -> str:
-        """The resource that sets it."""
+        """Name of the resource that sets this bound."""
         times = {"compute": self.compute, "HBM": self.hbm, "interconnect": self.interconnect}
         return max(times, key=lambda name: times[name])
 
 
-def of_step(experiment: Experiment, target: Slice, compiled: Compiled) -> Bounds:
+def step_bounds(experiment: Experiment, target: Slice, compiled: Compiled) -> Bounds:
     """The bounds of a compiled step."""
     chip, batch = target.chip, experiment.config.batch_size
     work = experiment.work
     peak = chip.bf16_flops * target.chips
-    # Two devices of one chip may share what they receive: a chip needs what one of them needs.
+    # Two devices on one chip can share what they receive, so a chip receives as much as a device.
     received = sum(c.received for c in compiled.collectives)
     compute = work.executed * batch / peak
     hbm = compiled.hbm_traffic * target.devices_per_chip / chip.hbm_bandwidth

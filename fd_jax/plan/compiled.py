@@ -1,4 +1,4 @@
-"""Compiles the real train step ahead of time, without the chips, and keeps what it shows."""
+"""Compiles the real train step ahead of time, without the chips, and records its properties."""
 
 import contextlib
 import dataclasses
@@ -16,16 +16,16 @@ from fd_jax.training.program import Program, build
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# Off: the compiler otherwise turns gathers and matmuls of sharded weights into loops, whose bodies
-# its FLOP and byte counts take once. What runs then overlaps less than what a run compiles.
+# Windowed einsum is off, because it turns gathers and matmuls of sharded weights into loops, whose
+# bodies the compiler counts only once. Without it, a step overlaps less than that of a real run.
 _NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 class DoesNotFitError(Exception):
-    """The compiler found no way to hold the program in memory.
+    """The compiled program does not fit into memory.
 
     Attributes:
-      needed, available: bytes of HBM on a device, as the compiler counts.
+      needed, available: bytes of HBM on a device, according to the compiler.
     """
 
     def __init__(self, needed: float, available: float):
@@ -35,17 +35,17 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled train step; all figures are of one device.
+    """A compiled train step; all numbers are per device.
 
     Attributes:
-      program: that was compiled.
-      executable: of jax.
-      module: its text, read.
-      seconds: that compiling took.
-      effort: 0 is what runs use; lower compiles faster, and worse.
-      flops: of one step by the compiler's count, bodies of loops once.
-      bytes_accessed: by instructions, in HBM or VMEM alike, bodies of loops once.
-      arguments, outputs, aliased, temporaries, code: bytes of HBM; outputs hold the aliased ones.
+      program: the program that was compiled.
+      executable: jax's compiled executable.
+      module: its parsed text.
+      seconds: compile time.
+      effort: compiler effort; 0 is that of real runs, lower compiles faster, but to slower code.
+      flops: FLOPs of one step by the compiler's count, with loop bodies once.
+      bytes_accessed: bytes that instructions access in HBM or VMEM, with loop bodies once.
+      arguments, outputs, aliased, temporaries, code: bytes of HBM; outputs include aliased ones.
     """
 
     program: Program
@@ -63,17 +63,17 @@ class Compiled:
 
     @property
     def hbm(self) -> int:
-        """Bytes of HBM that the step holds at most."""
+        """Peak bytes of HBM that the step uses."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
     @property
     def hbm_traffic(self) -> int:
-        """Bytes accessed less those in VMEM: nearly what crosses to HBM, and not more."""
+        """Bytes accessed outside VMEM: close to the real HBM traffic, and not more than it."""
         return max(int(self.bytes_accessed) - self.module.vmem_bytes(), 0)
 
     @property
     def collectives(self) -> list[hlo.Collective]:
-        """Of one step, largest first."""
+        """Collectives of one step, largest first."""
         return self.module.collectives(dict(self.program.mesh.shape))
 
 
@@ -83,13 +83,13 @@ def compile_step(
     """Compiles the train step of an experiment for a slice.
 
     Args:
-      experiment: what to train.
-      target: what to train it on.
-      effort: of the compiler, from -1 (a fraction of the time) to 0.
-      windowed_einsum: leave that transformation on, as in a run; counts are then too low.
+      experiment: experiment to train.
+      target: slice to train on.
+      effort: compiler effort, from -1 (a fraction of the compile time) to 0.
+      windowed_einsum: leave windowed einsum on, as in a real run; the counts are then too low.
 
     Raises:
-      ConfigError: mesh or batch do not fit the slice.
+      ConfigError: the mesh or the batch does not fit the slice.
       DoesNotFitError: the program does not fit into memory.
     """
     config = experiment.config
@@ -107,10 +107,10 @@ def compile_step(
         with _effort(effort):
             executable = program.compile_train_step(**options)
     except jax.errors.JaxRuntimeError as error:
-        needed = _memory_excess(str(error))
-        if needed is None:
+        excess = _memory_excess(str(error))
+        if excess is None:
             raise
-        raise DoesNotFitError(*needed) from None
+        raise DoesNotFitError(*excess) from None
     seconds = time.monotonic() - began
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
     assert memory is not None and cost is not None
@@ -132,7 +132,7 @@ def compile_step(
 
 @contextlib.contextmanager
 def _effort(effort: float):
-    """The compiler's effort is a global setting of jax: it must not leak into later compiles."""
+    """Sets the compiler effort, a global setting of jax, and restores it for later compiles."""
     name = "jax_exec_time_optimization_effort"
     before = getattr(jax.config, name)
     jax.config.update(name, effort)
@@ -143,15 +143,15 @@ def _effort(effort: float):
 
 
 def _memory_excess(message: str) -> tuple[float, float] | None:
-    """(needed, available) bytes, from the compiler's message that memory does not suffice."""
+    """(needed, available) bytes from an out-of-memory message of the compiler, else None."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in (
         r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
         r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
     ):
-        found = re.search(pattern, message)
-        if found:
-            needed, unit, available, other = found.groups()
-            return float(needed) * _UNITS[unit], float(available) * _UNITS[other]
+        match = re.search(pattern, message)
+        if match:
+            needed, needed_unit, available, available_unit = match.groups()
+            return float(needed) * _UNITS[needed_unit], float(available) * _UNITS[available_unit]
     return None

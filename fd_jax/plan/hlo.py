@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: collectives, cycles, memory spaces, aliases.
+"""Parses the text of a compiled program: collectives, cycles, memory spaces, aliases.
 
-Only what the text says is read. Loops count as often as the compiler knows they run; a computation
-that is called from several places counts for each.
+Everything comes from the text alone. Loop bodies count as often as the compiler knows that they
+run; a computation that is called from several places counts once for each call.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 
 from fd_jax.plan import matmuls
 
-VMEM = 1  # memory space of a layout with S(1): on the chip, no HBM traffic
+VMEM = 1  # memory space of a layout with S(1): on the chip, so it causes no HBM traffic
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4}
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -56,7 +56,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without padding of the layout."""
+        """Size in bytes, without the padding of the layout."""
         return -(-math.prod(self.dims) * _bits(self.dtype) // 8)
 
 
@@ -65,11 +65,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, opcode: as they are written there.
-      shapes: of the result, a tuple flattened.
-      operands: names of instructions of the same computation.
-      attributes: the text after the operands.
-      root: whether it is what the computation returns.
+      name, opcode: name and opcode as written in the text.
+      shapes: shapes of the result; a tuple is flattened.
+      operands: names of other instructions in the same computation.
+      attributes: text after the operands.
+      root: whether the computation returns its result.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Instruction:
 
     @property
     def rematerialized(self) -> bool:
-        """Whether the compiler put it here of its own, to save memory."""
+        """Whether the compiler added it to recompute a result and save memory."""
         return ".remat" in self.name
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations it calls."""
+        """Names of the computations that it calls."""
         single = re.findall(
             r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)",
             self.attributes,
@@ -99,15 +99,15 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices, as often as a step does it.
+    """A collective operation between devices, with all its executions in a step.
 
     Attributes:
-      kind: such as "all-gather".
-      axis: of the mesh, "data+fsdp" for two; "" where the groups follow no axis.
-      shapes: of the whole arrays that one exchange is about: what a gather makes, what a reduction
-        or scatter takes.
-      group: number of devices that take part together.
-      count: of executions in a step.
+      kind: opcode, such as "all-gather".
+      axis: mesh axis, "data+fsdp" for two; "" if the groups follow no axis.
+      shapes: shapes of the whole arrays in one execution: the outputs of a gather, the inputs of a
+        reduction or scatter.
+      group: number of devices in each group.
+      count: number of executions in a step.
     """
 
     kind: str
@@ -118,17 +118,17 @@ class Collective:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of the arrays, each once, sorted."""
+        """Distinct dtypes of the arrays, sorted."""
         return tuple(sorted({shape.dtype for shape in self.shapes}))
 
     @property
     def bytes(self) -> int:
-        """Of the arrays, over all executions."""
+        """Size of the arrays in bytes, over all executions."""
         return self.count * sum(shape.bytes for shape in self.shapes)
 
     @property
     def received(self) -> float:
-        """Bytes that have to enter each device, whatever the algorithm."""
+        """Bytes that each device has to receive, whatever the algorithm."""
         share = (self.group - 1) / self.group
         if self.kind == "all-reduce":
             return 2 * share * self.bytes
@@ -138,7 +138,7 @@ class Collective:
 
 
 class Module:
-    """A compiled program's text, parsed."""
+    """The parsed text of a compiled program."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -147,34 +147,34 @@ class Module:
         current: list[Instruction] = []
         for line in text.splitlines():
             if not line.startswith(" "):
-                found = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-                if found:
-                    current = self.computations.setdefault(found[2], [])
-                    self.entry = found[2] if found[1] else self.entry
+                header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+                if header:
+                    current = self.computations.setdefault(header[2], [])
+                    self.entry = header[2] if header[1] else self.entry
             elif " = " in line:
                 current.append(_instruction(line.strip()))
         if not self.entry:
-            raise ValueError("the text holds no ENTRY computation: it is no compiled program")
+            raise ValueError("the text has no ENTRY computation, so it is not a compiled program")
 
     @property
-    def times(self) -> dict[str, int]:
-        """How often a step runs each computation, those inside fusions included.
+    def run_counts(self) -> dict[str, int]:
+        """How often a step runs each computation, including those inside fusions.
 
-        Of a conditional every branch counts.
+        Every branch of a conditional counts.
         """
-        return self._runs[0]
+        return self._counts[0]
 
     @functools.cached_property
-    def _runs(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Runs of each computation, and those of them that only repeat what was run before."""
-        times: dict[str, int] = collections.Counter()
+    def _counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(runs of each computation, how many of these repeat an earlier one to save memory)."""
+        runs: dict[str, int] = collections.Counter()
         repeats: dict[str, int] = collections.Counter()
 
         def visit(name: str, count: int, repeated: bool) -> None:
-            times[name] += count
+            runs[name] += count
             repeats[name] += count if repeated else 0
             for instruction in self.computations[name]:
-                inner = count * _trips(instruction) if instruction.opcode == "while" else count
+                inner = count * _trip_count(instruction) if instruction.opcode == "while" else count
                 for called in instruction.called:
                     if called in self.computations and instruction.opcode not in (
                         "reduce",
@@ -183,98 +183,100 @@ class Module:
                         visit(called, inner, repeated or instruction.rematerialized)
 
         visit(self.entry, 1, False)
-        return dict(times), dict(repeats)
+        return dict(runs), dict(repeats)
 
     def matmul_flops(self) -> tuple[int, int]:
-        """FLOPs of all matmuls and convolutions of a step, a multiply-add counts two.
+        """FLOPs of all matmuls and convolutions of a step, with two FLOPs per multiply-add.
 
-        Unlike the compiler's count, these hold nothing but matmuls, and bodies of loops as often
+        Unlike the compiler's count, this counts only matmuls, and it counts loop bodies as often
         as they run.
 
         Returns:
-          (of all, of those among them that the compiler repeats to save memory).
+          (FLOPs of all matmuls, FLOPs of those that the compiler repeats to save memory).
         """
-        times, repeats = self._runs
+        runs, repeats = self._counts
         total = repeated = 0
-        for name, instruction in self._running():
+        for name, instruction in self._executed_instructions():
             if instruction.opcode in matmuls.OPCODES:
-                shapes = [self._made[name][operand][0].dims for operand in instruction.operands]
+                shapes = [
+                    self._shapes_by_name[name][operand][0].dims for operand in instruction.operands
+                ]
                 flops = matmuls.flops(
                     instruction.opcode, shapes, instruction.shapes[0].dims, instruction.attributes
                 )
-                total += times[name] * flops
-                repeated += (times if instruction.rematerialized else repeats)[name] * flops
+                total += runs[name] * flops
+                repeated += (runs if instruction.rematerialized else repeats)[name] * flops
         return total, repeated
 
     @property
     def loops(self) -> list[int]:
-        """Trip counts of the loops that hold matmuls and are known to run more than once.
+        """Trip counts of the loops that contain matmuls and are known to run more than once.
 
-        What the compiler counts once of these is wrong. Loops of random numbers, which end by
-        chance, hold none.
+        The compiler's own counts are wrong for them, because it counts their bodies once. Loops
+        that draw random numbers, whose trip count is random, contain no matmuls.
         """
-        found = (i for _, i in self._running() if i.opcode == "while")
-        return [_trips(i) for i in found if _trips(i) > 1 and self._multiplies(i.called)]
+        loops = (i for _, i in self._executed_instructions() if i.opcode == "while")
+        return [_trip_count(i) for i in loops if _trip_count(i) > 1 and self._has_matmul(i.called)]
 
-    def _multiplies(self, names: Sequence[str]) -> bool:
-        """Whether there is a matmul in these computations or in what they call."""
+    def _has_matmul(self, names: Sequence[str]) -> bool:
+        """Whether these computations, or any that they call, contain a matmul."""
         return any(
-            instruction.opcode in matmuls.OPCODES or self._multiplies(instruction.called)
+            instruction.opcode in matmuls.OPCODES or self._has_matmul(instruction.called)
             for name in names
             for instruction in self.computations.get(name, ())
         )
 
     def cycles(self) -> int:
-        """Sum of the compiler's `estimated_cycles`: its estimate, run one after the other."""
+        """Sum of the compiler's `estimated_cycles` over all instructions, as if run in sequence."""
         total = 0
-        for name, instruction in self._scheduled():
-            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            total += self.times[name] * int(found[1]) if found else 0
+        for name, instruction in self._scheduled_instructions():
+            match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            total += self.run_counts[name] * int(match[1]) if match else 0
         return total
 
     def vmem_bytes(self) -> int:
         """Bytes of operands and results of scheduled instructions that live in VMEM.
 
-        Counted once per loop body, as `cost_analysis` counts its "bytes accessed".
+        Loop bodies count once, as in the "bytes accessed" of `cost_analysis`.
         """
         total = 0
-        for name, instruction in self._scheduled():
+        for name, instruction in self._scheduled_instructions():
             opcode = instruction.opcode
             if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
                 continue
-            made = self._made[name]
+            shapes = self._shapes_by_name[name]
             results = instruction.shapes[:1] if opcode.endswith("-start") else instruction.shapes
-            operands = (shape for o in instruction.operands for shape in made.get(o, ()))
+            operands = (shape for o in instruction.operands for shape in shapes.get(o, ()))
             total += sum(s.bytes for s in itertools.chain(results, operands) if s.space == VMEM)
         return total
 
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
-        """Every collective of a step; equal ones added up, largest first.
+        """Every collective of a step; equal ones are added up; largest first.
 
         Args:
           mesh_shape: size of each axis, in the order of the mesh.
         """
         seen: set[str] = set()
-        found: dict[Any, int] = collections.Counter()
-        for name, instruction in self._running():
+        counts: dict[Any, int] = collections.Counter()
+        for name, instruction in self._executed_instructions():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
-            # A fused asynchronous collective appears in several computations, under one channel.
+            # A fused asynchronous collective appears in several computations with the same channel.
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             if channel and channel[1] in seen:
                 continue
             if channel:
                 seen.add(channel[1])
             groups = _groups(instruction.attributes, mesh_shape)
-            shapes = self._subject(name, instruction)
+            shapes = self._collective_arrays(name, instruction)
             key = (kind, _axis(groups, mesh_shape), shapes, len(groups[0]))
-            found[key] += self.times[name]
-        made = [Collective(*key, count=count) for key, count in found.items()]
-        return sorted(made, key=lambda collective: -collective.bytes)
+            counts[key] += self.run_counts[name]
+        collectives = [Collective(*key, count=count) for key, count in counts.items()]
+        return sorted(collectives, key=lambda collective: -collective.bytes)
 
     def aliased_parameters(self) -> set[int]:
-        """Numbers of the inputs whose memory an output takes over."""
+        """Numbers of the inputs whose memory is reused for an output."""
         start = self._header.find("input_output_alias={")
         if start < 0:
             return set()
@@ -282,28 +284,34 @@ class Module:
         return {int(n) for n in re.findall(r"\{[\d, ]*\}: \((\d+),", text)}
 
     def parameters(self) -> dict[int, Shape]:
-        """The inputs of one device by number."""
-        made = {}
+        """Shapes of the inputs on one device, by number."""
+        shapes = {}
         for instruction in self.computations[self.entry]:
             if instruction.opcode == "parameter":
                 number = re.match(r"(\d+)\)", instruction.attributes)
                 assert number is not None
-                made[int(number[1])] = instruction.shapes[0]
-        return made
+                shapes[int(number[1])] = instruction.shapes[0]
+        return shapes
 
     def stored_broadcasts(self) -> list[Shape]:
-        """Arrays written to memory that only repeat a smaller one."""
-        made = []
-        for _, instruction in self._scheduled():
-            if self._repeats(instruction):
-                made += instruction.shapes
-        return made
+        """Shapes of arrays written to memory that only repeat a smaller array."""
+        shapes = []
+        for _, instruction in self._scheduled_instructions():
+            if self._is_broadcast(instruction):
+                shapes += instruction.shapes
+        return shapes
 
     def scheduled_shapes(self) -> set[Shape]:
-        """Every array that a scheduled instruction writes."""
-        return {s for _, i in self._scheduled() if i.opcode not in _NO_TRAFFIC for s in i.shapes}
+        """Shapes of all arrays that scheduled instructions write."""
+        return {
+            s
+            for _, i in self._scheduled_instructions()
+            if i.opcode not in _NO_TRAFFIC
+            for s in i.shapes
+        }
 
-    def _repeats(self, instruction: Instruction) -> bool:
+    def _is_broadcast(self, instruction: Instruction) -> bool:
+        """Whether its result, after reshapes and converts, only repeats a smaller array."""
         if instruction.opcode == "broadcast":
             return True
         if instruction.opcode != "fusion":
@@ -315,39 +323,40 @@ class Module:
         return root.opcode == "broadcast" and bool(inside[root.operands[0]].shapes[0].dims)
 
     @functools.cached_property
-    def _made(self) -> dict[str, dict[str, tuple[Shape, ...]]]:
+    def _shapes_by_name(self) -> dict[str, dict[str, tuple[Shape, ...]]]:
+        """Result shapes by the names of computation and instruction."""
         return {
             name: {i.name: i.shapes for i in instructions}
             for name, instructions in self.computations.items()
         }
 
-    def _running(self) -> Iterator[tuple[str, Instruction]]:
-        """(computation, instruction) of all that runs, also inside fusions."""
-        for name in self.times:
+    def _executed_instructions(self) -> Iterator[tuple[str, Instruction]]:
+        """(computation, instruction) for every instruction that runs, also inside fusions."""
+        for name in self.run_counts:
             for instruction in self.computations[name]:
                 yield name, instruction
 
-    def _scheduled(self) -> Iterator[tuple[str, Instruction]]:
-        """Instructions that are scheduled on their own: of the entry and of loops and calls."""
-        names, waiting = [], [self.entry]
-        while waiting:
-            name = waiting.pop()
+    def _scheduled_instructions(self) -> Iterator[tuple[str, Instruction]]:
+        """(computation, instruction) outside fusions: in the entry, loops, branches and calls."""
+        names, pending = [], [self.entry]
+        while pending:
+            name = pending.pop()
             names.append(name)
             for instruction in self.computations[name]:
                 if instruction.opcode in ("while", "conditional", "call"):
-                    waiting += [c for c in instruction.called if c not in names]
+                    pending += [c for c in instruction.called if c not in names]
         for name in names:
             for instruction in self.computations[name]:
                 yield name, instruction
 
-    def _subject(self, name: str, instruction: Instruction) -> tuple[Shape, ...]:
-        """The whole arrays a collective is about."""
+    def _collective_arrays(self, name: str, instruction: Instruction) -> tuple[Shape, ...]:
+        """Shapes of the whole arrays that a collective gathers, reduces or moves."""
         kind = instruction.opcode
         if kind.startswith("reduce-scatter"):
-            made = self._made[name]
-            shapes = [shape for o in instruction.operands for shape in made[o]]
+            by_name = self._shapes_by_name[name]
+            shapes = [shape for o in instruction.operands for shape in by_name[o]]
         elif kind in ("all-gather-start", "collective-permute-start"):
-            # (operands, results, ...): one half of what is no scalar
+            # The result is (operands, results, scalars ...); take the results.
             arrays = [s for s in instruction.shapes if s.dims]
             shapes = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
         else:
@@ -358,19 +367,19 @@ class Module:
 def _bits(dtype: str) -> int:
     if dtype in _BITS:
         return _BITS[dtype]
-    found = re.search(r"\d+", dtype)  # f32, bf16, u8, f8e4m3
-    if found is None:
-        raise ValueError(f"dtype {dtype!r} of a compiled program is not known")
-    return int(found[0])
+    bits = re.search(r"\d+", dtype)  # f32, bf16, u8, f8e4m3
+    if bits is None:
+        raise ValueError(f"unknown dtype {dtype!r} in a compiled program")
+    return int(bits[0])
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    made = []
+    shapes = []
     for dtype, dims, layout in _SHAPE.findall(text):
         sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
         space = re.search(r"S\((\d+)\)", layout or "")
-        made.append(Shape(dtype, sizes, int(space[1]) if space else 0))
-    return tuple(made)
+        shapes.append(Shape(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(shapes)
 
 
 def _instruction(line: str) -> Instruction:
@@ -378,7 +387,7 @@ def _instruction(line: str) -> Instruction:
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     type_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, arguments = rest[type_end:].lstrip().partition("(")
-    # What is inside the brackets of an operand list has no brackets unbalanced.
+    # Brackets inside an operand list are balanced, so the matching one ends the list.
     end = _closing("(" + arguments, 0) - 1
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments[:end]))
     attributes = arguments if opcode == "parameter" else arguments[end + 1 :]
@@ -388,26 +397,27 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Position of the bracket that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for bracket in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if bracket[0] == "(" else -1
         if depth == 0:
-            return found.start()
+            return bracket.start()
     raise ValueError(f"unbalanced brackets: {text[:200]}")
 
 
-def _trips(instruction: Instruction) -> int:
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-    return int(found[1]) if found else 1
+def _trip_count(instruction: Instruction) -> int:
+    """How often a loop runs, if the compiler knows it; else 1."""
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+    return int(match[1]) if match else 1
 
 
 def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]]:
-    """The devices, by their position in the mesh, that take part together."""
+    """The groups of devices that communicate, as positions in the mesh."""
     devices = math.prod(mesh_shape.values())
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     if pairs:
-        return _chains(re.findall(r"\{(\d+),(\d+)", pairs[0]))
+        return _connected_groups(re.findall(r"\{(\d+),(\d+)", pairs[0]))
     named = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?\)?)\))? ?\{([^}]*)\}",
         attributes,
@@ -420,16 +430,16 @@ def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]
         if iota[4]:
             ids = ids.transpose(_integers(iota[4]))
         return [tuple(row) for row in ids.reshape(int(iota[1]), int(iota[2])).tolist()]
-    written = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if written:
-        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
+    if listed:
+        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
-        raise ValueError(f"groups of a collective cannot be read: {attributes[:200]}")
-    return [tuple(range(devices))]  # no groups: all together
+        raise ValueError(f"the groups of a collective cannot be read: {attributes[:200]}")
+    return [tuple(range(devices))]  # without groups, all devices communicate
 
 
 def _named_groups(axes: str, order: str | None, over: str, *, devices: int):
-    """Groups that the compiler writes as axes of a mesh of its own: mesh['a'=2,'b'=8] {'b'}."""
+    """Groups written as axes of a mesh that the compiler defines: mesh['a'=2,'b'=8] {'b'}."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = _device_ids(order) if order else np.arange(devices)
     split: list[tuple[str, int]] = []
@@ -454,7 +464,7 @@ def _named_groups(axes: str, order: str | None, over: str, *, devices: int):
 
 
 def _device_ids(text: str) -> np.ndarray:
-    """An order of devices: [8,2]T(1,0) counts up, shaped and transposed; 0,2,1,3 is itself."""
+    """Device order: [8,2]T(1,0) is arange(16), reshaped and transposed; 0,2,1,3 is a plain list."""
     counted = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
     if counted is None:
         return np.array(_integers(text))
@@ -463,8 +473,8 @@ def _device_ids(text: str) -> np.ndarray:
     return (ids.transpose(_integers(counted[2])) if counted[2] else ids).reshape(-1)
 
 
-def _chains(pairs: list[tuple[str, str]]) -> list[tuple[int, ...]]:
-    """Devices connected by sending to one another."""
+def _connected_groups(pairs: list[tuple[str, str]]) -> list[tuple[int, ...]]:
+    """Groups of devices that are connected by (source, target) pairs."""
     group = {}
     for a, b in pairs:
         merged = group.get(int(a), {int(a)}) | group.get(int(b), {int(b)})
@@ -478,7 +488,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _axis(groups: list[tuple[int, ...]], mesh_shape: dict[str, int]) -> str:
-    """The axes along which the members of the groups differ, if the groups are just that."""
+    """The mesh axes whose groups are exactly these, joined by "+"; "" if there are none."""
     wide = [axis for axis, size in mesh_shape.items() if size > 1]
     ids = np.arange(math.prod(mesh_shape.values())).reshape(tuple(mesh_shape.values()))
     names = list(mesh_shape)
@@ -495,7 +505,7 @@ def _axis(groups: list[tuple[int, ...]], mesh_shape: dict[str, int]) -> str:
 
 
 def to_json(collective: Collective) -> dict[str, Any]:
-    """Plain values, for a file."""
+    """The collective as plain values for a JSON file."""
     return json.loads(
         json.dumps(
             {

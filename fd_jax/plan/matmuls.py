@@ -1,8 +1,8 @@
 """FLOPs of one matmul or convolution, from the text of its instruction.
 
-On TPUs matmuls are written as convolutions. What has batch dimensions is written with windows and
-dilations of which all but one position meet holes or padding, so that only positions that meet
-numbers count.
+On TPUs, matmuls are written as convolutions. A batched matmul becomes a convolution with a large
+window and dilation, in which all but one position of the kernel fall on padding or on the holes of
+the dilation. Therefore only positions that fall on numbers count.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ OPCODES = ("dot", "convolution")
 def flops(
     opcode: str, operands: Sequence[tuple[int, ...]], out: tuple[int, ...], attributes: str
 ) -> int:
-    """Two per multiply-add.
+    """FLOPs of one instruction, two per multiply-add.
 
     Args:
       opcode: one of OPCODES.
-      operands: shapes of both.
+      operands: shapes of both operands.
       out: shape of the result.
-      attributes: the text behind the operands.
+      attributes: text after the operands.
     """
     left, right = operands
     if opcode == "dot":
@@ -32,7 +32,7 @@ def flops(
         return 2 * math.prod(out) * math.prod(left[int(axis)] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
-        raise ValueError(f"a convolution without dim_labels: {attributes[:200]}")
+        raise ValueError(f"a convolution has no dim_labels: {attributes[:200]}")
     lefts, rights, outs = (
         dict(zip(names, shape, strict=True))
         for names, shape in zip(labels.groups(), (left, right, out), strict=True)
@@ -41,7 +41,7 @@ def flops(
     window = _window(attributes, len(spatial))
     positions = 1
     for axis, name in enumerate(spatial):
-        positions *= _meetings(
+        positions *= _multiplied_positions(
             lefts[name], rights[name], outs[name], **{k: v[axis] for k, v in window.items()}
         )
     return 2 * outs["b"] * outs["f"] * rights["i"] * positions
@@ -49,8 +49,8 @@ def flops(
 
 def _window(attributes: str, dimensions: int) -> dict[str, list[int]]:
     """Stride, lower padding and dilations of each spatial dimension."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    given = dict(part.split("=") for part in found[1].split()) if found else {}
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in window[1].split()) if window else {}
 
     def numbers(name: str, default: int) -> list[int]:
         if name not in given:
@@ -65,7 +65,7 @@ def _window(attributes: str, dimensions: int) -> dict[str, list[int]]:
     }
 
 
-def _meetings(
+def _multiplied_positions(
     left: int,
     right: int,
     out: int,
@@ -75,7 +75,10 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """How often, in one dimension, a position of the kernel meets a number of the left operand."""
+    """How many pairs of result and kernel positions in one dimension fall on a number.
+
+    The others fall on padding or on the holes of a dilated left operand.
+    """
     positions = np.arange(out)[:, None] * stride + np.arange(right) * right_dilation - pad
     inside = (positions >= 0) & (positions <= (left - 1) * left_dilation)
     return int((inside & (positions % left_dilation == 0)).sum())

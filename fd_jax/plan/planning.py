@@ -1,4 +1,4 @@
-"""From an experiment and a slice to its plan."""
+"""Plans an experiment on a slice."""
 
 import functools
 from typing import Any
@@ -24,14 +24,14 @@ def plan_run(
     """The plan of an experiment on a slice, as plain values.
 
     Args:
-      planned: the experiment.
-      target: the slice.
-      effort: of the compiler.
+      planned: experiment to plan.
+      target: slice to plan it for.
+      effort: compiler effort, see `compiled.compile_step`.
       windowed_einsum: see `compiled.compile_step`.
-      advise: whether changes are tried where it does not fit.
-      start: as the experiment was defined with.
-      examples: as the experiment was defined with.
-      hlo_file: receives the compiled text, for those who want to read more.
+      advise: whether to try changes if the experiment does not fit.
+      start: the argument with which `planned` was defined.
+      examples: the argument with which `planned` was defined.
+      hlo_file: file to write the text of the compiled program to.
     """
     mesh = sharding.make_mesh(**planned.config.mesh, devices=target.devices)
     facts = table.run_facts(planned, target, dict(mesh.shape))
@@ -43,7 +43,7 @@ def plan_run(
     except compiled.DoesNotFitError as error:
         attempts = []
         if advise:
-            attempts = advice.find(
+            attempts = advice.try_candidates(
                 planned,
                 len(target.devices),
                 lambda config: compile_one(
@@ -51,8 +51,8 @@ def plan_run(
                 ),
                 report=lambda attempt: say(f"tried {table.attempt_line(attempt)}"),
             )
-        return facts | table.not_fitting(error, attempts)
+        return facts | table.not_fitting_facts(error, attempts)
     if hlo_file is not None:
         hlo_file.write_text(step.executable.as_text() or "")
-    limits = bounds.of_step(planned, target, step)
-    return facts | table.fitting(planned, target, step, limits)
+    limits = bounds.step_bounds(planned, target, step)
+    return facts | table.fitting_facts(planned, target, step, limits)

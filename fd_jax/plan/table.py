@@ -1,4 +1,4 @@
-"""A plan for people and as JSON."""
+"""A plan as lines for a terminal and as JSON."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int]) -> dict[str, Any]:
-    """What is to run, before anything is compiled."""
+    """The facts of a plan that are known before anything is compiled."""
     config = experiment.config
     work = experiment.work
     params, _ = jax.eval_shape(experiment.task.init, jax.random.key(0))
@@ -49,10 +49,10 @@ def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int])
     }
 
 
-def fitting(
+def fitting_facts(
     experiment: Experiment, target: Slice, compiled: Compiled, limits: Bounds
 ) -> dict[str, Any]:
-    """What is known of a step that was compiled."""
+    """The facts of a plan whose step compiled and fits into memory."""
     batch, devices = experiment.config.batch_size, len(target.devices)
     work = experiment.work
     by_compiler = compiled.flops * devices / batch
@@ -106,8 +106,8 @@ def fitting(
     }
 
 
-def not_fitting(error: DoesNotFitError, attempts: Sequence[Attempt] = ()) -> dict[str, Any]:
-    """By how much a step does not fit, and what was tried."""
+def not_fitting_facts(error: DoesNotFitError, attempts: Sequence[Attempt] = ()) -> dict[str, Any]:
+    """The facts of a plan whose step does not fit: by how much, and the changes tried."""
     return {
         "fits": False,
         "hbm_bytes_per_device": {"total": error.needed, "available": error.available},
@@ -139,7 +139,7 @@ def text(plan: dict[str, Any]) -> str:
 
 
 def attempt_line(attempt: Attempt) -> str:
-    """One change that was tried."""
+    """One attempt as a line for a terminal."""
     if attempt.refused:
         return f"{attempt.flags}: not possible, {attempt.refused}"
     verdict = "fits" if attempt.fits else "does not fit"
@@ -152,7 +152,7 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         (
             "",
-            f"{_once(compiler) / 1e9:.2f} G in matmuls of the compiled step "
+            f"{_once(compiler) / 1e9:.2f} G in the matmuls of the compiled step "
             f"({compiler['matmuls_over_closed_form']:.4f} of the closed form)"
             + _repeated(compiler),
         )
@@ -160,20 +160,20 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if compiler["flops_per_image"] is None:
         trips = ", ".join(str(count) for count in compiler["loops"])
         rows.append(
-            ("", f"the compiler counts bodies of loops once (they run {trips} times): no counts")
+            ("", f"no compiler counts: it counts loop bodies once, but they run {trips} times")
         )
     else:
         rows += [
             (
                 "",
-                f"{compiler['flops_per_image'] / 1e9:.2f} G by the compiler "
-                f"({compiler['flops_over_closed_form']:.3f}), which counts norms, softmax and the "
-                "like as well",
+                f"{compiler['flops_per_image'] / 1e9:.2f} G by the compiler's count "
+                f"({compiler['flops_over_closed_form']:.3f}), which includes norms, softmax and so "
+                "on",
             ),
             (
                 "bytes per image",
-                f"{compiler['bytes_accessed_per_image'] / 1e6:.0f} MB accessed, of them "
-                f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} MB not in VMEM (compiler)",
+                f"{compiler['bytes_accessed_per_image'] / 1e6:.0f} MB accessed, of which "
+                f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} MB outside VMEM (compiler's count)",
             ),
         ]
     rows.append(
@@ -216,7 +216,7 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     else:
-        rows.append(("compiler's estimate", "none: cycles mean nothing below full effort"))
+        rows.append(("compiler's estimate", "none: cycles are only meaningful at full effort"))
     seconds, effort = plan["compile"]["seconds"], plan["compile"]["effort"]
     rows.append(("compiled in", f"{seconds} s at effort {effort:g}"))
     return rows
@@ -237,13 +237,15 @@ def _not_fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _once(compiler: dict[str, Any]) -> float:
-    """FLOPs of the matmuls, without those that the compiler repeats."""
+    """FLOPs of the matmuls without repetitions."""
     return compiler["matmul_flops_per_image"] - compiler["repeated_matmul_flops_per_image"]
 
 
 def _repeated(compiler: dict[str, Any]) -> str:
     repeated = compiler["repeated_matmul_flops_per_image"]
-    return f"; memory is short: {repeated / 1e9:.2f} G are repeated" if repeated else ""
+    if not repeated:
+        return ""
+    return f"; memory is short, so that the compiler repeats {repeated / 1e9:.2f} G"
 
 
 def _count(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""Devices of TPU slices, as libtpu describes them to its compiler without the chips."""
+"""Devices of TPU slices for ahead-of-time compilation; libtpu describes them without the chips."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,9 +13,9 @@ from jax.experimental import topologies
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError
 
-# Without these libtpu asks a cloud's metadata server, for minutes, which TPU it runs on, and one
-# process at a time may load it: a lock that guards a TPU, and there is none. The accelerator named
-# here is not the one compiled for.
+# Without these, libtpu spends minutes asking a cloud metadata server which TPU it runs on, and only
+# one process at a time can load it, because of a lock that protects a TPU; here there is none. The
+# accelerator type here is not the one that is compiled for.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -29,11 +29,11 @@ class Slice:
     """A TPU slice.
 
     Attributes:
-      name: as "v5e:4x4".
-      chip: its limits.
-      chips: how many.
-      devices: of jax, for a mesh. On v4 libtpu describes two per chip, its TensorCores; a real v4
-        host shows one device for both, with their memory together.
+      name: name such as "v5e:4x4".
+      chip: limits of its chips.
+      chips: number of chips.
+      devices: jax devices for a mesh. On v4, libtpu describes two per chip, its TensorCores; a real
+        v4 host shows one device per chip, with the memory of both.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Slice:
 
     @property
     def devices_per_chip(self) -> int:
-        """2 on v4, else 1."""
+        """Number of jax devices per chip: 2 on v4, else 1."""
         return len(self.devices) // self.chips
 
 
 def describe(name: str) -> Slice:
-    """The devices of a topology such as "v5e:4x4"; needs libtpu and no TPU.
+    """The slice with a name such as "v5e:4x4"; needs libtpu, but no TPU.
 
     Raises:
-      ConfigError: an unknown topology, no libtpu, or one that this jax does not go with.
+      ConfigError: the topology is unknown, or libtpu is missing or does not match this jax.
     """
     chip, shape = hardware.parse_topology(name)
     check_libtpu()
@@ -59,10 +59,10 @@ def describe(name: str) -> Slice:
     jax.config.update("jax_platforms", "cpu")
     options = {}
     if any(side % host for side, host in zip(shape, (2, 2), strict=False)):
-        options["chips_per_host_bounds"] = (1, 1, 1)  # a single chip; hosts have 2 x 2
+        options["chips_per_host_bounds"] = (1, 1, 1)  # for a single chip, as a host has 2 x 2
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # jax and libtpu raise several kinds
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # jax and libtpu raise several types
         text = str(error)
         if "lockfile" in text:
             raise ConfigError(
@@ -70,36 +70,38 @@ def describe(name: str) -> Slice:
                 f"for it, or plan elsewhere ({text.strip()})"
             ) from None
         raise ConfigError(
-            f"libtpu cannot describe the topology {name!r} ({text.strip()}); take one of "
+            f"libtpu cannot describe the topology {name!r} ({text.strip()}); use one of "
             f"{', '.join(hardware.topologies())}"
         ) from None
-    devices = found.devices
+    devices = description.devices
     return Slice(name, chip, len({tuple(device.coords) for device in devices}), devices)
 
 
 def check_libtpu() -> None:
-    """Refuses to go on without the libtpu that this jax names in its extra "tpu".
+    """Checks that the installed libtpu is the version that jax requires in its extra "tpu".
 
     Raises:
-      ConfigError: it is missing or another version.
+      ConfigError: libtpu is missing or has another version.
     """
-    wanted = _wanted_libtpu()
-    remedy = f"pip install 'libtpu=={wanted}', or 'fd_jax[plan]' where jax is the one it asks for"
+    required = _required_libtpu()
+    remedy = f"pip install 'libtpu=={required}', or 'fd_jax[plan]' if its libtpu matches this jax"
     try:
-        found = importlib.metadata.version("libtpu")
+        installed = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"planning compiles with libtpu, which is missing; {remedy}") from None
-    if not f"{found}.".startswith(wanted.removesuffix("*")):
         raise ConfigError(
-            f"jax {jax.__version__} compiles for TPUs with libtpu {wanted}, but {found} is "
+            f"planning needs libtpu to compile, and it is missing; {remedy}"
+        ) from None
+    if not f"{installed}.".startswith(required.removesuffix("*")):
+        raise ConfigError(
+            f"jax {jax.__version__} compiles for TPUs with libtpu {required}, but {installed} is "
             f"installed; {remedy}"
         )
 
 
-def _wanted_libtpu() -> str:
-    """Such as "0.0.42.*"; "*" where jax does not say."""
+def _required_libtpu() -> str:
+    """Version pattern that jax requires, such as "0.0.42.*"; "*" if it requires none."""
     for requirement in importlib.metadata.requires("jax") or ():
-        found = re.match(r"libtpu\s*==\s*([\w.*]+)", requirement)
-        if found:
-            return found[1]
+        match = re.match(r"libtpu\s*==\s*([\w.*]+)", requirement)
+        if match:
+            return match[1]
     return "*"

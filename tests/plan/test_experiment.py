@@ -1,4 +1,4 @@
-"""From configs to tasks without weights or data, slices by name, and the command's errors."""
+"""Defining tasks without weights or data, slices by name, bounds, advice and command errors."""
 
 import dataclasses
 import importlib.metadata
@@ -23,17 +23,17 @@ from tests import tiny
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def test_a_distillation_without_its_teacher():
+def test_a_distillation_is_defined_without_its_teachers_weights():
     config = base.distillation(teacher="openai_clip_vit_l14", shape=base.VIT_L14, drop_path=0.1)
     planned = experiment.define(config)
     assert planned.networks == (("teacher", "converter source openai_clip_vit_l14"),)
     assert planned.task.goal.teacher.width == 1024
     assert planned.config.dtype == "bfloat16"
-    # 1,281,167 images in batches of 2,048, the rest dropped; 300 epochs
+    # 1,281,167 images in full batches of 2,048, for 300 epochs
     assert (planned.steps_per_epoch, planned.total_steps) == (625, 187_500)
 
 
-def test_a_teacher_that_is_there_is_read(teacher):
+def test_the_spec_of_an_existing_teacher_folder_is_read(teacher):
     config = tiny.config(teacher, **{"teacher.source": "tiny"})
     planned = experiment.define(config)
     assert planned.networks == (("teacher", teacher),)
@@ -41,7 +41,7 @@ def test_a_teacher_that_is_there_is_read(teacher):
     assert (planned.total_steps, planned.examples) == (6, None)
 
 
-def test_fine_tuning_from_the_student_of_a_config():
+def test_fine_tuning_starts_from_a_config_a_source_or_random_weights():
     config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
     student = experiment.define(config, start=str(ROOT / "configs/distill_clip_vit_l14.py"))
     assert student.task.spec.arch["width"] == 1024
@@ -63,21 +63,21 @@ def test_fine_tuning_from_the_student_of_a_config():
         ({"batch_size": 4096}, {"examples": 1000}, ConfigError, "more than the 1000 images"),
     ],
 )
-def test_what_cannot_be_known_is_asked_for(fields, arguments, error, message):
+def test_missing_networks_and_image_counts_are_asked_for(fields, arguments, error, message):
     config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
     config.update_from_flattened_dict(fields)
     with pytest.raises(error, match=message):
         experiment.define(config, **arguments)
 
 
-def test_start_needs_a_distillation(tmp_path):
+def test_start_refuses_a_config_that_is_no_distillation(tmp_path):
     config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
     with pytest.raises(ConfigError, match="has no student"):
         experiment.define(config, start=str(ROOT / "configs/finetune_clip_vit_b16.py"))
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5e:1x1", "v4:2x2x4", "v5p:4x4x4", "v6e:16x16"])
-def test_topologies_by_name(name):
+def test_topology_names_are_parsed(name):
     chip, shape = hardware.parse_topology(name)
     assert name == f"{chip.name}:{'x'.join(map(str, shape))}"
 
@@ -86,12 +86,12 @@ def test_topologies_by_name(name):
     "name",
     ["v5e", "v5e:4", "v5e:4x4x4", "v4:4x4", "v5e:32x32", "H100:2x2", "v9:2x2", "v5e:0x4", ""],
 )
-def test_unknown_topologies_are_refused_with_those_known(name):
+def test_unknown_topologies_are_refused_with_a_list_of_known_ones(name):
     with pytest.raises(ConfigError, match="v5e:4x4.*v6e:16x16"):
         hardware.parse_topology(name)
 
 
-def test_every_listed_topology_is_taken():
+def test_every_listed_topology_can_be_parsed():
     for name in hardware.topologies():
         hardware.parse_topology(name)
 
@@ -100,23 +100,25 @@ def test_chips_by_device_kind():
     assert hardware.find_chip("TPU v5 lite") is hardware.CHIPS["v5e"]
     assert hardware.find_chip("NVIDIA H200") is hardware.CHIPS["H200"]
     assert hardware.find_chip(jax.devices()[0].device_kind) is None
-    # Peak compute by the units and the clock: 4 of 128 x 128 at 1.5 GHz
+    # Peak compute follows from 4 matrix units of 128 x 128 at 1.5 GHz.
     np.testing.assert_allclose(hardware.CHIPS["v5e"].clock_hz, 1.5e9, rtol=0.01)
 
 
-@pytest.mark.parametrize("found,message", [(None, "missing"), ("0.0.41", "0.0.41 is installed")])
-def test_the_wrong_libtpu_is_told(monkeypatch, found, message):
+@pytest.mark.parametrize(
+    "installed,message", [(None, "missing"), ("0.0.41", "0.0.41 is installed")]
+)
+def test_a_missing_or_wrong_libtpu_is_refused(monkeypatch, installed, message):
     def version(name):
-        if found is None:
+        if installed is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return found
+        return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=f"{message}.*pip install 'libtpu==0.0.42"):
         topology.describe("v5e:2x2")
 
 
-def test_the_right_libtpu_is_taken():
+def test_the_installed_libtpu_is_accepted():
     topology.check_libtpu()
 
 
@@ -157,7 +159,7 @@ def command(*flags):
         ),
     ],
 )
-def test_the_command_tells_what_is_wrong(flags, message):
+def test_wrong_flags_give_one_clear_error(flags, message):
     done = command(*flags)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
@@ -166,7 +168,7 @@ def test_the_command_tells_what_is_wrong(flags, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name,devices", [("v4:2x2x1", 8), ("v5p:2x2x1", 4), ("v5e:1x1", 1)])
-def test_slices_as_libtpu_describes_them(name, devices):
+def test_libtpu_describes_the_expected_number_of_devices(name, devices):
     code = (
         f"from fd_jax.plan import topology; s = topology.describe({name!r}); print(len(s.devices))"
     )
@@ -176,7 +178,7 @@ def test_slices_as_libtpu_describes_them(name, devices):
     assert done.stdout.split()[-1] == str(devices), done.stderr
 
 
-TINY_PLAN = """
+TINY_CONFIG = """
 from tests import tiny
 
 def get_config(arg=""):
@@ -189,12 +191,12 @@ from jax.experimental import topologies
 from fd_jax import sharding
 from fd_jax.plan import topology
 
-topology.describe("v5e:2x2")  # sets what libtpu needs
-found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
-mesh = sharding.make_mesh(fsdp=2, devices=found.devices[::-1])
+topology.describe("v5e:2x2")  # sets the environment of libtpu
+description = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+mesh = sharding.make_mesh(fsdp=2, devices=description.devices[::-1])
 print([[device.slice_index for device in row] for row in mesh.devices[:, :, 0]])
 try:
-    sharding.make_mesh(fsdp=8, devices=found.devices)
+    sharding.make_mesh(fsdp=8, devices=description.devices)
 except ValueError as error:
     print(error)
 """
@@ -202,7 +204,7 @@ except ValueError as error:
 
 @pytest.mark.slow
 def test_the_data_axis_spans_slices():
-    """And every other axis stays within one."""
+    """All other axes stay within one slice."""
     done = subprocess.run(
         [sys.executable, "-c", SLICES], cwd=ROOT, text=True, capture_output=True, timeout=120
     )
@@ -214,7 +216,7 @@ def test_the_data_axis_spans_slices():
 @pytest.mark.slow
 def test_the_command_from_end_to_end(teacher, tmp_path):
     config = tmp_path / "tiny_plan.py"
-    config.write_text(TINY_PLAN.format(teacher=teacher))
+    config.write_text(TINY_CONFIG.format(teacher=teacher))
     flags = [f"--config={config}", "--topology=v5e:4x4", "--effort=-1"]
     done = command(*flags, f"--output={tmp_path / 'plan.json'}", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr
@@ -224,7 +226,7 @@ def test_the_command_from_end_to_end(teacher, tmp_path):
     assert plan["estimate"]["step_seconds"] is None
     assert "does not fit" not in done.stdout and "at most" in done.stdout
 
-    # 3,000 times the memory, and what was tried against it
+    # A step that needs 3,000 times the memory, and the attempts to make it fit.
     done = command(
         *flags,
         f"--output={tmp_path / 'big.json'}",
@@ -239,7 +241,7 @@ def test_the_command_from_end_to_end(teacher, tmp_path):
 
 
 class FakeStep:
-    """Stands for a compiled step where only arithmetic is tested."""
+    """The attributes of a compiled step that the arithmetic of bounds reads."""
 
     effort = 0.0
     collectives = ()
@@ -261,27 +263,27 @@ def planned():
 
 def test_bounds_are_work_over_peak(planned):
     target = topology.Slice("v5e:2x2", hardware.CHIPS["v5e"], 4, [None] * 4)
-    found = bounds.of_step(planned, target, FakeStep())
+    limits = bounds.step_bounds(planned, target, FakeStep())
     work = planned.task.flops().executed * planned.config.batch_size
-    np.testing.assert_allclose(found.compute, work / (4 * 197e12))
-    assert (found.mfu, found.limit) == (1.0, "compute")
-    np.testing.assert_allclose(found.images_per_second, planned.config.batch_size / found.compute)
-    np.testing.assert_allclose(found.chip_hours, planned.total_steps * found.compute * 4 / 3600)
-    np.testing.assert_allclose(found.estimated_seconds, 0.01, rtol=0.01)
+    np.testing.assert_allclose(limits.compute, work / (4 * 197e12))
+    assert (limits.mfu, limits.limit) == (1.0, "compute")
+    np.testing.assert_allclose(limits.images_per_second, planned.config.batch_size / limits.compute)
+    np.testing.assert_allclose(limits.chip_hours, planned.total_steps * limits.compute * 4 / 3600)
+    np.testing.assert_allclose(limits.estimated_seconds, 0.01, rtol=0.01)
 
     slow = FakeStep()
-    slow.hbm_traffic = 819e9  # of one device: a second
-    found = bounds.of_step(planned, target, slow)
-    np.testing.assert_allclose((found.hbm, found.seconds), 1.0)
-    assert found.limit == "HBM"
-    # Two devices share the memory of a v4's chip.
+    slow.hbm_traffic = 819e9  # one second of one device's HBM bandwidth
+    limits = bounds.step_bounds(planned, target, slow)
+    np.testing.assert_allclose((limits.hbm, limits.seconds), 1.0)
+    assert limits.limit == "HBM"
+    # On v4, two devices share the memory of a chip.
     halves = topology.Slice("v4:2x2x1", hardware.CHIPS["v4"], 4, [None] * 8)
-    np.testing.assert_allclose(bounds.of_step(planned, halves, slow).hbm, 2 * 819e9 / 1228e9)
+    np.testing.assert_allclose(bounds.step_bounds(planned, halves, slow).hbm, 2 * 819e9 / 1228e9)
     slow.effort = -1.0
-    assert bounds.of_step(planned, target, slow).estimated_seconds is None
+    assert bounds.step_bounds(planned, target, slow).estimated_seconds is None
 
 
-def test_messages_of_memory_are_read():
+def test_out_of_memory_messages_are_parsed():
     used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
     used += "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     assert compiled._memory_excess(used) == (20.5 * 2**30, 15.75 * 2**30)
@@ -292,7 +294,7 @@ def test_messages_of_memory_are_read():
 
 
 def memory_model(config):
-    """Bytes that some changes save, for a run that needs 100 of 50."""
+    """Bytes that a run needs after some changes; without any, it needs 100."""
     needed = 100.0
     needed *= 0.9 if config.remat == "dots" else 0.6 if config.remat == "full" else 1.0
     needed *= 0.7 if config.mesh.fsdp == -1 else 1.0
@@ -318,7 +320,7 @@ def memory_model(config):
         ),
     ],
 )
-def test_advice_is_tried(planned, available, fitting):
+def test_advice_tries_single_changes_then_combinations(planned, available, fitting):
     tried = []
 
     def compile_with(config):
@@ -328,7 +330,7 @@ def test_advice_is_tried(planned, available, fitting):
             raise compiled.DoesNotFitError(needed, available)
         return dataclasses.make_dataclass("Step", ["hbm"])(int(needed))
 
-    attempts = advice.find(planned, 16, compile_with)
+    attempts = advice.try_candidates(planned, 16, compile_with)
     assert [a.changes for a in attempts if a.fits] == fitting
     assert len(tried) == len(attempts)
     for attempt, config in zip(attempts, tried, strict=True):
@@ -336,21 +338,23 @@ def test_advice_is_tried(planned, available, fitting):
     error = compiled.DoesNotFitError(100 * 2**30, 45 * 2**30)
     target = topology.Slice("v5e:4x4", hardware.CHIPS["v5e"], 16, [None] * 16)
     plan = table.run_facts(planned, target, {"data": 16, "fsdp": 1, "tensor": 1})
-    text = table.text(json.loads(json.dumps(plan | table.not_fitting(error, attempts))))
+    text = table.text(json.loads(json.dumps(plan | table.not_fitting_facts(error, attempts))))
     assert "55.00 GiB too much" in text
     assert "--config.remat=full: " in text
 
 
-def test_advice_tells_settings_that_do_not_go(planned):
+def test_advice_records_settings_that_are_refused(planned):
     def compile_with(config):
         raise ConfigError("no")
 
-    attempts = advice.find(planned, 1, compile_with)
+    attempts = advice.try_candidates(planned, 1, compile_with)
     assert {a.refused for a in attempts} == {"no"}
-    assert not any("mesh.fsdp" in a.changes for a in attempts)  # one device has nothing to split
+    assert not any(
+        "mesh.fsdp" in a.changes for a in attempts
+    )  # one device has nothing to shard over
 
 
-def test_a_mesh_axis_may_be_a_part_of_the_torus():
+def test_a_mesh_axis_can_be_part_of_a_torus_dimension():
     @dataclasses.dataclass(frozen=True)
     class Device:
         id: int
