@@ -1,10 +1,10 @@
-"""Compiles a shrunken FD step for sixteen TPU chips that are not there, and writes what it found.
+"""Compiles a small FD step for sixteen TPU chips ahead of time, and writes facts about it.
 
     python -m tests.plan.compile_step --output FOLDER [--depth 2] [--broken]
     python -m tests.plan.compile_step --renew      # writes tests/plan/figures.json
 
-Run in a process of its own: the compiler's effort is a global setting, and the tests' eight fake
-devices are another backend.
+It runs in a process of its own, because the compiler's effort is a global setting, and the tests'
+eight CPU devices are another backend.
 """
 
 import argparse
@@ -30,31 +30,31 @@ TOPOLOGY = "v5e:4x4"
 CHIPS = 16
 IMAGES = 16  # per chip
 STUDENT = {"patch_size": 16, "width": 256, "heads": 4, "mlp_width": 1024}
-# Unlike the student's in every number that a shape shows.
+# Different from the student's in every size that appears in a shape.
 TEACHER = {"width": 384, "heads": 6, "mlp_width": 1536}
 
 
 def config(depth=2, **fields):
-    made = base.distillation(teacher="", shape={**STUDENT, "depth": depth}, drop_path=0.2)
-    made.batch_size = IMAGES * CHIPS
-    made.mesh = {"data": 1, "fsdp": CHIPS, "tensor": 1}
-    made.dtype = "bfloat16"
-    made.update_from_flattened_dict(fields)
-    return made
+    result = base.distillation(teacher="", shape={**STUDENT, "depth": depth}, drop_path=0.2)
+    result.batch_size = IMAGES * CHIPS
+    result.mesh = {"data": 1, "fsdp": CHIPS, "tensor": 1}
+    result.dtype = "bfloat16"
+    result.update_from_flattened_dict(fields)
+    return result
 
 
-def define(made):
-    depth = made.student.arch.depth
+def define(settings):
+    depth = settings.student.arch.depth
     arch = {
         **base.student({**STUDENT, **TEACHER, "depth": depth}, image_size=224),
         "position": "ape",
     }
-    task = DistillTask(made, teacher_spec=ModelSpec("vit", {**arch, "layer_scale": None}))
-    return experiment.Experiment(task, made, (), None, 625, 1000)
+    task = DistillTask(settings, teacher_spec=ModelSpec("vit", {**arch, "layer_scale": None}))
+    return experiment.Experiment(task, settings, (), None, 625, 1000)
 
 
 def breakage():
-    """Everything wrong at once that the tests have to see."""
+    """Patches in all the faults at once that the tests have to detect."""
 
     def bias_per_example(q, k, *, bias, scale, original=xla.attention_logits):
         logits = original(q, k, bias=None, scale=scale)
@@ -63,14 +63,14 @@ def breakage():
         repeated = jnp.broadcast_to(bias, (len(q), *bias.shape))
         return logits + jax.lax.optimization_barrier(repeated)
 
-    def keeping_float32(x, activation):
+    def activate_in_float32(x, activation):
         return layers.ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
 
-    def replicated(tx, opt_state, params, mesh):
+    def replicated_moments(tx, opt_state, params, mesh):
         del tx, params
         return jax.tree.map(lambda _: sharding.replicated(mesh), opt_state)
 
-    def teacher_whole(tree, mesh, original=sharding.param_shardings):
+    def replicated_teacher(tree, mesh, original=sharding.param_shardings):
         if "projector" in tree:
             return original(tree, mesh)
         return jax.tree.map(lambda _: sharding.replicated(mesh), tree)
@@ -83,15 +83,15 @@ def breakage():
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(xla, "attention_logits", bias_per_example))
-    stack.enter_context(mock.patch.object(layers, "activate", keeping_float32))
-    stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated))
-    stack.enter_context(mock.patch.object(sharding, "param_shardings", teacher_whole))
+    stack.enter_context(mock.patch.object(layers, "activate", activate_in_float32))
+    stack.enter_context(mock.patch.object(sharding, "optimizer_shardings", replicated_moments))
+    stack.enter_context(mock.patch.object(sharding, "param_shardings", replicated_teacher))
     stack.enter_context(mock.patch.object(program.jax, "jit", without_donation))
     return stack
 
 
 def measure(depth=2, *, broken=False):
-    """The compiled step, and its facts as plain values."""
+    """(the compiled step, facts about it as plain values)."""
     target = topology.describe(TOPOLOGY)
     with breakage() if broken else contextlib.nullcontext():
         fields = {"grad_reduce_dtype": "bfloat16"} if broken else {}

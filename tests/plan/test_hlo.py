@@ -1,4 +1,4 @@
-"""The reader of compiled text: on programs compiled here, and on lines of a TPU's compiler."""
+"""The parser of compiled text: on programs compiled here, and on the text of a TPU program."""
 
 import functools
 import pathlib
@@ -33,7 +33,7 @@ def compile_text(mesh, function, *shapes, in_specs, out_specs):
 
 
 EXCHANGES = {
-    # name: (function of a [8, 16] shard, kind, axis, bytes of the whole arrays, share received)
+    # name: (function of a [8, 16] shard, kind, axis, bytes of the whole arrays, fraction received)
     "psum": (lambda x: jax.lax.psum(x, "fsdp"), "all-reduce", "fsdp", 512, 2 / 2),
     "psum2": (
         lambda x: jax.lax.psum(x, ("data", "tensor")),
@@ -74,16 +74,17 @@ EXCHANGES = {
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_collectives_of_compiled_programs(mesh, name):
+def test_collectives_of_compiled_programs_are_parsed(mesh, name):
     function, kind, axis, size, share = EXCHANGES[name]
     module = compile_text(mesh, function, (8, 16), in_specs=(P(),), out_specs=P())
-    (found,) = module.collectives(SIZES)
-    assert (found.kind, found.axis, found.count, found.bytes) == (kind, axis, 1, size)
-    assert found.dtypes == ("f32",)
-    assert found.received == size * share
+    (collective,) = module.collectives(SIZES)
+    assert (collective.kind, collective.axis) == (kind, axis)
+    assert (collective.count, collective.bytes) == (1, size)
+    assert collective.dtypes == ("f32",)
+    assert collective.received == size * share
 
 
-def test_a_loop_counts_as_often_as_it_runs(mesh):
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
     def looped(x):
         def body(x, _):
             return jnp.sin(jax.lax.psum(x, "fsdp")), None
@@ -91,12 +92,12 @@ def test_a_loop_counts_as_often_as_it_runs(mesh):
         return jax.lax.scan(body, x, None, length=5)[0]
 
     module = compile_text(mesh, looped, (8, 16), in_specs=(P(),), out_specs=P())
-    (found,) = module.collectives(SIZES)
-    assert (found.count, found.bytes) == (5, 5 * 512)
-    assert module.loops == []  # no matmul that would be counted too rarely
+    (collective,) = module.collectives(SIZES)
+    assert (collective.count, collective.bytes) == (5, 5 * 512)
+    assert module.loops == []  # the loop has no matmul
 
 
-def test_loops_with_matmuls_are_told():
+def test_trip_counts_of_loops_with_matmuls_are_listed():
     def looped(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=7)[0]
 
@@ -104,7 +105,7 @@ def test_loops_with_matmuls_are_told():
     assert module.loops == [7]
 
 
-def test_aliases_and_parameters():
+def test_aliases_and_parameters_are_parsed():
     @functools.partial(jax.jit, donate_argnums=(0,))
     def step(state, batch):
         return {"a": state["a"] + batch.sum(), "b": state["b"] * 2}, batch.mean()
@@ -136,12 +137,12 @@ def groups(text, sizes=None):
         "source_target_pairs={{0,2},{2,0},{1,3},{3,1},{4,6},{6,4},{5,7},{7,5}}, x",
     ],
 )
-def test_every_way_to_write_groups(text):
+def test_every_notation_of_groups_is_parsed(text):
     assert groups(text) == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert hlo._axis(hlo._groups(text, SIZES), SIZES) == "fsdp"
 
 
-def test_groups_along_no_axis_are_named_nothing():
+def test_groups_along_no_axis_have_an_empty_name():
     assert hlo._axis(hlo._groups("replica_groups={{0,3},{1,2},{4,7},{5,6}}", SIZES), SIZES) == ""
     assert groups("channel_id=1", {"data": 4}) == [[0, 1, 2, 3]]
 
@@ -151,36 +152,38 @@ def test_groups_that_cannot_be_read_are_an_error():
         groups("replica_groups=something new, x")
 
 
-# Lines as libtpu 0.0.42 writes them, of a program made up to hold each kind once.
+# Lines in the format of libtpu 0.0.42, in an invented program that has each kind once.
 TPU = (pathlib.Path(__file__).parent / "tpu_lines.txt").read_text()
 
 
-def test_lines_of_a_tpu():
+def test_text_of_a_tpu_program_is_parsed():
     module = hlo.Module(TPU)
     assert module.cycles() == 3 * 10 + 100
     assert module.loops == []
     assert module.aliased_parameters() == {0, 1}
-    # %a is read by four instructions, the loop writes four bytes; the rest is HBM's.
+    # Four instructions read %a and the loop writes four bytes; everything else is in HBM.
     assert module.vmem_bytes() == 4 * 64 + 4
     assert [s.dims for s in module.stored_broadcasts()] == [(2, 4, 8)]
-    # A fused gather stands there twice under one channel; a started one is counted once.
+    # A fused gather appears twice with one channel; a gather with start and done counts once.
     (gathers,) = module.collectives({"data": 2})
     assert (gathers.kind, gathers.axis, gathers.count) == ("all-gather", "data", 2)
     assert gathers.bytes == 2 * 128
 
 
-def test_text_that_is_no_program():
+def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Module("hello\n")
 
 
-def test_shapes_in_bytes():
-    made = hlo._shapes("(f32[2,3]{1,0}, s4[5]{0}, pred[], /*index=3*/bf16[7]{0:T(8)S(1)}, token[])")
-    assert [(s.dtype, s.bytes, s.space) for s in made] == [
+def test_shapes_are_parsed_with_bytes_and_memory_space():
+    shapes = hlo._shapes(
+        "(f32[2,3]{1,0}, s4[5]{0}, pred[], /*index=3*/bf16[7]{0:T(8)S(1)}, token[])"
+    )
+    assert [(s.dtype, s.bytes, s.space) for s in shapes] == [
         ("f32", 24, 0),
         ("s4", 3, 0),
         ("pred", 1, 0),
         ("bf16", 14, 1),
         ("token", 0, 0),
     ]
-    assert np.prod(made[0].dims) == 6
+    assert np.prod(shapes[0].dims) == 6

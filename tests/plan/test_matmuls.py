@@ -1,4 +1,4 @@
-"""FLOPs of matmuls in compiled text, against XLA's own count of programs that hold nothing else."""
+"""FLOPs of matmuls in compiled text, against XLA's count for programs that contain only matmuls."""
 
 import functools
 
@@ -11,7 +11,7 @@ from fd_jax.plan import hlo
 
 
 def compiled(function, *shapes):
-    """The read module, and what XLA counts."""
+    """(parsed module, FLOPs by XLA's count)."""
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     executable = jax.jit(function).lower(*structs).compile()
     return hlo.Module(executable.as_text()), executable.cost_analysis()["flops"]
@@ -54,7 +54,7 @@ CONVOLUTIONS = {
         (2, 4, 9),
         (6, 4, 3),
     ),
-    # How TPUs write a batched matmul: of 16 places of the kernel each result meets one number.
+    # How TPUs write a batched matmul: only one of 16 kernel positions falls on a number.
     "a batch as a window": (
         convolution(((0, 0),), ("WNC", "WOI", "WNC"), stride=(15,), lhs_dilation=(16,)),
         (16, 5, 7),
@@ -64,9 +64,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_count_as_xla_counts(name):
-    module, wanted = compiled(*CONVOLUTIONS[name])
-    assert module.matmul_flops() == (wanted, 0)
+def test_flops_of_convolutions_equal_xlas_count(name):
+    module, counted = compiled(*CONVOLUTIONS[name])
+    assert module.matmul_flops() == (counted, 0)
 
 
 def test_a_batch_as_a_window_is_a_batched_matmul():
@@ -82,13 +82,13 @@ def test_a_batch_as_a_window_is_a_batched_matmul():
         ("ijk,jkl->il", (64, 4, 8), (4, 8, 48), 64 * 4 * 8 * 48),
     ],
 )
-def test_matmuls_count_two_per_product(equation, left, right, products):
+def test_matmuls_count_two_flops_per_product(equation, left, right, products):
     module, counted = compiled(functools.partial(jnp.einsum, equation), left, right)
     assert module.matmul_flops() == (2 * products, 0)
     assert counted == 2 * products
 
 
-def test_loops_count_as_often_as_they_run_and_nothing_else_counts():
+def test_loop_bodies_count_as_often_as_they_run():
     def looped(x):
         return lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=7)[0]
 
@@ -97,8 +97,8 @@ def test_loops_count_as_often_as_they_run_and_nothing_else_counts():
     assert counted < 7 * 2 * 64**3  # XLA counts the body once
 
 
-def test_what_the_compiler_repeats_is_told_apart():
-    """Lines as libtpu 0.0.42 names them: a repeated fusion, and a repeated matmul by itself."""
+def test_flops_that_the_compiler_repeats_are_counted_separately():
+    """With names as in libtpu 0.0.42: a repeated fusion, and a repeated matmul outside fusions."""
     text = """HloModule jit_step, is_scheduled=true
 
 %fused.1 (p: f32[8,4], q: f32[4,2]) -> f32[8,2] {

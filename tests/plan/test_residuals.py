@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: of the teacher its target, of a block little."""
+"""Residuals for the backward pass: only the teacher's target, and few activations of a block."""
 
 from flax import nnx
 import jax
@@ -20,7 +20,7 @@ def task():
 
 
 def kept(task, *, with_teacher):
-    """Shapes of the residuals of the loss, by the gradient of the student (and the teacher)."""
+    """Shapes of the loss's residuals for gradients of the student, or of student and teacher."""
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
     batch = {
         "image": jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.uint8),
@@ -34,12 +34,12 @@ def kept(task, *, with_teacher):
             return jax.vjp(lambda p, f: task.loss(p, extra, f, batch)[0], params, frozen)[1]
         return jax.vjp(lambda p: task.loss(p, extra, frozen, batch)[0], params)[1]
 
-    made = jax.eval_shape(residuals, params, extra, task.abstract_frozen(), batch)
-    return [leaf.shape for leaf in jax.tree.leaves(made)]
+    shapes = jax.eval_shape(residuals, params, extra, task.abstract_frozen(), batch)
+    return [leaf.shape for leaf in jax.tree.leaves(shapes)]
 
 
-def of_the_teacher(shapes):
-    """Activations of the teacher's blocks: hidden units, or one row per image of its width."""
+def teacher_activations(shapes):
+    """Shapes of the teacher's activations: those with one of its sizes and a row per image."""
     return [
         s
         for s in shapes
@@ -49,27 +49,27 @@ def of_the_teacher(shapes):
 
 
 def test_activations_of_the_teacher_are_not_kept(task):
-    # The difference of prediction and target, in the loss, is the only array of its width: what
+    # The only arrays of its width are differences of prediction and target, which the gradient of
     # the smooth L1 loss needs.
-    found = of_the_teacher(kept(task, with_teacher=False))
-    assert set(found) <= {(ROWS, 17, TEACHER["width"])}
-    assert len(found) <= 4
+    shapes = teacher_activations(kept(task, with_teacher=False))
+    assert set(shapes) <= {(ROWS, 17, TEACHER["width"])}
+    assert len(shapes) <= 4
 
 
-def test_they_would_be_seen(task, monkeypatch):
-    """Control: without the two stops of the gradient, and with a gradient asked for."""
+def test_control_activations_of_the_teacher_are_kept_without_stop_gradient(task, monkeypatch):
+    """Negative control: no stop_gradient, and a gradient with respect to the teacher."""
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
-    found = of_the_teacher(kept(task, with_teacher=True))
-    assert any(TEACHER["mlp_width"] in shape for shape in found)
-    assert len(found) > 20
+    shapes = teacher_activations(kept(task, with_teacher=True))
+    assert any(TEACHER["mlp_width"] in shape for shape in shapes)
+    assert len(shapes) > 20
 
 
 ARCH = {**tiny.TEACHER, "depth": 1}
 TOKENS = 17
 
 
-def kept_by_a_block():
-    """Distinct residuals of a ViT of one block that computes in bfloat16."""
+def block_residuals():
+    """Distinct residuals of a ViT with one block that computes in bfloat16."""
     model = nnx.eval_shape(lambda: vit.ViT(**ARCH, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
 
@@ -77,15 +77,15 @@ def kept_by_a_block():
         return jax.vjp(lambda p: nnx.merge(graph, p)(images).tokens, params)[1]
 
     images = jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.float32)
-    made = jax.make_jaxpr(residuals)(params, images)
-    return {id(variable): variable.aval for variable in made.jaxpr.outvars}.values()
+    closed = jax.make_jaxpr(residuals)(params, images)
+    return {id(variable): variable.aval for variable in closed.jaxpr.outvars}.values()
 
 
-def test_a_block_keeps_no_float32_of_its_hidden_units_and_probabilities():
-    kept = list(kept_by_a_block())
+def test_a_block_keeps_hidden_units_and_probabilities_only_in_bfloat16():
+    kept = list(block_residuals())
     hidden = [a for a in kept if a.shape == (ROWS * TOKENS, ARCH["mlp_width"])]
     probabilities = [a for a in kept if a.shape == (ROWS, ARCH["heads"], TOKENS, TOKENS)]
-    # Both sides of the activation; what was multiplied with the values.
+    # Input and output of the activation; the probabilities that multiply the values.
     assert [a.dtype for a in hidden] == 2 * [jnp.bfloat16]
     assert [a.dtype for a in probabilities] == [jnp.bfloat16]
 
@@ -94,11 +94,11 @@ def plain_average(logits, v):
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(v.dtype), v)
 
 
-def test_more_would_be_seen(monkeypatch):
-    """Control: the functions without gradients of their own."""
+def test_control_a_block_keeps_float32_without_the_custom_gradients(monkeypatch):
+    """Negative control: the plain functions, without their custom gradients."""
     monkeypatch.setattr(layers, "activate", lambda x, name: layers.ACTIVATIONS[name](x))
     monkeypatch.setattr(xla, "softmax_average", plain_average)
-    kept = list(kept_by_a_block())
+    kept = list(block_residuals())
     assert sum(a.shape == (ROWS * TOKENS, ARCH["mlp_width"]) for a in kept) > 2
     wide = [a for a in kept if a.shape[-2:] == (TOKENS, TOKENS) and a.dtype == jnp.float32]
     assert wide

@@ -1,4 +1,4 @@
-"""Which runs of docs/scale.md share a step, by comparing the programs."""
+"""The runs that share a step in docs/scale.md have equal programs."""
 
 import importlib
 import re
@@ -13,26 +13,26 @@ from fd_jax.training import program
 
 
 def lowered(run):
-    """The step of a run as it goes to the compiler, without the numbers in it."""
+    """The lowered step of a run, without its constants."""
     path, start, _ = scale.RUNS[run]
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     planned = experiment.define(module.get_config(), start=start)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    made = program.build(
+    built = program.build(
         planned.task,
         planned.config,
         mesh,
         steps_per_epoch=planned.steps_per_epoch,
         total_steps=planned.total_steps,
     )
-    text = made.train_step.lower(made.state, made.frozen, made.batch, made.seed).as_text()
+    text = built.train_step.lower(built.state, built.frozen, built.batch, built.seed).as_text()
     return re.sub(r"dense<[^>]*>", "dense<>", text)
 
 
 @pytest.mark.slow
-def test_runs_that_are_not_compiled_have_the_step_of_one_that_is():
+def test_runs_that_share_a_step_have_the_same_program():
     steps = {run: lowered(run) for run in {*scale.SAME_STEP, *scale.SAME_STEP.values()}}
     assert all(steps[run] == steps[other] for run, other in scale.SAME_STEP.items())
-    # Control: CLIP's teacher has a norm before its blocks, DINO's has none.
+    # Negative control: CLIP's teacher has a norm before its blocks, DINO's has none.
     assert steps["distill_b"] != steps["distill_dino_b"] != steps["finetune_b"]
     assert "dense<>" in steps["distill_b"] and len(steps["distill_b"]) > 100_000

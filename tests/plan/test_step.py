@@ -1,4 +1,4 @@
-"""What the compiled TPU step may hold: one shrunken FD step for 16 chips, beside a broken one."""
+"""Properties of the compiled TPU step: a small FD step for 16 chips, and a broken control."""
 
 import json
 import os
@@ -18,7 +18,7 @@ MARGIN = 1.03
 
 
 class Step:
-    """What compile_step.py finds, in a process that starts at once and is waited for when read."""
+    """The results of compile_step.py, in a process that starts at once; `wait` reads them."""
 
     def __init__(self, folder, *flags):
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -54,8 +54,8 @@ class Step:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The step; and one with moments and teacher on every chip, bfloat16 reductions, nothing
-    donated, a position bias per example, and hidden units kept in float32.
+    """[the step, a broken step]. The broken one has replicated moments and teacher, bfloat16
+    reductions, no donation, a position bias per example, and hidden units in float32.
     """
     steps = [
         Step(tmp_path_factory.mktemp("step")),
@@ -75,10 +75,11 @@ def broken(both):
 
 
 def expected_gathers(depth):
-    """Gathers in an FD step over fsdp, of equal depths: six per block, as qkv comes in its parts.
+    """Number of gathers over fsdp in an FD step; teacher and student have the same depth.
 
-    Student forward: its blocks, patch embedding and projector; backward: its blocks again, but
-    for the last fc2, whose gathered copy is still there. Teacher: its blocks and its embedding.
+    A block has six, because q, k and v are gathered separately. Student forward: its blocks, patch
+    embedding and projector. Backward: its blocks again, except the last fc2, whose gathered copy
+    still exists. Teacher: its blocks and its patch embedding.
     """
     return (6 * depth + 2) + (6 * depth - 1) + (6 * depth + 1)
 
@@ -110,16 +111,16 @@ def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
 
 
 def test_gradients_are_summed_once(step):
-    """As many bytes as the trained parameters in float32, and some scalars."""
+    """The reduced bytes are those of the trained parameters in float32, plus some scalars."""
     parameters = sum(_size(f["shape"]) for f in step.inputs(".params").values())
     reduced = sum(c.bytes for c in step.of_kind("all-reduce"))
-    # The four position tables' gradient is summed as [A, N, N] in places: no more than that.
+    # The gradients of the position tables may be summed as [A, N, N] for the four heads.
     assert 4 * parameters <= reduced <= 4 * parameters + 4 * 4 * TOKENS**2 + 1000
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [3, 4])
-def test_gathers_grow_with_depth_as_the_formula(depth, tmp_path):
+def test_the_number_of_gathers_grows_with_depth_as_expected(depth, tmp_path):
     deeper = Step(tmp_path, f"--depth={depth}").wait()
     assert sum(c.count for c in deeper.of_kind("all-gather")) == expected_gathers(depth)
 
@@ -150,8 +151,8 @@ def test_the_teacher_is_sharded(step, broken):
     assert whole_kernels(broken, "frozen") == list(broken.inputs("frozen", "kernel"))
 
 
-def test_matmuls_are_those_of_the_closed_form(step):
-    """Every one, and none twice; the broken step has as many, so that is no control here."""
+def test_matmul_flops_equal_the_closed_form(step):
+    """No matmul is missing or repeated. The broken step has as many, so it is no control here."""
     total, repeated = step.module.matmul_flops()
     assert total == IMAGES * step.facts["closed_form"]
     assert repeated == 0
@@ -163,9 +164,9 @@ def test_the_state_is_donated(step, broken):
 
 
 def biases_per_example(step):
-    """Arrays that repeat a bias [A, N, N] for each image."""
-    wanted = sorted((IMAGES, STUDENT["heads"], TOKENS, TOKENS))
-    return [s for s in step.module.stored_broadcasts() if sorted(s.dims) == wanted]
+    """Shapes of stored arrays that repeat a bias [A, N, N] for each image."""
+    repeated = sorted((IMAGES, STUDENT["heads"], TOKENS, TOKENS))
+    return [s for s in step.module.stored_broadcasts() if sorted(s.dims) == repeated]
 
 
 def test_the_position_bias_is_not_repeated_per_example(step, broken):
@@ -174,10 +175,10 @@ def test_the_position_bias_is_not_repeated_per_example(step, broken):
 
 
 def hidden_in_float32(step):
-    """Arrays of hidden units, one row per token, that are written in float32."""
-    wanted = {(IMAGES * TOKENS, s["mlp_width"]) for s in (STUDENT, TEACHER)}
+    """Shapes of hidden units, one row per token, that are written in float32."""
+    hidden = {(IMAGES * TOKENS, s["mlp_width"]) for s in (STUDENT, TEACHER)}
     shapes = step.module.scheduled_shapes()
-    return [s for s in shapes if s.dims in wanted and s.dtype == "f32"]
+    return [s for s in shapes if s.dims in hidden and s.dtype == "f32"]
 
 
 def test_hidden_units_are_written_in_the_compute_dtype(step, broken):
@@ -185,16 +186,17 @@ def test_hidden_units_are_written_in_the_compute_dtype(step, broken):
     assert hidden_in_float32(broken)
 
 
-def grown(figures, committed):
+def grown(costs, committed):
+    """Ratio of each cost that exceeds its committed value by more than the margin."""
     return {
         name: value / committed[name]
-        for name, value in figures.items()
+        for name, value in costs.items()
         if value > MARGIN * committed[name]
     }
 
 
-def test_figures_did_not_grow(step, broken):
-    """Renew with `python -m tests.plan.compile_step --renew` and say in the commit why."""
+def test_costs_did_not_grow(step, broken):
+    """Renew with `python -m tests.plan.compile_step --renew`; give the reason in the commit."""
     committed = json.loads(FIGURES.read_text())
     assert committed.keys() == step.facts["figures"].keys()
     assert grown(step.facts["figures"], committed) == {}
