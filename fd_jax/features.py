@@ -1,12 +1,12 @@
-"""Features of a dataset or a folder of pictures, for those who want nothing else.
+"""Extracts the features of a dataset or a folder of images.
 
     python -m fd_jax.features --model=runs/fd/model --input=digits --split=test --output=digits.npz
     python -m fd_jax.features --model=teachers/clip_vit_b16 --input=my/pictures --output=mine.npz
 
 The file holds "cls" [N, D] and "mean" [N, D] (the class token and the mean of the patch tokens,
 after the final norm where the network has one), "labels" [N] int32 (-1 where there are none) and
-"names" [N], in the order of the data. All devices of this process share the work. Data needs the
-packages of the extra "train".
+"names" [N], in the order of the data. All devices of this process share the work. Reading data
+needs the packages of the extra "train".
 """
 
 import argparse
@@ -26,11 +26,11 @@ from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
 from fd_jax.models.features import FeatureMap
 
-# What can be kept of each picture.
-KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
+# The features that can be extracted from a feature map, by name.
+TOKEN_KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
     "cls": lambda features: features.cls_token,  # [B, D]
     "mean": lambda features: jnp.mean(features.patches, axis=1),  # [B, D]
-    "full": lambda features: features.full,  # [B, cls + H*W, D]: no registers
+    "full": lambda features: features.full,  # [B, cls + H*W, D], without registers
 }
 
 BATCH_PER_DEVICE = 32
@@ -46,29 +46,29 @@ def extract(
     threads: int = 16,
     max_broken: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Runs every picture of a dataset through a network, resized and cropped as for evaluation.
+    """Runs every image of a dataset through a network, resized and cropped as for evaluation.
 
     Args:
-      model: of `fd_jax.load_model`.
-      dataset: of `fd_jax.data.datasets.open_dataset`.
-      tokens: which of KINDS; none for "mean" and, where the network has a class token, "cls".
-      batch_size: over all devices; None for 32 on each.
-      threads: that decode.
-      max_broken: unreadable pictures that are left out before it stops.
+      model: model from `fd_jax.load_model`.
+      dataset: dataset from `fd_jax.data.datasets.open_dataset`.
+      tokens: names in TOKEN_KINDS; if empty, "mean" and, if the network has a class token, "cls".
+      batch_size: batch size over all devices; None for 32 per device.
+      threads: number of threads that decode images.
+      max_broken: number of unreadable images that may be left out.
 
     Returns:
-      float32 [N, ...] of each of `tokens`, "labels" int32 [N], "names" str [N] and, with "full",
-      the "grid" (H, W) of its patches. N counts the pictures that could be read.
+      float32 [N, ...] for each of `tokens`, "labels" int32 [N], "names" str [N] and, with "full",
+      the "grid" (H, W) of the patches. N is the number of images that could be read.
 
     Raises:
-      ConfigError: tokens that there are not, or a batch that does not split over the devices.
-      DataError: more broken pictures than `max_broken`, or nothing else.
+      ConfigError: unknown or unavailable tokens, or a batch that the devices cannot divide.
+      DataError: more than `max_broken` images are unreadable, or none is readable.
     """
     from fd_jax.data import pipeline, transforms
 
     side = model.spec.arch["image_size"]
     layout = jax.eval_shape(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    tokens = _choose(tokens, layout)
+    tokens = _check_tokens(tokens, layout)
     mesh = sharding.make_mesh(devices=jax.local_devices())
     if batch_size is None:
         batch_size = BATCH_PER_DEVICE * mesh.size
@@ -78,7 +78,7 @@ def extract(
 
     encoder = jax.device_put(model.params["encoder"], sharding.replicated(mesh))
     model = Model(model.spec, {"encoder": encoder})
-    keep = jax.jit(lambda features: {kind: KINDS[kind](features) for kind in tokens})
+    keep = jax.jit(lambda features: {kind: TOKEN_KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
         dataset,
         transforms.LabelledImage(transforms.EvalTransform(side)),
@@ -92,71 +92,78 @@ def extract(
             images = jax.device_put(batch["image"], sharding.batch_sharding(mesh))
             yield batch, keep(model(model.preprocess(images)))
 
-    stored = _store(computed(), len(dataset))
+    stored = _collect(computed(), len(dataset))
     index = stored.pop("index")
     if not len(index):
-        raise DataError(f"{dataset.name} has no picture that can be read")
+        raise DataError(f"{dataset.name} has no readable image")
     stored["names"] = np.array([dataset.describe(int(i)) for i in index], np.str_)
     if "full" in tokens:
         stored["grid"] = np.array(layout.grid)
     return stored
 
 
-def _choose(tokens: Sequence[str], layout: FeatureMap) -> Sequence[str]:
+def _check_tokens(tokens: Sequence[str], layout: FeatureMap) -> Sequence[str]:
+    """The tokens, or the default ones if there are none; refuses those that do not exist."""
     if not tokens:
         return ("cls", "mean") if layout.cls else ("mean",)
-    if unknown := sorted(set(tokens) - set(KINDS)):
-        raise ConfigError(f"tokens {unknown} are unknown; expected some of {sorted(KINDS)}")
+    if unknown := sorted(set(tokens) - set(TOKEN_KINDS)):
+        raise ConfigError(f"tokens {unknown} are unknown; expected some of {sorted(TOKEN_KINDS)}")
     if "cls" in tokens and not layout.cls:
-        raise ConfigError("tokens 'cls', but the network has no class token; use 'mean'")
+        raise ConfigError("tokens include 'cls', but the network has no class token; use 'mean'")
     return tokens
 
 
-def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndarray]:
-    """The rows of weight 1, one batch late, so that the devices work meanwhile."""
+def _collect(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndarray]:
+    """Collects the rows of weight 1. It reads results one batch late, to keep the devices busy."""
     stored: dict[str, np.ndarray] = {}
     count, reported = 0, time.monotonic()
-    waiting = next(computed)
-    while waiting is not None:
-        (batch, features), waiting = waiting, next(computed, None)
-        read = batch["weight"] > 0
+    pending = next(computed)
+    while pending is not None:
+        (batch, features), pending = pending, next(computed, None)
+        valid = batch["weight"] > 0
         rows = {**features, "labels": batch["label"], "index": batch["index"]}
         for name, value in rows.items():
-            value = np.asarray(value)[read]
+            value = np.asarray(value)[valid]
             if name not in stored:
                 stored[name] = np.empty((total, *value.shape[1:]), value.dtype)
             stored[name][count : count + len(value)] = value
-        count += int(read.sum())
+        count += int(valid.sum())
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
-            say(f"{count} of {total} pictures")
+            say(f"{count} of {total} images")
     return {name: rows[:count] for name, rows in stored.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; what the user got wrong becomes one message and the status 2."""
+    """Runs the command line; a mistake of the user gives one message and exit status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--input", required=True, help="TFDS name, or folder of pictures")
-    parser.add_argument("--output", required=True, help="file to write, FILE.npz")
-    parser.add_argument("--split", default="train", help="of the dataset, as test or train[:10%%]")
-    parser.add_argument("--data_dir", help="where TFDS keeps prepared data")
+    parser.add_argument("--input", required=True, help="TFDS name, or folder of images")
+    parser.add_argument("--output", required=True, help="file to write; its name ends in .npz")
     parser.add_argument(
-        "--tokens", default="", help="some of cls,mean,full by commas; cls,mean if not given"
+        "--split", default="train", help="split of the dataset, such as test or train[:10%%]"
     )
-    parser.add_argument("--image_size", type=int, help="side to resize the network for")
-    parser.add_argument("--batch_size", type=int, help="over all devices; 32 on each if not given")
+    parser.add_argument("--data_dir", help="folder of prepared TFDS data")
     parser.add_argument(
-        "--max_broken", type=int, default=0, help="unreadable pictures to leave out"
+        "--tokens", default="", help="comma-separated list of cls, mean, full; default: cls,mean"
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="input size in pixels to resize the network to"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="batch size over all devices; default: 32 per device"
+    )
+    parser.add_argument(
+        "--max_broken", type=int, default=0, help="number of unreadable images that may be left out"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     try:
         _run(args)
     except ModuleNotFoundError as error:
-        print(f"error: {error}; pip install 'fd_jax[train]' brings it", file=sys.stderr)
+        print(f"error: {error}; install it with pip install 'fd_jax[train]'", file=sys.stderr)
         return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -168,7 +175,7 @@ def _run(args: argparse.Namespace) -> None:
     from fd_jax.data import datasets
 
     output = epath.Path(args.output)
-    temporary = _claim(output, overwrite=args.overwrite)
+    temporary = _create_temporary(output, overwrite=args.overwrite)
     try:
         model = load_model(args.model, image_size=args.image_size)
         name = _dataset_name(args.input)
@@ -188,7 +195,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _dataset_name(text: str) -> str:
-    """As `open_dataset` wants it: a path to a folder may come without its prefix."""
+    """The name for `open_dataset`; adds the prefix to the path of a folder."""
     from fd_jax.data import datasets
 
     is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text
@@ -197,12 +204,14 @@ def _dataset_name(text: str) -> str:
     return f"{datasets.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
 
 
-def _claim(output: epath.Path, *, overwrite: bool) -> epath.Path:
-    """The file to write into until all is there; made now, so that what is wrong shows now."""
+def _create_temporary(output: epath.Path, *, overwrite: bool) -> epath.Path:
+    """Creates the temporary output file before any work, so that a wrong path fails early."""
     if output.suffix != ".npz":
-        raise ConfigError(f"--output={output}: expected the name of a file that ends in .npz")
+        raise ConfigError(f"--output={output}: expected a file name that ends in .npz")
     if output.exists() and not (overwrite and output.is_file()):
-        raise ConfigError(f"{output} exists; name another file, or add --overwrite for a file")
+        raise ConfigError(
+            f"{output} exists; use another name, or add --overwrite to replace a file"
+        )
     temporary = output.parent / f".{output.name}.incomplete"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

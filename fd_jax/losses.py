@@ -1,4 +1,4 @@
-"""Targets and losses: arrays in, arrays out, always computed in float32."""
+"""Target normalisations and losses on arrays, always computed in float32."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ TargetNorm = Literal["whiten", "l2", "none"]
 def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
     """Normalises each token over its channels with no learned scale (docs/reference.md#whitening).
 
-    The LayerNorm without affine of the paper: biased variance, torch's default eps.
+    This is the paper's LayerNorm without affine parameters: biased variance, torch's default eps.
     [..., D] -> [..., D] float32.
     """
     x = features.astype(jnp.float32)
@@ -28,14 +28,16 @@ def l2_normalize(features: jax.Array, *, eps: float = 1e-12) -> jax.Array:
 
 
 def normalize_target(features: jax.Array, kind: TargetNorm) -> jax.Array:
-    """A normalisation of the target of docs/reference.md#table-3. [..., D] -> [..., D]."""
+    """Applies a target normalisation of docs/reference.md#table-3. [..., D] -> [..., D]."""
     if kind == "whiten":
         return whiten(features)
     if kind == "l2":
         return l2_normalize(features)
     if kind == "none":
         return features.astype(jnp.float32)
-    raise ValueError(f"target normalisation {kind!r}; expected one of {TargetNorm.__args__}")
+    raise ValueError(
+        f"unknown target normalisation {kind!r}; expected one of {TargetNorm.__args__}"
+    )
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 2.0) -> jax.Array:
@@ -51,5 +53,5 @@ def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array, *, eps: float = 1e-12) -> jax.Array:
-    """Cosine between matching tokens. [..., D] x 2 -> [...] float32."""
+    """Cosine similarity of corresponding tokens. [..., D] x 2 -> [...] float32."""
     return jnp.sum(l2_normalize(a, eps=eps) * l2_normalize(b, eps=eps), axis=-1)

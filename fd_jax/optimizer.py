@@ -1,4 +1,4 @@
-"""Schedules, weight decay, layer-wise decay and clipping as one optax transformation."""
+"""AdamW and LARS with schedule, weight decay, layer-wise decay and clipping, built from optax."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,19 +17,19 @@ Moments = Literal["float32", "bfloat16", "factored"]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then half a cosine, in optimizer steps and absolute rates.
+    """Linear warm-up, then cosine decay, in optimizer steps and absolute learning rates.
 
     See docs/reference.md#lr-schedule.
 
     Attributes:
       start, peak, minimum: absolute learning rates.
-      warmup_steps: W.
-      total_steps: N; from there on the rate is `minimum`.
-      lag: optimizer step i runs at position max(i - lag, 0). The original advances its schedule
-        after the step, so its lag is 1 (docs/reference.md#quirk-lr-lag).
-      scale_floors: whether layer-wise decay scales `start` and `minimum` too. The original does
-        not (docs/reference.md#quirk-lr-floors), so its lowest layers can fall in warm-up and rise
-        afterwards.
+      warmup_steps: number of warm-up steps.
+      total_steps: number of all steps; from then on, the rate is `minimum`.
+      lag: optimizer step i uses position max(i - lag, 0) of the schedule. The original advances its
+        schedule after the step, so its lag is 1 (docs/reference.md#quirk-lr-lag).
+      scale_floors: whether layer-wise decay scales `start` and `minimum` too. The original scales
+        only `peak` (docs/reference.md#quirk-lr-floors), so the rate of its lowest layers can fall
+        during warm-up and rise afterwards.
     """
 
     start: float
@@ -41,7 +41,7 @@ class Schedule:
     scale_floors: bool = False
 
     def __call__(self, step: jax.Array | int, scale: jax.Array | float = 1.0) -> jax.Array:
-        """Learning rate of optimizer step `step` (from 0) for a layer of the given scale."""
+        """Learning rate of optimizer step `step` (from 0) for a layer with the given scale."""
         floor = scale if self.scale_floors else 1.0
         start, peak, minimum = self.start * floor, self.peak * scale, self.minimum * floor
         position = jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
@@ -63,11 +63,11 @@ def from_config(
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer of `config.optim` and its schedule, for a tree of arrays or shapes.
 
-    Learning rates in the config are per `optim.lr_batch` images (512 in the original) and are
-    scaled to the global batch here, once.
+    Learning rates in the config are per `optim.lr_batch` images (512 in the original); only this
+    function scales them to the global batch.
 
     Raises:
-      ConfigError: an unknown optimizer, or LARS asked to decay what it never decays.
+      ConfigError: the optimizer is unknown, or LARS is asked to decay vectors.
     """
     optim = config.optim
     check_choice("optim.name", optim.name, ("adamw", "lars"))
@@ -85,7 +85,7 @@ def from_config(
         if optim.decay_vectors:
             raise ConfigError(
                 "optim.decay_vectors=True, but LARS leaves biases and other vectors without weight "
-                "decay by definition; set it to False or take optim.name='adamw'"
+                "decay by definition; set it to False or use optim.name='adamw'"
             )
         tx = lars(
             schedule,
@@ -122,21 +122,21 @@ def adamw(
     layer_scales: PyTree | None = None,
     moments: Moments = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled decay, torch's clipping, and a rate per layer.
+    """AdamW with decoupled weight decay, clipping as in torch, and a learning rate per layer.
 
     Args:
-      schedule: of the learning rate.
-      params: tree of arrays or shapes the transformation is for.
-      betas: of the two moments.
-      eps: added outside the root.
-      weight_decay: see `decay_mask` for what it spares.
-      clip_norm: bound on the global gradient norm, or None.
-      no_decay: path patterns that the model family spares.
+      schedule: learning-rate schedule.
+      params: tree of arrays or shapes to optimize.
+      betas: decay rates of the two moments.
+      eps: number added to the denominator, outside the square root.
+      weight_decay: weight decay; `decay_mask` defines which parameters have none.
+      clip_norm: maximum global gradient norm, or None.
+      no_decay: patterns of parameter paths without weight decay, from the model family.
       decay_vectors: whether biases, norms and other vectors are decayed too.
       layer_scales: tree of floats like `params` (see `layer_scales`), or None for 1 everywhere.
-      moments: "bfloat16" keeps the first moment in bfloat16 (a quarter less state; its small
-        updates round away near convergence); "factored" keeps row and column means of the second
-        moment and no first one (almost no state; a different optimizer, Adafactor's).
+      moments: "float32"; "bfloat16" keeps the first moment in bfloat16 (a quarter less state, but
+        small updates are rounded away near convergence); "factored" keeps row and column means of
+        the second moment and no first moment (almost no state, but another optimizer: Adafactor).
     """
     if moments == "factored":
         precondition = optax.scale_by_factored_rms(decay_rate=betas[1], epsilon=eps)
@@ -162,8 +162,8 @@ def lars(
 ) -> optax.GradientTransformation:
     """LARS as MAE's linear probe defines it (docs/reference.md#lars).
 
-    Tensors of more than one dimension get weight decay and a trust ratio; the rest are plain
-    momentum SGD.
+    Tensors with more than one dimension get weight decay and a trust ratio; the others use plain
+    SGD with momentum.
     """
 
     def local_rate(update, param):
@@ -183,7 +183,7 @@ def lars(
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformation:
-    """Scales all gradients by min(1, limit / (norm + 1e-6)), torch's rule for the global norm."""
+    """Scales all gradients by min(1, limit / (global norm + 1e-6)), as torch does."""
 
     def clip(updates, params=None):
         del params
@@ -194,13 +194,13 @@ def clip_by_norm(limit: float) -> optax.GradientTransformation:
 
 
 class ScheduleState(NamedTuple):
-    """How many updates were made."""
+    """Number of updates so far."""
 
     count: jax.Array
 
 
 def scale_by_schedule(schedule: Schedule, scales: PyTree | None) -> optax.GradientTransformation:
-    """Multiplies updates by minus the learning rate of their layer."""
+    """Multiplies each update by minus the learning rate of its layer."""
 
     def init(params):
         del params
@@ -218,8 +218,8 @@ def scale_by_schedule(schedule: Schedule, scales: PyTree | None) -> optax.Gradie
 def decay_mask(params: PyTree, no_decay: tuple[str, ...], *, vectors: bool = False) -> PyTree:
     """True where weight decay applies (docs/reference.md#weight-decay).
 
-    Spared: tensors of at most one dimension unless `vectors` is set, and paths in which a pattern
-    of the model family is found ("blocks/0/attn/qkv/kernel" is a path).
+    It does not apply to tensors with at most one dimension, unless `vectors` is set, and to
+    parameters whose path (such as "blocks/0/attn/qkv/kernel") matches a pattern in `no_decay`.
     """
 
     def decays(path, leaf):
@@ -234,12 +234,12 @@ def decay_mask(params: PyTree, no_decay: tuple[str, ...], *, vectors: bool = Fal
 def layer_scales(
     params: PyTree, layer_id: Callable[[str], int], *, last: int, decay: float
 ) -> PyTree:
-    """Layer-wise decay: decay^(last - id) per parameter (docs/reference.md#layer-decay).
+    """Learning-rate scale decay^(last - id) of each parameter (docs/reference.md#layer-decay).
 
     Args:
       params: tree of arrays or shapes.
-      layer_id: of a parameter path, 0 at the input, `last` at the head.
-      last: the highest id.
+      layer_id: parameter path -> layer id, from 0 at the input to `last` at the head.
+      last: highest layer id.
       decay: factor per layer.
     """
     return jax.tree_util.tree_map_with_path(
@@ -248,5 +248,5 @@ def layer_scales(
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of a nested dict as "blocks/0/norm1/scale"."""
+    """Formats a key path of a nested dict as "blocks/0/norm1/scale"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -9,7 +9,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
-    """Resolves a config's dtype; "auto" is bfloat16 on accelerators and float32 on CPU."""
+    """The dtype with this name; "auto" is bfloat16 on accelerators and float32 on CPU."""
     if name == "auto":
         platform = platform or jax.default_backend()
         name = "float32" if platform == "cpu" else "bfloat16"

@@ -1,10 +1,10 @@
-"""What a distillation run achieved, for people to look at.
+"""Writes a report on a finished distillation run.
 
     python -m fd_jax.report --workdir=runs/quickstart
 
-Reads a finished workdir and writes `report/report.md` with its pictures: the loss curve, held-out
-agreement with the teacher before and after, beside that on what was trained on, and colour maps of
-both feature maps.
+Reads a finished workdir and writes `report/report.md` and its plots: the loss curve, the agreement
+with the teacher before and after training, on held-out and on training images, and the feature maps
+of teacher and student in colour.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from fd_jax.training import workdir as workdirs
 from fd_jax.typing import Config, PyTree
 
 BATCH = 64
-MAP_PICTURES = 6
+MAP_IMAGES = 6
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
     """Writes the report of a finished run and returns its folder.
 
     Raises:
-      UserError: the workdir holds no finished distillation run.
+      UserError: the workdir has no finished distillation run.
     """
     workdir = epath.Path(workdir)
     config, task, trained = _open_run(workdir)
@@ -61,7 +61,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     }
     rows = metric_writer.read(workdir)
     pictures.losses(rows, folder / "loss.png")
-    images = _held_out_pictures(feed, config.data.image_size)
+    images = _held_out_images(feed, config.data.image_size)
     students = {"student, before": untrained, "student, after": trained}
     patches = _patches(task, students, frozen, images)
     pictures.maps(images, patches, folder / "maps.png", grid=task.student.grid, reference="teacher")
@@ -72,14 +72,14 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
 
 
 def summary(folder: epath.Path) -> str:
-    """The figures of a written report in a few lines for the terminal."""
+    """The main results of a written report, in a few lines for the terminal."""
     scores = json.loads((folder / "agreement.json").read_text())
     lines = [f"held-out agreement with the teacher (report in {folder}/report.md)"]
     for kind, after in scores["after"].items():
         before = scores["before"][kind]
         lines.append(
             f"  {kind:5s}  R2 {before['r2']:.3f} -> {after['r2']:.3f} "
-            f"(training pictures: {scores['training'][kind]['r2']:.3f})   "
+            f"(training images: {scores['training'][kind]['r2']:.3f})   "
             f"cosine {before['cosine']:.3f} -> {after['cosine']:.3f} "
             f"(constant mean: {after['cosine_of_mean']:.3f})"
         )
@@ -89,10 +89,12 @@ def summary(folder: epath.Path) -> str:
 def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
     path = workdir / workdirs.CONFIG
     if not path.exists():
-        raise UserError(f"{workdir} is no workdir: it has no config.json; name one of train.py's")
+        raise UserError(
+            f"{workdir} is not a workdir: it has no config.json; use the --workdir of train.py"
+        )
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
     if registry.kind_of(config) is not registry.DISTILLATION:
-        raise UserError(f"{workdir} is not a distillation run: its config names no teacher")
+        raise UserError(f"{workdir} is not a distillation run: its config has no teacher")
     task = DistillTask(config)
     kind = task.goal.target.kind
     if kind != "full":
@@ -101,13 +103,13 @@ def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
     return config, task, jax.tree.map(jnp.asarray, params)
 
 
-def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
-    """Some held-out pictures, of different labels where there are any. [M, size, size, 3] uint8"""
+def _held_out_images(feed: Feed, size: int) -> np.ndarray:
+    """Some held-out images, with different labels if there are any. -> [M, size, size, 3] uint8."""
     chosen: dict[int, int] = {}
     for index in range(feed.examples("eval")):
         label = feed.label("eval", index)
         chosen.setdefault(label if label >= 0 else -1 - index, index)
-        if len(chosen) == MAP_PICTURES:
+        if len(chosen) == MAP_IMAGES:
             break
     return np.stack([feed.picture("eval", index, size) for index in chosen.values()])
 
@@ -115,7 +117,7 @@ def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
 def _patches(
     task: DistillTask, students: dict[str, PyTree], frozen: PyTree, images: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Patch tokens of the teacher and of the students' predictions, [M, H*W, D] each."""
+    """Patch tokens of the teacher and of each student's prediction. -> [M, H*W, D] by name."""
     batch = {"image": images}
     maps = {"teacher": jax.jit(task.teacher_target)(frozen, batch)}
     predict = jax.jit(task.predict)
@@ -137,9 +139,9 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
         "",
         "![loss](loss.png)",
         "",
-        "Agreement with the teacher's whitened features on held-out regions. R2 is measured against"
-        " the training set's mean target; a network that predicts that constant has R2 0 and the"
-        " cosine of the last column. R2 in training is that of the training pictures, without"
+        "Agreement with the teacher's whitened features on held-out images. R2 is relative to the"
+        " mean target of the training set; a network that predicts this constant has R2 0 and the"
+        " cosine in the last column. R2 in training is measured on the training images, without"
         " random crops.",
         "",
         "| token | R2 before | R2 after | R2 in training | cosine before | cosine after | "
@@ -168,11 +170,13 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; what the user got wrong becomes one message and the status 2."""
+    """Runs the command line; a mistake of the user gives one message and exit status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a finished run, local or gs://")
+    parser.add_argument(
+        "--workdir", required=True, help="workdir of a finished run, local or gs://"
+    )
     args = parser.parse_args(argv)
     try:
         print(summary(write_report(args.workdir)))
