@@ -1,4 +1,4 @@
-"""Every experiment file: its values against docs/reference.md, its schedule, its decay."""
+"""Every experiment config: values, schedule and decay against docs/reference.md."""
 
 import importlib
 import pathlib
@@ -19,7 +19,7 @@ from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS_PER_EPOCH = 625  # 1,281,167 images in batches of 2,048, the rest dropped
+STEPS_PER_EPOCH = 625  # 1,281,167 images in full batches of 2,048
 
 # name: source, patch, drop path, epochs, minimum crop area (docs/reference.md#pretrain-configs)
 PAPER = {
@@ -32,7 +32,7 @@ PAPER = {
 }
 
 
-# The same of the Swin experiments, rates at their own batch (docs/reference.md#pretrain-configs).
+# Networks of the Swin experiments (docs/reference.md#pretrain-configs).
 SWIN_TEACHER = specs.ModelSpec(
     "swin", base.swin_v1(base.SWIN_B_W14, image_size=224), source="esvit_swin_base_w14"
 )
@@ -47,7 +47,7 @@ def load(name, arg=""):
 
 
 def task_for(config):
-    """The task with a teacher of the right shape, without its weights."""
+    """The task, with a teacher of the right shape and without weights."""
     shape = base.VIT_L14 if "l14" in config.teacher.source else base.VIT_B16
     arch = {**tiny.TEACHER, **shape, "image_size": 224}
     spec = specs.ModelSpec("vit", arch, source=config.teacher.source, classes=1000)
@@ -63,7 +63,7 @@ def schedule_of(config):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_values_are_the_papers(name):
+def test_distillation_values_equal_the_papers(name):
     source, patch, drop_path, epochs, min_area = PAPER[name]
     config = load(name)
     assert config.teacher.source == source
@@ -88,7 +88,7 @@ def test_values_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_schedule_at_its_milestones(name):
+def test_schedule_equals_the_closed_form_at_its_milestones(name):
     """Against the closed form of docs/reference.md#lr-schedule, written out in float64."""
     schedule, total = schedule_of(load(name))
     warmup = 10 * STEPS_PER_EPOCH
@@ -107,7 +107,7 @@ def test_schedule_at_its_milestones(name):
         np.testing.assert_allclose(schedule(step), expected(step), rtol=2e-6, atol=0)
 
 
-def test_schedule_has_the_published_spot_values():
+def test_schedule_has_the_documented_spot_values():
     schedule, _ = schedule_of(load("distill_clip_vit_b16"))
     spots = {
         0: 2e-6,
@@ -123,8 +123,8 @@ def test_schedule_has_the_published_spot_values():
         np.testing.assert_allclose(schedule(step), value, rtol=1e-6)
 
 
-def test_weight_decay_of_every_parameter():
-    """docs/reference.md#weight-decay: bias tables decayed, position tables spared."""
+def test_weight_decay_applies_to_the_documented_parameters():
+    """docs/reference.md#weight-decay: it applies to bias tables, but not to position embeddings."""
     config = load("distill_clip_vit_b16")
     params, _ = jax.eval_shape(task_for(config).init, jax.random.key(0))
     mask = optimizer.decay_mask(params, specs.FAMILIES["vit"].NO_DECAY)
@@ -165,7 +165,7 @@ FT_CLIP = {
 
 
 def classifier_for(config, patch=16):
-    """The task on a network of the right shape, without its weights, and its schedule."""
+    """(task, schedule, total steps), with a network of the right shape and without weights."""
     shape = base.VIT_L14 if patch == 14 else base.VIT_B16
     arch = base.student(shape, image_size=224)
     task = ClassifyTask(config, init_spec=specs.ModelSpec("vit", arch, source="distilled"))
@@ -176,7 +176,7 @@ def classifier_for(config, patch=16):
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
-def test_fine_tuning_values_are_the_originals(name):
+def test_fine_tuning_values_equal_the_originals(name):
     patch, epochs, warmup, drop_path, decay, peak, floor = FINE_TUNING[name]
     config = load(name)
     task, schedule, total = classifier_for(config, patch)
@@ -200,8 +200,8 @@ def test_fine_tuning_values_are_the_originals(name):
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
 
 
-def test_lowest_layers_of_the_large_model_fall_in_warm_up():
-    """Their peak lies below the unscaled floor (docs/reference.md#quirk-lr-floors)."""
+def test_rates_of_the_lowest_layers_of_the_large_model_fall_in_warm_up():
+    """Their scaled peak is below the unscaled floor (docs/reference.md#quirk-lr-floors)."""
     _, schedule, _ = classifier_for(load("finetune_clip_vit_l14"), 14)
     scale = 0.75**25
     np.testing.assert_allclose(1e-3 * scale, 7.53e-7, rtol=1e-3)
@@ -209,7 +209,7 @@ def test_lowest_layers_of_the_large_model_fall_in_warm_up():
 
 
 @pytest.mark.parametrize("name", FT_CLIP)
-def test_ft_clip_values_are_its_authors(name):
+def test_ft_clip_values_equal_its_authors(name):
     size, batch, epochs, warmup, decay, peak = FT_CLIP[name]
     config = load(name)
     _, schedule, total = classifier_for(config, 14 if "l14" in name else 16)
@@ -225,7 +225,7 @@ def test_ft_clip_values_are_its_authors(name):
 
 
 @pytest.mark.parametrize("name,epochs", [("linear_vit_b16", 90), ("linear_vit_l14", 50)])
-def test_probe_values_are_maes(name, epochs):
+def test_probe_values_equal_those_of_mae(name, epochs):
     config = load(name)
     _, schedule, total = classifier_for(config)
     assert (config.batch_size, config.epochs, config.model.trains) == (16384, epochs, "head")
@@ -249,7 +249,7 @@ def test_probe_values_are_maes(name, epochs):
         ("finetune_clip_vit_l14_336", "stage=1k"),
     ],
 )
-def test_other_fine_tuning_configs_build(name, arg):
+def test_other_fine_tuning_configs_define_a_task(name, arg):
     config = load(name, arg)
     task, _, _ = classifier_for(config, 14 if "_l" in name + arg else 16)
     assert task.spec.classes == (21841 if "22k" in arg else 1000)
@@ -257,13 +257,13 @@ def test_other_fine_tuning_configs_build(name, arg):
 
 
 @pytest.mark.parametrize("name", [*FINE_TUNING, *FT_CLIP, "linear_vit_b16", "finetune_teacher"])
-def test_fine_tuning_configs_shrink(name):
+def test_fine_tuning_configs_have_a_smoke_version(name):
     config = load(name, "smoke")
     assert (config.data.name, config.model.classes, config.steps) == ("digits", 10, 20)
 
 
 @pytest.mark.parametrize("table", ablations.TABLES)
-def test_ablation_rows_differ_where_they_say(table):
+def test_ablation_rows_change_only_what_they_list(table):
     default = {"2": "full", "3": "whiten", "4": "shared_rpb", "5": "0.1"}[table]
     reference = load("ablations", f"table={table},row={default},teacher=clip")
     for row, changes in ablations.TABLES[table].items():
@@ -279,7 +279,7 @@ def test_ablation_rows_differ_where_they_say(table):
 
 
 @pytest.mark.parametrize("teacher,source,rate", [("dino", "dino_vitb16", 0.2)])
-def test_ablations_take_the_best_drop_path_of_their_teacher(teacher, source, rate):
+def test_ablations_use_the_best_drop_path_of_their_teacher(teacher, source, rate):
     config = load("ablations", f"table=2,row=cls,teacher={teacher}")
     assert (config.teacher.source, config.student.drop_path) == (source, rate)
 
@@ -287,7 +287,7 @@ def test_ablations_take_the_best_drop_path_of_their_teacher(teacher, source, rat
 @pytest.mark.parametrize(
     "name,arg", [("finetune_teacher", "teacher=vgg"), ("finetune_clip_vit_l14_336", "stage=21k")]
 )
-def test_unknown_arguments_are_refused(name, arg):
+def test_unknown_config_arguments_are_refused(name, arg):
     with pytest.raises(ValueError, match="expected one of"):
         load(name, arg)
 
@@ -299,7 +299,7 @@ def test_unknown_ablations_are_refused(arg):
 
 
 def rates(task, config, steps_per_epoch):
-    """The schedule's rates at the start, the peak and the end."""
+    """Learning rates at the start, the peak and the end of the schedule."""
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     total = round(config.epochs * steps_per_epoch)
     _, schedule = task.optimizer(params, steps_per_epoch=steps_per_epoch, total_steps=total)
@@ -307,7 +307,7 @@ def rates(task, config, steps_per_epoch):
     return [float(schedule(step)) for step in (0, peak, total + 1)]
 
 
-def test_esvit_distillation_is_the_originals():
+def test_esvit_distillation_values_equal_the_originals():
     config = load("distill_esvit_swin_b")
     task = DistillTask(config, teacher_spec=SWIN_TEACHER)
     assert (config.epochs, config.student.drop_path, config.data.min_area) == (300, 0.3, 0.08)
@@ -324,7 +324,7 @@ def test_esvit_distillation_is_the_originals():
     assert encoder == 86_893_816  # docs/reference.md#parameter-counts
 
 
-def test_a_vit_takes_the_third_stage_of_esvit():
+def test_a_vit_student_predicts_the_third_stage_of_esvit():
     config = load("distill_esvit_vit_b16")
     task = DistillTask(config, teacher_spec=SWIN_TEACHER)
     assert (task.goal.teacher.grid, task.goal.teacher.width) == ((14, 14), 512)
@@ -335,8 +335,8 @@ def test_a_vit_takes_the_third_stage_of_esvit():
     assert shape == (2, 196, 512)
 
 
-def test_esvit_fine_tuning_is_the_originals():
-    """Rates at the batch of 1024 that the original's file asks for, 1251 steps an epoch."""
+def test_esvit_fine_tuning_values_equal_the_originals():
+    """Learning rates for the original's batch of 1024, with 1251 steps per epoch."""
     config = load("finetune_esvit_swin_b")
     task = ClassifyTask(config, init_spec=SWIN_STUDENT)
     assert (config.batch_size, config.epochs, config.optim.warmup_epochs) == (1024, 100, 20)
@@ -349,8 +349,8 @@ def test_esvit_fine_tuning_is_the_originals():
 @pytest.mark.parametrize(
     "name", ["distill_esvit_swin_b", "distill_esvit_vit_b16", "distill_swinv2_g"]
 )
-def test_swin_distillations_shrink(name):
-    """On the quickstart's teacher: 4 x 4 patches at 56 pixels."""
+def test_swin_distillations_have_a_smoke_version(name):
+    """The smoke version uses the quickstart's teacher: 4 x 4 patches at 56 pixels."""
     arch = {**tiny.TEACHER, "image_size": 56, "patch_size": 14}
     config = load(name, "smoke")
     task = DistillTask(config, teacher_spec=specs.ModelSpec("vit", arch, source="quickstart"))
@@ -358,7 +358,7 @@ def test_swin_distillations_shrink(name):
     assert config.steps == 20
 
 
-def test_linear_probe_of_a_swin_reads_the_mean_after_its_norm():
+def test_a_linear_probe_of_a_swin_pools_the_mean_after_its_norm():
     task = ClassifyTask(load("linear_swin_b"), init_spec=SWIN_STUDENT)
     assert task.spec.arch["final_norm"] and task.spec.pooling == "mean"
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
@@ -367,7 +367,7 @@ def test_linear_probe_of_a_swin_reads_the_mean_after_its_norm():
 
 @pytest.mark.parametrize("name", ["distill_swinv2_g", "finetune_swinv2_g"])
 def test_giant_configs_have_the_published_size(name):
-    """3.0 billion parameters, as its authors say; without computing any of them."""
+    """3.0 billion parameters, as published by its authors, from shapes alone."""
     config = load(name)
     if name.startswith("distill"):
         task = DistillTask(config, teacher_spec=GIANT)
@@ -384,7 +384,8 @@ def test_giant_configs_have_the_published_size(name):
         for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True)
     ]
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # Mergings are split 16 ways, vectors and bias networks not at all; the rest is split 64 ways.
+    # Patch merging is split 16 ways, vectors and bias networks are replicated, the rest is split
+    # 64 ways.
     assert sum(sizes) < 1.15 * whole / 64
 
 
@@ -407,14 +408,14 @@ def run_train(*flags):
         (["--config.teacher.path=nowhere"], "no model folder at nowhere"),
     ],
 )
-def test_a_wrong_flag_is_one_clear_message(flags, message):
+def test_a_wrong_flag_gives_one_clear_error(flags, message):
     result = run_train("--config=configs/quickstart.py", "--workdir=/nonexistent/x", *flags)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_missing_flags_are_named():
+def test_a_missing_workdir_flag_is_named():
     result = run_train("--config=configs/quickstart.py")
     assert result.returncode == 2
     assert "--workdir is missing" in result.stderr
@@ -443,7 +444,7 @@ def test_impossible_combinations_are_refused_with_numbers(changes, message):
         task_for(config)
 
 
-def test_logits_without_a_head_are_refused():
+def test_logits_of_a_teacher_without_a_head_are_refused():
     config = load("ablations", "table=2,row=logits,teacher=clip")
     arch = {**tiny.TEACHER, "image_size": 224, **base.VIT_B16}
     with pytest.raises(ConfigError, match="needs a teacher with a classifier head"):

@@ -1,4 +1,4 @@
-"""Features of digits and of a folder, against the network called by hand."""
+"""Extracted features of digits and of a folder, against direct calls of the network."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ from fd_jax.errors import ConfigError, DataError
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
-COUNT = 37  # a prime: the last batch is padded, and the devices get unequal parts of it
+COUNT = 37  # a prime, so that the last batch is padded and devices get different parts of it
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def digits(embedded_data):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two class folders of pictures of odd sizes, in three formats."""
+    """Two class folders of images of various sizes, in three formats."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for name, size in (("b/1.png", (50, 40)), ("a/2.jpg", (33, 61)), ("a/1.bmp", (40, 40))):
@@ -38,14 +38,14 @@ def pictures(tmp_path_factory):
 
 
 def by_hand(folder, dataset, **load):
-    """One picture at a time through `load_model`. -> tokens [N, T, D], the last FeatureMap."""
+    """Calls the network on one image at a time. -> (tokens [N, T, D], the last FeatureMap)."""
     model = load_model(folder, **load)
     transform = transforms.EvalTransform(model.spec.arch["image_size"])
     tokens = []
     for index in range(len(dataset)):
-        found = model(model.preprocess(transform(dataset[index].image)[None]))
-        tokens.append(np.asarray(found.full[0]))
-    return np.stack(tokens), found
+        layout = model(model.preprocess(transform(dataset[index].image)[None]))
+        tokens.append(np.asarray(layout.full[0]))
+    return np.stack(tokens), layout
 
 
 def run(*flags):
@@ -59,50 +59,50 @@ def test_digits_equal_the_model_called_by_hand(teacher, digits, embedded_data, t
     assert run(*flags, "--batch_size=16") == 0
     assert "cls [37, 48]" in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]
-    with np.load(output) as made:  # no pickles
-        found = dict(made)
-    assert set(found) == {"cls", "mean", "full", "labels", "names", "grid"}
+    with np.load(output) as file:  # without pickles
+        extracted = dict(file)
+    assert set(extracted) == {"cls", "mean", "full", "labels", "names", "grid"}
     tokens, layout = by_hand(teacher, digits)
-    np.testing.assert_allclose(found["full"], tokens, atol=2e-5)
-    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
-    np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
-    assert found["cls"].dtype == found["mean"].dtype == np.float32
-    # Rows moved by one would be far off.
-    assert np.abs(found["cls"] - np.roll(tokens[:, 0], 1, axis=0)).max() > 0.1
-    np.testing.assert_array_equal(found["labels"], [digits[i].label for i in range(COUNT)])
-    assert found["labels"].dtype == np.int32
-    assert list(found["names"]) == [digits.describe(i) for i in range(COUNT)]
-    assert tuple(found["grid"]) == layout.grid
+    np.testing.assert_allclose(extracted["full"], tokens, atol=2e-5)
+    np.testing.assert_allclose(extracted["cls"], tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(extracted["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
+    assert extracted["cls"].dtype == extracted["mean"].dtype == np.float32
+    # Negative control: rows shifted by one differ.
+    assert np.abs(extracted["cls"] - np.roll(tokens[:, 0], 1, axis=0)).max() > 0.1
+    np.testing.assert_array_equal(extracted["labels"], [digits[i].label for i in range(COUNT)])
+    assert extracted["labels"].dtype == np.int32
+    assert list(extracted["names"]) == [digits.describe(i) for i in range(COUNT)]
+    assert tuple(extracted["grid"]) == layout.grid
 
 
-def test_work_is_split_over_all_devices(teacher, digits, monkeypatch):
-    seen = []
+def test_batches_are_split_over_all_devices(teacher, digits, monkeypatch):
+    shard_sizes = []
     forward = features.Model.__call__
 
     def watched(self, images):
-        if not isinstance(images, jax.core.Tracer):  # of shape inference, which is on no device
-            seen.append(sorted(shard.data.shape[0] for shard in images.addressable_shards))
+        if not isinstance(images, jax.core.Tracer):  # shape inference uses no device
+            shard_sizes.append(sorted(shard.data.shape[0] for shard in images.addressable_shards))
         return forward(self, images)
 
     model = load_model(teacher)
     monkeypatch.setattr(features.Model, "__call__", watched)
     features.extract(model, digits, batch_size=16)
-    assert seen == [[2] * jax.device_count()] * 3
+    assert shard_sizes == [[2] * jax.device_count()] * 3
 
 
-def test_a_folder_at_another_size(teacher, pictures, tmp_path):
+def test_features_of_a_folder_at_another_input_size(teacher, pictures, tmp_path):
     output = tmp_path / "mine.npz"
     flags = (f"--model={teacher}", f"--input={pictures}", f"--output={output}")
     assert run(*flags, "--image_size=48") == 0
     dataset = datasets.open_dataset(f"folder:{pictures}", "train")
     tokens, layout = by_hand(teacher, dataset, image_size=48)
     assert layout.grid == (6, 6)
-    found = np.load(output)
-    assert set(found.files) == {"cls", "mean", "labels", "names"}
-    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
-    np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
-    assert list(found["labels"]) == [0, 0, 1]
-    assert [os.path.relpath(name, pictures) for name in found["names"]] == [
+    extracted = np.load(output)
+    assert set(extracted.files) == {"cls", "mean", "labels", "names"}
+    np.testing.assert_allclose(extracted["cls"], tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(extracted["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
+    assert list(extracted["labels"]) == [0, 0, 1]
+    assert [os.path.relpath(name, pictures) for name in extracted["names"]] == [
         "a/1.bmp", "a/2.jpg", "b/1.png",
     ]  # fmt: skip
 
@@ -114,18 +114,18 @@ def test_a_folder_without_classes_has_no_labels(teacher, pictures, tmp_path, pre
     assert list(np.load(output)["labels"]) == [-1, -1]
 
 
-def test_a_network_without_class_token_gives_the_mean(digits, tmp_path):
+def test_a_network_without_class_token_gives_only_the_mean(digits, tmp_path):
     folder = tiny.save_teacher(tmp_path / "no_cls", cls_token=False, registers=2)
     model = load_model(folder)
-    found = features.extract(model, digits, batch_size=8)
-    assert set(found) == {"mean", "labels", "names"}
+    extracted = features.extract(model, digits, batch_size=8)
+    assert set(extracted) == {"mean", "labels", "names"}
     tokens, _ = by_hand(folder, digits)  # `full` leaves the registers out
-    np.testing.assert_allclose(found["mean"], tokens.mean(axis=1), atol=2e-5)
+    np.testing.assert_allclose(extracted["mean"], tokens.mean(axis=1), atol=2e-5)
     with pytest.raises(ConfigError, match="no class token; use 'mean'"):
         features.extract(model, digits, tokens=["cls"])
 
 
-def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
+def test_broken_images_are_refused_or_left_out(teacher, pictures, tmp_path):
     folder = tmp_path / "some"
     folder.mkdir()
     for number, name in enumerate(("a/1.bmp", "a/2.jpg", "b/1.png")):
@@ -134,11 +134,11 @@ def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
     dataset, model = datasets.open_dataset(f"folder:{folder}", ""), load_model(teacher)
     with pytest.raises(DataError, match="1.png"):
         features.extract(model, dataset)
-    found = features.extract(model, dataset, max_broken=1)
-    assert [pathlib.Path(name).name for name in found["names"]] == ["0.png", "2.png"]
-    assert found["cls"].shape == (2, 48)
+    extracted = features.extract(model, dataset, max_broken=1)
+    assert [pathlib.Path(name).name for name in extracted["names"]] == ["0.png", "2.png"]
+    assert extracted["cls"].shape == (2, 48)
     tokens, _ = by_hand(teacher, [dataset[0], dataset[2]])
-    np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
+    np.testing.assert_allclose(extracted["cls"], tokens[:, 0], atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,16 @@ def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
         ({"output": "folder.npz", "overwrite": None}, "folder.npz exists"),
     ],
 )
-def test_mistakes_are_told_before_any_work(
+def test_wrong_flags_are_refused_before_any_work(
     teacher, embedded_data, tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("file").write_text("")
     pathlib.Path("there.npz").write_text("kept")
     pathlib.Path("folder.npz").mkdir()
-    monkeypatch.setattr(transforms.EvalTransform, "__call__", None)  # to read would be a TypeError
+    monkeypatch.setattr(
+        transforms.EvalTransform, "__call__", None
+    )  # reading an image would raise a TypeError
     fields = {"model": teacher, "input": "digits", "data_dir": embedded_data, "output": "new.npz"}
     given = {**fields, **flags}
     assert run(*(f"--{k}={v}" if v is not None else f"--{k}" for k, v in given.items())) == 2
@@ -196,7 +198,7 @@ def test_a_failure_midway_leaves_the_old_file(teacher, pictures, tmp_path, monke
     assert np.load(output)["mean"].shape == (3, 48)
 
 
-def test_as_a_command(teacher, pictures, tmp_path):
+def test_the_module_runs_as_a_command(teacher, pictures, tmp_path):
     command = [sys.executable, "-m", "fd_jax.features", f"--model={teacher}"]
     command += [f"--input={pictures}", f"--output={tmp_path / 'mine.npz'}", "--tokens=mean"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

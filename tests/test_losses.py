@@ -1,4 +1,4 @@
-"""Targets and losses against torch and closed forms."""
+"""Target normalisations and losses against torch and closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,16 @@ from fd_jax import losses
 @pytest.fixture
 def tokens():
     rng = np.random.default_rng(0)
-    # A large common part, as real feature maps have: what cancels badly shows here.
+    # A large common part, as in real feature maps, so that cancellation errors become visible.
     return (rng.normal(size=(4, 9, 64)) + 30 * rng.normal(size=64)).astype(np.float32)
 
 
-def test_whiten_is_torchs_layer_norm_without_affine(tokens):
+def test_whiten_equals_torch_layer_norm_without_affine(tokens):
     want = torch.nn.functional.layer_norm(torch.from_numpy(tokens).double(), (64,), eps=1e-5)
     np.testing.assert_allclose(losses.whiten(tokens), want.numpy(), atol=2e-6)
 
 
-def test_whiten_with_another_eps_is_seen():
+def test_whiten_with_another_eps_differs_from_torch():
     small = np.random.default_rng(0).normal(scale=1e-2, size=(4, 64)).astype(np.float32)
     want = torch.nn.functional.layer_norm(torch.from_numpy(small), (64,), eps=1e-5).numpy()
     np.testing.assert_allclose(losses.whiten(small), want, atol=2e-6)
@@ -32,13 +32,13 @@ def test_whiten_takes_bfloat16_and_gives_float32(tokens):
     assert losses.whiten(jnp.asarray(tokens, jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_l2(tokens):
+def test_l2_target_equals_torch(tokens):
     want = torch.nn.functional.normalize(torch.from_numpy(tokens), dim=-1, eps=1e-12)
     np.testing.assert_allclose(losses.normalize_target(tokens, "l2"), want.numpy(), atol=1e-7)
     np.testing.assert_array_equal(losses.l2_normalize(jnp.zeros((2, 3))), 0)
 
 
-def test_raw_target_is_untouched(tokens):
+def test_raw_target_is_unchanged(tokens):
     np.testing.assert_array_equal(losses.normalize_target(tokens, "none"), tokens)
 
 
@@ -47,14 +47,14 @@ def test_unknown_normalisation_is_refused(tokens):
         losses.normalize_target(tokens, "batch")
 
 
-def test_smooth_l1_spot_values():
+def test_smooth_l1_has_the_expected_spot_values():
     distance = jnp.array([0.0, 1.0, 2.0, 3.0, -5.0])
     np.testing.assert_allclose(
         losses.smooth_l1(distance, jnp.zeros(5), beta=2.0), [0, 0.25, 1, 2, 4]
     )
 
 
-def test_smooth_l1_and_gradient_are_torchs():
+def test_smooth_l1_and_its_gradient_equal_torch():
     rng = np.random.default_rng(1)
     prediction, target = rng.normal(scale=3, size=(2, 5, 7, 11)).astype(np.float32)
     p = torch.from_numpy(prediction).requires_grad_()
@@ -73,7 +73,7 @@ def test_smooth_l1_and_gradient_are_torchs():
     assert np.abs(wrong - closed).max() > 1e-4
 
 
-def test_cross_entropy_is_torchs():
+def test_cross_entropy_equals_torch():
     rng = np.random.default_rng(2)
     logits = rng.normal(scale=4, size=(6, 10)).astype(np.float32)
     target = rng.dirichlet(np.ones(10), size=6).astype(np.float32)
@@ -83,7 +83,7 @@ def test_cross_entropy_is_torchs():
     np.testing.assert_allclose(losses.cross_entropy(logits, target), want.numpy(), rtol=2e-6)
 
 
-def test_cosine_similarity_is_torchs(tokens):
+def test_cosine_similarity_equals_torch(tokens):
     other = np.roll(tokens, 1, axis=0)
     want = torch.nn.functional.cosine_similarity(
         torch.from_numpy(tokens), torch.from_numpy(other), dim=-1

@@ -1,4 +1,4 @@
-"""Updates against torch and numpy, fed the same gradients."""
+"""Optimizer updates against torch and numpy, with the same gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def tree(seed, scale=1.0):
 
 
 def gradients():
-    """Large at first, so that clipping acts, then small."""
+    """Gradients that are large at first, so that they are clipped, and then small."""
     return [tree(10 + step, scale=3.0 if step < 3 else 0.01) for step in range(STEPS)]
 
 
@@ -43,7 +43,7 @@ def run(tx, params):
 
 
 def expected_rate(step, scale=1.0):
-    """The schedule of docs/reference.md#lr-schedule in plain float64, one step late."""
+    """The schedule of docs/reference.md#lr-schedule in float64, with a lag of one step."""
     u = max(step - 1, 0)
     peak = 1e-2 * scale
     if u < 2:
@@ -52,7 +52,7 @@ def expected_rate(step, scale=1.0):
 
 
 def torch_run(params, *, scales=None, clip=3.0, decayed=None):
-    """The same with torch.optim.AdamW: one group per tensor, rates set before each step."""
+    """`run` with torch.optim.AdamW: one group per tensor, rates set before each step."""
     flat, treedef = jax.tree.flatten(params)
     paths = [optimizer.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     scales = jax.tree.leaves(scales) if scales is not None else [1.0] * len(flat)
@@ -89,7 +89,7 @@ def close(got, want):
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
 
 
-def test_five_steps_equal_torch():
+def test_five_adamw_steps_equal_torch():
     params = tree(0)
     close(run(adamw(params), params)[0], torch_run(params))
 
@@ -104,7 +104,7 @@ def test_five_steps_equal_torch():
         {"schedule": optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=0)},
     ],
 )
-def test_a_wrong_setting_is_seen(wrong):
+def test_wrong_settings_do_not_equal_torch(wrong):
     params = tree(0)
     with pytest.raises(AssertionError):
         close(run(adamw(params, **wrong), params)[0], torch_run(params))
@@ -126,14 +126,14 @@ def test_layer_decay_equals_torch():
 
 
 def test_floors_of_the_schedule_are_not_scaled_unless_asked():
-    """docs/reference.md#quirk-lr-floors: a small scale falls in warm-up, then rises."""
+    """docs/reference.md#quirk-lr-floors: a small scale makes the rate fall, then rise."""
     scale = 1e-3
     assert SCHEDULE(0, scale) == pytest.approx(1e-4)
     assert SCHEDULE(3, scale) < SCHEDULE(0, scale)
     assert SCHEDULE(100, scale) == pytest.approx(1e-5)
-    sound = optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=1, scale_floors=True)
+    scaled = optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=1, scale_floors=True)
     for step in (0, 1, 3, 7, 100):
-        assert sound(step, scale) == pytest.approx(float(sound(step)) * scale, rel=1e-5)
+        assert scaled(step, scale) == pytest.approx(float(scaled(step)) * scale, rel=1e-5)
 
 
 def test_clipping_follows_torch_at_the_limit():
@@ -147,28 +147,28 @@ def test_clipping_follows_torch_at_the_limit():
         np.testing.assert_allclose(got["a"], tensor.grad.numpy(), rtol=1e-6)
 
 
-def test_lars_has_the_published_spot_values():
+def test_lars_has_the_documented_spot_values():
     """docs/reference.md#lars: two steps of a [1, 2] kernel and of a bias."""
     flat = optimizer.Schedule(0.1, 0.1, 0.1, 0, 10, lag=0)
     tx = optimizer.lars(flat, momentum=0.9, weight_decay=0.0)
     params = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([1.0])}
     grads = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.array([0.5])}
     state = tx.init(params)
-    seen = []
+    values = []
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        seen.append((float(params["kernel"][0, 1]), float(params["bias"][0])))
-    np.testing.assert_allclose(seen, [(3.9995, 0.95), (3.99855, 0.855)], rtol=1e-6)
+        values.append((float(params["kernel"][0, 1]), float(params["bias"][0])))
+    np.testing.assert_allclose(values, [(3.9995, 0.95), (3.99855, 0.855)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_five_lars_steps_equal_numpy(weight_decay):
-    """Trust ratio and decay for matrices only; momentum after both (docs/reference.md#lars)."""
+    """Trust ratio and decay only for matrices; momentum after both (docs/reference.md#lars)."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (6, 4), "bias": (4,), "zero": (3, 2)}
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    params["zero"][:] = 0  # no norm, so no trust ratio
+    params["zero"][:] = 0  # its norm is 0, so it has no trust ratio
     schedule = optimizer.Schedule(0.0, 0.5, 0.0, 2, 5, lag=0)
     tx = optimizer.lars(schedule, momentum=0.9, weight_decay=weight_decay)
     got = jax.tree.map(jnp.asarray, params)
@@ -195,7 +195,7 @@ def test_five_lars_steps_equal_numpy(weight_decay):
 
 
 @pytest.mark.parametrize("moments,bytes_per_number", [("bfloat16", 6), ("factored", 0)])
-def test_smaller_moments_are_smaller_and_still_descend(moments, bytes_per_number):
+def test_reduced_moments_take_less_memory_and_reduce_the_loss(moments, bytes_per_number):
     params = {"kernel": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}
     flat = optimizer.Schedule(1e-2, 1e-2, 1e-2, 0, 10, lag=0)
     tx = adamw(params, schedule=flat, moments=moments, clip_norm=None, weight_decay=0.0)

@@ -1,8 +1,8 @@
-"""Swin V1 and V2 in plain torch, written from the papers' formulas with slow, obvious loops.
+"""Swin V1 and V2 in plain torch, written from the papers' formulas with slow, simple loops.
 
-Covers what transformers' classes do not: a table for a window that the grid clips (V1), one bias
-network per stage, further norms on the main branch (V2). Takes the arrays of an official file by
-their names there; works in the dtype it is given, and differentiates.
+It covers what transformers' classes do not: a table for a window that the grid clips (V1), one bias
+network per stage, extra norms on the main branch (V2). Tensors have the names of official
+checkpoint files. Everything is computed in their dtype and is differentiable.
 """
 
 import math
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 
 
 def forward(tensors, arch, images, *, version, final_norm=True):
-    """Features of every block, and of the network.
+    """Features after every block, and of the whole network.
 
     Args:
-      tensors: name -> torch tensor, in Microsoft's names.
-      arch: the architecture keywords.
+      tensors: torch tensors by their names in Microsoft's files.
+      arch: architecture keywords.
       images: [B, 3, H, W] torch tensor.
       version: 1 or 2.
-      final_norm: whether the last norm is applied.
+      final_norm: whether the final norm is applied.
 
     Returns:
-      A list of [B, N, D] after each block, and the result.
+      ([B, N, D] after each block, [B, N, D] of the network).
     """
 
     def norm(x, name):
@@ -38,15 +38,15 @@ def forward(tensors, arch, images, *, version, final_norm=True):
     )
     grid = x.shape[-1]
     x = norm(x.flatten(2).transpose(1, 2), "patch_embed.norm")
-    seen = []
+    after_blocks = []
     for stage, depth in enumerate(arch["depths"]):
         for block in range(depth):
             x = one_block(tensors, arch, x, norm, stage, block, grid, version)
-            seen.append(x)
+            after_blocks.append(x)
         if stage + 1 < len(arch["depths"]):
             x = merge(tensors, x, norm, f"layers.{stage}.downsample", grid, version)
             grid //= 2
-    return seen, norm(x, "norm") if final_norm else x
+    return after_blocks, norm(x, "norm") if final_norm else x
 
 
 def one_block(tensors, arch, x, norm, stage, block, grid, version):
@@ -59,7 +59,7 @@ def one_block(tensors, arch, x, norm, stage, block, grid, version):
     def attention(y):
         out = torch.zeros_like(y)
         rolled = [(r, c) for r in range(grid) for c in range(grid)]
-        # Position p of the rolled grid holds the token `shift` further down and to the right.
+        # A position of the rolled grid has the token that is `shift` rows down and columns right.
         token = {(r, c): ((r + shift) % grid) * grid + (c + shift) % grid for r, c in rolled}
         for top in range(0, grid, window):
             for left in range(0, grid, window):
@@ -113,7 +113,7 @@ def attend(tensors, at, x, heads, bias, version):
 
 
 def position_bias(tensors, arch, stage, block, window, version):
-    """[A, N, N]"""
+    """Position bias of a window. -> [A, N, N]"""
     at = f"layers.{stage}.blocks.{block}.attn"
     places = [(r, c) for r in range(window) for c in range(window)]
     offsets = [[(a[0] - b[0], a[1] - b[1]) for b in places] for a in places]
