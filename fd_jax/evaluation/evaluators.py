@@ -72,7 +72,7 @@ class HeldOut:
     limit: int = 0
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Data) -> dict[str, float]:
-        """What `task.evaluate` measures, averaged over the split."""
+        """The metrics of `task.evaluate`, averaged over the split."""
         total = Mean()
         batches = passes.batches(compiled.mesh, data, "eval", self.batch_size, limit=self.limit)
         for batch in batches:

@@ -53,7 +53,7 @@ def step_bounds(experiment: Experiment, target: Slice, compiled: Compiled) -> Bo
     chip, batch = target.chip, experiment.config.batch_size
     work = experiment.work
     peak = chip.bf16_flops * target.chips
-    # Two devices on one chip can share what they receive, so a chip receives as much as a device.
+    # Devices on one chip can share what they receive: a chip needs at least what one of them needs.
     received = sum(c.received for c in compiled.collectives)
     compute = work.executed * batch / peak
     hbm = compiled.hbm_traffic * target.devices_per_chip / chip.hbm_bandwidth
