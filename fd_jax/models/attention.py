@@ -47,6 +47,11 @@ def attend(
     return kernels.IMPLEMENTATIONS[implementation].attend(q, k, v, bias=bias, scale=scale)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "k", "v", "bias"],
+    meta_fields=["scale"],
+)
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
     """What softmax attention is computed from, in one layer.
@@ -165,8 +170,12 @@ class Attention(nnx.Module):
           rotate: rotary position embedding, or None.
           mask: [G, N, N] added to the bias of row g of every G, see `attend`; or None.
         """
-        inputs = self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask)
-        return self.proj(inputs.attend(self.implementation).reshape(x.shape))
+        return self.output(self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask))
+
+    def output(self, inputs: AttentionInputs) -> jax.Array:
+        """Weighted averages of values through the output projection. -> [B, N, D]."""
+        average = inputs.attend(self.implementation)
+        return self.proj(average.reshape(*average.shape[:2], -1))
 
 
 class RelativePositionBias(nnx.Module):

@@ -16,9 +16,8 @@ import numpy as np
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers, windows
-from fd_jax.models.attention import Attention
-from fd_jax.models.features import FeatureMap
-from fd_jax.models.vit import REMAT_POLICIES
+from fd_jax.models.attention import Attention, AttentionInputs
+from fd_jax.models.backbone import REMAT_POLICIES, Backbone, Visit
 
 MERGE = 2  # tokens per axis that become one between stages
 KERNEL_INIT = layers.truncated_normal(0.02, 2.0)  # cut at absolute +-2, which cuts nothing
@@ -113,11 +112,20 @@ class Block(nnx.Module):
     def _branch(self, x, norm, layer):
         return layer(norm(x)) if self.norm_first else norm(layer(x))
 
+    def attention_inputs(self, x: jax.Array, shared_bias: jax.Array | None) -> AttentionInputs:
+        """What this block's attention is computed from; arguments as in `__call__`."""
+        rows = x.reshape(-1, x.shape[-1])
+        rows = self.norm1(rows) if self.norm_first else rows
+        return self._attention_inputs(rows.reshape(x.shape), shared_bias)
+
     def _attend(self, x: jax.Array, shared_bias: jax.Array | None) -> jax.Array:
+        out = self.attn.output(self._attention_inputs(x, shared_bias))
+        return windows.join(out, self.grid, self.window, self.shift)
+
+    def _attention_inputs(self, x, shared_bias):
         size = (self.grid, self.window, self.shift)
         mask = jnp.asarray(windows.shift_mask(*size)) if self.shift else None
-        out = self.attn(windows.partition(x, *size), shared_bias=shared_bias, mask=mask)
-        return windows.join(out, *size)
+        return self.attn.inputs(windows.partition(x, *size), shared_bias=shared_bias, mask=mask)
 
 
 class Stage(nnx.Module):
@@ -136,7 +144,7 @@ class Stage(nnx.Module):
         self.downsample = downsample
 
 
-class Swin(nnx.Module):
+class Swin(Backbone):
     """What both versions share; returns the feature map of the last stage.
 
     Architecture:
@@ -297,63 +305,26 @@ class Swin(nnx.Module):
             }
         return params
 
-    def __call__(
-        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
-    ) -> FeatureMap:
-        """The feature map of the last block.
-
-        Args:
-          images: [B, H, W, 3] normalised float.
-          final_norm: whether the encoder's own final norm (if it has one) is applied.
-          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
-        """
-        x = self._run(images, drops, keep=())[0]
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        return _feature_map(x, self.grid[0])
-
-    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
-        """The feature maps after the named blocks (0-based over all stages), before any merging."""
-        outside = [index for index in blocks if not 0 <= index < self.depth]
-        if outside:
-            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
-        kept = self._run(images, None, keep=tuple(blocks))[1]
-        return [kept[index] for index in blocks]
-
     def embed(self, images: jax.Array) -> jax.Array:
         """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
-        size = (self.image_size, self.image_size)
-        if images.shape[1:3] != size:
-            raise ValueError(
-                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
-            )
+        self._check_images(images)
         return self.patch_norm(self.patch_embed(images))
 
-    def _run(self, images, drops, keep):
+    def _visits(self, images, drops):
         x = self.embed(images)
-        kept, number = {}, 0
+        number = 0
         for index, depth in enumerate(self.depths):
-            stage = self.stages[str(index)]
+            stage, side = self.stages[str(index)], self.grids[index]
             shared_bias = None if stage.rel_pos_bias is None else stage.rel_pos_bias()
-            for block in range(depth):
-                block_drops = None if drops is None else drops[:, number]
-                x = self._run_block(stage.blocks[str(block)], x, block_drops, shared_bias)
-                if number in keep:
-                    kept[number] = _feature_map(x, self.grids[index])
+            for name in map(str, range(depth)):
+                block = stage.blocks[name]
+                before, block_drops = x, None if drops is None else drops[:, number]
+                x = self._run_block(block, x, block_drops, shared_bias)
                 number += 1
+                windows_of = (block.window, block.shift)
+                yield Visit(block, before, x, (shared_bias,), (side, side), *windows_of)
             if stage.downsample is not None:
-                x = stage.downsample(x, self.grids[index])
-        return x, kept
-
-    def _run_block(self, block, x, drops, shared_bias):
-        def run(block, x, drops, shared_bias):
-            return block(x, drops, shared_bias)
-
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
+                x = stage.downsample(x, side)
 
     def _attention(self, stage: int, width: int, heads: int, **kwargs) -> Attention:
         raise NotImplementedError
@@ -375,10 +346,6 @@ class Swin(nnx.Module):
 def grids(image_size: int, patch_size: int, stages: int) -> tuple[int, ...]:
     """Side of the grid of each stage."""
     return tuple(image_size // patch_size // MERGE**stage for stage in range(stages))
-
-
-def _feature_map(tokens: jax.Array, side: int) -> FeatureMap:
-    return FeatureMap(tokens, cls=0, registers=0, grid=(side, side))
 
 
 def _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat):

@@ -4,7 +4,6 @@ What differs between the members is an argument, and every default that librarie
 to be spelled out by the caller.
 """
 
-from collections.abc import Sequence
 import math
 from typing import Any, Literal
 
@@ -14,8 +13,14 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models import layers
-from fd_jax.models.attention import Attention, QkvBias, RelativePositionBias, Rotation
-from fd_jax.models.features import FeatureMap
+from fd_jax.models.attention import (
+    Attention,
+    AttentionInputs,
+    QkvBias,
+    RelativePositionBias,
+    Rotation,
+)
+from fd_jax.models.backbone import REMAT_POLICIES, Backbone, Visit
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
 
 Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
@@ -24,11 +29,6 @@ Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
 # distillation student is cut at one standard deviation, the fine-tuning model at absolute +-2,
 # which cuts nothing.
 INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
-
-REMAT_POLICIES = {
-    "full": None,  # recompute the whole block
-    "dots": "dots_with_no_batch_dims_saveable",  # keep the results of weight matmuls
-}
 
 
 class Block(nnx.Module):
@@ -81,15 +81,25 @@ class Block(nnx.Module):
         # to a multiple of eight and [B * N, D] not, so that a change between them is a copy.
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        tokens = self.norm1(x).reshape(shape)
-        branch = self.attn(tokens, shared_bias=shared_bias, rotate=rotate).reshape(x.shape)
+        inputs = self._attention_inputs(x, shape, shared_bias, rotate)
+        branch = self.attn.output(inputs).reshape(x.shape)
         x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
         branch = self.mlp(self.norm2(x))
         x = x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
         return x.reshape(shape)
 
+    def attention_inputs(
+        self, x: jax.Array, shared_bias: jax.Array | None, rotate: Rotation | None
+    ) -> AttentionInputs:
+        """What this block's attention is computed from; arguments as in `__call__`."""
+        return self._attention_inputs(x.reshape(-1, x.shape[-1]), x.shape, shared_bias, rotate)
 
-class ViT(nnx.Module):
+    def _attention_inputs(self, rows, shape, shared_bias, rotate):
+        tokens = self.norm1(rows).reshape(shape)
+        return self.attn.inputs(tokens, shared_bias=shared_bias, rotate=rotate)
+
+
+class ViT(Backbone):
     """Vision transformer that returns its whole feature map.
 
     Architecture:
@@ -236,36 +246,9 @@ class ViT(nnx.Module):
             return int(rest.split("/")[0]) + 1
         return arch["depth"] + 1
 
-    def __call__(
-        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
-    ) -> FeatureMap:
-        """The feature map of the last block.
-
-        Args:
-          images: [B, H, W, 3] normalised float.
-          final_norm: whether the encoder's own final norm (if it has one) is applied.
-          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
-        """
-        x = self._run(images, drops, keep=())[0]
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        return self._feature_map(x)
-
-    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
-        """The feature maps after the named blocks (0-based), without the final norm."""
-        outside = [index for index in blocks if not 0 <= index < self.depth]
-        if outside:
-            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
-        kept = self._run(images, None, keep=tuple(blocks))[1]
-        return [self._feature_map(kept[index]) for index in blocks]
-
     def embed(self, images: jax.Array) -> jax.Array:
         """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
-        size = (self.image_size, self.image_size)
-        if images.shape[1:3] != size:
-            raise ValueError(
-                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
-            )
+        self._check_images(images)
         x = self.patch_embed(images)
         batch = x.shape[0]
         if self.cls_token is not None:
@@ -328,34 +311,19 @@ class ViT(nnx.Module):
         }
         return rest
 
-    def _run(self, images, drops, keep):
+    def _visits(self, images, drops):
         x = self.embed(images)
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         rotate = None
         if self.position == "rope":
             prefix = self.cls + self.registers
             rotate = Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
-        kept = {}
+        positions = (shared_bias, rotate)
         for index in range(self.depth):
             block = self.blocks[str(index)]
-            block_drops = None if drops is None else drops[:, index]
-            x = self._run_block(block, x, block_drops, shared_bias, rotate)
-            if index in keep:
-                kept[index] = x
-        return x, kept
-
-    def _run_block(self, block, x, drops, shared_bias, rotate):
-        def run(block, x, drops, shared_bias):
-            return block(x, drops, shared_bias, rotate)
-
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
-
-    def _feature_map(self, tokens: jax.Array) -> FeatureMap:
-        return FeatureMap(tokens, cls=self.cls, registers=self.registers, grid=self.grid)
+            before, block_drops = x, None if drops is None else drops[:, index]
+            x = self._run_block(block, x, block_drops, *positions)
+            yield Visit(block, before, x, positions, self.grid)
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
