@@ -13,7 +13,7 @@ from fd_jax.models.attention import AttentionInputs
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs"],
+    data_fields=["inputs", "indices"],
     meta_fields=["cls", "registers", "grid", "window", "shift"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,11 @@ class AttentionMap:
       inputs: queries, keys, values and bias, as the block itself has them.
       cls: 1 where the first token of every row is a class token, 0 elsewhere.
       registers: number of register tokens that follow it; all further tokens are patches.
-      grid: (H, W) of the patches of an image.
+      grid: (H, W) of the patches of the whole image.
       window: side of the windows in patches; None where a row is an image.
       shift: by how many patches the grid was rolled up and left before it was cut into windows.
+      indices: [B, P] int32, the patches in every row where the network saw only some of them, see
+        `features.FeatureMap`; or None.
     """
 
     inputs: AttentionInputs
@@ -44,6 +46,7 @@ class AttentionMap:
     grid: tuple[int, int]
     window: int | None = None
     shift: int = 0
+    indices: jax.Array | None = None
 
     @property
     def prefix(self) -> int:
@@ -74,13 +77,16 @@ class AttentionMap:
     def positions(self) -> jax.Array:
         """Row and column of every patch on the grid of its image. -> [G, P, 2] int32.
 
-        G is 1 for a ViT and the number of windows in an image for a Swin: the patches of row r of
-        the weights are those of entry r % G. Shifted windows give the places before the shift.
+        The patches of row r of the weights are those of entry r % G. For a Swin G is the number of
+        windows in an image, and shifted windows give the places before the shift. For a ViT G is 1,
+        or B where every image has patches of its own.
         """
-        places = np.indices(self.grid, np.int32).reshape(2, -1).T[None]
+        places = jnp.asarray(np.indices(self.grid, np.int32).reshape(2, -1).T)
+        if self.indices is not None:
+            return places[self.indices]
         if self.window is None:
-            return jnp.asarray(places)
-        return windows.partition(jnp.asarray(places), self.grid[0], self.window, self.shift)
+            return places[None]
+        return windows.partition(places[None], self.grid[0], self.window, self.shift)
 
     def join(self, x: jax.Array) -> jax.Array:
         """Puts the tokens of an image together again: the windows of a Swin become its grid.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
+from fd_jax.models import sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
 
@@ -25,6 +26,7 @@ class Visit(NamedTuple):
       after: [B, N, D] the tokens that leave it.
       positions: what its attention knows about the places of tokens.
       grid: (H, W) of the patches.
+      indices: [B, P] of the patches, see `FeatureMap`; or None.
       window, shift: of its attention, see `AttentionMap`.
     """
 
@@ -33,6 +35,7 @@ class Visit(NamedTuple):
     after: jax.Array
     positions: tuple[Any, ...]
     grid: tuple[int, int]
+    indices: jax.Array | None = None
     window: int | None = None
     shift: int = 0
 
@@ -41,7 +44,7 @@ class Backbone(nnx.Module):
     """A network of blocks, one after another, that returns whole feature maps.
 
     Attributes:
-      image_size: side of the square input in pixels.
+      image_size: side of a square input in pixels, or (height, width).
       depth: number of blocks.
       cls: 1 with a class token, 0 without.
       registers: number of register tokens.
@@ -49,7 +52,7 @@ class Backbone(nnx.Module):
       remat: key of REMAT_POLICIES, or None: what a block recomputes in the backward pass.
     """
 
-    image_size: int
+    image_size: int | tuple[int, int]
     depth: int
     cls: int
     registers: int
@@ -57,7 +60,12 @@ class Backbone(nnx.Module):
     remat: str | None
 
     def __call__(
-        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        final_norm: bool = True,
+        drops: jax.Array | None = None,
+        keep: jax.Array | None = None,
     ) -> FeatureMap:
         """The feature map of the last block.
 
@@ -65,32 +73,40 @@ class Backbone(nnx.Module):
           images: [B, H, W, 3] normalised float.
           final_norm: whether the encoder's own final norm (if it has one) is applied.
           drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
+          keep: [B, P] int32, the patches that the blocks see, counted row by row from the top
+            left, each once per image and in any order; None for all of them.
         """
-        visit = collections.deque(self._visits(images, drops), maxlen=1).pop()
+        visit = collections.deque(self._visits(images, drops, keep), maxlen=1).pop()
         x = visit.after
         if final_norm and self.norm is not None:
             x = self.norm(x)
         return self._feature_map(x, visit)
 
-    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
+    def intermediates(
+        self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None
+    ) -> list[FeatureMap]:
         """The feature maps after the named blocks, without the final norm.
 
         Args:
           images: [B, H, W, 3] normalised float.
           blocks: numbers of blocks, 0-based and over all stages; the maps are in their order.
+          keep: as in `__call__`.
         """
         kept = {
             number: self._feature_map(visit.after, visit)
-            for number, visit in self._visits_of(blocks, images)
+            for number, visit in self._visits_of(blocks, images, keep)
         }
         return [kept[number] for number in blocks]
 
-    def attention_maps(self, images: jax.Array, blocks: Sequence[int]) -> list[AttentionMap]:
+    def attention_maps(
+        self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None
+    ) -> list[AttentionMap]:
         """The attention of the named blocks, without drop path.
 
         Args:
           images: [B, H, W, 3] normalised float.
           blocks: numbers of blocks, 0-based and over all stages; the maps are in their order.
+          keep: as in `__call__`.
         """
         kept = {
             number: AttentionMap(
@@ -100,22 +116,27 @@ class Backbone(nnx.Module):
                 grid=visit.grid,
                 window=visit.window,
                 shift=visit.shift,
+                indices=visit.indices,
             )
-            for number, visit in self._visits_of(blocks, images)
+            for number, visit in self._visits_of(blocks, images, keep)
         }
         return [kept[number] for number in blocks]
 
-    def _visits(self, images: jax.Array, drops: jax.Array | None) -> Iterator[Visit]:
+    def _visits(
+        self, images: jax.Array, drops: jax.Array | None, keep: jax.Array | None
+    ) -> Iterator[Visit]:
         """Runs the blocks in their order; arguments as in `__call__`."""
         raise NotImplementedError
 
-    def _visits_of(self, blocks: Sequence[int], images: jax.Array) -> Iterator[tuple[int, Visit]]:
+    def _visits_of(
+        self, blocks: Sequence[int], images: jax.Array, keep: jax.Array | None
+    ) -> Iterator[tuple[int, Visit]]:
         """The visits of the named blocks; blocks after the last of them do not run."""
         outside = [number for number in blocks if not 0 <= number < self.depth]
         if outside:
             raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
         runs = range(max(blocks, default=-1) + 1)  # first in zip, so that no block runs for nothing
-        for number, visit in zip(runs, self._visits(images, None), strict=False):
+        for number, visit in zip(runs, self._visits(images, None, keep), strict=False):
             if number in blocks:
                 yield number, visit
 
@@ -139,10 +160,16 @@ class Backbone(nnx.Module):
         return run(block, x, drops, shared_bias)
 
     def _feature_map(self, tokens: jax.Array, visit: Visit) -> FeatureMap:
-        return FeatureMap(tokens, cls=self.cls, registers=self.registers, grid=visit.grid)
+        return FeatureMap(
+            tokens,
+            cls=self.cls,
+            registers=self.registers,
+            grid=visit.grid,
+            indices=visit.indices,
+        )
 
     def _check_images(self, images: jax.Array) -> None:
-        size = (self.image_size, self.image_size)
+        size = sizes.sides(self.image_size)
         if images.shape[1:3] != size:
             raise ValueError(
                 f"images of {images.shape[1:3]} pixels; this model was built for {size}"

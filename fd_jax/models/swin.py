@@ -6,6 +6,7 @@ attentions and position biases differ.
 """
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.errors import ConfigError
-from fd_jax.models import layers, windows
+from fd_jax.models import layers, sizes, windows
 from fd_jax.models.attention import Attention, AttentionInputs
 from fd_jax.models.backbone import REMAT_POLICIES, Backbone, Visit
+from fd_jax.models.sizes import ImageSize
 
 MERGE = 2  # tokens per axis that become one between stages
 KERNEL_INIT = layers.truncated_normal(0.02, 2.0)  # cut at absolute +-2, which cuts nothing
@@ -171,7 +173,7 @@ class Swin(Backbone):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: ImageSize,
         patch_size: int,
         embed_width: int,
         depths: Sequence[int],
@@ -191,7 +193,7 @@ class Swin(Backbone):
     ):
         del init
         _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat)
-        self.image_size = image_size
+        self.image_size = square_side(image_size)
         self.window = window
         self.depths, self.depth = tuple(depths), sum(depths)
         self.width = embed_width * MERGE ** (len(depths) - 1)
@@ -310,7 +312,12 @@ class Swin(Backbone):
         self._check_images(images)
         return self.patch_norm(self.patch_embed(images))
 
-    def _visits(self, images, drops):
+    def _visits(self, images, drops, keep):
+        if keep is not None:
+            raise ConfigError(
+                "a Swin network sees all patches, since its windows have to be full; use a ViT "
+                "where only some patches are kept"
+            )
         x = self.embed(images)
         number = 0
         for index, depth in enumerate(self.depths):
@@ -321,8 +328,15 @@ class Swin(Backbone):
                 before, block_drops = x, None if drops is None else drops[:, number]
                 x = self._run_block(block, x, block_drops, shared_bias)
                 number += 1
-                windows_of = (block.window, block.shift)
-                yield Visit(block, before, x, (shared_bias,), (side, side), *windows_of)
+                yield Visit(
+                    block,
+                    before,
+                    x,
+                    positions=(shared_bias,),
+                    grid=(side, side),
+                    window=block.window,
+                    shift=block.shift,
+                )
             if stage.downsample is not None:
                 x = stage.downsample(x, side)
 
@@ -343,31 +357,32 @@ class Swin(Backbone):
         return False
 
 
-def grids(image_size: int, patch_size: int, stages: int) -> tuple[int, ...]:
+def grids(image_size: ImageSize, patch_size: int, stages: int) -> tuple[int, ...]:
     """Side of the grid of each stage."""
-    return tuple(image_size // patch_size // MERGE**stage for stage in range(stages))
+    side = square_side(image_size)
+    return tuple(side // patch_size // MERGE**stage for stage in range(stages))
+
+
+square_side = functools.partial(sizes.square_side, network="a Swin network")
 
 
 def _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat):
-    for name, value in (
-        ("image_size", image_size),
-        ("patch_size", patch_size),
-        ("window", window),
-    ):
+    side = square_side(image_size)
+    for name, value in (("patch_size", patch_size), ("window", window)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"{name}={value!r}: a side of a square is expected, a whole number above 0; "
-                "windows and images that are not square are not supported"
+                "patches and windows that are not square are not supported"
             )
     if len(depths) != len(heads):
         raise ConfigError(
             f"depths={list(depths)} has {len(depths)} stages, heads={list(heads)} has {len(heads)}"
         )
     unit = patch_size * MERGE ** (len(depths) - 1)
-    if image_size < unit or image_size % unit:
-        lower = max(image_size // unit, 1) * unit
+    if side < unit or side % unit:
+        lower = max(side // unit, 1) * unit
         raise ConfigError(
-            f"image_size {image_size} is not divisible by patch_size {patch_size} x "
+            f"image_size {side} is not divisible by patch_size {patch_size} x "
             f"{MERGE ** (len(depths) - 1)} (the stages halve the grid); use {lower} or "
             f"{lower + unit}"
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fd_jax.errors import ConfigError
 from fd_jax.models import windows
 from fd_jax.models.resize import PositionResize
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin import KERNEL_INIT, Swin
 
 Position = Literal["rpb", "shared_rpb"]
@@ -59,7 +60,11 @@ class SwinV2(Swin):
 
     @staticmethod
     def resize_positions(
-        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+        params: dict[str, Any],
+        arch: dict[str, Any],
+        image_size: ImageSize,
+        *,
+        method: PositionResize,
     ) -> dict[str, Any]:
         """The parameters as they are: the bias networks serve any window."""
         del arch, image_size, method

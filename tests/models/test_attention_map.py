@@ -7,9 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 
-from fd_jax.convert.formats import FORMATS
 from fd_jax.models import windows
 from tests import tiny
 from tests.models import swins, vits
@@ -235,16 +233,6 @@ def their_attentions(model, images):
         return [found.numpy() for found in model(pixels, output_attentions=True).attentions]
 
 
-def hugging_face(spec, params, folder):
-    """transformers' model of a converted network."""
-    flat = {
-        f"encoder/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    FORMATS["huggingface"].write(spec, flat, folder)
-    return transformers.AutoModel.from_pretrained(folder).eval()
-
-
 DINOV3 = teacher(
     position="rope", registers=4, qkv_bias="qv", layer_scale=0.5, norm_eps=1e-5, rope_theta=100.0
 )
@@ -268,7 +256,7 @@ def test_weights_equal_transformers(name, tmp_path):
         model = (
             vits.beit(spec, params, tmp_path, shared=name == "beit_shared")
             if name.startswith("beit")
-            else hugging_face(spec, params, tmp_path / "model")
+            else vits.hugging_face(spec, params, tmp_path / "model")
         )
 
     depths = spec.arch.get("depths")

@@ -232,6 +232,10 @@ def test_feature_map_reads_its_tokens():
     "arch,message",
     [
         ({"patch_size": 7}, "32 is not divisible by patch_size 7; use 28 or 35"),
+        ({"image_size": [32, 36]}, "32 x 36: width 36 is not divisible by patch_size 8; use 32 or"),
+        ({"image_size": [4, 32]}, "image_size 4 x 32: height 4 is less than patch_size 8"),
+        ({"image_size": [32, 0]}, r"image_size=\[32, 0\]: expected the side of a square"),
+        ({"image_size": [32]}, r"image_size=\[32\]: expected the side of a square"),
         ({"heads": 5}, "width 48 is not divisible by 5 heads"),
         ({"registers": 2, "position": "rpb"}, "no bias for register tokens"),
         ({"qkv_bias": "kv"}, "qkv_bias='kv'"),

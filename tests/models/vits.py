@@ -6,6 +6,8 @@ import numpy as np
 import transformers
 
 from configs import base
+from fd_jax.convert.formats import FORMATS
+from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles
 
@@ -93,8 +95,8 @@ def beit(spec, params, folder, *, shared, **overrides):
 
 
 def pictures(spec, count, seed=3):
-    size = spec.arch["image_size"]
-    return np.random.default_rng(seed).normal(size=(count, size, size, 3)).astype(np.float32)
+    shape = (count, *sizes.sides(spec.arch["image_size"]), 3)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def bind(spec, params, **runtime):
@@ -103,3 +105,13 @@ def bind(spec, params, **runtime):
 
 def relative(got, want):
     return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+def hugging_face(spec, params, folder):
+    """transformers' model of a converted network."""
+    flat = {
+        f"encoder/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    FORMATS["huggingface"].write(spec, flat, folder)
+    return transformers.AutoModel.from_pretrained(folder).eval()
