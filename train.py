@@ -6,8 +6,8 @@ The same command on the same workdir resumes. Any field of the config can be set
 line (`--config.batch_size=1024`); `--help` lists the flags for several processes.
 """
 
-from fd_jax import entry
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.cli import scripts
+from fd_jax.tasks import registry
 
 if __name__ == "__main__":
-    entry.run(entry.train(DistillTask))
+    scripts.run(scripts.train(registry.make))

@@ -128,7 +128,7 @@ def fd_jax_step(job: Job) -> Iterator[dict[str, Any]]:
     import jax
 
     from benchmarks import jax_step
-    from fd_jax import flops, hardware
+    from fd_jax.cost import hardware
 
     task, config = define(job, job.choice, dtype="float32" if job.toy else "bfloat16")
     step = jax_step.distillation(task, config, pictures(job, job.batch))
@@ -137,7 +137,7 @@ def fd_jax_step(job: Job) -> Iterator[dict[str, Any]]:
     chip = hardware.of_kind(device.device_kind)
     memory = step.compiled.memory_analysis()
     stats = device.memory_stats() or {}
-    work = flops.of_task(task).model
+    work = task.flops().model
     yield {
         "device": device.device_kind,
         "compile_seconds": step.compile_seconds,

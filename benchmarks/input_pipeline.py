@@ -30,8 +30,9 @@ import psutil
 
 from fd_jax.data import pipeline, transforms
 from fd_jax.data.builders import photos
+from fd_jax.data.datasets import Example
+from fd_jax.data.elements import Element
 from fd_jax.data.shared import SharedBatches
-from fd_jax.data.sources import Example
 
 HEIGHT, WIDTH, SIZE, MIN_AREA = 375, 500, 224, 0.08
 Draw = tuple[tuple[int, int, int, int], bool]  # box (top, left, height, width), flip
@@ -124,7 +125,7 @@ def parity(path: Callable, jpegs: list[bytes], draws: list[Draw]) -> tuple[float
 
 
 class Jpegs:
-    """The synthesised pictures as an endless-looking source."""
+    """The synthesised pictures as an endless-looking dataset."""
 
     name = "synthesised"
     num_classes: int | None = None
@@ -149,7 +150,12 @@ def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 4
         SIZE, min_area=MIN_AREA, interpolation="bilinear", flip=True
     )
     loader = pipeline.TrainLoader(
-        Jpegs(jpegs, 100_000), transform, batch_size=64, seed=0, workers=workers, threads=threads
+        Jpegs(jpegs, 100_000),
+        transforms.LabelledImage(transform),
+        batch_size=64,
+        seed=0,
+        workers=workers,
+        threads=threads,
     )
     for _ in range(10):  # fills what is read ahead, so that as much is made as is taken
         next(loader)
@@ -177,13 +183,16 @@ def stacking(rounds: int = 60) -> dict[str, float]:
     pictures = [np.full((SIZE, SIZE, 3), i, np.uint8) for i in range(64)]
     shape = (len(pictures), SIZE, SIZE, 3)
     private, numbers = np.stack(pictures), itertools.count()
-    ring = SharedBatches(pipeline.shared_places(2), shape)
+    ring = SharedBatches(
+        pipeline.shared_slots(2), {"image": Element(shape[1:], "uint8")}, len(pictures)
+    )
+    rows = [{"image": picture} for picture in pictures]
 
     def to_private() -> None:
         np.stack(pictures, out=private)
 
     def to_ring() -> None:
-        ring.take(ring.put(next(numbers), pictures))
+        ring.take(ring.put(next(numbers), rows))
 
     def to_segment() -> None:
         segment = grain.multiprocessing.SharedMemoryArray(shape, np.uint8)

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fd_jax import program, sharding
+from fd_jax import sharding
+from fd_jax.data import elements
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training.program import STOP, build
 from fd_jax.typing import Config
 
 
@@ -46,27 +48,22 @@ def distillation(task: DistillTask, config: Config, images: np.ndarray) -> JaxSt
       images: uint8 [B, H, W, 3].
     """
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
+    program = build(task, config, mesh, steps_per_epoch=100, total_steps=1000)
     began = time.monotonic()
-    compiled = run.compile_train_step()
+    compiled = program.compile_train_step()
     compile_seconds = time.monotonic() - began
-    frozen = run.place_frozen(random_weights(task.abstract_frozen()))
+    frozen = program.place_frozen(random_weights(task.abstract_frozen()))
     batch = jax.device_put(host_batch(images), sharding.batch_sharding(mesh))
-    state = run.create(jax.random.key(0), {})
-    arguments = (frozen, batch, run.place_seed(0))
+    state = program.create(jax.random.key(0), {})
+    arguments = (frozen, batch, program.place_seed(0))
     return JaxStep(task, compiled, compile_seconds, state, arguments)
 
 
 def host_batch(images: np.ndarray) -> dict[str, np.ndarray]:
     """What the loop hands to a step beside the images, without labels. All arrays of B rows."""
-    rows = len(images)
-    return {
-        "image": images,
-        "label": np.zeros(rows, np.int32),
-        "weight": np.ones(rows, np.float32),
-        "index": np.arange(rows, dtype=np.int32),
-        "stop": np.zeros(rows, np.int32),
-    }
+    entries = {**elements.of_batch(elements.labelled_image(images.shape[1])), "stop": STOP}
+    batch = {name: np.zeros((len(images), *e.shape), e.dtype) for name, e in entries.items()}
+    return batch | {"image": images, "weight": np.ones(len(images), np.float32)}
 
 
 def random_weights(shapes: Any) -> Any:

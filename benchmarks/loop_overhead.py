@@ -26,9 +26,9 @@ from absl import logging
 import jax
 
 from configs import base
-from fd_jax import loop, program
 from fd_jax.data import pipeline, prepare
-from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks import registry
+from fd_jax.training import loop, program
 from fd_jax.typing import Config
 
 SHAPE = {"patch_size": 112, "width": 32, "depth": 1, "heads": 1, "mlp_width": 32}
@@ -92,7 +92,7 @@ def measure(made: Config) -> list[float]:
         ),
         tempfile.TemporaryDirectory() as workdir,
     ):
-        loop.fit(ClassifyTask(made), made, workdir)
+        loop.fit(registry.make(made), made, workdir)
     return outside[UNCOUNTED:]
 
 

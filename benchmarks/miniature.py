@@ -21,10 +21,10 @@ from flax import nnx
 import jax
 
 from configs import base, miniature
-from fd_jax import loop, metrics, model_folder
+from fd_jax import model_folder
 from fd_jax.models.spec import ModelSpec, split
-from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks import registry
+from fd_jax.training import loop, metric_writer
 from fd_jax.typing import Config
 
 COLUMNS = {"fine-tune": "top1", "linear": "top1", "kNN": "knn_top1"}
@@ -49,16 +49,16 @@ def measure(start: str, name: str, run: Callable[..., dict], *, tune: bool) -> d
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     """Runs a config to its end, or reads what an earlier run of it left; its last evaluation."""
-    make = DistillTask if "teacher" in config else ClassifyTask
-    if not (workdir / "model").exists() and loop.fit(make(config), config, workdir).preempted:
+    finished = (workdir / "model").exists()
+    if not finished and loop.fit(registry.make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
-    rows = [row for row in metrics.read(epath.Path(workdir)) if "eval_loss" in row]
+    rows = [row for row in metric_writer.read(epath.Path(workdir)) if "eval_loss" in row]
     last = rows[-1].items()
     return {name.removeprefix("eval_"): value for name, value in last if name.startswith("eval_")}
 
 
 def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict[str, float]]:
-    """A function (stage, folder below workdir, **fields) -> figures, which tells its time."""
+    """A function (stage, folder below workdir, **fields) -> metrics, which prints its time."""
 
     def run(stage: str, where: str, **fields) -> dict[str, float]:
         config = miniature.get_config(f"stage={stage},data={data}")

@@ -20,7 +20,7 @@ import time
 IMPORTS = {
     "import jax": "import jax",
     "import fd_jax": "import fd_jax",
-    "import fd_jax, all of training": "import fd_jax.loop, fd_jax.tasks.distill",
+    "import fd_jax, all of training": "import fd_jax.training.loop, fd_jax.tasks.distill",
 }
 FLAGS = (
     "--config=configs/quickstart.py",

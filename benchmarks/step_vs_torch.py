@@ -22,7 +22,7 @@ from benchmarks import jax_step
 from benchmarks.torch_step import Step
 from configs import distill_clip_vit_b16
 from fd_jax.convert import families
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks import registry
 
 BATCH, STEPS = 4, 2
 
@@ -32,7 +32,8 @@ def ours(images: np.ndarray) -> jax_step.JaxStep:
     config = distill_clip_vit_b16.get_config()
     config.update(batch_size=BATCH, dtype="float32")
     source = families.get(config.teacher.source)
-    task = DistillTask(config, teacher_spec=source.parts[source.default_part].spec)
+    spec = source.parts[source.default_part].spec
+    task = registry.make(config, {registry.TEACHER: spec})
     return jax_step.distillation(task, config, images)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells the person at the terminal."""
+"""What a run prints for the person at the terminal."""
 
 import jax
 

@@ -4,7 +4,7 @@ Entry points print a `UserError` as a single line and exit with status 2; any ot
 bug and keeps its traceback.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -44,6 +44,22 @@ def check_positive(name: str, value: int) -> None:
     """
     if value < 1:
         raise ConfigError(f"{name}={value}: a whole number above 0 is expected")
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Refuses a value that is not among those that a setting may have.
+
+    Args:
+      name: of the setting, as a user writes it.
+      value: that it has.
+      known: that it may have.
+
+    Raises:
+      ConfigError: `value` is not one of `known`, which the message lists.
+    """
+    if value not in known:
+        listed = ", ".join(repr(choice) for choice in known)
+        raise ConfigError(f"{name}={value!r} is unknown; expected one of {listed}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -35,23 +35,23 @@ KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
 }
 
 BATCH_PER_DEVICE = 32
-TELL_EVERY = 10.0  # seconds
+REPORT_EVERY = 10.0  # seconds
 
 
 def extract(
     model: Model,
-    source: Any,
+    dataset: Any,
     *,
     tokens: Sequence[str] = (),
     batch_size: int | None = None,
     threads: int = 16,
     max_broken: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Runs every picture of a source through a network, resized and cropped as for evaluation.
+    """Runs every picture of a dataset through a network, resized and cropped as for evaluation.
 
     Args:
       model: of `fd_jax.load_model`.
-      source: of `fd_jax.data.sources.open_source`.
+      dataset: of `fd_jax.data.datasets.open_dataset`.
       tokens: which of KINDS; none for "mean" and, where the network has a class token, "cls".
       batch_size: over all devices; None for 32 on each.
       threads: that decode.
@@ -81,8 +81,8 @@ def extract(
     model = Model(model.spec, {"encoder": encoder})
     keep = jax.jit(lambda features: {kind: KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
-        source,
-        transforms.EvalTransform(side),
+        dataset,
+        transforms.LabelledImage(transforms.EvalTransform(side)),
         batch_size=batch_size,
         threads=threads,
         max_broken=max_broken,
@@ -93,11 +93,11 @@ def extract(
             images = jax.device_put(batch["image"], sharding.batch_sharding(mesh))
             yield batch, keep(model(model.preprocess(images)))
 
-    stored = _store(computed(), len(source))
+    stored = _store(computed(), len(dataset))
     index = stored.pop("index")
     if not len(index):
-        raise DataError(f"{source.name} has no picture that can be read")
-    stored["names"] = np.array([source.describe(int(place)) for place in index], np.str_)
+        raise DataError(f"{dataset.name} has no picture that can be read")
+    stored["names"] = np.array([dataset.describe(int(i)) for i in index], np.str_)
     if "full" in tokens:
         stored["grid"] = np.array(layout.grid)
     return stored
@@ -116,7 +116,7 @@ def _choose(tokens: Sequence[str], layout: FeatureMap) -> Sequence[str]:
 def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndarray]:
     """The rows of weight 1, one batch late, so that the devices work meanwhile."""
     stored: dict[str, np.ndarray] = {}
-    count, told = 0, time.monotonic()
+    count, reported = 0, time.monotonic()
     waiting = next(computed)
     while waiting is not None:
         (batch, features), waiting = waiting, next(computed, None)
@@ -128,8 +128,8 @@ def _store(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.ndar
                 stored[name] = np.empty((total, *value.shape[1:]), value.dtype)
             stored[name][count : count + len(value)] = value
         count += int(read.sum())
-        if time.monotonic() - told > TELL_EVERY:
-            told = time.monotonic()
+        if time.monotonic() - reported > REPORT_EVERY:
+            reported = time.monotonic()
             say(f"{count} of {total} pictures")
     return {name: rows[:count] for name, rows in stored.items()}
 
@@ -166,16 +166,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fd_jax.data import sources
+    from fd_jax.data import datasets
 
     output = epath.Path(args.output)
     temporary = _claim(output, overwrite=args.overwrite)
     try:
         model = load_model(args.model, image_size=args.image_size)
-        source = sources.open_source(_source_name(args.input), args.split, data_dir=args.data_dir)
+        name = _dataset_name(args.input)
+        dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
         arrays = extract(
             model,
-            source,
+            dataset,
             tokens=tuple(filter(None, args.tokens.split(","))),
             batch_size=args.batch_size,
             max_broken=args.max_broken,
@@ -184,17 +185,17 @@ def _run(args: argparse.Namespace) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
-    say(f"{source.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
+    say(f"{dataset.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
 
 
-def _source_name(text: str) -> str:
-    """As `open_source` wants it: a path to a folder may come without its prefix."""
-    from fd_jax.data import sources
+def _dataset_name(text: str) -> str:
+    """As `open_dataset` wants it: a path to a folder may come without its prefix."""
+    from fd_jax.data import datasets
 
     is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text
-    if text.startswith(sources.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
+    if text.startswith(datasets.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
         return text
-    return f"{sources.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
+    return f"{datasets.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
 
 
 def _claim(output: epath.Path, *, overwrite: bool) -> epath.Path:

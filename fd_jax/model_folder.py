@@ -25,7 +25,7 @@ PARTS = ("encoder", "projector", "head", "fc_norm")
 def save(
     folder: epath.PathLike, spec: ModelSpec, params: dict[str, Any], *, overwrite: bool = False
 ) -> None:
-    """Writes a model folder; what stands there is untouched until the new one is complete.
+    """Writes a model folder; what is there stays untouched until the new one is complete.
 
     Args:
       folder: where to; local or a bucket.

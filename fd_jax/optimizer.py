@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.typing import Config, PyTree
 
 Moments = Literal["float32", "bfloat16", "factored"]
@@ -70,8 +70,7 @@ def from_config(
       ConfigError: an unknown optimizer, or LARS asked to decay what it never decays.
     """
     optim = config.optim
-    if optim.name not in ("adamw", "lars"):
-        raise ConfigError(f"optim.name={optim.name!r} is unknown; expected 'adamw' or 'lars'")
+    check_choice("optim.name", optim.name, ("adamw", "lars"))
     scale = config.batch_size / optim.lr_batch
     schedule = Schedule(
         start=optim.start_lr * scale,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import check_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -13,6 +13,5 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
     if name == "auto":
         platform = platform or jax.default_backend()
         name = "float32" if platform == "cpu" else "bfloat16"
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r} is unknown; expected 'auto' or one of {sorted(DTYPES)}")
+    check_choice("dtype", name, ("auto", *DTYPES))
     return jnp.dtype(DTYPES[name])

@@ -7,8 +7,10 @@ agreement with the teacher before and after, beside that on what was trained on,
 both feature maps.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import argparse
+from collections.abc import Sequence
 import json
+import sys
 from typing import Any
 
 from etils import epath
@@ -17,11 +19,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import application, entry, figures, files, metrics, model_folder
+from fd_jax import files, model_folder
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
-from fd_jax.evals import agreement
+from fd_jax.evaluation import agreement
+from fd_jax.show import pictures
+from fd_jax.tasks import registry
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import metric_writer
+from fd_jax.training import workdir as workdirs
 from fd_jax.typing import Config, PyTree
 
 BATCH = 64
@@ -53,16 +59,12 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         "after": score(trained, "eval"),
         "training": score(trained, "train"),
     }
-    rows = metrics.read(workdir)
-    _plot_losses(rows, folder / "loss.png")
-    pictures = _held_out_pictures(feed, config.data.image_size)
-    _plot_maps(
-        task,
-        {"student, before": untrained, "student, after": trained},
-        frozen,
-        pictures,
-        folder / "maps.png",
-    )
+    rows = metric_writer.read(workdir)
+    pictures.losses(rows, folder / "loss.png")
+    images = _held_out_pictures(feed, config.data.image_size)
+    students = {"student, before": untrained, "student, after": trained}
+    patches = _patches(task, students, frozen, images)
+    pictures.maps(images, patches, folder / "maps.png", grid=task.student.grid, reference="teacher")
     files.write_text(folder / "agreement.json", json.dumps(scores, indent=2) + "\n")
     text = _text(task, rows, scores)
     files.write_text(folder / "report.md", text)
@@ -85,16 +87,17 @@ def summary(folder: epath.Path) -> str:
 
 
 def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
-    path = workdir / "config.json"
+    path = workdir / workdirs.CONFIG
     if not path.exists():
         raise UserError(f"{workdir} is no workdir: it has no config.json; name one of train.py's")
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    if "teacher" not in config:
+    if registry.kind_of(config) is not registry.DISTILLATION:
         raise UserError(f"{workdir} is not a distillation run: its config names no teacher")
     task = DistillTask(config)
-    if task.target.kind != "full":
-        raise UserError(f"reports compare whole maps; this run has target.kind={task.target.kind}")
-    _, params = model_folder.load(workdir / "model")
+    kind = task.goal.target.kind
+    if kind != "full":
+        raise UserError(f"reports compare whole maps; this run has target.kind={kind}")
+    _, params = model_folder.load(workdir / workdirs.MODEL)
     return config, task, jax.tree.map(jnp.asarray, params)
 
 
@@ -109,80 +112,28 @@ def _held_out_pictures(feed: Feed, size: int) -> np.ndarray:
     return np.stack([feed.picture("eval", index, size) for index in chosen.values()])
 
 
-def _plot_losses(rows: Iterable[dict[str, float]], path: epath.Path) -> None:
-    plt = figures.pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
-    axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
-    axes.legend()
-    figures.save(figure, path)
-
-
-def _plot_maps(
-    task: DistillTask,
-    students: dict[str, PyTree],
-    frozen: PyTree,
-    pictures: np.ndarray,
-    path: epath.Path,
-) -> None:
-    """Pictures, teacher and students side by side, in the teacher's three principal colours."""
-    batch = {"image": pictures}
+def _patches(
+    task: DistillTask, students: dict[str, PyTree], frozen: PyTree, images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Patch tokens of the teacher and of the students' predictions, [M, H*W, D] each."""
+    batch = {"image": images}
     maps = {"teacher": jax.jit(task.teacher_target)(frozen, batch)}
     predict = jax.jit(task.predict)
     maps |= {name: predict(params, batch) for name, params in students.items()}
-    patches = {
+    return {
         name: np.asarray(agreement.split_kinds(tokens, cls=task.cls)["patch"])
         for name, tokens in maps.items()
     }
-    colour = principal_colours(patches["teacher"])
-    plt = figures.pyplot()
-    columns = ["held-out picture", *patches]
-    figure, axes = plt.subplots(
-        len(pictures),
-        len(columns),
-        figsize=(2 * len(columns), 2 * len(pictures)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for row, picture in enumerate(pictures):
-        axes[row][0].imshow(picture)
-        for column, tokens in enumerate(patches.values(), start=1):
-            colours = colour(tokens[row]).reshape(*task.student.grid, 3)
-            axes[row][column].imshow(colours, interpolation="nearest")
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figures.save(figure, path)
-
-
-def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fits the first three principal components of [..., D] tokens to red, green and blue.
-
-    Returns:
-      A function [..., D] -> [..., 3] in [0, 1], the same for every network that is compared.
-    """
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-    mean = flat.mean(axis=0)
-    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
-    low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
-
-    def colour(other: np.ndarray) -> np.ndarray:
-        return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
-
-    return colour
 
 
 def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str, Any]) -> str:
+    teacher, student = task.goal.teacher, task.student
     lines = [
         "# Distillation report",
         "",
-        f"Teacher: {task.teacher_spec.source}, {task.teacher.width} wide, {task.teacher.depth} "
-        f"deep, frozen. Student: {task.student.width} wide, {task.student.depth} deep, from random "
-        f"weights. Input {task.student.image_size} px, grid {task.student.grid}.",
+        f"Teacher: {teacher.spec.source}, {teacher.width} wide, {teacher.depth} deep, frozen. "
+        f"Student: {student.width} wide, {student.depth} deep, from random weights. "
+        f"Input {student.image_size} px, grid {student.grid}.",
         "",
         "![loss](loss.png)",
         "",
@@ -216,13 +167,20 @@ def _text(task: DistillTask, rows: Sequence[dict[str, float]], scores: dict[str,
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line."""
-    workdir = entry.WORKDIR.value
-    if len(argv) > 1 or workdir is None:
-        raise UserError("usage: python -m fd_jax.report --workdir=WORKDIR")
-    print(summary(write_report(workdir)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; what the user got wrong becomes one message and the status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="of a finished run, local or gs://")
+    args = parser.parse_args(argv)
+    try:
+        print(summary(write_report(args.workdir)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    application.run_app(main)
+    sys.exit(main())

@@ -32,7 +32,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
-    (r"(^|/)(projector|head)/kernel$", ("embed", None)),
+    (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # or a projector per teacher
     (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens)$", ()),
 )
 
@@ -65,8 +65,8 @@ def make_mesh(
         grid = _on_torus(mesh_utils.create_device_mesh, shape, devices=devices)
     else:
         # Elsewhere the topology is flat: the order of the devices keeps a host's rows together. So
-        # it is with two devices on a chip, which is how the compiler describes a v4 that is not
-        # there; jax places the axes of a mesh on chips only.
+        # it is with two devices on a chip, which is how the compiler describes a v4 without
+        # one; jax lays the axes of a mesh over whole chips only.
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES)
 
@@ -124,11 +124,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     """The sharding of every parameter of a tree of arrays or shapes."""
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, _partition(name, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(sharding_of, params)
 
 
 def optimizer_shardings(
@@ -152,7 +152,7 @@ def optimizer_shardings(
 
 def barrier(name: str) -> None:
     """Waits for the other processes, where there are any."""
-    if jax.process_count() > 1:  # alone it would compile an exchange with nobody
+    if jax.process_count() > 1:  # one process would compile an exchange with itself
         multihost_utils.sync_global_devices(name)
 
 

@@ -48,8 +48,8 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(teacher, embedded_data, tmp_path_factory):
     """Workdir and result of an unbroken run of `tiny.config`."""
-    from fd_jax import loop
     from fd_jax.tasks.distill import DistillTask
+    from fd_jax.training import loop
     from tests import tiny
 
     workdir = tmp_path_factory.mktemp("finished")

@@ -17,9 +17,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from fd_jax import program, sharding
+from fd_jax import sharding
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training.program import build
 from tests import tiny
 
 FIGURES = pathlib.Path(__file__).with_name("core_alone.json")
@@ -32,15 +33,15 @@ OTHERS = ("array_record", "clu", "cv2", "grain", "matplotlib", "tensorflow", "te
 def losses(task, config, batch):
     """Of three steps on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=20)
-    state = run.create(jax.random.key(0), {})
+    program = build(task, config, mesh, steps_per_epoch=10, total_steps=20)
+    state = program.create(jax.random.key(0), {})
     frozen = task.abstract_frozen()
-    frozen = run.place_frozen(tiny.randomize(jax.tree.map(_zeros, frozen), 1, scale=0.1))
+    frozen = program.place_frozen(tiny.randomize(jax.tree.map(_zeros, frozen), 1, scale=0.1))
     batch = {**batch, "stop": np.zeros(len(batch["label"]), np.int32)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    step, found = run.compile_train_step(), []
+    step, found = program.compile_train_step(), []
     for _ in range(STEPS):
-        state, metrics = step(state, frozen, batch, run.place_seed(0))
+        state, metrics = step(state, frozen, batch, program.place_seed(0))
         total, count = metrics["loss"]
         found.append(float(total / count))
     return found

@@ -312,8 +312,11 @@ def test_esvit_distillation_is_the_originals():
     task = DistillTask(config, teacher_spec=SWIN_TEACHER)
     assert (config.epochs, config.student.drop_path, config.data.min_area) == (300, 0.3, 0.08)
     assert (task.student.grid, task.student.width) == ((7, 7), 1024)
-    assert (task.teacher.grid, task.teacher.width, task.cls) == ((7, 7), 1024, False)
-    assert (task.teacher_spec.arch["norm_eps"], task.student_spec.arch["norm_eps"]) == (1e-5, 1e-5)
+    assert (task.goal.teacher.grid, task.goal.teacher.width, task.cls) == ((7, 7), 1024, False)
+    assert (task.goal.teacher.spec.arch["norm_eps"], task.student_spec.arch["norm_eps"]) == (
+        1e-5,
+        1e-5,
+    )
     np.testing.assert_allclose(rates(task, config, STEPS_PER_EPOCH), [4e-6, 8e-4, 4e-5], rtol=1e-6)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     assert len(jax.tree.leaves(params)) == 425
@@ -324,7 +327,7 @@ def test_esvit_distillation_is_the_originals():
 def test_a_vit_takes_the_third_stage_of_esvit():
     config = load("distill_esvit_vit_b16")
     task = DistillTask(config, teacher_spec=SWIN_TEACHER)
-    assert (task.teacher.grid, task.teacher.width) == ((14, 14), 512)
+    assert (task.goal.teacher.grid, task.goal.teacher.width) == ((14, 14), 512)
     assert (task.student.grid, task.student.cls, task.cls) == ((14, 14), 1, False)
     shape = jax.eval_shape(
         task.predict, jax.eval_shape(task.init, jax.random.key(0))[0], tiny.batch(2, side=224)
@@ -351,7 +354,7 @@ def test_swin_distillations_shrink(name):
     arch = {**tiny.TEACHER, "image_size": 56, "patch_size": 14}
     config = load(name, "smoke")
     task = DistillTask(config, teacher_spec=specs.ModelSpec("vit", arch, source="quickstart"))
-    assert task.student.grid == task.teacher.grid == (4, 4)
+    assert task.student.grid == task.goal.teacher.grid == (4, 4)
     assert config.steps == 20
 
 
@@ -368,7 +371,7 @@ def test_giant_configs_have_the_published_size(name):
     config = load(name)
     if name.startswith("distill"):
         task = DistillTask(config, teacher_spec=GIANT)
-        assert (task.teacher.grid, task.teacher.width) == ((8, 8), 4096)
+        assert (task.goal.teacher.grid, task.goal.teacher.width) == ((8, 8), 4096)
     else:
         task = ClassifyTask(config, init_spec=GIANT)
         assert task.spec.arch["image_size"] == 256

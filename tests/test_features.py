@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from fd_jax import features, load_model
-from fd_jax.data import sources, transforms
+from fd_jax.data import datasets, transforms
 from fd_jax.errors import ConfigError, DataError
 from tests import tiny
 
@@ -22,7 +22,7 @@ COUNT = 37  # a prime: the last batch is padded, and the devices get unequal par
 
 @pytest.fixture(scope="module")
 def digits(embedded_data):
-    return sources.open_source("digits", f"test[:{COUNT}]", data_dir=embedded_data)
+    return datasets.open_dataset("digits", f"test[:{COUNT}]", data_dir=embedded_data)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def pictures(tmp_path_factory):
     return root
 
 
-def by_hand(folder, source, **load):
+def by_hand(folder, dataset, **load):
     """One picture at a time through `load_model`. -> tokens [N, T, D], the last FeatureMap."""
     model = load_model(folder, **load)
     transform = transforms.EvalTransform(model.spec.arch["image_size"])
     tokens = []
-    for index in range(len(source)):
-        found = model(model.preprocess(transform(source[index].image)[None]))
+    for index in range(len(dataset)):
+        found = model(model.preprocess(transform(dataset[index].image)[None]))
         tokens.append(np.asarray(found.full[0]))
     return np.stack(tokens), found
 
@@ -94,8 +94,8 @@ def test_a_folder_at_another_size(teacher, pictures, tmp_path):
     output = tmp_path / "mine.npz"
     flags = (f"--model={teacher}", f"--input={pictures}", f"--output={output}")
     assert run(*flags, "--image_size=48") == 0
-    source = sources.open_source(f"folder:{pictures}", "train")
-    tokens, layout = by_hand(teacher, source, image_size=48)
+    dataset = datasets.open_dataset(f"folder:{pictures}", "train")
+    tokens, layout = by_hand(teacher, dataset, image_size=48)
     assert layout.grid == (6, 6)
     found = np.load(output)
     assert set(found.files) == {"cls", "mean", "labels", "names"}
@@ -131,13 +131,13 @@ def test_broken_pictures_are_named_or_left_out(teacher, pictures, tmp_path):
     for number, name in enumerate(("a/1.bmp", "a/2.jpg", "b/1.png")):
         (folder / f"{number}.png").write_bytes((pictures / name).read_bytes())
     (folder / "1.png").write_bytes(b"not a picture")
-    source, model = sources.open_source(f"folder:{folder}", ""), load_model(teacher)
+    dataset, model = datasets.open_dataset(f"folder:{folder}", ""), load_model(teacher)
     with pytest.raises(DataError, match="1.png"):
-        features.extract(model, source)
-    found = features.extract(model, source, max_broken=1)
+        features.extract(model, dataset)
+    found = features.extract(model, dataset, max_broken=1)
     assert [pathlib.Path(name).name for name in found["names"]] == ["0.png", "2.png"]
     assert found["cls"].shape == (2, 48)
-    tokens, _ = by_hand(teacher, [source[0], source[2]])
+    tokens, _ = by_hand(teacher, [dataset[0], dataset[2]])
     np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=2e-5)
 
 

@@ -10,9 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from fd_jax import loop, measure, metrics, model_folder
+from fd_jax import model_folder
+from fd_jax.cli import measure
 from fd_jax.errors import ConfigError
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import loop, metric_writer
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,22 +84,22 @@ def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
     class Stop(Exception):
         pass
 
-    original = loop._Trainer._save
+    original = loop.Run._save
 
     def save_and_stop(trainer, step, state):
         original(trainer, step, state)
         trainer.checkpoints.wait()
         raise Stop
 
-    loop._Trainer._save = save_and_stop
+    loop.Run._save = save_and_stop
     try:
         with pytest.raises(Stop):
             loop.fit(task, half, tmp_path / "again")
     finally:
-        loop._Trainer._save = original
+        loop.Run._save = original
     loop.fit(task, half, tmp_path / "again")
     losses = [
-        [row["loss"] for row in metrics.read(where) if "loss" in row]
+        [row["loss"] for row in metric_writer.read(where) if "loss" in row]
         for where in (workdir, tmp_path / "again")
     ]
     assert losses[0] == losses[1]

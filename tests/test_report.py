@@ -11,7 +11,8 @@ import pytest
 from fd_jax import model_folder, report
 from fd_jax.data.feed import Feed
 from fd_jax.errors import UserError
-from fd_jax.evals import agreement
+from fd_jax.evaluation import agreement
+from fd_jax.show import pictures
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
 
@@ -71,7 +72,7 @@ def test_colours_are_the_principal_axes():
     rng = np.random.default_rng(0)
     scales = np.array([5.0, 3.0, 2.0] + [0.1] * 13)
     tokens = rng.normal(size=(10, 20, 16)) * scales
-    colours = report.principal_colours(tokens)(tokens)
+    colours = pictures.principal_colours(tokens)(tokens)
     assert colours.shape == (10, 20, 3)
     for channel in range(3):
         flat = colours[..., channel].reshape(-1)

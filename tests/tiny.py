@@ -6,6 +6,7 @@ import numpy as np
 
 from configs import base
 from fd_jax import model_folder
+from fd_jax.data import elements
 from fd_jax.models import spec as specs
 
 TEACHER = {
@@ -105,12 +106,12 @@ def config(teacher="", **fields):
 def batch(size=16, side=32, seed=0):
     """A host batch of random pictures."""
     rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8),
-        "label": np.full(size, -1, np.int32),
-        "weight": np.ones(size, np.float32),
-        "index": np.arange(size, dtype=np.int32),
-    }
+    specified = elements.of_batch(elements.labelled_image(side))
+    made = elements.stack([elements.padding(specified)] * size, specified)
+    made["image"][:] = rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    made["weight"][:] = 1
+    made["index"][:] = np.arange(size)
+    return made
 
 
 def save_student(folder, seed=5, **arch):

@@ -1,11 +1,12 @@
-"""What a run reads: its sources, transforms and batches, from the fields of `config.data`."""
+"""What a run reads: its datasets, transforms and batches, from the fields of `config.data`."""
 
 from collections.abc import Callable, Iterator
 import functools
 
 import numpy as np
 
-from fd_jax.data import pipeline, sources, transforms
+from fd_jax.data import datasets, elements, pipeline, transforms
+from fd_jax.data.elements import Elements
 from fd_jax.errors import DataError
 from fd_jax.typing import Batch
 
@@ -57,37 +58,39 @@ class Feed:
         workers: int,
         max_broken: int,
     ):
-        if eval_split not in ("", split) and sources.is_one_folder(name):
+        if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
                 f"{name} is one folder for every split, so that data.eval_split={eval_split!r} "
                 "would hold nothing out; let its path say where the split's name goes, as in "
                 "folder:/data/imagenet/{split}, or set data.eval_split=''"
             )
-        open_source = functools.partial(
-            sources.open_source,
+        open_dataset = functools.partial(
+            datasets.open_dataset,
             name,
             data_dir=data_dir or None,
-            skip=sources.OFFICIAL_SKIPPED if skip_official else (),
+            skip=datasets.OFFICIAL_SKIPPED if skip_official else (),
         )
-        self.train_source = open_source(split=split)
-        self.eval_source = open_source(split=eval_split) if eval_split else None
+        self.train_dataset = open_dataset(split=split)
+        self.eval_dataset = open_dataset(split=eval_split) if eval_split else None
         self.image_size = image_size
-        self.train_transform = transforms.TrainTransform(
-            image_size,
-            min_area=min_area,
-            interpolation=interpolation,
-            flip=flip,
-            crop=crop,
-            rand_augment=rand_augment,
+        self.train_transform = transforms.LabelledImage(
+            transforms.TrainTransform(
+                image_size,
+                min_area=min_area,
+                interpolation=interpolation,
+                flip=flip,
+                crop=crop,
+                rand_augment=rand_augment,
+            )
         )
-        self.eval_transform = transforms.EvalTransform(
-            image_size, ratio=eval_resize, crop=eval_crop
+        self.eval_transform = transforms.LabelledImage(
+            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop)
         )
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in an epoch; the rest of the examples waits for another epoch's order."""
-        return pipeline.steps_per_epoch(self.train_source, batch_size)
+        return pipeline.steps_per_epoch(self.train_dataset, batch_size)
 
     def train(
         self,
@@ -96,14 +99,14 @@ class Feed:
         seed: int,
         rows: np.ndarray,
         start_step: int,
-        place: Callable[[HostBatch], Batch] | None = None,
+        put_on_devices: Callable[[HostBatch], Batch] | None = None,
     ) -> pipeline.TrainLoader:
         """Endless training batches from step `start_step` on; `rows` of each global batch.
 
-        `place` is applied to each in the thread that reads ahead.
+        `put_on_devices` is applied to each in the thread that reads ahead.
         """
         return pipeline.TrainLoader(
-            self.train_source,
+            self.train_dataset,
             self.train_transform,
             batch_size=batch_size,
             seed=seed,
@@ -112,7 +115,7 @@ class Feed:
             threads=self.threads,
             workers=self.workers,
             max_broken=self.max_broken,
-            place=place,
+            put_on_devices=put_on_devices,
         )
 
     def sequential(
@@ -127,7 +130,7 @@ class Feed:
           limit: number of batches; 0 for all.
         """
         return pipeline.eval_batches(
-            self._source(which),
+            self._dataset(which),
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,
@@ -137,15 +140,25 @@ class Feed:
         )
 
     @property
+    def name(self) -> str:
+        """Of the training split, as a message names it."""
+        return self.train_dataset.name
+
+    @property
+    def elements(self) -> Elements:
+        """What every batch holds, those for training and those of `sequential` alike."""
+        return elements.of_batch(self.train_transform.elements)
+
+    @property
     def classes(self) -> int:
         """Number of labels.
 
         Raises:
           DataError: the data has none.
         """
-        if self.train_source.num_classes is None:
-            raise DataError(f"{self.train_source.name} has no class labels")
-        return self.train_source.num_classes
+        if self.train_dataset.num_classes is None:
+            raise DataError(f"{self.train_dataset.name} has no class labels")
+        return self.train_dataset.num_classes
 
     def check_labels(self) -> None:
         """Reads the first label of each split.
@@ -154,45 +167,45 @@ class Feed:
           DataError: there are no labels, a split hides them, or the splits differ in classes.
         """
         numbers = {}
-        for source in filter(None, (self.train_source, self.eval_source)):
-            if source.num_classes is None:
-                raise DataError(f"{source.name} has no class labels")
-            index, label = _first_label(source)
+        for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
+            if dataset.num_classes is None:
+                raise DataError(f"{dataset.name} has no class labels")
+            index, label = _first_label(dataset)
             if label is not None and label < 0:
                 raise DataError(
-                    f"{source.name} hides its class labels: that of {source.describe(index)} is "
+                    f"{dataset.name} hides its class labels: that of {dataset.describe(index)} is "
                     f"{label}; use another split"
                 )
-            numbers[source.name] = source.num_classes
+            numbers[dataset.name] = dataset.num_classes
         if len(set(numbers.values())) > 1:
-            told = " and ".join(f"{name} has {number}" for name, number in numbers.items())
-            raise DataError(f"the same classes are expected in both splits, but {told}")
+            listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
+            raise DataError(f"the same classes are expected in both splits, but {listed}")
 
     def examples(self, which: str) -> int:
         """Number of images in a split, "train" or "eval"."""
-        return len(self._source(which))
+        return len(self._dataset(which))
 
     def label(self, which: str, index: int) -> int:
         """Label of one image; -1 where there is none."""
-        return self._source(which)[index].label
+        return self._dataset(which)[index].label
 
     def picture(self, which: str, index: int, size: int) -> np.ndarray:
         """One image, resized and centre-cropped to any size. -> [size, size, 3] uint8"""
         transform = transforms.EvalTransform(size)
-        return transform(self._source(which)[index].image, np.random.default_rng(0))
+        return transform(self._dataset(which)[index].image, np.random.default_rng(0))
 
-    def _source(self, which: str) -> sources.Source:
-        source = {"train": self.train_source, "eval": self.eval_source}[which]
-        if source is None:
+    def _dataset(self, which: str) -> datasets.Dataset:
+        dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[which]
+        if dataset is None:
             raise DataError("this run has no held-out split; set data.eval_split")
-        return source
+        return dataset
 
 
-def _first_label(source: sources.Source) -> tuple[int, int | None]:
+def _first_label(dataset: datasets.Dataset) -> tuple[int, int | None]:
     """Position and label of the first example that can be read; the label is None if none can."""
-    for index in range(len(source)):
+    for index in range(len(dataset)):
         try:
-            return index, source[index].label
-        except (sources.BrokenImageError, sources.SkippedError):
+            return index, dataset[index].label
+        except (datasets.BrokenImageError, datasets.SkippedError):
             continue
     return 0, None

@@ -79,7 +79,7 @@ class Mixing:
 
 
 def mix(images: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes each example with the one at its place from the end, in pixels and in targets.
+    """Mixes each example with the one at its position from the end, in pixels and in targets.
 
     The weight of the targets is the mean weight of the pixels: mixup's lambda, and for a box the
     area that was truly left.
@@ -102,8 +102,8 @@ def box_mask(size: int, lam: jax.Array, centre: jax.Array) -> jax.Array:
     half = jnp.floor(size * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
     low = jnp.clip(centre - half, 0, size)
     high = jnp.clip(centre + half, 0, size)
-    place = jnp.arange(size)
-    inside = (place[:, None] >= low) & (place[:, None] < high)  # [S, 2]: row and column
+    position = jnp.arange(size)
+    inside = (position[:, None] >= low) & (position[:, None] < high)  # [S, 2]: row and column
     return (inside[:, None, 0] & inside[None, :, 1]).astype(jnp.float32)
 
 
@@ -120,9 +120,9 @@ def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array
     chosen = jax.random.uniform(chosen_key, (batch,)) < probability
     uniform = jax.random.uniform(box_key, (batch, ERASE_TRIES, 4))
     top, left, height, width, fits = erased_box(uniform, size)
-    place = jnp.arange(size)
-    rows = (place >= top[:, None]) & (place < (top + height)[:, None])
-    columns = (place >= left[:, None]) & (place < (left + width)[:, None])
+    position = jnp.arange(size)
+    rows = (position >= top[:, None]) & (position < (top + height)[:, None])
+    columns = (position >= left[:, None]) & (position < (left + width)[:, None])
     mask = (rows[:, :, None] & columns[:, None, :]) & (chosen & fits)[:, None, None]
     noise = jax.random.normal(noise_key, images.shape, images.dtype)
     return jnp.where(mask[..., None], noise, images)

@@ -1,6 +1,6 @@
 """Batches in a fixed order: global batch k is a function of the seed and k alone.
 
-Grain reads ahead; which example stands where is arithmetic on the step, so a run resumes by
+Grain reads ahead; which example comes where is arithmetic on the step, so a run resumes by
 starting at its step, and every host can produce just its own rows.
 """
 
@@ -20,9 +20,11 @@ from absl import flags, logging
 import grain
 import numpy as np
 
+from fd_jax.data import elements
 from fd_jax.data.background import Background
+from fd_jax.data.datasets import BrokenImageError, Dataset, SkippedError
+from fd_jax.data.elements import Elements, Row
 from fd_jax.data.shared import SharedBatches
-from fd_jax.data.sources import BrokenImageError, SkippedError, Source
 from fd_jax.errors import DataError, HangError
 from fd_jax.typing import Batch
 
@@ -41,26 +43,37 @@ _ORDER_LOCK = threading.Lock()
 
 
 class Transform(Protocol):
-    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+    """From an example, as the dataset gives it, to a row of a batch.
 
-    image_size: int
+    Attributes:
+      elements: what a row holds.
+    """
 
-    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
-        """Raises BrokenImageError where the picture cannot be decoded."""
+    @property
+    def elements(self) -> Elements:
+        """Name, shape, dtype and padding of what `__call__` returns."""
+        ...
+
+    def __call__(self, example: Any, rng: np.random.Generator, /) -> Row:
+        """The arrays and numbers of `elements`.
+
+        Raises:
+          BrokenImageError: the picture cannot be decoded.
+        """
         ...
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Full batches in one pass over a source.
+def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
+    """Full batches in one pass over a dataset.
 
     Raises:
       DataError: there is not even one.
     """
-    steps = len(source) // batch_size
+    steps = len(dataset) // batch_size
     if not steps:
         raise DataError(
-            f"{source.name} has {len(source)} examples, fewer than one batch of {batch_size}; "
-            f"lower batch_size to at most {len(source)}"
+            f"{dataset.name} has {len(dataset)} examples, fewer than one batch of {batch_size}; "
+            f"lower batch_size to at most {len(dataset)}"
         )
     return steps
 
@@ -74,8 +87,8 @@ class TrainLoader:
     """Endless training batches.
 
     Args:
-      source: examples.
-      transform: what makes a square of a picture.
+      dataset: examples.
+      transform: what makes a row of an example.
       batch_size: of the global batch.
       seed: of order and augmentation.
       rows: of each global batch that this process produces, ascending; None for all.
@@ -84,17 +97,17 @@ class TrainLoader:
       workers: processes; 0 decodes in this one.
       max_broken: unreadable pictures that are replaced before the run stops.
       timeout: seconds without a batch after which reading counts as stuck.
-      place: what becomes of a batch in the thread that reads ahead, such as putting it onto the
-        devices; nothing if not given.
+      put_on_devices: what becomes of a batch in the thread that reads ahead; it stays as it is if
+        not given.
 
     Yields:
-      {"image": uint8 [n, S, S, 3], "label": int32 [n], "weight": float32 [n] of ones,
-      "index": int32 [n] position in the source}, n = len(rows); or what `place` makes of it.
+      The transform's elements, "weight" float32 [n] of ones and "index" int32 [n], the position
+      in the dataset, n = len(rows); or what `put_on_devices` makes of it.
     """
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         transform: Transform,
         *,
         batch_size: int,
@@ -105,11 +118,11 @@ class TrainLoader:
         workers: int = 0,
         max_broken: int = 100,
         timeout: float = 600.0,
-        place: Callable[[HostBatch], Batch] | None = None,
+        put_on_devices: Callable[[HostBatch], Batch] | None = None,
     ):
-        self.steps_per_epoch = steps_per_epoch(source, batch_size)
+        self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self.replaced: dict[int, str] = {}
-        self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._max_broken, self._timeout = max_broken, timeout
         self._start, self._step = start_step, start_step
         self._pids: dict[int, int] = {}  # of workers that have delivered
@@ -117,14 +130,15 @@ class TrainLoader:
         self._workers = workers
         self._shared: SharedBatches | None = None
         if workers:
-            size = transform.image_size
-            self._shared = SharedBatches(shared_places(workers), (len(rows), size, size, 3))
+            self._shared = SharedBatches(
+                shared_slots(workers), elements.of_batch(transform.elements), len(rows)
+            )
         self._reads = _Reads(
-            source, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
+            dataset, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
-        self._place = place or (lambda batch: batch)
+        self._put_on_devices = put_on_devices or (lambda batch: batch)
         self._others = {child.pid for child in multiprocessing.active_children()}
-        atexit.register(self.close)  # Python would wait for workers that nobody told to end
+        atexit.register(self.close)  # Python would wait for workers that were never told to stop
         ahead = _read_ahead(self._reads, threads, workers, self._shared)
         self._batches = Background(ahead, self._deliver)
 
@@ -159,11 +173,11 @@ class TrainLoader:
         return delivery.batch
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the source of global batch `step`, before replacements. -> [B]."""
+        """Positions in the dataset of global batch `step`, before replacements. -> [B]."""
         return self._reads.indices(step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where global batch `step` stands; JSON-able, the same on every host but for broken."""
+        """The position of global batch `step`, JSON-able; hosts differ in "replaced" alone."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         return {"epoch": epoch, "batch": batch, "replaced": sorted(self.replaced)}
 
@@ -180,11 +194,9 @@ class TrainLoader:
             if child.name.startswith(_WORKER) and child.pid not in self._others:
                 child.kill()
 
-    def _deliver(self, batch: HostBatch) -> "_Delivery":
-        pid, broken = batch.pop("pid"), batch.pop("broken")
-        if self._shared is not None:
-            batch["image"] = self._shared.take(batch["image"])
-        return _Delivery(self._place(batch), pid, broken)
+    def _deliver(self, batch: "_Stacked") -> "_Delivery":
+        arrays = batch.arrays if self._shared is None else self._shared.take(batch.arrays)
+        return _Delivery(self._put_on_devices(arrays), batch.pid, batch.broken)
 
     def _culprit(self) -> str:
         """Who was to deliver the next batch."""
@@ -199,20 +211,20 @@ class TrainLoader:
             if index not in self.replaced:
                 self.replaced[index] = reason
                 logging.warning(
-                    "replaced broken image %s: %s", self._source.describe(index), reason
+                    "replaced broken image %s: %s", self._dataset.describe(index), reason
                 )
         if len(self.replaced) > self._max_broken:
-            raise _too_many(self._source, self.replaced.items(), self._max_broken)
+            raise _too_many(self._dataset, self.replaced.items(), self._max_broken)
 
 
-def shared_places(workers: int) -> int:
+def shared_slots(workers: int) -> int:
     """Batches that can be on their way from so many workers at once, a multiple of them."""
     # Grain keeps _AHEAD of each worker on either side of the pipe, and one that waits for room.
     return workers * (2 * (_AHEAD + 1) + -(-_HELD // workers))
 
 
 def eval_batches(
-    source: Source,
+    dataset: Dataset,
     transform: Transform,
     *,
     batch_size: int,
@@ -224,12 +236,12 @@ def eval_batches(
     """Every example once, in order, as batches like `TrainLoader`'s.
 
     The last batch is padded, so that all hosts see the same number of batches of the same size:
-    padding is black, with label -1, index -1 and weight 0. A broken picture keeps its index and
-    becomes black of weight 0, and is named in the log.
+    padding has weight 0, index -1 and otherwise what its elements say. A broken picture keeps its
+    index and becomes such padding, and is named in the log.
 
     Args:
-      source: examples.
-      transform: what makes a square of a picture.
+      dataset: examples.
+      transform: what makes a row of an example.
       batch_size: of the global batch.
       rows: of each global batch that this process produces; None for all.
       limit: number of batches at most.
@@ -240,46 +252,43 @@ def eval_batches(
       DataError: more broken pictures than that.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    count = -(-len(source) // batch_size)
+    count = -(-len(dataset) // batch_size)
     count = min(count, limit) if limit else count
-    black = np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
+    specified = elements.of_batch(transform.elements)
+    padding = elements.padding(specified)
 
     def load(index: int) -> _Record:
-        if index >= len(source):
-            return _Record(black, -1, 0.0, -1, ())
+        if index >= len(dataset):
+            return _Record(padding, ())
         try:
-            image, label = source[index]
-            return _Record(transform(image, _rng(_EVALUATE, index)), label, 1.0, index, ())
+            row = transform(dataset[index], _rng(_EVALUATE, index))
+            return _Record({**row, "weight": 1.0, "index": index}, ())
         except SkippedError:
-            return _Record(black, -1, 0.0, index, ())
+            return _Record({**padding, "index": index}, ())
         except BrokenImageError as error:
-            return _Record(black, -1, 0.0, index, ((index, str(error)),))
+            return _Record({**padding, "index": index}, ((index, str(error)),))
 
     chunks = _chunks(rows)
 
-    def load_chunk(place: int) -> _Chunk:
-        step, chunk = divmod(place, len(chunks))
+    def load_chunk(position: int) -> _Chunk:
+        step, chunk = divmod(position, len(chunks))
         return _Chunk(step, [load(step * batch_size + row) for row in chunks[chunk]])
 
     reads = grain.MapDataset.range(count * len(chunks)).map(load_chunk)
     left_out: list[tuple[int, str]] = []
-    for batch in _batches(reads, len(chunks), threads):
-        del batch["pid"]
-        for index, reason in (broken := batch.pop("broken")):
-            logging.warning("evaluation leaves out %s: %s", source.describe(index), reason)
-        left_out += broken
+    for batch in _batches(reads, len(chunks), threads, specified):
+        for index, reason in batch.broken:
+            logging.warning("evaluation leaves out %s: %s", dataset.describe(index), reason)
+        left_out += batch.broken
         if len(left_out) > max_broken:
-            raise _too_many(source, left_out, max_broken)
-        yield batch
+            raise _too_many(dataset, left_out, max_broken)
+        yield batch.arrays
 
 
 class _Record(NamedTuple):
-    """One row of a batch, and the broken examples (index, reason) that it stands in for."""
+    """One row of a batch, and the broken examples (index, reason) that it replaces."""
 
-    image: np.ndarray
-    label: int
-    weight: float
-    index: int
+    row: Row
     broken: tuple[tuple[int, str], ...]
 
 
@@ -288,6 +297,14 @@ class _Chunk(NamedTuple):
 
     batch: int
     records: list[_Record]
+
+
+class _Stacked(NamedTuple):
+    """A batch of this host, or its slot in shared memory, with what `_Delivery` says."""
+
+    arrays: Any
+    pid: int
+    broken: list[tuple[int, str]]
 
 
 class _Delivery(NamedTuple):
@@ -299,14 +316,14 @@ class _Delivery(NamedTuple):
 
 
 class _Reads:
-    """Random access to training records by their place in this host's endless sequence."""
+    """Random access to training records by their position in this host's endless sequence."""
 
-    def __init__(self, source, transform, batch_size, seed, rows, start_step, workers, max_broken):
-        self.source, self.transform = source, transform
+    def __init__(self, dataset, transform, batch_size, seed, rows, start_step, workers, max_broken):
+        self.dataset, self.transform = dataset, transform
         self.batch_size, self.seed = batch_size, seed
         self.chunks, self.start_step = _chunks(rows), start_step
         self.workers, self.max_broken = workers, max_broken
-        self.steps_per_epoch = steps_per_epoch(source, batch_size)
+        self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self._busy: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -315,8 +332,8 @@ class _Reads:
     def __getitem__(self, index: int) -> _Chunk:
         # Grain hands worker w the indices w, w + W, ... and takes batches from the workers in
         # turn. Numbered like this, each worker's run of len(chunks) indices is one whole batch.
-        place, worker = divmod(index, self.workers)
-        turn, chunk = divmod(place, len(self.chunks))
+        position, worker = divmod(index, self.workers)
+        turn, chunk = divmod(position, len(self.chunks))
         number = turn * self.workers + worker
         epoch, batch = divmod(self.start_step + number, self.steps_per_epoch)
         first = batch * self.batch_size
@@ -324,15 +341,14 @@ class _Reads:
 
     def _read(self, epoch: int, position: int) -> _Record:
         """The example at a position of an epoch's order, or the next one that can be read."""
-        order = _order(self.seed, epoch, len(self.source))
+        order = _order(self.seed, epoch, len(self.dataset))
         broken: list[tuple[int, str]] = []
         for candidate in range(position, position + len(order)):
             index = int(order[candidate % len(order)])
             self._busy[threading.get_ident()] = index
             try:
-                image, label = self.source[index]
-                pixels = self.transform(image, _rng(_AUGMENT, self.seed, epoch, index))
-                return _Record(pixels, label, 1.0, index, tuple(broken))
+                row = self.transform(self.dataset[index], _rng(_AUGMENT, self.seed, epoch, index))
+                return _Record({**row, "weight": 1.0, "index": index}, tuple(broken))
             except SkippedError:
                 continue
             except BrokenImageError as error:
@@ -341,29 +357,29 @@ class _Reads:
                     break
             finally:
                 self._busy.pop(threading.get_ident(), None)
-        raise _too_many(self.source, broken, self.max_broken)
+        raise _too_many(self.dataset, broken, self.max_broken)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, len(self.source))
+        order = _order(self.seed, epoch, len(self.dataset))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def in_flight(self) -> str:
         busy = sorted(set(self._busy.values()))
         if not busy:
             return "no example is being read"
-        return "being read: " + ", ".join(map(self.source.describe, busy[:5]))
+        return "being read: " + ", ".join(map(self.dataset.describe, busy[:5]))
 
     def __getstate__(self):
         return {**self.__dict__, "_busy": {}}  # goes to worker processes without its threads
 
 
-def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
-    listing = [f"{source.describe(index)}: {reason}" for index, reason in sorted(broken)]
+def _too_many(dataset: Dataset, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
+    listing = [f"{dataset.describe(index)}: {reason}" for index, reason in sorted(broken)]
     return DataError(
         "\n  ".join(
             [
-                f"{len(listing)} broken images in {source.name}, more than "
+                f"{len(listing)} broken images in {dataset.name}, more than "
                 f"data.max_broken={allowed}; repair or remove them, or raise that number:",
                 *listing,
             ]
@@ -373,9 +389,10 @@ def _too_many(source: Source, broken: Iterable[tuple[int, str]], allowed: int) -
 
 def _read_ahead(
     reads: _Reads, threads: int, workers: int, shared: SharedBatches | None
-) -> Iterator[HostBatch]:
-    source = grain.MapDataset.source(reads)
-    batches = _batches(source, len(reads.chunks), threads, shared)
+) -> Iterator[_Stacked]:
+    dataset = grain.MapDataset.source(reads)
+    specified = elements.of_batch(reads.transform.elements)
+    batches = _batches(dataset, len(reads.chunks), threads, specified, shared)
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
@@ -406,11 +423,15 @@ def _end_with_parent() -> None:
 
 
 def _batches(
-    reads: grain.MapDataset, chunks: int, threads: int, shared: SharedBatches | None = None
+    reads: grain.MapDataset,
+    chunks: int,
+    threads: int,
+    specified: Elements,
+    shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
     """Reads ahead; `chunks` of them make a batch, in shared memory if it is given."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * chunks)
-    stack = functools.partial(_stack, shared=shared)
+    stack = functools.partial(_stack, specified=specified, shared=shared)
     return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=stack)
 
 
@@ -418,17 +439,16 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
     return [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
 
 
-def _stack(chunks: Sequence[_Chunk], *, shared: SharedBatches | None) -> HostBatch:
+def _stack(
+    chunks: Sequence[_Chunk], *, specified: Elements, shared: SharedBatches | None
+) -> _Stacked:
     records = list(itertools.chain.from_iterable(chunk.records for chunk in chunks))
-    images = [r.image for r in records]
-    return {
-        "image": np.stack(images) if shared is None else shared.put(chunks[0].batch, images),
-        "label": np.array([r.label for r in records], np.int32),
-        "weight": np.array([r.weight for r in records], np.float32),
-        "index": np.array([r.index for r in records], np.int32),
-        "broken": [item for r in records for item in r.broken],
-        "pid": os.getpid(),
-    }
+    rows = [record.row for record in records]
+    arrays = (
+        elements.stack(rows, specified) if shared is None else shared.put(chunks[0].batch, rows)
+    )
+    broken = list(itertools.chain.from_iterable(record.broken for record in records))
+    return _Stacked(arrays, os.getpid(), broken)
 
 
 def _rng(*words: int) -> np.random.Generator:

@@ -13,7 +13,7 @@ import sys
 
 from etils import epath
 
-from fd_jax.data import sources
+from fd_jax.data import datasets
 from fd_jax.errors import DataError, UserError
 
 
@@ -33,7 +33,7 @@ def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = 
     """
     import tensorflow_datasets as tfds
 
-    builder = sources.find_builder(name, data_dir)
+    builder = datasets.find_builder(name, data_dir)
     if not builder.is_prepared():
         _check_manual_files(name, manual_dir)
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
@@ -47,7 +47,7 @@ def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = 
 
 def _check_manual_files(name: str, manual_dir: str | None) -> None:
     """TFDS would go on without the splits whose files are missing."""
-    files = sources.MANUAL_FILES.get(name, ())
+    files = datasets.MANUAL_FILES.get(name, ())
     missing = [
         file for file in files if not (manual_dir and (epath.Path(manual_dir) / file).exists())
     ]

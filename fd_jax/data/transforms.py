@@ -1,20 +1,21 @@
-"""From an encoded picture to a uint8 square: decode, crop, antialiased resize, flip.
+"""From an example to a row of a batch: decode, crop, antialiased resize, flip.
 
 Everything random comes from the generator that is passed in, so a picture's augmentation is a
-function of the seed, the epoch and its place in the dataset.
+function of the seed, the epoch and its position in the dataset.
 """
 
 import io
 import math
 import struct
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from fd_jax.data.datasets import BrokenImageError, Example
+from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
-from fd_jax.data.sources import BrokenImageError
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 
 Interpolation = Literal["bilinear", "bicubic"]
 Crop = Literal["retried", "single"]
@@ -170,14 +171,10 @@ class TrainTransform:
         crop: Crop = "retried",
         rand_augment: str = "",
     ):
-        for field, value, known in (
-            ("interpolation", interpolation, _FILTERS),
-            ("crop", crop, _CROPS),
-        ):
-            if value not in known:
-                raise ConfigError(f"data.{field} is {value!r}; expected one of {sorted(known)}")
+        check_choice("data.interpolation", interpolation, _FILTERS)
+        check_choice("data.crop", crop, _CROPS)
         if not 0 < min_area <= 1:
-            raise ConfigError(f"data.min_area is {min_area}; expected a share in (0, 1]")
+            raise ConfigError(f"data.min_area={min_area}; expected a share in (0, 1]")
         self.image_size = image_size
         self.min_area = min_area
         self.interpolation: Interpolation = interpolation
@@ -212,7 +209,7 @@ class EvalTransform:
 
     def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO, crop: bool = True):
         if ratio < 1:
-            raise ConfigError(f"data.eval_resize is {ratio}; expected 1 or more")
+            raise ConfigError(f"data.eval_resize={ratio}; expected 1 or more")
         self.image_size = image_size
         self.short_side = int(ratio * image_size)
         self.crop = crop
@@ -233,3 +230,29 @@ class EvalTransform:
         pixels = resize(pixels, height, width, "bicubic")
         top, left = (round((side - self.image_size) / 2) for side in (height, width))
         return pixels[top : top + self.image_size, left : left + self.image_size]
+
+
+class PictureTransform(Protocol):
+    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+
+    image_size: int
+
+    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        """Raises BrokenImageError where the picture cannot be decoded."""
+        ...
+
+
+class LabelledImage:
+    """Makes a row {"image", "label"} of an `Example`; the label is as it was."""
+
+    def __init__(self, picture: PictureTransform):
+        self.picture = picture
+
+    @property
+    def elements(self) -> Elements:
+        """Of a square picture and its class."""
+        return labelled_image(self.picture.image_size)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Row:
+        """The picture transformed. -> {"image": uint8 [S, S, 3], "label": int}"""
+        return {"image": self.picture(example.image, rng), "label": example.label}

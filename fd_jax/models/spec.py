@@ -105,10 +105,10 @@ class ModelSpec:
             params, self.arch, size, method=self.position_resize
         )
 
-    def choose_attention(self, name: str, *, dtype: jnp.dtype, platform: str | None = None) -> str:
+    def choose_attention(self, name: str, *, dtype: jnp.dtype) -> str:
         """Settles `config.attention` for this network, see `kernels.choose`."""
         widths = FAMILIES[self.family].head_widths(self.arch)
-        return kernels.choose(name, dtype=dtype, head_widths=widths, platform=platform)
+        return kernels.choose(name, dtype=dtype, head_widths=widths)
 
     def to_json(self) -> str:
         """The text of `model.json`."""

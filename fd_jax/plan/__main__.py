@@ -1,4 +1,4 @@
-r"""What a run needs and can reach on TPUs, told by their compiler without one.
+r"""What a run needs and can reach on TPUs, as their compiler says, without one.
 
     python -m fd_jax.plan --config=configs/distill_clip_vit_b16.py --topology=v5e:16x16
     python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \
@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from fd_jax import application
+from fd_jax.cli import application
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.plan import experiment, planning, table, topology

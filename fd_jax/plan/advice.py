@@ -41,18 +41,18 @@ def candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]]
     config = experiment.config
     sharded = {"mesh.data": 1, "mesh.fsdp": -1}
     alone: list[dict[str, Any]] = []
-    trains_all = "model" not in config or config.model.trains == "all"
+    trains_encoder = experiment.task.trains_encoder
     if config.mesh.fsdp in (1,) and config.mesh.tensor == 1 and devices > 1:
         alone.append(sharded)
     if config.optim.moments == "float32" and config.optim.name == "adamw":
         alone.append({"optim.moments": "bfloat16"})
-    if trains_all:
+    if trains_encoder:
         if not config.remat:
             alone.append({"remat": "dots"})
         if config.remat != "full":
             alone.append({"remat": "full"})
     yield from alone
-    if trains_all:  # a probe takes its batch whole
+    if trains_encoder:  # a probe takes its batch whole
         yield {"accumulation": 2 * config.accumulation}
     yield {"batch_size": config.batch_size // 2}
     together: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def find(
     devices: int,
     compile_with: Compile,
     *,
-    tell: Callable[[Attempt], None] = lambda _: None,
+    report: Callable[[Attempt], None] = lambda _: None,
 ) -> list[Attempt]:
     """Tries the candidates: all that change one thing, and together until one fits.
 
@@ -77,7 +77,7 @@ def find(
       experiment: that does not fit.
       devices: of the mesh.
       compile_with: compiles the experiment under another config.
-      tell: called after each attempt.
+      report: called after each attempt.
     """
     attempts: list[Attempt] = []
     alone = True
@@ -88,7 +88,7 @@ def find(
             break
         attempt = _attempt(experiment.config, changes, compile_with)
         attempts.append(attempt)
-        tell(attempt)
+        report(attempt)
     return attempts
 
 

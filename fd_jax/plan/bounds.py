@@ -6,7 +6,6 @@ run is faster. An estimate is the compiler's own: no measurement.
 
 import dataclasses
 
-from fd_jax import flops
 from fd_jax.plan.compiled import Compiled
 from fd_jax.plan.experiment import Experiment
 from fd_jax.plan.topology import Slice
@@ -24,7 +23,7 @@ class Bounds:
       mfu: at most: model FLOPs at that rate over peak.
       chip_hours: at least, for the whole run.
       estimated_seconds: the compiler's cycles of all instructions, one after the other, without
-        collectives that take longer than it thinks; None where the compiler was told to hurry.
+        collectives that take longer than it thinks; None below the compiler's full effort.
       estimated_mfu: of that estimate.
     """
 
@@ -52,7 +51,7 @@ class Bounds:
 def of_step(experiment: Experiment, target: Slice, compiled: Compiled) -> Bounds:
     """The bounds of a compiled step."""
     chip, batch = target.chip, experiment.config.batch_size
-    work = flops.of_task(experiment.task)
+    work = experiment.work
     peak = chip.bf16_flops * target.chips
     # Two devices of one chip may share what they receive: a chip needs what one of them needs.
     received = sum(c.received for c in compiled.collectives)

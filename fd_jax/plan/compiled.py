@@ -1,4 +1,4 @@
-"""Compiles the real train step for chips that are not there, and keeps what can be read of it."""
+"""Compiles the real train step ahead of time, without the chips, and keeps what it shows."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from fd_jax import program, sharding
+from fd_jax import sharding
 from fd_jax.plan import hlo
 from fd_jax.plan.experiment import Experiment
 from fd_jax.plan.topology import Slice
+from fd_jax.training.program import Program, build
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -37,7 +38,7 @@ class Compiled:
     """A compiled train step; all figures are of one device.
 
     Attributes:
-      run: the program that was compiled.
+      program: that was compiled.
       executable: of jax.
       module: its text, read.
       seconds: that compiling took.
@@ -47,7 +48,7 @@ class Compiled:
       arguments, outputs, aliased, temporaries, code: bytes of HBM; outputs hold the aliased ones.
     """
 
-    run: program.Program
+    program: Program
     executable: Any
     module: hlo.Module
     seconds: float
@@ -73,7 +74,7 @@ class Compiled:
     @property
     def collectives(self) -> list[hlo.Collective]:
         """Of one step, largest first."""
-        return self.module.collectives(dict(self.run.mesh.shape))
+        return self.module.collectives(dict(self.program.mesh.shape))
 
 
 def compile_step(
@@ -93,7 +94,7 @@ def compile_step(
     """
     config = experiment.config
     mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-    run = program.build(
+    program = build(
         experiment.task,
         config,
         mesh,
@@ -104,7 +105,7 @@ def compile_step(
     began = time.monotonic()
     try:
         with _effort(effort):
-            executable = run.compile_train_step(**options)
+            executable = program.compile_train_step(**options)
     except jax.errors.JaxRuntimeError as error:
         needed = _memory_excess(str(error))
         if needed is None:
@@ -114,7 +115,7 @@ def compile_step(
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
     assert memory is not None and cost is not None
     return Compiled(
-        run=run,
+        program=program,
         executable=executable,
         module=hlo.Module(executable.as_text() or ""),
         seconds=seconds,

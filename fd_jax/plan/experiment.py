@@ -14,12 +14,12 @@ import ml_collections
 
 from fd_jax import model_folder
 from fd_jax.convert import families
+from fd_jax.cost.flops import Flops
 from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
+from fd_jax.tasks import registry
 from fd_jax.tasks.base import Task
-from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config
 
 # Training images by dataset and split, for those that a config names.
@@ -32,8 +32,8 @@ class Experiment:
 
     Attributes:
       task: what it trains.
-      config: its settings, with the dtype and attention of TPUs where it says "auto".
-      networks: what stands for each network that would be read: (role, where it came from).
+      config: its settings, with the dtype of TPUs where it says "auto".
+      networks: each network that would be read: (role, where its description came from).
       examples: images in an epoch, or None where the config counts steps.
       steps_per_epoch: full batches in an epoch.
       total_steps: updates.
@@ -46,13 +46,27 @@ class Experiment:
     steps_per_epoch: int
     total_steps: int
 
+    @property
+    def work(self) -> Flops:
+        """FLOPs of a step, per image.
+
+        Raises:
+          ConfigError: no closed form is known, so that there is nothing to compare with.
+        """
+        work = self.task.flops()
+        if work is None:
+            raise ConfigError(
+                f"{type(self.task).__name__}.flops() gives no closed form, which a plan needs"
+            )
+        return work
+
 
 def define(config: Config, *, start: str = "", examples: int | None = None) -> Experiment:
     """The experiment of a config of `configs/`.
 
     Args:
-      config: of distillation (it has a `teacher`) or classification (it has a `model`).
-      start: stands for `config.init_from` where that folder does not exist: a converter source or
+      config: of any task in `tasks.registry`.
+      start: replaces `config.init_from` where that folder does not exist: a converter source or
         the path of a distillation's config file.
       examples: images in an epoch, for data that is neither known nor here.
 
@@ -62,21 +76,17 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
     config = ml_collections.ConfigDict(config.to_dict())
     if config.dtype == "auto":
         config.dtype = "bfloat16"
-    if config.attention == "auto":
-        config.attention = kernels.PREFERRED["tpu"][0]
     steps_per_epoch, total_steps, examples = _length(config, examples)
     config = ml_collections.FrozenConfigDict(config)
-    if "teacher" in config:
-        spec, origin = _teacher(config)
-        task: Task = DistillTask(config, teacher_spec=spec)
-        networks = (("teacher", origin),)
-    elif "model" in config:
-        spec, origin = _start(config, start)
-        task = ClassifyTask(config, init_spec=spec)
-        networks = (("starts from", origin),)
-    else:
-        raise ConfigError("the config has neither a teacher nor a model: no task here trains it")
-    return Experiment(task, config, networks, examples, steps_per_epoch, total_steps)
+    specs, origins = {}, []
+    for network in registry.kind_of(config).networks(config):
+        spec, origin = _find(network, start)
+        origins.append((network.role, origin))
+        if spec is not None:
+            specs[network.role] = spec
+    with kernels.compiling_for("tpu"):
+        task = registry.make(config, specs)
+    return Experiment(task, config, tuple(origins), examples, steps_per_epoch, total_steps)
 
 
 def _length(config: Config, examples: int | None) -> tuple[int, int, int | None]:
@@ -97,33 +107,33 @@ def _length(config: Config, examples: int | None) -> tuple[int, int, int | None]
     return per_epoch, config.steps or round(config.epochs * per_epoch), examples
 
 
-def _teacher(config: Config) -> tuple[ModelSpec, str]:
-    if (epath.Path(config.teacher.path) / "model.json").exists():
-        return model_folder.load_spec(config.teacher.path), config.teacher.path
-    if not config.teacher.source:
+def _find(network: registry.Network, start: str) -> tuple[ModelSpec | None, str]:
+    """The spec of a network and where it came from; None for random weights.
+
+    Args:
+      network: that the run reads.
+      start: replaces the folder of a network whose source no field of the config names.
+    """
+    if network.path and (epath.Path(network.path) / "model.json").exists():
+        return model_folder.load_spec(network.path), network.path
+    source = start if network.source is None else network.source
+    if source.endswith(".py"):
+        return _student(source), f"the student of {source}"
+    if source:
+        spec = _of_source(source)
+        if network.needs_head and not spec.classes:
+            # The head comes from the file, which is not here: ImageNet's.
+            spec = dataclasses.replace(spec, classes=1000)
+        return spec, f"converter source {source}"
+    if network.optional:
+        return None, "random weights"
+    if network.role == registry.TEACHER:
         raise ConfigError(
-            f"there is no teacher at {config.teacher.path}; to plan without it, name its converter "
+            f"there is no teacher at {network.path}; to plan without it, name its converter "
             "source in --config.teacher.source"
         )
-    spec = _of_source(config.teacher.source)
-    if config.target.kind == "logits" and not spec.classes:
-        # The head comes from the file, which is not here: ImageNet's.
-        spec = dataclasses.replace(spec, classes=1000)
-    return spec, f"converter source {config.teacher.source}"
-
-
-def _start(config: Config, start: str) -> tuple[ModelSpec | None, str]:
-    """None where the task finds it itself."""
-    if config.init_from and (epath.Path(config.init_from) / "model.json").exists():
-        return None, config.init_from
-    if start.endswith(".py"):
-        return _student(start), f"the student of {start}"
-    if start:
-        return _of_source(start), f"converter source {start}"
-    if config.model.family:
-        return None, "random weights"
     raise ConfigError(
-        f"there is no model folder at init_from={config.init_from!r}; to plan without it, name "
+        f"there is no model folder at init_from={network.path!r}; to plan without it, name "
         "what the run would start from: --start=configs/distill_clip_vit_b16.py (its student) or "
         "--start=openai_clip_vit_b16 (a converter source)"
     )
@@ -142,7 +152,7 @@ def _student(path: str) -> ModelSpec:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config() if hasattr(module, "get_config") else None
-    if config is None or "student" not in config:
+    if config is None or registry.kind_of(config) is not registry.DISTILLATION:
         raise ConfigError(f"--start={path} is not the config of a distillation: it has no student")
     arch = config.student.arch.to_dict()
     return ModelSpec(config.student.family, arch, source=f"distilled by {path}")

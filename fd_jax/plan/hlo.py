@@ -65,7 +65,7 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, opcode: as they stand there.
+      name, opcode: as they are written there.
       shapes: of the result, a tuple flattened.
       operands: names of instructions of the same computation.
       attributes: the text after the operands.
@@ -260,7 +260,7 @@ class Module:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
-            # A fused asynchronous collective stands in several computations, under one channel.
+            # A fused asynchronous collective appears in several computations, under one channel.
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             if channel and channel[1] in seen:
                 continue
@@ -378,7 +378,7 @@ def _instruction(line: str) -> Instruction:
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     type_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, arguments = rest[type_end:].lstrip().partition("(")
-    # What stands inside the brackets of an operand list has no brackets unbalanced.
+    # What is inside the brackets of an operand list has no brackets unbalanced.
     end = _closing("(" + arguments, 0) - 1
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments[:end]))
     attributes = arguments if opcode == "parameter" else arguments[end + 1 :]
@@ -403,7 +403,7 @@ def _trips(instruction: Instruction) -> int:
 
 
 def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]]:
-    """The devices, by their place in the mesh, that take part together."""
+    """The devices, by their position in the mesh, that take part together."""
     devices = math.prod(mesh_shape.values())
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     if pairs:

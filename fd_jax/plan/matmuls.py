@@ -1,6 +1,6 @@
 """FLOPs of one matmul or convolution, from the text of its instruction.
 
-On TPUs matmuls stand as convolutions. What has batch dimensions is written with windows and
+On TPUs matmuls are written as convolutions. What has batch dimensions is written with windows and
 dilations of which all but one position meet holes or padding, so that only positions that meet
 numbers count.
 """
@@ -75,7 +75,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """How often, over one dimension, a place of the kernel meets a number of the left operand."""
-    places = np.arange(out)[:, None] * stride + np.arange(right) * right_dilation - pad
-    inside = (places >= 0) & (places <= (left - 1) * left_dilation)
-    return int((inside & (places % left_dilation == 0)).sum())
+    """How often, in one dimension, a position of the kernel meets a number of the left operand."""
+    positions = np.arange(out)[:, None] * stride + np.arange(right) * right_dilation - pad
+    inside = (positions >= 0) & (positions <= (left - 1) * left_dilation)
+    return int((inside & (positions % left_dilation == 0)).sum())

@@ -49,7 +49,7 @@ def plan_run(
                 lambda config: compile_one(
                     experiment.define(config, start=start, examples=examples)
                 ),
-                tell=lambda attempt: say(f"tried {table.attempt_line(attempt)}"),
+                report=lambda attempt: say(f"tried {table.attempt_line(attempt)}"),
             )
         return facts | table.not_fitting(error, attempts)
     if hlo_file is not None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from fd_jax import flops
 from fd_jax.plan import hlo
 from fd_jax.plan.advice import Attempt
 from fd_jax.plan.bounds import Bounds
@@ -21,7 +20,7 @@ GIB = 2**30
 def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int]) -> dict[str, Any]:
     """What is to run, before anything is compiled."""
     config = experiment.config
-    work = flops.of_task(experiment.task)
+    work = experiment.work
     params, _ = jax.eval_shape(experiment.task.init, jax.random.key(0))
     return {
         "topology": target.name,
@@ -55,7 +54,7 @@ def fitting(
 ) -> dict[str, Any]:
     """What is known of a step that was compiled."""
     batch, devices = experiment.config.batch_size, len(target.devices)
-    work = flops.of_task(experiment.task)
+    work = experiment.work
     by_compiler = compiled.flops * devices / batch
     matmuls, repeated = (f * devices / batch for f in compiled.module.matmul_flops())
     capacity = target.chip.hbm_bytes / target.devices_per_chip

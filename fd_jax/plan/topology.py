@@ -1,4 +1,4 @@
-"""Devices of TPU slices that are not there, as libtpu describes them to its compiler."""
+"""Devices of TPU slices, as libtpu describes them to its compiler without the chips."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from fd_jax import hardware
+from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError
 
 # Without these libtpu asks a cloud's metadata server, for minutes, which TPU it runs on, and one
@@ -97,7 +97,7 @@ def check_libtpu() -> None:
 
 
 def _wanted_libtpu() -> str:
-    """Such as "0.0.42.*"; "*" where jax does not tell."""
+    """Such as "0.0.42.*"; "*" where jax does not say."""
     for requirement in importlib.metadata.requires("jax") or ():
         found = re.match(r"libtpu\s*==\s*([\w.*]+)", requirement)
         if found:

@@ -1,24 +1,25 @@
 """What the loop asks of a task."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
 import optax
 
+from fd_jax.cost.flops import Flops
+from fd_jax.data.base import Data
+from fd_jax.evaluation.evaluators import Evaluator
 from fd_jax.models.spec import ModelSpec
 from fd_jax.optimizer import Schedule
 from fd_jax.typing import Batch, Metrics, PyTree
-
-if TYPE_CHECKING:  # data needs packages that planning does without
-    from fd_jax.data.feed import Feed
 
 
 class Task(Protocol):
     """Static definitions of one thing to train: no arrays inside, so it can be closed over.
 
     Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "weight": float32 [B],
-    "index": int32 [B]}; weight is 0 for padding.
+    "index": int32 [B]} and whatever else the data's elements name; weight is 0 for padding.
 
     Attributes:
       attention: implementation of attention by network, the one that trains first.
@@ -26,7 +27,15 @@ class Task(Protocol):
 
     attention: dict[str, str]
 
-    def check_data(self, feed: "Feed") -> None:
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether gradients go through a whole encoder.
+
+        Then activation checkpointing saves memory, and a batch can be taken in parts.
+        """
+        ...
+
+    def check_data(self, data: Data) -> None:
         """Refuses data that this task cannot use, before anything is computed."""
         ...
 
@@ -68,6 +77,14 @@ class Task(Protocol):
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, Schedule]:
         """The transformation for a tree of shapes, and the rate to report."""
+        ...
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """What is measured on held-out data, in the order of its report."""
+        ...
+
+    def flops(self) -> Flops | None:
+        """Of a step, per image, in closed form; None where no closed form is known."""
         ...
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:

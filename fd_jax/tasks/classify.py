@@ -4,7 +4,7 @@ The probe is the same task with the encoder frozen: forward only, its weights be
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 from etils import epath
 from flax import nnx
@@ -14,9 +14,11 @@ import optax
 
 from fd_jax import losses, model_folder, optimizer
 from fd_jax.console import say
+from fd_jax.cost import flops
 from fd_jax.data import mixing
-from fd_jax.errors import ConfigError, DataError
-from fd_jax.evals import classification
+from fd_jax.data.base import Data
+from fd_jax.errors import ConfigError, DataError, check_choice
+from fd_jax.evaluation import classification, evaluators
 from fd_jax.metrics import weighted
 from fd_jax.models import layers, transfer
 from fd_jax.models.heads import Classifier
@@ -24,9 +26,6 @@ from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Batch, Config, Metrics, PyTree
-
-if TYPE_CHECKING:  # data needs packages that planning does without
-    from fd_jax.data.feed import Feed
 
 Trains = Literal["all", "head"]
 Head = Literal["fresh", "keep"]
@@ -45,15 +44,15 @@ class ClassifyTask:
 
         Args:
           config: see configs/base.py for the fields.
-          init_spec: stands in for the folder `config.init_from`, for planning without weights.
+          init_spec: replaces that of the folder `config.init_from`, for planning without weights.
 
         Raises:
           ConfigError: the combination cannot work, with the numbers.
           ModelFolderError: no model at `config.init_from`.
         """
         model = config.model
-        _check_choice("model.trains", model.trains, Trains.__args__)
-        _check_choice("model.head", model.head, Head.__args__)
+        check_choice("model.trains", model.trains, get_args(Trains))
+        check_choice("model.head", model.head, get_args(Head))
         if model.trains == "head" and config.accumulation > 1:
             raise ConfigError(
                 f"accumulation={config.accumulation} with model.trains='head': the probe's "
@@ -95,14 +94,14 @@ class ClassifyTask:
                 batch_size=config.batch_size,
             )
 
-    def check_data(self, feed: "Feed") -> None:
+    def check_data(self, data: Data) -> None:
         """Refuses data whose labels do not fit the head.
 
         Raises:
           DataError: there are no labels, or more classes than the head has outputs.
         """
-        feed.check_labels()
-        classes, found, name = self.spec.classes, feed.classes, feed.train_source.name
+        data.check_labels()
+        classes, found, name = self.spec.classes, data.classes, data.name
         if found > classes:
             raise DataError(
                 f"{name} has {found} classes, labels 0 to {found - 1}, but "
@@ -222,6 +221,21 @@ class ClassifyTask:
             layer_scales=scales,
         )
 
+    @property
+    def trains_encoder(self) -> bool:
+        """Not in a probe."""
+        return not self.probe
+
+    def evaluators(self) -> list[evaluators.Evaluator]:
+        """Held-out loss and accuracy, and nearest neighbours where `eval.knn` asks for them."""
+        return evaluators.from_config(self.config)
+
+    def flops(self) -> flops.Flops:
+        """Of a step, per image."""
+        trains = not self.probe
+        head = flops.linear(1, self.encoder.width, self.spec.classes, input_gradient=trains)
+        return flops.network(self.spec, trains=trains, remat=self.config.remat) + head
+
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """Encoder and head; a probe's BatchNorm goes into the head's weights."""
         if not self.probe:
@@ -335,8 +349,3 @@ def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:
 
 def _head_of(params: PyTree) -> PyTree:
     return {name: params[name] for name in ("fc_norm", "head") if name in params}
-
-
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{field}={value!r} is unknown; expected one of {known}")

@@ -1,4 +1,4 @@
-"""Small sources and transforms that worker processes can import."""
+"""Small datasets and transforms that worker processes can import."""
 
 import os
 import pathlib
@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 
-from fd_jax.data.sources import BrokenImageError, Example, SkippedError
+from fd_jax.data.datasets import BrokenImageError, Example, SkippedError
+from fd_jax.data.elements import Element
 
 SIDE = 4
 
@@ -92,6 +93,26 @@ class Wrong(Plain):
 
     def __call__(self, image, rng):
         raise TypeError("a bug, not a broken picture")
+
+
+class LabelMaps:
+    """Rows with a label per pixel and a box, as segmentation or stored targets need them."""
+
+    elements = {
+        "image": Element((SIDE, SIDE, 3), "uint8"),
+        "label_map": Element((SIDE, SIDE), "int32", 255),
+        "box": Element((4,), "float32"),
+    }
+
+    def __call__(self, example, rng):
+        return {"image": example.image, **self.of_index(int(example.image[0, 0, 0]))}
+
+    def of_index(self, index):
+        """What the row of one picture holds beside the picture."""
+        return {
+            "label_map": np.arange(index, index + SIDE * SIDE, dtype=np.int32).reshape(SIDE, SIDE),
+            "box": np.array([index, 0, 0.5, 1], np.float32),
+        }
 
 
 SIGKILL, SIGSTOP = signal.SIGKILL, signal.SIGSTOP

@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 import pytest
-from sklearn import datasets
+from sklearn import datasets as sklearn_datasets
 
-from fd_jax.data import prepare, sources, transforms
+from fd_jax.data import datasets, prepare, transforms
 from fd_jax.data.builders import fashion_mnist as fashion_mnist_builder
 from fd_jax.data.builders import photos
 from fd_jax.errors import DataError
@@ -25,12 +25,12 @@ def tiles(embedded_data):
     """All stored tiles: split -> (picture, top, left, pixels)."""
     found = {}
     for split in ("train", "test"):
-        source = sources.open_source("photos", split, data_dir=embedded_data)
+        dataset = datasets.open_dataset("photos", split, data_dir=embedded_data)
         found[split] = []
-        for index in range(len(source)):
-            name = source.describe(index).split("(")[1].rstrip(")")
+        for index in range(len(dataset)):
+            name = dataset.describe(index).split("(")[1].rstrip(")")
             picture, top, left = name.rsplit("_", 2)
-            example = source[index]
+            example = dataset[index]
             assert list(photos.PICTURES)[example.label] == picture
             found[split].append((picture, int(top), int(left), transforms.decode(example.image)))
     return found
@@ -89,15 +89,15 @@ def test_grey_pictures_become_rgb():
 def test_digits_are_all_there_once_and_stratified(embedded_data):
     stored, counts = [], {}
     for split in ("train", "test"):
-        source = sources.open_source("digits", split, data_dir=embedded_data)
-        assert source.num_classes == 10
-        examples = [source[index] for index in range(len(source))]
+        dataset = datasets.open_dataset("digits", split, data_dir=embedded_data)
+        assert dataset.num_classes == 10
+        examples = [dataset[index] for index in range(len(dataset))]
         counts[split] = np.bincount([example.label for example in examples])
         for image, label in examples:
             pixels = transforms.decode(image)
             assert pixels.shape == (8, 8, 3)
             stored.append((label, pixels[..., 1].tobytes()))
-    grey, target = datasets.load_digits(return_X_y=True)
+    grey, target = sklearn_datasets.load_digits(return_X_y=True)
     scaled = np.round(grey / 16 * 255).astype(np.uint8)
     wanted = [(int(label), image.tobytes()) for image, label in zip(scaled, target, strict=True)]
     assert sorted(stored) == sorted(wanted)
@@ -124,14 +124,14 @@ def test_fashion_mnist_is_what_the_package_holds(fashion_mnist, split, file):
         pixels = np.frombuffer(stream.read()[16:], np.uint8).reshape(-1, 28, 28)
     with gzip.open(folder / f"{file}-labels-idx1-ubyte.gz") as stream:
         labels = np.frombuffer(stream.read()[8:], np.uint8)
-    source = sources.open_source("fashion_mnist_debian", split, data_dir=fashion_mnist)
-    assert len(source) == len(pixels) and source.num_classes == 10
+    dataset = datasets.open_dataset("fashion_mnist_debian", split, data_dir=fashion_mnist)
+    assert len(dataset) == len(pixels) and dataset.num_classes == 10
     seen = []
-    for index in range(0, len(source), len(source) // 100):
-        image = transforms.decode(source[index].image)
+    for index in range(0, len(dataset), len(dataset) // 100):
+        image = transforms.decode(dataset[index].image)
         assert image.shape == (28, 28, 3) and (image == image[..., :1]).all()
         (place,) = np.flatnonzero((pixels == image[..., 0]).all(axis=(1, 2)))
-        assert source[index].label == labels[place]
+        assert dataset[index].label == labels[place]
         seen.append(place)
     assert len(set(seen)) == len(seen)
 

@@ -76,4 +76,4 @@ def test_a_folder_cannot_be_training_and_held_out_at_once(tmp_path):
     with pytest.raises(DataError, match="data.eval_split='validation' would hold nothing out"):
         Feed(**config)
     config.eval_split = ""
-    assert Feed(**config).eval_source is None
+    assert Feed(**config).eval_dataset is None

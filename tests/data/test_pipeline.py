@@ -17,10 +17,26 @@ import numpy as np
 import pytest
 
 from fd_jax import sharding
-from fd_jax.data import pipeline, place
+from fd_jax.data import elements, global_batch, pipeline
 from fd_jax.data.shared import SharedBatches
+from fd_jax.data.transforms import LabelledImage
 from fd_jax.errors import DataError, HangError
-from tests.data.pictures import SIGKILL, SIGSTOP, Hangs, Large, Noise, Pictures, Plain, Stops, Wrong
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
+from tests import tiny
+from tests.data.pictures import (
+    SIDE,
+    SIGKILL,
+    SIGSTOP,
+    Hangs,
+    LabelMaps,
+    Large,
+    Noise,
+    Pictures,
+    Plain,
+    Stops,
+    Wrong,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE, BATCH, SEED = 29, 4, 5  # 7 batches an epoch, one example left over
@@ -31,10 +47,10 @@ def loader():
     """Makes loaders and closes them."""
     opened = []
 
-    def make(source=None, transform=None, **options):
-        source = Pictures(SIZE) if source is None else source
+    def make(dataset=None, transform=None, **options):
+        dataset = Pictures(SIZE) if dataset is None else dataset
         options = {"batch_size": BATCH, "seed": SEED, "threads": 2, **options}
-        opened.append(pipeline.TrainLoader(source, transform or Noise(), **options))
+        opened.append(pipeline.TrainLoader(dataset, LabelledImage(transform or Noise()), **options))
         return opened[-1]
 
     yield make
@@ -57,7 +73,8 @@ def assert_same(left, right):
 @pytest.fixture(scope="module")
 def unbroken():
     """Three epochs, read with one thread."""
-    made = pipeline.TrainLoader(Pictures(SIZE), Noise(), batch_size=BATCH, seed=SEED, threads=1)
+    transform = LabelledImage(Noise())
+    made = pipeline.TrainLoader(Pictures(SIZE), transform, batch_size=BATCH, seed=SEED, threads=1)
     batches = take(made, 21)
     made.close()
     return batches
@@ -132,9 +149,9 @@ def test_device_arrays_stay_while_the_memory_serves_others(loader):
     devices = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
 
     def put(batch):
-        return place.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
+        return global_batch.to_global(batch, devices, rows=np.arange(BATCH), batch_size=BATCH)
 
-    made = loader(transform=Large(), workers=2, place=put)
+    made = loader(transform=Large(), workers=2, put_on_devices=put)
     batches = take(made, 6)
     for _ in range(24):
         next(made)
@@ -145,7 +162,7 @@ def test_device_arrays_stay_while_the_memory_serves_others(loader):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_batches_take_the_places_of_shared_memory_in_turn(loader, monkeypatch, workers):
+def test_batches_take_the_slots_of_shared_memory_in_turn(loader, monkeypatch, workers):
     taken, unwatched = [], SharedBatches.take
 
     def watched(shared, batch):
@@ -156,13 +173,13 @@ def test_batches_take_the_places_of_shared_memory_in_turn(loader, monkeypatch, w
     made = loader(workers=workers)
     for _ in range(40):
         next(made)
-    places = pipeline.shared_places(workers)
-    assert taken[:40] == [number % places for number in range(40)]
-    assert places % workers == 0
+    slots = pipeline.shared_slots(workers)
+    assert taken[:40] == [number % slots for number in range(40)]
+    assert slots % workers == 0
 
 
 def test_who_keeps_every_batch_gets_every_batch(loader, unbroken):
-    """More of them than shared memory has places for."""
+    """More of them than shared memory has slots for."""
     made = loader(workers=1)
     assert_same(take(made, 21), unbroken)
 
@@ -198,9 +215,9 @@ def test_a_broken_example_gives_way_to_the_next_of_the_order(loader, unbroken, c
 
 
 def test_replacements_are_the_same_on_every_host(loader):
-    source = Pictures(SIZE, broken={3, 8, 9, 20})
-    whole = take(loader(source), 7)
-    halves = [take(loader(source, rows=rows), 7) for rows in np.array_split(np.arange(BATCH), 2)]
+    dataset = Pictures(SIZE, broken={3, 8, 9, 20})
+    whole = take(loader(dataset), 7)
+    halves = [take(loader(dataset, rows=rows), 7) for rows in np.array_split(np.arange(BATCH), 2)]
     for batch, first, second in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(
             batch["index"], np.concatenate([first["index"], second["index"]])
@@ -248,18 +265,18 @@ LATE = 21  # a batch that worker 1 of 2 starts after it has delivered others
 
 
 def test_a_worker_that_dies_is_named(loader, tmp_path):
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, SIGKILL, pid_file), workers=2, threads=1)
+    made = loader(dataset, Stops(at, SIGKILL, pid_file), workers=2, threads=1)
     with pytest.raises(DataError, match="worker died before step .*exit code -9") as error:
         take(made, LATE + 1)
     assert f"data worker 1 of 2 (process {pid_file.read_text()})" in str(error.value)
 
 
 def test_a_worker_that_is_stuck_is_named_and_ended(loader, tmp_path):
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
+    made = loader(dataset, Stops(at, SIGSTOP, pid_file), workers=2, threads=1, timeout=10.0)
     with pytest.raises(HangError, match="no batch for step .* within 10 s") as error:
         take(made, LATE + 1)
     pid = pid_file.read_text()
@@ -290,24 +307,26 @@ def running(pid):
 
 def test_workers_leave_signals_to_the_main_process(loader, tmp_path):
     """A signal to the whole group must not take the batches that saving waits for."""
-    source, pid_file = Pictures(200), tmp_path / "pid"
+    dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
-    made = loader(source, Stops(at, signal.SIGTERM, pid_file), workers=2, threads=1)
+    made = loader(dataset, Stops(at, signal.SIGTERM, pid_file), workers=2, threads=1)
     assert len(take(made, LATE + 2)) == LATE + 2
     made.close()
     wait_for_the_end_of(pid_file.read_text())
 
 
 SCRIPT = """
-from fd_jax import application
+from fd_jax.cli import application
 from fd_jax.data import pipeline
+from fd_jax.data.transforms import LabelledImage
 from tests.data.pictures import Hangs, Pictures, Plain
 
 def main(argv):
     workers = int(argv[1])
     transform = Plain() if workers else Hangs(int(pipeline.epoch_order(0, 0, 40)[8]), seconds=3600)
     made = pipeline.TrainLoader(
-        Pictures(40), transform, batch_size=4, seed=0, workers=workers, threads=1, timeout=10.0
+        Pictures(40), LabelledImage(transform), batch_size=4, seed=0, workers=workers, threads=1,
+        timeout=10.0
     )
     for _ in range(4):
         next(made)
@@ -361,8 +380,12 @@ def test_workers_end_with_a_main_process_that_is_killed(script):
         wait_for_the_end_of(pid)
 
 
+def evaluation(dataset, **options):
+    return list(pipeline.eval_batches(dataset, LabelledImage(Plain()), batch_size=BATCH, **options))
+
+
 def test_evaluation_sees_every_example_once():
-    batches = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH))
+    batches = evaluation(Pictures(SIZE))
     assert [len(batch["image"]) for batch in batches] == [BATCH] * 8
     weight = np.concatenate([batch["weight"] for batch in batches])
     index = np.concatenate([batch["index"] for batch in batches])
@@ -374,9 +397,13 @@ def test_evaluation_sees_every_example_once():
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_evaluation_is_exact_for_any_number_of_hosts(hosts):
-    whole = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH))
+    whole = evaluation(Pictures(SIZE))
     shares = [
-        list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH, rows=rows))
+        list(
+            pipeline.eval_batches(
+                Pictures(SIZE), LabelledImage(Plain()), batch_size=BATCH, rows=rows
+            )
+        )
         for rows in np.array_split(np.arange(BATCH), hosts)
     ]
     joined = [
@@ -387,14 +414,78 @@ def test_evaluation_is_exact_for_any_number_of_hosts(hosts):
 
 
 def test_evaluation_stops_after_its_limit():
-    batches = list(pipeline.eval_batches(Pictures(SIZE), Plain(), batch_size=BATCH, limit=2))
+    batches = evaluation(Pictures(SIZE), limit=2)
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(8))
 
 
 def test_evaluation_leaves_out_broken_examples_up_to_a_number():
-    source = Pictures(SIZE, broken={2, 6})
-    batches = list(pipeline.eval_batches(source, Plain(), batch_size=BATCH, max_broken=2))
+    dataset = Pictures(SIZE, broken={2, 6})
+    batches = evaluation(dataset, max_broken=2)
     weight = np.concatenate([batch["weight"] for batch in batches])
     np.testing.assert_array_equal(np.flatnonzero(weight[:SIZE] == 0), [2, 6])
     with pytest.raises(DataError, match="2 broken images.*\n.*picture-2.*\n.*picture-6"):
-        list(pipeline.eval_batches(source, Plain(), batch_size=BATCH, max_broken=1))
+        evaluation(dataset, max_broken=1)
+
+
+# --- another element -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_element_of_the_transform_flows_through_the_loader(workers):
+    """A label map and a box per picture, named in the transform and nowhere else."""
+    made = pipeline.TrainLoader(
+        Pictures(SIZE), LabelMaps(), batch_size=BATCH, seed=SEED, threads=2, workers=workers
+    )
+    batches = take(made, 9)
+    made.close()
+    for batch in batches:
+        assert set(batch) == {"image", "label_map", "box", "weight", "index"}
+        assert batch["label_map"].shape == (BATCH, SIDE, SIDE)
+        assert batch["label_map"].dtype == np.int32 and batch["box"].dtype == np.float32
+        for row, index in enumerate(batch["index"]):
+            wanted = LabelMaps().of_index(index)
+            np.testing.assert_array_equal(batch["image"][row], np.full((SIDE, SIDE, 3), index))
+            np.testing.assert_array_equal(batch["label_map"][row], wanted["label_map"])
+            np.testing.assert_array_equal(batch["box"][row], wanted["box"])
+
+
+def test_an_element_of_the_transform_is_padded_in_evaluation():
+    *_, last = pipeline.eval_batches(
+        Pictures(SIZE, broken={SIZE - 1}), LabelMaps(), batch_size=BATCH, max_broken=1
+    )
+    np.testing.assert_array_equal(last["weight"], [0, 0, 0, 0])
+    np.testing.assert_array_equal(last["index"], [SIZE - 1, -1, -1, -1])
+    np.testing.assert_array_equal(last["label_map"], np.full((BATCH, SIDE, SIDE), 255))
+    np.testing.assert_array_equal(last["box"], np.zeros((BATCH, 4)))
+
+
+def test_an_element_of_the_transform_is_an_argument_of_the_step():
+    """The compiled step asks for what the loader brings, and it can be put onto the mesh."""
+    config = tiny.config(batch_size=8)
+    specified = elements.of_batch(LabelMaps().elements)
+    built = program.build(
+        DistillTask(config, teacher_spec=tiny.teacher_spec()),
+        config,
+        sharding.make_mesh(),
+        steps_per_epoch=3,
+        total_steps=3,
+        elements=specified,
+    )
+    (host,) = pipeline.eval_batches(Pictures(8), LabelMaps(), batch_size=8)
+    split = sharding.batch_sharding(built.mesh)
+    batch = global_batch.to_global(host, split, rows=np.arange(8), batch_size=8)
+    shapes = {name: (leaf.shape, leaf.dtype, leaf.sharding) for name, leaf in batch.items()}
+    asked = {name: (leaf.shape, leaf.dtype, leaf.sharding) for name, leaf in built.batch.items()}
+    del asked["stop"]
+    assert shapes == asked
+
+
+def test_a_row_that_is_not_as_specified_is_refused(loader):
+    class Lacking(LabelMaps):
+        def __call__(self, example, rng):
+            return {"image": example.image}
+
+    made = pipeline.TrainLoader(Pictures(SIZE), Lacking(), batch_size=BATCH, seed=SEED, threads=1)
+    with pytest.raises(KeyError, match="a row has .*its elements are .*label_map"):
+        next(made)
+    made.close()

@@ -9,14 +9,17 @@ from absl import logging
 import numpy as np
 import pytest
 
+from fd_jax.data import elements
+from fd_jax.data.elements import Element
 from fd_jax.data.shared import SharedBatches
 
-PLACES, SHAPE = 3, (2, 5, 5, 3)
+SLOTS, ROWS, SHAPE = 3, 2, (2, 5, 5, 3)
+ELEMENTS = {"image": Element((5, 5, 3), "uint8"), "label": Element((), "int32", -1)}
 
 
 @pytest.fixture
 def shared():
-    made = SharedBatches(PLACES, SHAPE)
+    made = SharedBatches(SLOTS, ELEMENTS, ROWS)
     yield made
     made.close()
 
@@ -27,45 +30,66 @@ def worker_of(shared):
 
 
 def pictures(number):
-    return [np.full(SHAPE[1:], 10 * number + i, np.uint8) for i in range(SHAPE[0])]
+    return [np.full(SHAPE[1:], 10 * number + i, np.uint8) for i in range(ROWS)]
 
 
-def test_batches_arrive_in_the_places_of_their_turns(shared):
+def rows(images, label=7):
+    return [{"image": image, "label": label} for image in images]
+
+
+def assert_holds(batch, number):
+    np.testing.assert_array_equal(batch["image"], np.stack(pictures(number)))
+    np.testing.assert_array_equal(batch["label"], np.full(ROWS, 7, np.int32))
+    assert batch["label"].dtype == np.int32
+
+
+def test_batches_arrive_in_the_slots_of_their_turns(shared):
     worker = worker_of(shared)
-    for number in range(3 * PLACES):
-        place = worker.put(number, pictures(number))
-        assert place == number % PLACES
-        np.testing.assert_array_equal(shared.take(place), np.stack(pictures(number)))
+    for number in range(3 * SLOTS):
+        slot = worker.put(number, rows(pictures(number)))
+        assert slot == number % SLOTS
+        assert_holds(shared.take(slot), number)
 
 
-def test_a_place_serves_again_when_nothing_looks_at_it(shared):
+def test_a_slot_serves_again_when_nothing_looks_at_it(shared):
     worker = worker_of(shared)
-    taken = shared.take(worker.put(0, pictures(0)))
-    view = np.asarray(taken)[1:, ::2]
+    taken = shared.take(worker.put(0, rows(pictures(0))))
+    view = np.asarray(taken["image"])[1:, ::2]
     del taken
     gc.collect()
-    other = worker.put(PLACES, pictures(1))  # the place is used: it travels by itself
-    assert isinstance(other, np.ndarray) and shared.take(other) is other
-    np.testing.assert_array_equal(other, np.stack(pictures(1)))
+    other = worker.put(SLOTS, rows(pictures(1)))  # the slot is used: it travels by itself
+    assert isinstance(other, dict) and shared.take(other) is other
+    assert_holds(other, 1)
     np.testing.assert_array_equal(view, np.stack(pictures(0))[1:, ::2])
     del view
-    assert worker.put(PLACES, pictures(1)) == 0
+    assert worker.put(SLOTS, rows(pictures(1))) == 0
 
 
-def test_a_place_is_used_before_its_batch_is_taken(shared):
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_a_slot_is_used_as_long_as_any_array_of_it_is(shared, name):
     worker = worker_of(shared)
-    assert worker.put(0, pictures(0)) == 0
-    assert isinstance(worker.put(PLACES, pictures(1)), np.ndarray)
-    np.testing.assert_array_equal(shared.take(0), np.stack(pictures(0)))
+    kept = shared.take(worker.put(0, rows(pictures(0))))[name]
+    gc.collect()
+    assert isinstance(worker.put(SLOTS, rows(pictures(1), label=8)), dict)
+    np.testing.assert_array_equal(kept, elements.stack(rows(pictures(0)), ELEMENTS)[name])
+    del kept
+    assert worker.put(SLOTS, rows(pictures(1))) == 0
+
+
+def test_a_slot_is_used_before_its_batch_is_taken(shared):
+    worker = worker_of(shared)
+    assert worker.put(0, rows(pictures(0))) == 0
+    assert isinstance(worker.put(SLOTS, rows(pictures(1))), dict)
+    assert_holds(shared.take(0), 0)
 
 
 def test_what_was_taken_outlives_the_rest():
-    shared = SharedBatches(PLACES, SHAPE)
-    taken = shared.take(worker_of(shared).put(0, pictures(0)))
+    shared = SharedBatches(SLOTS, ELEMENTS, ROWS)
+    taken = shared.take(worker_of(shared).put(0, rows(pictures(0))))
     shared.close()
     del shared
     gc.collect()
-    np.testing.assert_array_equal(taken, np.stack(pictures(0)))
+    assert_holds(taken, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +101,12 @@ def test_what_was_taken_outlives_the_rest():
         ([np.zeros((5, 5, 3), np.float32)] * 2, TypeError),
     ],
 )
-def test_other_pictures_are_refused_whether_the_place_is_free_or_not(shared, pictures_, error):
+def test_other_pictures_are_refused_whether_the_slot_is_free_or_not(shared, pictures_, error):
     worker = worker_of(shared)
     for _ in range(2):
         with pytest.raises(error):
-            worker.put(0, pictures_)
-        worker.put(0, pictures(0))
+            worker.put(0, rows(pictures_))
+        worker.put(0, rows(pictures(0)))
 
 
 def test_who_comes_after_the_end_writes_nowhere(shared, tmp_path):
@@ -96,8 +120,8 @@ def test_who_comes_after_the_end_writes_nowhere(shared, tmp_path):
         os.dup2(descriptor, number)
         os.close(descriptor)
     for late in (pickle.loads(state), worker_of(shared)):
-        batch = late.put(0, pictures(0))
-        np.testing.assert_array_equal(batch, np.stack(pictures(0)))
+        batch = late.put(0, rows(pictures(0)))
+        assert_holds(batch, 0)
     os.close(number)
     assert target.read_bytes() == bytes(10**6)
 
@@ -109,17 +133,17 @@ def test_a_worker_that_may_not_look_into_the_main_process_says_so(shared, monkey
     state = pickle.dumps(shared)
     monkeypatch.setattr(os, "open", refuse)
     logging.get_absl_logger().addHandler(caplog.handler)
-    batch = pickle.loads(state).put(0, pictures(0))
+    batch = pickle.loads(state).put(0, rows(pictures(0)))
     logging.get_absl_logger().removeHandler(caplog.handler)
-    np.testing.assert_array_equal(shared.take(batch), np.stack(pictures(0)))
+    assert_holds(shared.take(batch), 0)
     assert "slower" in caplog.text and "Permission denied" in caplog.text
 
 
 def test_batches_travel_by_themselves_where_memory_cannot_be_shared(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    shared = SharedBatches(PLACES, SHAPE)
-    batch = shared.take(worker_of(shared).put(0, pictures(0)))
-    np.testing.assert_array_equal(batch, np.stack(pictures(0)))
+    shared = SharedBatches(SLOTS, ELEMENTS, ROWS)
+    batch = shared.take(worker_of(shared).put(0, rows(pictures(0))))
+    assert_holds(batch, 0)
     shared.close()
 
 
@@ -127,8 +151,8 @@ def test_batches_travel_by_themselves_where_memory_is_refused():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, before[1]))
     try:
-        shared = SharedBatches(PLACES, SHAPE)
+        shared = SharedBatches(SLOTS, ELEMENTS, ROWS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert isinstance(worker_of(shared).put(0, pictures(0)), np.ndarray)
+    assert isinstance(worker_of(shared).put(0, rows(pictures(0))), dict)
     shared.close()

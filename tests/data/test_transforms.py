@@ -9,7 +9,7 @@ from scipy import stats
 
 from fd_jax.data import transforms
 from fd_jax.data.builders.photos import load_picture
-from fd_jax.data.sources import BrokenImageError
+from fd_jax.data.datasets import BrokenImageError
 from fd_jax.errors import ConfigError
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -207,7 +207,7 @@ def test_without_flip_nothing_is_mirrored(photo):
 )
 def test_settings_that_do_not_exist_are_refused(field, value):
     options = {"min_area": 0.5, "interpolation": "bilinear", "flip": True, field: value}
-    with pytest.raises(ConfigError, match=f"data.{field} is"):
+    with pytest.raises(ConfigError, match=f"data.{field}="):
         transforms.TrainTransform(32, **options)
 
 

@@ -174,15 +174,16 @@ def test_each_device_computes_its_own_examples_and_heads(groups):
 def test_auto_is_xla_until_another_was_measured_to_be_faster():
     for platform in ("cpu", "gpu", "tpu"):
         for dtype in (jnp.float32, jnp.bfloat16):
-            chosen = kernels.choose("auto", dtype=dtype, head_widths=(64,), platform=platform)
-            assert chosen == "xla"
+            with kernels.compiling_for(platform):
+                assert kernels.choose("auto", dtype=dtype, head_widths=(64,)) == "xla"
 
 
 def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
     monkeypatch.setitem(kernels.PREFERRED, "gpu", ("cudnn", "xla"))
-    choose = functools.partial(kernels.choose, "auto", head_widths=(64,), platform="gpu")
-    assert choose(dtype=jnp.bfloat16) == "cudnn"
-    assert choose(dtype=jnp.float32) == "xla"
+    choose = functools.partial(kernels.choose, "auto", head_widths=(64,))
+    with kernels.compiling_for("gpu"):
+        assert choose(dtype=jnp.bfloat16) == "cudnn"
+        assert choose(dtype=jnp.float32) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -197,19 +198,26 @@ def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
     ],
 )
 def test_what_an_implementation_cannot_do_is_refused(name, dtype, widths, platform, message):
-    with pytest.raises(ConfigError, match=message):
-        kernels.choose(name, dtype=dtype, head_widths=widths, platform=platform)
+    with kernels.compiling_for(platform), pytest.raises(ConfigError, match=message):
+        kernels.choose(name, dtype=dtype, head_widths=widths)
 
 
 def test_wide_heads_are_taken_on_hopper(monkeypatch):
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9.0)
-    wide = functools.partial(kernels.choose, "cudnn", dtype=jnp.bfloat16, platform="gpu")
-    assert wide(head_widths=(256,)) == "cudnn"
-    with pytest.raises(ConfigError, match="up to 256"):
-        wide(head_widths=(264,))
+    wide = functools.partial(kernels.choose, "cudnn", dtype=jnp.bfloat16)
+    with kernels.compiling_for("gpu"):
+        assert wide(head_widths=(256,)) == "cudnn"
+        with pytest.raises(ConfigError, match="up to 256"):
+            wide(head_widths=(264,))
 
 
 def test_an_unknown_name_never_reaches_a_network():
     q = jnp.ones((1, 4, 1, 8))
     with pytest.raises(KeyError):
         attend(q, q, q, bias=None, scale=1.0, implementation="auto")
+
+
+def test_chips_of_another_machine_are_named_for_a_while_only():
+    with kernels.compiling_for("gpu"):
+        assert base.platform() == "gpu"
+    assert base.platform() == "cpu"

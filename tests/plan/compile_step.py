@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from fd_jax import flops, program, sharding
+from fd_jax import sharding
 from fd_jax.models import layers
 from fd_jax.models.kernels import xla
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
 
 FIGURES = pathlib.Path(__file__).parent / "figures.json"
 TOPOLOGY = "v5e:4x4"
@@ -98,11 +99,11 @@ def measure(depth=2, *, broken=False):
         step = compiled.compile_step(planned, target, effort=-1.0)
     (state, frozen, *_), _ = step.executable.input_shardings
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "frozen": frozen})
-    shapes = jax.tree.leaves({"state": step.run.state, "frozen": step.run.frozen})
-    state_leaves = len(jax.tree.leaves(step.run.state))
+    shapes = jax.tree.leaves({"state": step.program.state, "frozen": step.program.frozen})
+    state_leaves = len(jax.tree.leaves(step.program.state))
     facts = {
         "compile_seconds": step.seconds,
-        "closed_form": flops.of_task(planned.task).executed,
+        "closed_form": planned.task.flops().executed,
         "state_leaves": state_leaves,
         "inputs": {
             jax.tree_util.keystr(path): {

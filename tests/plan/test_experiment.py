@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from fd_jax import flops, hardware, sharding
+from fd_jax import sharding
+from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError, ConversionError
 from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
 from tests import tiny
@@ -26,7 +27,7 @@ def test_a_distillation_without_its_teacher():
     config = base.distillation(teacher="openai_clip_vit_l14", shape=base.VIT_L14, drop_path=0.1)
     planned = experiment.define(config)
     assert planned.networks == (("teacher", "converter source openai_clip_vit_l14"),)
-    assert planned.task.teacher.width == 1024
+    assert planned.task.goal.teacher.width == 1024
     assert planned.config.dtype == "bfloat16"
     # 1,281,167 images in batches of 2,048, the rest dropped; 300 epochs
     assert (planned.steps_per_epoch, planned.total_steps) == (625, 187_500)
@@ -36,7 +37,7 @@ def test_a_teacher_that_is_there_is_read(teacher):
     config = tiny.config(teacher, **{"teacher.source": "tiny"})
     planned = experiment.define(config)
     assert planned.networks == (("teacher", teacher),)
-    assert planned.task.teacher.width == tiny.TEACHER["width"]
+    assert planned.task.goal.teacher.width == tiny.TEACHER["width"]
     assert (planned.total_steps, planned.examples) == (6, None)
 
 
@@ -261,7 +262,7 @@ def planned():
 def test_bounds_are_work_over_peak(planned):
     target = topology.Slice("v5e:2x2", hardware.CHIPS["v5e"], 4, [None] * 4)
     found = bounds.of_step(planned, target, FakeStep())
-    work = flops.of_task(planned.task).executed * planned.config.batch_size
+    work = planned.task.flops().executed * planned.config.batch_size
     np.testing.assert_allclose(found.compute, work / (4 * 197e12))
     assert (found.mfu, found.limit) == (1.0, "compute")
     np.testing.assert_allclose(found.images_per_second, planned.config.batch_size / found.compute)

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from benchmarks import scale
-from fd_jax import program, sharding
+from fd_jax import sharding
 from fd_jax.plan import experiment
+from fd_jax.training import program
 
 
 def lowered(run):

@@ -9,12 +9,13 @@ import torch
 import transformers
 
 from configs import base
-from fd_jax import model_folder, optimizer, program
+from fd_jax import model_folder, optimizer
 from fd_jax.data import mixing
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models import spec as specs
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import program
 from tests import tiny
 from tests.convert import oracles
 from tests.models import test_vit

@@ -7,10 +7,11 @@ import pytest
 import transformers
 
 from configs import base
-from fd_jax import model_folder, optimizer, program
+from fd_jax import model_folder, optimizer
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import program
 from tests import tiny
 from tests.convert import oracles
 from tests.models import swins

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fd_jax import model_folder
+from fd_jax import model_folder, sharding
+from fd_jax.cost import flops
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
-from fd_jax.tasks.distill import DistillTask, resize_images
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.teacher import Teacher, resize_images
 from tests import tiny
 
 
@@ -201,7 +203,7 @@ def test_teacher_at_its_own_size_sees_resized_images(tmp_path):
     """CLIP-L with a 256/16 student: 16 x 16 patches on both sides from different pixels."""
     folder = tiny.save_teacher(tmp_path / "small", image_size=24, patch_size=6)
     task, _, frozen = make(folder)
-    assert task.teacher.image_size == 24
+    assert task.goal.teacher.image_size == 24
     assert task.teacher_target(frozen, tiny.batch()).shape == (16, 17, 48)
 
 
@@ -243,3 +245,46 @@ def test_a_distilled_student_can_teach(folder, tmp_path):
     task, params, frozen = make(str(tmp_path / "student"), **{"teacher.source": ""})
     loss, _ = task.loss(params, {}, frozen, tiny.batch())
     assert np.isfinite(loss)
+
+
+# --- several teachers ------------------------------------------------------------------------
+
+
+def test_the_loss_of_two_teachers_is_the_sum_of_theirs(teacher, tmp_path):
+    """Each with its own input size, drop path, weights and projector."""
+    config = tiny.config(teacher, **{"target.kind": "cls"})
+    other = tiny.config(tiny.save_teacher(tmp_path / "other", width=40, image_size=24)).teacher
+    other.drop_path = 0.5
+    sections = {"first": config.teacher, "second": other}
+    teachers = {
+        name: Teacher(section, dtype=np.dtype("float32"), head=False)
+        for name, section in sections.items()
+    }
+    both = DistillTask(config, teachers=teachers)
+    frozen = both.load_frozen()
+    params, extra = both.init(jax.random.key(1))
+    assert {name: p["kernel"].shape for name, p in params["projector"].items()} == {
+        "first": (32, 48),
+        "second": (32, 40),
+    }
+    batch = both.prepare(tiny.batch(), jax.random.key(2))
+    got, (_, metrics) = both.loss(params, extra, frozen, batch)
+
+    wanted = []
+    for name, each in teachers.items():
+        alone = DistillTask(config, teachers={"": each})
+        own = {"encoder": params["encoder"], "projector": params["projector"][name]}
+        drops = {"student_drops": batch["student_drops"]}
+        if name == "second":
+            drops["teacher_drops"] = batch["teacher_drops_second"]
+        wanted.append(alone.loss(own, extra, frozen[name], {**tiny.batch(), **drops})[0])
+    np.testing.assert_allclose(got, sum(wanted), rtol=1e-6)
+    assert wanted[0] != wanted[1] and metrics["loss"][1] == 16
+    found = both.evaluate(params, extra, frozen, tiny.batch())
+    assert found.keys() == {"loss", "cosine_first", "cosine_second"}
+    shapes = jax.tree.map(np.shape, frozen)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, both.abstract_frozen())
+    sharding.param_shardings(params, sharding.make_mesh())  # every parameter matches one row
+    work = [DistillTask(config, teachers={"": each}).flops().forward for each in teachers.values()]
+    student = flops.network(both.student_spec, trains=True).forward
+    assert both.flops().forward == pytest.approx(sum(work) - student)

@@ -64,7 +64,7 @@ def test_vit_student_learns_an_earlier_map_without_class_tokens(esvit):
     assert learned.shape == (16, 16, 32)
     np.testing.assert_allclose(learned, whitened(fresh), atol=1e-4)
     student = nnx.merge(task.student_def, params["encoder"])
-    projector = nnx.merge(task.projector_def, params["projector"])
+    projector = nnx.merge(task.goal.projector_def, params["projector"])
     images = task.student_spec.normalize(tiny.batch()["image"])
     features = jax.jit(lambda images: student(images))(images)
     assert features.cls == 1
@@ -158,5 +158,5 @@ def test_a_swin_student_is_a_teacher_in_turn(esvit, tmp_path):
     task, params, _ = make(tiny.swin_config(esvit))
     model_folder.save(tmp_path / "student", *task.export(params, {}))
     again, _, frozen = make(tiny.swin_config(str(tmp_path / "student"), **{"teacher.source": ""}))
-    assert again.teacher_spec.family == "swin_v2"
+    assert again.goal.teacher.spec.family == "swin_v2"
     assert np.isfinite(target(again, frozen)).all()

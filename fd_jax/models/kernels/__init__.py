@@ -7,14 +7,13 @@ before a network is built; nothing here falls back to another implementation in 
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError
 from fd_jax.models.kernels import cudnn, xla
-from fd_jax.models.kernels.base import Implementation, split_over
+from fd_jax.models.kernels.base import Implementation, compiling_for, platform, split_over
 
-__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "split_over"]
+__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "compiling_for", "split_over"]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
@@ -32,16 +31,13 @@ REMOVED = {
 }
 
 
-def choose(
-    name: str, *, dtype: jnp.dtype, head_widths: Sequence[int], platform: str | None = None
-) -> str:
+def choose(name: str, *, dtype: jnp.dtype, head_widths: Sequence[int]) -> str:
     """Settles which implementation a network uses.
 
     Args:
       name: `config.attention`: "auto" or a key of IMPLEMENTATIONS.
       dtype: of the network's activations.
       head_widths: channels per attention head, of every stage of the network.
-      platform: "cpu", "gpu" or "tpu"; that of this process if not given.
 
     Returns:
       A key of IMPLEMENTATIONS.
@@ -49,19 +45,19 @@ def choose(
     Raises:
       ConfigError: there is no such implementation, or it cannot do this; the message says why.
     """
-    platform = platform or jax.default_backend()
+    target = platform()
     if name == "auto":
         return next(
             candidate
-            for candidate in PREFERRED[platform]
-            if IMPLEMENTATIONS[candidate].refuses(platform, dtype, head_widths) is None
+            for candidate in PREFERRED[target]
+            if IMPLEMENTATIONS[candidate].refuses(target, dtype, head_widths) is None
         )
     if name in REMOVED:
         raise ConfigError(f"attention={name!r} was removed, since {REMOVED[name]}")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ConfigError(f"attention={name!r} is unknown; expected one of {known}")
-    reason = IMPLEMENTATIONS[name].refuses(platform, dtype, head_widths)
+    reason = IMPLEMENTATIONS[name].refuses(target, dtype, head_widths)
     if reason is not None:
         raise ConfigError(f"attention={name!r} {reason}; set attention='xla', which has no limits")
     return name

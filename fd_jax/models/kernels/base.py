@@ -50,6 +50,24 @@ class Split:
 _SPLIT: contextvars.ContextVar[Split | None] = contextvars.ContextVar("split", default=None)
 
 
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Networks that are built inside are for "cpu", "gpu" or "tpu" chips of another machine."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def platform() -> str:
+    """The chips that networks are built for: those of this process, if no others are named."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
 @contextlib.contextmanager
 def split_over(mesh: Mesh, *, batch: tuple[str, ...], heads: str) -> Iterator[None]:
     """Kernels that are traced inside run on each device's part of the examples and heads.

@@ -66,7 +66,7 @@ def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str
 
 
 def _compute_capability() -> float:
-    """Of this process's GPU; 0 where there is none to ask, as in ahead-of-time compilation."""
+    """Of this process's GPU; 0 where there is none, as in ahead-of-time compilation."""
     device = jax.local_devices()[0]
     return float(getattr(device, "compute_capability", 0.0))
 

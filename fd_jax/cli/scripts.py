@@ -1,0 +1,95 @@
+"""What the training scripts share: flags and processes."""
+
+from collections.abc import Callable, Sequence
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from fd_jax.cli import application
+from fd_jax.console import say
+from fd_jax.errors import UserError
+from fd_jax.tasks.base import Task
+from fd_jax.training import loop
+from fd_jax.typing import Config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
+_ACCEPT = flags.DEFINE_bool("accept_config", False, "Go on in a workdir that another config began.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Start jax.distributed; it learns the rest from Cloud TPU pods and Slurm."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where the launcher does not name it."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead."
+)
+
+
+Action = Callable[[Config, str], int]
+
+
+def run(action: Action) -> None:
+    """Parses flags, joins the other processes, and does `action` with the config and the workdir.
+
+    What the action returns is the exit status.
+    """
+
+    def main(argv: Sequence[str]) -> int:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
+        for flag in (_CONFIG, WORKDIR):
+            if flag.value is None:
+                raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
+        assert WORKDIR.value is not None
+        config = application.read_config(_CONFIG)
+        _start_processes()
+        return action(config, WORKDIR.value)
+
+    application.run_app(main)
+
+
+def train(make_task: Callable[[Config], Task]) -> Action:
+    """The action that trains the task which `make_task` builds from the config."""
+
+    def action(config: Config, workdir: str) -> int:
+        result = loop.fit(make_task(config), config, workdir, accept_config=_ACCEPT.value)
+        if result.preempted:
+            say(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
+            return loop.PREEMPTED
+        return 0
+
+    return action
+
+
+def _start_processes() -> None:
+    if not (_DISTRIBUTED.value or _COORDINATOR.value):
+        if _PROCESSES.value is not None or _PROCESS.value is not None:
+            raise UserError(
+                "--num_processes and --process_id are for several processes, which have to find "
+                "each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
+            )
+        return
+    if _COORDINATOR.value and not _DISTRIBUTED.value:
+        process, count = _PROCESS.value, _PROCESSES.value
+        if process is None or count is None or not 0 <= process < count:
+            raise UserError(
+                f"--coordinator={_COORDINATOR.value} goes with --num_processes=N and a "
+                f"--process_id from 0 to N - 1, not with {count} and {process}; where a launcher "
+                "names them, add --distributed"
+            )
+    try:
+        jax.distributed.initialize(
+            coordinator_address=_COORDINATOR.value,
+            num_processes=_PROCESSES.value,
+            process_id=_PROCESS.value,
+            heartbeat_timeout_seconds=_HEARTBEAT.value,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"jax.distributed does not know how the processes find each other ({error}); name "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        ) from None

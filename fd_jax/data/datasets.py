@@ -1,0 +1,257 @@
+"""Where images come from: random access to encoded pictures and labels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+import numpy as np
+
+from fd_jax.errors import DataError
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+FOLDER_PREFIX = "folder:"
+_SPLIT = "{split}"  # in a folder's path
+
+# What may not be downloaded for the user, by the dataset that needs it.
+MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+
+# File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
+# fine-tuning (docs/reference.md#skipped-files); one of them belongs to ImageNet-1K.
+OFFICIAL_SKIPPED = tuple(
+    f"{name}.JPEG"
+    for name in (
+        "n01678043_6448 n01896844_997 n02368116_318 n02428089_710 n02487347_1956 n02597972_5463 "
+        "n03957420_30695 n03957420_33553 n03957420_8296 n04135315_8814 n04135315_9318 "
+        "n04257684_9033 n04427559_2974 n06470073_47249 n07930062_4147 n09224725_3995 "
+        "n09359803_8155 n09620794_5529 n09789566_3522 n09894445_7463 n10175248_583 "
+        "n10316360_4246 n10368624_12550 n10585217_8484 n10721819_1131 n12353203_3849 "
+        "n12630763_8018"
+    ).split()
+)
+
+
+class BrokenImageError(Exception):
+    """One example cannot be read or decoded; training goes on with another."""
+
+
+class SkippedError(Exception):
+    """One example is among those that the user asked to leave out."""
+
+
+class Example(NamedTuple):
+    """One picture: encoded bytes or decoded uint8 [h, w, 3]; label -1 where there is none."""
+
+    image: bytes | np.ndarray
+    label: int
+
+
+class Dataset(Protocol):
+    """Random access to the examples of a split."""
+
+    name: str
+    num_classes: int | None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one example.
+
+        Raises:
+          BrokenImageError: it cannot be read.
+          SkippedError: it was to be left out, which shows only when it is read.
+        """
+        ...
+
+    def describe(self, index: int) -> str:
+        """Names an example for a message."""
+        ...
+
+
+def open_dataset(
+    name: str, split: str, *, data_dir: str | None = None, skip: Sequence[str] = ()
+) -> Dataset:
+    """Opens a split of a dataset.
+
+    Args:
+      name: a TFDS name (imagenet2012, photos, digits, your own builder) or folder:/path, whose
+        sub-folders, where there are any, are the classes; `{split}` in a folder's path is
+        replaced by the split.
+      split: in TFDS's language ("train", "train[:90%]"); for a folder only where its path asks.
+      data_dir: where TFDS keeps prepared data; None for its default.
+      skip: file-name endings to leave out. A folder forgets them when it is indexed; a TFDS
+        dataset keeps its length and its batches take the next example instead, since only
+        reading all of it would show where they are.
+
+    Raises:
+      DataError: it does not exist, is not prepared, or cannot be read at random.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        folder = name.removeprefix(FOLDER_PREFIX).replace(_SPLIT, split)
+        return FolderDataset(folder, skip=skip)
+    return TfdsDataset(name, split, data_dir=data_dir, skip=skip)
+
+
+def is_one_folder(name: str) -> bool:
+    """Whether every split of a dataset is the same folder of pictures."""
+    return name.startswith(FOLDER_PREFIX) and _SPLIT not in name
+
+
+class FolderDataset:
+    """Image files under a folder, indexed once as (path, label), read in place.
+
+    Labels are the positions of the sorted sub-folder names; a flat folder has none.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, skip: Sequence[str] = ()):
+        root = epath.Path(folder)
+        if not root.is_dir():
+            raise DataError(f"no folder of images at {folder}")
+        self.name = f"{FOLDER_PREFIX}{root}"
+        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+        classes = sorted(path.name for path in inside if path.is_dir())
+        loose = [path.name for path in inside if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        if classes and loose:
+            raise DataError(
+                f"{folder} has {len(loose)} images ({loose[0]}...) beside its {len(classes)} "
+                "class folders; put each into a folder, or point to one without sub-folders"
+            )
+        self.num_classes = len(classes) or None
+        groups = [(root / name, label) for label, name in enumerate(classes)] or [(root, -1)]
+        self._files = [
+            (path, label) for group, label in groups for path in _image_files(group, skip)
+        ]
+        if not self._files:
+            raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self._files[index]
+        try:
+            return Example(epath.Path(path).read_bytes(), label)
+        except OSError as error:
+            raise BrokenImageError(str(error)) from error
+
+    def describe(self, index: int) -> str:
+        """The file's path."""
+        return self._files[index][0]
+
+
+class TfdsDataset:
+    """A prepared TFDS dataset in ArrayRecord files; pictures stay encoded until they are used."""
+
+    def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
+        import tensorflow_datasets as tfds
+
+        builder = find_builder(name, data_dir)
+        if not builder.is_prepared():
+            raise DataError(not_prepared(name, str(builder.data_dir), data_dir))
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise DataError(
+                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format}, which has"
+                " no random access. Prepare it again as ArrayRecord, in another data_dir or after"
+                f" moving that folder away:\n  {prepare_command(name, data_dir)}"
+            )
+        self.name = f"{name}/{split}"
+        features = builder.info.features
+        if features is None or "image" not in features:
+            raise DataError(f"{name} has no feature 'image'; it has {sorted(features or ())}")
+        label = features["label"] if "label" in features else None
+        self.num_classes = getattr(label, "num_classes", None)
+        splits = builder.info.splits or {}
+        sizes = {part: info.num_examples for part, info in splits.items()}
+        try:
+            examples = splits[split].num_examples
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{name} has no split {split!r}; it has {sorted(sizes)}") from error
+        if not examples:
+            raise DataError(f"{name} has no examples in {split!r}; its splits have {sizes}")
+        self._records: Any = builder.as_data_source(
+            split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        self._skip = tuple(skip)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._record(index)
+        if self._skip and _file_name(record).endswith(self._skip):
+            raise SkippedError(_file_name(record))
+        return Example(record["image"], int(record.get("label", -1)))
+
+    def describe(self, index: int) -> str:
+        """File name where the dataset has it, else the position."""
+        try:
+            file_name = _file_name(self._record(index))
+        except BrokenImageError:
+            file_name = ""
+        return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            return self._records[int(index)]
+        except RuntimeError as error:  # ArrayRecord's word for a checksum that does not fit
+            raise BrokenImageError(str(error)) from error
+
+
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a name, ours included.
+
+    Raises:
+      DataError: there is none of that name.
+    """
+    import tensorflow_datasets as tfds
+
+    from fd_jax.data import builders  # noqa: F401  (registers photos and digits)
+
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        if "file_format" in str(error):
+            return tfds.builder(name, data_dir=data_dir)
+        raise DataError(
+            f"TFDS knows no dataset {name!r}. Give a TFDS name, the name of a builder that was "
+            f"imported or prepared in data_dir={data_dir}, or {FOLDER_PREFIX}/path/to/images"
+        ) from error
+
+
+def prepare_command(name: str, data_dir: str | None) -> str:
+    """The command that prepares a dataset."""
+    command = f"python -m fd_jax.data.prepare --name={name}"
+    if data_dir:
+        command += f" --data_dir={data_dir}"
+    if name in MANUAL_FILES:
+        command += " --manual_dir=FOLDER_WITH_THE_TAR_FILES"
+    return command
+
+
+def not_prepared(name: str, where: str, data_dir: str | None) -> str:
+    """What to do about a dataset that is not prepared yet."""
+    text = (
+        f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
+    )
+    if name in MANUAL_FILES:
+        text += (
+            f"\nwhere that folder holds {' and '.join(MANUAL_FILES[name])} from image-net.org. "
+            "It calls builder.download_and_prepare(file_format='array_record')."
+        )
+    return text
+
+
+def _file_name(record: dict[str, Any]) -> str:
+    name = record.get("file_name", b"")
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _image_files(folder: epath.Path, skip: Sequence[str]) -> list[str]:
+    """Sorted paths of the pictures in a folder, at any depth."""
+    return sorted(
+        str(parent / name)
+        for parent, _, names in folder.walk()
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(tuple(skip))
+    )

@@ -1,0 +1,101 @@
+"""Pictures of results, as PNG files; matplotlib is imported only where one is drawn."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: epath.Path) -> None:
+    """Writes a figure as PNG and closes it."""
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot().close(figure)
+
+
+def losses(rows: Iterable[Mapping[str, float]], path: epath.Path) -> None:
+    """Writes the curves of training and held-out loss over the steps of a run's metrics."""
+    figure, axes = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
+    axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
+    axes.legend()
+    save(figure, path)
+
+
+def maps(
+    images: np.ndarray,
+    patches: Mapping[str, np.ndarray],
+    path: epath.Path,
+    *,
+    grid: tuple[int, int],
+    reference: str,
+) -> None:
+    """Writes images and the feature maps of several networks side by side.
+
+    Args:
+      images: [M, S, S, 3] uint8, a row each.
+      patches: patch tokens by the name of the network, [M, H*W, D] each, a column each.
+      path: of the PNG.
+      grid: (H, W).
+      reference: the network whose three principal components are the colours of all.
+    """
+    colour = principal_colours(patches[reference])
+    columns = ["held-out picture", *patches]
+    figure, axes = pyplot().subplots(
+        len(images),
+        len(columns),
+        figsize=(2 * len(columns), 2 * len(images)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, image in enumerate(images):
+        axes[row][0].imshow(image)
+        for column, tokens in enumerate(patches.values(), start=1):
+            colours = colour(tokens[row]).reshape(*grid, 3)
+            axes[row][column].imshow(colours, interpolation="nearest")
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    save(figure, path)
+
+
+def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits the first three principal components of [..., D] tokens to red, green and blue.
+
+    Returns:
+      A function [..., D] -> [..., 3] in [0, 1], the same for every network that is compared.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    mean = flat.mean(axis=0)
+    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
+
+    def colour(other: np.ndarray) -> np.ndarray:
+        return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
+
+    return colour
+
+
+def confusion(matrix: np.ndarray, path: epath.Path) -> None:
+    """Writes the confusion matrix, each row a share of its class, as a PNG."""
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure, axes = pyplot().subplots(figsize=(5, 4.4), layout="constrained")
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set(xlabel="prediction", ylabel="label")
+    figure.colorbar(image, label="share of the label's images")
+    save(figure, path)

@@ -1,0 +1,169 @@
+"""What a student learns of one teacher: target, projector and distance."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fd_jax import losses
+from fd_jax.cost import flops
+from fd_jax.errors import ConfigError, check_choice
+from fd_jax.metrics import weighted
+from fd_jax.models.features import FeatureMap
+from fd_jax.models.heads import Projector
+from fd_jax.models.spec import split
+from fd_jax.tasks.teacher import Teacher, resize_map
+from fd_jax.typing import Metrics, PyTree
+
+TargetKind = Literal["full", "cls", "gap", "logits"]
+Resample = Literal["none", "bilinear"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What of the teacher is learned (docs/reference.md#table-2 and docs/reference.md#table-3).
+
+    Attributes:
+      kind: "full" the whole map (class token where both have one, and patches), "cls" the class
+        token, "gap" the mean patch token, "logits" the class distribution of the teacher's head,
+        learned from the student's class token or, where it has none, from its mean patch token.
+      normalize: of the tokens, see `losses.normalize_target`; unused for logits.
+      after_norm: whether the teacher's own final norm comes first (docs/reference.md#after-norm).
+      resample: "bilinear" brings the teacher's patches to the student's grid, where those differ,
+        before they are normalised; with "none", as in the original, unequal grids are refused.
+
+    Raises:
+      ConfigError: a kind, normalisation or resampling that does not exist.
+    """
+
+    kind: TargetKind
+    normalize: losses.TargetNorm
+    after_norm: bool
+    resample: Resample = "none"
+
+    def __post_init__(self):
+        check_choice("target.kind", self.kind, get_args(TargetKind))
+        check_choice("target.normalize", self.normalize, get_args(losses.TargetNorm))
+        check_choice("target.resample", self.resample, get_args(Resample))
+
+    def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
+        """The tokens that are compared. -> [B, T, D]; `cls`: whether both sides have one."""
+        if self.kind == "gap":
+            return jnp.mean(features.patches, axis=1, keepdims=True)
+        if self.kind == "logits" and not features.cls:
+            return jnp.mean(features.patches, axis=1, keepdims=True)
+        if self.kind in ("cls", "logits"):
+            return features.cls_token[:, None]
+        return features.full if cls else features.patches
+
+
+class Goal:
+    """A teacher, what of it is the target, and the projector from the student to it.
+
+    Attributes:
+      teacher, target: as given.
+      cls: whether student and teacher both have a class token.
+      projector_def: the projector's graph definition.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        target: Target,
+        student: Any,
+        *,
+        beta: float,
+        dtype: jnp.dtype,
+        grad_dtype: jnp.dtype,
+    ):
+        """Checks that student and teacher can be compared.
+
+        Args:
+          teacher: whose features are the target; with its head where logits are.
+          target: what of them.
+          student: abstract network.
+          beta: of smooth L1.
+          dtype: of the projector's matmul.
+          grad_dtype: of its weight gradient while it is summed over devices.
+
+        Raises:
+          ConfigError: they cannot be, with the numbers.
+        """
+        self.teacher, self.target = teacher, target
+        self.cls = bool(student.cls and teacher.cls)
+        self._beta, self._dtype, self._grad_dtype = beta, dtype, grad_dtype
+        self._student_width, self._grid = student.width, student.grid
+        self._check_match(student)
+        self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
+
+    def init(self, key: jax.Array) -> PyTree:
+        """A random projector's parameters."""
+        return split(self._projector(nnx.Rngs(key)))[1]
+
+    def of_teacher(self, weights: PyTree, images: jax.Array, drops: jax.Array | None) -> jax.Array:
+        """What the student has to predict. -> [B, T, D_t] float32, or [B, 1, K] logits.
+
+        Args:
+          weights: of the teacher.
+          images: [B, H, W, 3] uint8.
+          drops: the teacher's drop-path numbers [B, depth, 2], or None.
+        """
+        after_norm = self.target.after_norm
+        features = self.teacher.features(weights, images, final_norm=after_norm, drops=drops)
+        if self.target.kind == "logits":
+            return self.teacher.logits(weights, features)[:, None]
+        if self.target.kind == "full" and features.grid != self._grid:
+            features = resize_map(features, self._grid)
+        tokens = self.target.select(features, cls=self.cls)
+        return jax.lax.stop_gradient(losses.normalize_target(tokens, self.target.normalize))
+
+    def predict(self, projector: PyTree, features: FeatureMap) -> jax.Array:
+        """The student's tokens, projected to the teacher's width. -> [B, T, D_t]."""
+        tokens = self.target.select(features, cls=self.cls)
+        return nnx.merge(self.projector_def, projector)(tokens)
+
+    def distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
+        """Per example. [B, T, D] x 2 -> [B]."""
+        if self.target.kind == "logits":
+            return losses.cross_entropy(prediction[:, 0], jax.nn.softmax(target[:, 0]))
+        distance = losses.smooth_l1(prediction, target, beta=self._beta)
+        return jnp.mean(distance, axis=(1, 2))
+
+    def agreement(self, prediction: jax.Array, target: jax.Array, weight: jax.Array) -> Metrics:
+        """Held-out metrics beside the distance: cosine similarity, except of logits."""
+        if self.target.kind == "logits":
+            return {}
+        cosine = jnp.mean(losses.cosine_similarity(prediction, target), axis=-1)
+        return {"cosine": weighted(cosine, weight)}
+
+    def flops(self, image_size: int) -> flops.Flops:
+        """Of teacher and projector, for one image that comes at `image_size`."""
+        tokens = 1
+        if self.target.kind == "full":
+            tokens = self._grid[0] * self._grid[1] + int(self.cls)
+        projector = flops.linear(tokens, self._student_width, self._out)
+        return self.teacher.flops(image_size) + projector
+
+    @property
+    def _out(self) -> int:
+        return self.teacher.classes if self.target.kind == "logits" else self.teacher.width
+
+    def _projector(self, rngs: nnx.Rngs) -> Projector:
+        width, dtype, grad_dtype = self._student_width, self._dtype, self._grad_dtype
+        return Projector(width, self._out, dtype=dtype, grad_dtype=grad_dtype, rngs=rngs)
+
+    def _check_match(self, student: Any) -> None:
+        if self.target.kind == "cls" and not self.cls:
+            raise ConfigError(
+                f"target.kind={self.target.kind!r} needs a class token on both sides; "
+                f"student has {student.cls}, teacher has {self.teacher.cls}"
+            )
+        differ = self.target.kind == "full" and student.grid != self.teacher.grid
+        if differ and self.target.resample == "none":
+            want = self.teacher.image_size // self.teacher.grid[0] * student.grid[0]
+            raise ConfigError(
+                f"teacher grid {self.teacher.grid} != student grid {student.grid}: "
+                f"set teacher.image_size to {want}, or target.resample to 'bilinear'"
+            )

@@ -1,0 +1,191 @@
+"""A frozen teacher: its network at the size it runs at, its head and its share of the weights."""
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fd_jax import model_folder
+from fd_jax.cost import flops
+from fd_jax.errors import ConfigError
+from fd_jax.models import resize
+from fd_jax.models.features import FeatureMap
+from fd_jax.models.heads import Classifier
+from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.tasks.base import apply_frozen
+from fd_jax.typing import Config, PyTree
+
+
+class Teacher:
+    """Static definition of one teacher; its weights come in with each call.
+
+    Attributes:
+      spec: of the network as it runs: its stages and its input size; its pixel statistics.
+      width, depth, grid, image_size, cls: of that network.
+      drop_path: rate of its last block.
+      attention: implementation that it uses.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: jnp.dtype,
+        head: bool,
+        attention: str = "auto",
+        spec: ModelSpec | None = None,
+    ):
+        """Defines the network; reads no weights.
+
+        Args:
+          config: `config.teacher`.
+          dtype: of its weights and matmuls.
+          head: whether its classifier head is needed.
+          attention: implementation, or "auto" for the best that this device has.
+          spec: replaces the one in the folder `config.path`, for planning without weights.
+
+        Raises:
+          ConfigError: the folder holds another teacher, or one without the stages or head asked.
+          ModelFolderError: there is no folder.
+        """
+        self.dtype = dtype
+        self.drop_path = config.drop_path
+        self._path, self._stages = config.path, config.stages
+        stored = spec or _read_spec(config)
+        size = config.image_size or stored.arch["image_size"]
+        arch = {**_arch(stored, config.stages), "image_size": size}
+        self.spec = dataclasses.replace(stored, arch=arch)
+        self.attention = self.spec.choose_attention(attention, dtype=dtype)
+        self._definition, self._shapes = self.spec.abstract(
+            dtype=dtype, drop_path=self.drop_path, attention=self.attention
+        )
+        network: Any = nnx.merge(self._definition, self._shapes)
+        self.width, self.depth, self.grid = network.width, network.depth, network.grid
+        self.image_size, self.cls = network.image_size, network.cls
+        self._head, self._head_shapes = None, {}
+        if head:
+            self._head, self._head_shapes = split(
+                nnx.eval_shape(lambda: self._classifier(nnx.Rngs(0)))
+            )
+
+    @property
+    def classes(self) -> int:
+        """Outputs of its classifier head.
+
+        Raises:
+          ConfigError: it has none.
+        """
+        if not self.spec.classes:
+            raise ConfigError(
+                f"target.kind='logits' needs a teacher with a classifier head; "
+                f"{self.spec.source} has none. Use 'full', 'cls' or 'gap', or DeiT"
+            )
+        return self.spec.classes
+
+    def load(self) -> PyTree:
+        """Its weights as host arrays in the compute dtype, at its input size in this run."""
+        spec, parts = model_folder.load(self._path)
+        _, encoder = spec.resized(parts["encoder"], self.image_size)
+        if self._stages:
+            encoder = FAMILIES[spec.family].first_stages_params(encoder, spec.arch, self._stages)
+        weights = {"encoder": encoder, **{name: parts[name] for name in self._head_shapes}}
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), weights)
+
+    def abstract(self) -> PyTree:
+        """Shapes and dtypes of `load`, without reading weights."""
+        shapes = {"encoder": self._shapes, **self._head_shapes}
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
+
+    def features(
+        self, weights: PyTree, images: jax.Array, *, final_norm: bool, drops: jax.Array | None
+    ) -> FeatureMap:
+        """Its feature map of uint8 images [B, H, W, 3], which it resizes to its input size."""
+        if images.shape[1] != self.image_size:
+            images = resize_images(images, self.image_size)
+        return apply_frozen(
+            self._definition,
+            weights["encoder"],
+            self.spec.normalize(images, self.dtype),
+            final_norm=final_norm,
+            drops=drops,
+        )
+
+    def logits(self, weights: PyTree, features: FeatureMap) -> jax.Array:
+        """Its head on its feature map. -> [B, K] float32."""
+        assert self._head is not None
+        head = {name: weights[name] for name in self._head_shapes}
+        return apply_frozen(self._head, head, features)
+
+    def flops(self, image_size: int) -> flops.Flops:
+        """Of one image that comes at `image_size`."""
+        work = flops.network(self.spec, trains=False)
+        if image_size != self.image_size:
+            work += flops.resize(image_size, self.image_size)
+        if self._head is not None:
+            work += flops.Flops(2.0 * self.width * self.classes)
+        return work
+
+    def _classifier(self, rngs: nnx.Rngs) -> Classifier:
+        """Its own head on its own pooling; the weights come from the folder."""
+        return Classifier(
+            self.width,
+            self.classes,
+            pooling=self.spec.pooling,
+            norm_eps=self.spec.arch["norm_eps"],
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=rngs,
+        )
+
+
+def resize_images(images: jax.Array, size: int) -> jax.Array:
+    """Antialiased bilinear resize on the device, as CLIP-L's fixed 224 px input asks.
+
+    See docs/reference.md#quirk-teacher-resize.
+
+    [B, H, W, 3] uint8 -> [B, size, size, 3] float32 on the scale of the input, not rounded.
+    """
+    return _resize(images, (size, size))
+
+
+def resize_map(features: FeatureMap, grid: tuple[int, int]) -> FeatureMap:
+    """The same feature map on another grid, antialiased bilinear; only patches change.
+
+    Tokens become [B, cls + registers + h*w, D] float32.
+    """
+    batch, _, width = features.tokens.shape
+    others = features.cls + features.registers
+    patches = _resize(features.patches.reshape(batch, *features.grid, width), grid)
+    tokens = [features.tokens[:, :others].astype(jnp.float32), patches.reshape(batch, -1, width)]
+    return dataclasses.replace(features, tokens=jnp.concatenate(tokens, axis=1), grid=grid)
+
+
+def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, h, w, C] float32, antialiased bilinear."""
+    rows = resize.antialias_matrix(x.shape[1], size[0], method="bilinear").astype("float32")
+    columns = resize.antialias_matrix(x.shape[2], size[1], method="bilinear").astype("float32")
+    x = jnp.einsum("ih,bhwc->biwc", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
+
+
+def _arch(spec: ModelSpec, stages: int) -> dict[str, Any]:
+    """The teacher's architecture, or its first stages alone (docs/reference.md#stage-3-target)."""
+    if not stages:
+        return spec.arch
+    depths = spec.arch.get("depths", ())
+    if not 1 <= stages <= len(depths):
+        has = f"has {len(depths)} stages" if depths else f"is a {spec.family}, without stages"
+        raise ConfigError(f"teacher.stages={stages}, but the teacher {has}; set it to 0 for all")
+    return FAMILIES[spec.family].first_stages(spec.arch, stages)
+
+
+def _read_spec(config: Config) -> ModelSpec:
+    spec = model_folder.load_spec(epath.Path(config.path))
+    if config.source and spec.source != config.source:
+        raise ConfigError(
+            f"the teacher at {config.path} was converted from {spec.source!r}, but the config "
+            f"distils {config.source!r}; change teacher.path or teacher.source"
+        )
+    return spec

@@ -1,0 +1,66 @@
+"""Where a run's metrics are written and read: the only file that knows clu."""
+
+from collections.abc import Mapping
+import json
+
+from etils import epath
+import jax
+
+from fd_jax import files
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Writer:
+    """Writes scalars to `metrics.jsonl` and TensorBoard; only the first process writes.
+
+    Args:
+      workdir: receives both.
+      resume_step: rows of later steps, left by a run that was cut off, are removed.
+    """
+
+    def __init__(self, workdir: epath.Path, *, resume_step: int):
+        self._path = workdir / FILE_NAME
+        self._board = None
+        if jax.process_index() != 0:
+            return
+        from clu import metric_writers  # imports TensorFlow; wanted only where something is written
+
+        self._board = metric_writers.AsyncWriter(
+            metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+        )
+        kept = [row for row in read(workdir) if row["step"] <= resume_step]
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records named numbers of one step (1 = after the first update)."""
+        if self._board is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._board.write_scalars(step, dict(scalars))
+
+    def close(self) -> None:
+        """Flushes what is still on its way to TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """Every complete row of a workdir's `metrics.jsonl`, oldest first; [] where there is none."""
+    path = epath.Path(workdir) / FILE_NAME
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # a row that was cut off with its run
+    return rows
+
+
+def read_evaluation(workdir: epath.PathLike, step: int) -> dict[str, float]:
+    """What was measured on held-out data after `step` updates; {} where nothing was."""
+    rows = [row for row in read(workdir) if row["step"] == step]
+    return {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}

@@ -1,0 +1,183 @@
+"""A task on a mesh: shapes, shardings and jitted functions, before any array exists.
+
+The loop runs it; the planner compiles the same object ahead of time, without the chips.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from fd_jax import sharding
+from fd_jax.data.elements import Element, Elements, of_config
+from fd_jax.errors import check_choice
+from fd_jax.models import kernels
+from fd_jax.optimizer import Moments, Schedule
+from fd_jax.tasks.base import Task
+from fd_jax.training.step import TrainState, make_train_step
+from fd_jax.typing import Config, PyTree
+
+# What the loop adds to each batch: 1 in the rows of a host that was told to stop.
+STOP = Element((), "int32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `build` puts together.
+
+    Attributes:
+      mesh: of the devices.
+      schedule: learning rate by optimizer step.
+      state, frozen, batch, seed: shapes with their shardings.
+      create: (key, initial host arrays) -> TrainState, created already sharded.
+      train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
+      eval_step: jitted (params, extra, frozen, batch) -> metrics.
+      features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
+    """
+
+    mesh: Mesh
+    schedule: Schedule
+    state: TrainState
+    frozen: PyTree
+    batch: PyTree
+    seed: jax.ShapeDtypeStruct
+    create: Callable[[jax.Array, PyTree], TrainState]
+    train_step: Any
+    eval_step: Any
+    features: Any
+
+    def place_frozen(self, host: PyTree) -> PyTree:
+        """Puts the frozen weights onto the mesh, split like the student's."""
+        return jax.tree.map(_put, host, self.frozen)
+
+    def place_seed(self, seed: int) -> jax.Array:
+        """The seed as the step takes it, on all devices."""
+        value = np.uint32(seed)
+        return jax.make_array_from_callback((), self.seed.sharding, lambda _: value)
+
+    def compile_train_step(self, **compiler_options) -> jax.stages.Compiled:
+        """Lowers and compiles the train step for the devices of the mesh."""
+        lowered = self.train_step.lower(self.state, self.frozen, self.batch, self.seed)
+        return lowered.compile(compiler_options or None)
+
+
+def build(
+    task: Task,
+    config: Config,
+    mesh: Mesh,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+    elements: Elements | None = None,
+) -> Program:
+    """Defines a run of `task` on `mesh`; computes nothing.
+
+    Args:
+      task: what is trained.
+      config: of the run.
+      mesh: of its devices.
+      steps_per_epoch: full batches in an epoch.
+      total_steps: updates.
+      elements: what its batches hold; by default what `config.data` says without the data.
+
+    Raises:
+      ConfigError: the batch does not split over the mesh, or a setting has no such value.
+    """
+    _check_choices(config)
+    if elements is None:
+        elements = of_config(config.data)
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    whole = sharding.replicated(mesh)
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    tx, schedule = task.optimizer(params, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    opt_state = jax.eval_shape(tx.init, params)
+    ema_decay = config.ema_decay or None
+    params = _with_shardings(params, sharding.param_shardings(params, mesh))
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params=params,
+        opt_state=_with_shardings(
+            opt_state, sharding.optimizer_shardings(tx, opt_state, params, mesh)
+        ),
+        extra=jax.tree.map(lambda leaf: _struct(leaf, whole), extra),
+        ema=params if ema_decay else None,
+    )
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    frozen = task.abstract_frozen()
+
+    def create(key: jax.Array, initial: PyTree) -> TrainState:
+        shardings = (state_shardings.params, state_shardings.extra)
+        params, extra = jax.jit(task.init, out_shardings=shardings)(key)
+        params = overlay(params, initial)
+        opt_state = jax.jit(tx.init, out_shardings=state_shardings.opt_state)(params)
+        ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+        step = jax.device_put(jnp.zeros((), jnp.int32), whole)
+        return TrainState(step=step, params=params, opt_state=opt_state, extra=extra, ema=ema)
+
+    def on_mesh(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def traced(*args):
+            with kernels.split_over(mesh, batch=sharding.BATCH_AXES, heads="tensor"):
+                return function(*args)
+
+        return traced
+
+    step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
+    return Program(
+        mesh=mesh,
+        schedule=schedule,
+        state=state,
+        frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
+        batch=_abstract_batch(elements, config.batch_size, mesh),
+        seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
+        create=create,
+        train_step=jax.jit(on_mesh(step), donate_argnums=0, out_shardings=(state_shardings, whole)),
+        eval_step=jax.jit(on_mesh(task.evaluate), out_shardings=whole),
+        features=jax.jit(on_mesh(task.features), out_shardings=sharding.batch_sharding(mesh)),
+    )
+
+
+def _check_choices(config: Config) -> None:
+    for name, value, known in (
+        ("grad_reduce_dtype", config.grad_reduce_dtype, ("float32", "bfloat16")),
+        ("optim.moments", config.optim.moments, get_args(Moments)),
+    ):
+        check_choice(name, value, known)
+
+
+def overlay(params: PyTree, initial: PyTree) -> PyTree:
+    """`params` with the arrays that `initial` names replaced, placed as those they replace."""
+    if not isinstance(params, dict):
+        return _put(initial, params)
+    return {
+        name: overlay(value, initial[name]) if name in initial else value
+        for name, value in params.items()
+    }
+
+
+def _put(host: Any, like: Any) -> jax.Array:
+    if host.shape != like.shape:
+        raise ValueError(f"an array of shape {host.shape} in place of {like.shape}")
+    host = host.astype(like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def _abstract_batch(elements: Elements, rows: int, mesh: Mesh) -> PyTree:
+    split = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *element.shape), element.dtype, sharding=split)
+        for name, element in {**elements, "stop": STOP}.items()
+    }
+
+
+def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(_struct, tree, shardings)
+
+
+def _struct(leaf: Any, placement: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)

@@ -1,0 +1,139 @@
+"""Closed-form FLOPs against the matmuls of the traced step and against the compiler's count."""
+
+import functools
+import math
+
+import jax
+import jax.extend.core as jex
+import pytest
+
+from configs import base
+from fd_jax import sharding
+from fd_jax.data import elements
+from fd_jax.models.spec import ModelSpec
+from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import program
+from tests import tiny
+
+ROWS = 4
+SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
+
+
+def matmul_flops(jaxpr):
+    """Two per multiply-add of every dot_general, also inside calls; loops do not occur here."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        for value in equation.params.values():
+            if isinstance(value, jex.ClosedJaxpr):
+                total += matmul_flops(value.jaxpr)
+            elif isinstance(value, jex.Jaxpr):
+                total += matmul_flops(value)
+    return total
+
+
+def traced(task):
+    """Matmul FLOPs per image of loss and gradient, after what is not needed was dropped."""
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {
+        name: jax.ShapeDtypeStruct((ROWS, *element.shape), element.dtype)
+        for name, element in elements.of_config(task.config.data).items()
+    }
+    batch = jax.eval_shape(task.prepare, batch, jax.random.key(0))
+    step = functools.partial(jax.value_and_grad(task.loss, has_aux=True))
+    made = jax.make_jaxpr(step)(params, extra, task.abstract_frozen(), batch)
+    jaxpr, _ = jax.interpreters.partial_eval.dce_jaxpr(made.jaxpr, [True] * len(made.out_avals))
+    return matmul_flops(jaxpr) / ROWS
+
+
+def distillation(**fields):
+    return DistillTask(tiny.config(**fields), teacher_spec=tiny.teacher_spec())
+
+
+def swin(family):
+    made = base.swin_v1 if family == "swin" else base.swin_v2
+    return made(SWIN, image_size=32)
+
+
+CASES = {
+    "full": lambda: distillation(),
+    "cls": lambda: distillation(**{"target.kind": "cls"}),
+    "gap": lambda: distillation(**{"target.kind": "gap"}),
+    "remat dots": lambda: distillation(remat="dots"),
+    "remat full": lambda: distillation(remat="full"),
+    "logits": lambda: DistillTask(
+        tiny.config(**{"target.kind": "logits"}),
+        teacher_spec=ModelSpec("vit", tiny.TEACHER, classes=10),
+    ),
+    "teacher's size": lambda: DistillTask(
+        tiny.config(**{"target.kind": "cls"}), teacher_spec=tiny.teacher_spec(image_size=24)
+    ),
+    "fine-tune": lambda: ClassifyTask(tiny.fine_tuning(), init_spec=tiny.teacher_spec()),
+    "fine-tune remat full": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="full"), init_spec=tiny.teacher_spec()
+    ),
+    "probe": lambda: ClassifyTask(
+        tiny.fine_tuning(**{"model.trains": "head", "model.final_norm": True}),
+        init_spec=tiny.teacher_spec(),
+    ),
+    "swin": lambda: ClassifyTask(
+        tiny.fine_tuning(), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
+    ),
+    "swin remat full": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_closed_form_equals_the_traced_matmuls(name):
+    task = CASES[name]()
+    assert task.flops().executed == pytest.approx(traced(task), rel=1e-9)
+
+
+def test_swin_v2_but_for_its_bias_networks():
+    """They run once per step, whatever the batch."""
+    spec = ModelSpec("swin_v2", swin("swin_v2"), source="tiny")
+    task = ClassifyTask(tiny.fine_tuning(), init_spec=spec)
+    assert task.flops().executed < traced(task)
+    bias = 0.0
+    for stage, heads in enumerate(SWIN["heads"]):
+        window = min(SWIN["window"], 8 // 2**stage)
+        offsets, hidden = (2 * window - 1) ** 2, 512
+        # one per block after untying; no gradient of the offsets
+        bias += SWIN["depths"][stage] * 2 * offsets * hidden * (2 * 2 + 3 * heads)
+    assert task.flops().executed + bias / ROWS == pytest.approx(traced(task), rel=1e-9)
+
+
+def test_remat_is_no_work_of_the_model():
+    plain, remat = distillation().flops(), distillation(remat="full").flops()
+    assert remat.model == plain.model
+    assert remat.recomputed > 0 == plain.recomputed
+
+
+@pytest.mark.parametrize("name", ["distillation", "fine-tune", "probe"])
+def test_the_compiler_counts_within_three_percent(name):
+    """Two blocks of ViT-B at 224 pixels, so that matmuls weigh as they do in a real run."""
+    student = ModelSpec("vit", base.student({**base.VIT_B16, "depth": 2}, image_size=224))
+    config = base.distillation(teacher="", drop_path=0.2)
+    if name == "distillation":
+        config.student.arch.depth = 2
+    elif name == "fine-tune":
+        config = base.fine_tuning(drop_path=0.1, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
+    else:
+        config = base.linear_probe(epochs=90)
+    config.update(batch_size=16, dtype="float32")
+    if name == "distillation":
+        task = DistillTask(config, teacher_spec=student)
+    else:
+        task = ClassifyTask(config, init_spec=student)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=10)
+    # What the compiler's passes do to counts is not asked for here: the unoptimized program.
+    cost = run.train_step.lower(run.state, run.frozen, run.batch, run.seed).cost_analysis()
+    assert cost["flops"] / config.batch_size == pytest.approx(task.flops().executed, rel=0.03)

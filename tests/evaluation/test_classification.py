@@ -1,0 +1,64 @@
+"""Accuracy and its tables against plain loops."""
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from fd_jax.evaluation import classification
+from fd_jax.show import pictures, tables
+
+CLASSES, COUNT = 9, 37
+
+
+def data():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(COUNT, CLASSES)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, COUNT).astype(np.int32)
+    weight = (rng.random(COUNT) < 0.8).astype(np.float32)
+    return logits, labels, weight
+
+
+def test_scores_equal_torchs():
+    logits, labels, weight = data()
+    real = weight > 0
+    got = classification.scores(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
+    kept = torch.from_numpy(logits[real])
+    wanted = torch.from_numpy(labels[real]).long()
+    loss = torch.nn.functional.cross_entropy(kept, wanted).item()
+    best = kept.topk(5).indices
+    hits = (best == wanted[:, None]).numpy()
+    expected = {"loss": loss, "top1": hits[:, 0].mean(), "top5": hits.any(1).mean()}
+    for name, value in expected.items():
+        total, count = got[name]
+        assert count == real.sum()
+        np.testing.assert_allclose(total / count, value, rtol=1e-6)
+
+
+def test_padding_with_the_label_minus_one_counts_nothing():
+    logits, labels, weight = data()
+    padded = np.where(weight > 0, labels, -1)
+    one = classification.scores(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
+    two = classification.scores(jnp.asarray(logits), jnp.asarray(padded), jnp.asarray(weight))
+    assert jax.device_get(one) == jax.device_get(two)
+
+
+def test_confusion_equals_a_loop(tmp_path):
+    logits, labels, weight = data()
+    want = np.zeros((CLASSES, CLASSES))
+    for row, label, w in zip(logits, labels, weight, strict=True):
+        want[label, row.argmax()] += w
+    got = classification.confusion(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weight))
+    np.testing.assert_array_equal(got, want)
+    pictures.confusion(want, epath.Path(tmp_path) / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_names_the_most_frequent_mistake():
+    table = tables.per_class(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]))
+    assert table.splitlines()[2:] == [
+        "| 0 | 4 | 0.7500 | 2 (1) |",
+        "| 1 | 0 |  |  |",
+        "| 2 | 4 | 0.5000 | 1 (2) |",
+    ]

@@ -1,0 +1,33 @@
+"""From a config to its task."""
+
+import pytest
+
+from fd_jax.errors import ConfigError
+from fd_jax.tasks import registry
+from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks.distill import DistillTask
+from tests import tiny
+
+
+def test_a_config_gets_the_task_whose_section_it_has():
+    specs = {registry.TEACHER: tiny.teacher_spec()}
+    assert isinstance(registry.make(tiny.config(), specs), DistillTask)
+    specs = {registry.START: tiny.teacher_spec()}
+    assert isinstance(registry.make(tiny.fine_tuning(), specs), ClassifyTask)
+
+
+def test_a_config_of_no_task_is_refused():
+    config = tiny.config()
+    del config.teacher
+    with pytest.raises(ConfigError, match="neither a teacher nor a model: no task"):
+        registry.make(config)
+
+
+def test_networks_are_those_that_a_run_reads():
+    config = tiny.config("somewhere", **{"target.kind": "logits"})
+    assert registry.kind_of(config).networks(config) == [
+        registry.Network("teacher", "somewhere", source="tiny", needs_head=True)
+    ]
+    config = tiny.fine_tuning("a/model")
+    wanted = registry.Network("starts from", "a/model", source=None, optional=False)
+    assert registry.kind_of(config).networks(config) == [wanted]

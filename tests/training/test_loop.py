@@ -1,0 +1,228 @@
+"""The loop as a user runs it: real data, real checkpoints, killed and resumed."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import fd_jax
+from fd_jax import checkpoint
+from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError
+from fd_jax.evaluation import evaluators
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import loop, metric_writer
+from fd_jax.training import workdir as workdirs
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS = 6
+
+
+@pytest.fixture
+def config(teacher, embedded_data):
+    return tiny.config(teacher, **{"data.data_dir": embedded_data})
+
+
+def fit(config, workdir, **kwargs):
+    return loop.fit(DistillTask(config), config, workdir, **kwargs)
+
+
+def losses(workdir):
+    return [row["loss"] for row in metric_writer.read(workdir) if "loss" in row]
+
+
+def test_workdir_holds_what_the_contract_says(finished):
+    workdir, result = finished
+    assert result.step == STEPS and not result.preempted
+    assert set(result.evaluation) == {"eval_loss", "eval_cosine"}
+    assert len(losses(workdir)) == STEPS
+    names = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model"} <= names
+    assert list((workdir / "tensorboard").iterdir())
+    assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace of config.profile_steps"
+    row = metric_writer.read(workdir)[0]
+    wanted = {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", "input_wait"}
+    assert wanted <= row.keys()
+
+
+def test_model_folder_opens_and_predicts(finished):
+    workdir, _ = finished
+    model = fd_jax.load_model(workdir / "model")
+    assert set(model.params) == {"encoder", "projector"}
+    features = model(model.preprocess(tiny.batch(2)["image"]))
+    assert features.tokens.shape == (2, 17, 32)
+    assert model.spec.arch["position"] == "shared_rpb"
+
+
+def test_checkpoint_holds_no_teacher(finished, teacher):
+    workdir, _ = finished
+    saved = checkpoint.load_tree(
+        fd_jax.model_folder.epath.Path(workdir) / "checkpoints" / str(STEPS) / "state"
+    )
+    assert set(saved) == {"step", "params", "opt_state", "extra"}
+    sizes = {leaf.shape for leaf in jax.tree.leaves(saved)}
+    teacher_only = {(48, 3, 48), (48, 96), (96, 48)}
+    assert not sizes & teacher_only
+
+
+def test_finished_run_trains_no_further(finished, config):
+    workdir, _ = finished
+    before = losses(workdir)
+    assert fit(config, workdir).step == STEPS
+    assert losses(workdir) == before
+
+
+def test_changed_config_is_refused_unless_accepted(config, tmp_path):
+    workdirs.claim(tmp_path, config, accept=False)
+    workdirs.claim(tmp_path, config, accept=False)
+    config.optim.peak_lr = 1.0
+    with pytest.raises(CheckpointError, match=r"optim.peak_lr: 0.001 -> 1.0\n.*--accept_config"):
+        workdirs.claim(tmp_path, config, accept=False)
+    workdirs.claim(tmp_path, config, accept=True)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 1.0
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, {root!r})
+from tests import conftest, tiny
+from fd_jax.training import loop
+from fd_jax.tasks.distill import DistillTask
+config = tiny.config({teacher!r}, **{{"data.data_dir": {data!r}}})
+result = loop.fit(DistillTask(config), config, {workdir!r})
+sys.exit(loop.PREEMPTED if result.preempted else 0)
+"""
+
+
+def start(teacher, data, workdir):
+    command = COMMAND.format(root=str(ROOT), teacher=teacher, data=data, workdir=str(workdir))
+    return subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError(f"the run ended before step {step}: {process.wait()}")
+
+
+def test_killed_run_resumes_bit_for_bit(finished, teacher, embedded_data, tmp_path):
+    """SIGKILL at a random step; the same command then gives the losses of an unbroken run."""
+    step = int(np.random.default_rng(time.time_ns()).integers(2, STEPS))
+    process = start(teacher, embedded_data, tmp_path)
+    wait_for_step(process, step)
+    process.kill()
+    process.wait()
+    again = start(teacher, embedded_data, tmp_path)
+    assert again.wait() == 0
+    assert losses(tmp_path) == losses(finished[0]), f"killed after step {step}"
+
+
+def test_sigterm_saves_and_says_so(finished, teacher, embedded_data, tmp_path):
+    process = start(teacher, embedded_data, tmp_path)
+    wait_for_step(process, 1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == loop.PREEMPTED
+    assert not (tmp_path / "model").exists()
+    again = start(teacher, embedded_data, tmp_path)
+    assert again.wait() == 0
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkeypatch):
+    """Saved first, evaluated when it goes on; its log's means go on over the interruption."""
+    config.update(log_every=4)
+    config.checkpoint.every = 3
+    config.eval.every = 3
+    whole = fit(config, tmp_path / "whole")
+
+    class Cut(Exception):
+        pass
+
+    def cut(*args, **kwargs):
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluators.HeldOut, "__call__", cut)
+        with pytest.raises(Cut):
+            fit(config, tmp_path / "cut")
+    assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
+    kept = ("step", "loss", "grad_norm", "eval_loss", "eval_cosine")
+    rows = [
+        [{k: row[k] for k in kept if k in row} for row in metric_writer.read(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [3, 4, 6, 6]
+    # A run that is complete tells its last evaluation without making it again.
+    before = (tmp_path / "cut" / metric_writer.FILE_NAME).read_text()
+    assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
+    assert (tmp_path / "cut" / metric_writer.FILE_NAME).read_text() == before
+
+
+def test_damaged_checkpoint_is_named(config, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "checkpoints" / str(STEPS) / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS}.*\n?.*Delete that folder"):
+        fit(config, tmp_path)
+
+
+def test_checkpoint_of_another_state_is_not_called_damaged(config, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    config.ema_decay = 0.9
+    wanted = (
+        r"another state.*in \d+ arrays:\n  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        fit(config, tmp_path, accept_config=True)
+
+
+def test_nan_stops_the_run_by_name(config, tmp_path):
+    config.optim.peak_lr = float("inf")
+    config.max_nonfinite = 2
+    with pytest.raises(loop.NonFiniteError, match=r"2 steps in a row.*examples are \[\d+"):
+        fit(config, tmp_path)
+
+
+def test_missing_teacher_is_named_before_any_work(config, tmp_path):
+    config.teacher.path = str(tmp_path / "nowhere")
+    with pytest.raises(ModelFolderError, match="no model folder at .*nowhere.*import"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unprepared_dataset_is_named_before_any_work(config, tmp_path):
+    config.data.data_dir = str(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"python -m fd_jax.data.prepare --name=photos"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_epoch_shorter_than_a_batch_is_refused(config, tmp_path):
+    config.batch_size = 4096
+    with pytest.raises(DataError, match="fewer than one batch of 4096"):
+        fit(config, tmp_path / "run")
+
+
+def test_seeds_that_are_no_uint32_are_refused(config, tmp_path):
+    config.seed = -1
+    with pytest.raises(ConfigError, match="seed=-1: a whole number from 0"):
+        fit(config, tmp_path / "run")
+
+
+def test_batch_that_does_not_fit_the_mesh_is_refused(config, tmp_path):
+    config.batch_size = 12
+    with pytest.raises(ConfigError, match="batch_size 12"):
+        fit(config, tmp_path / "run")
