@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
+from fd_jax.errors import check_choice
 from fd_jax.models import sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
@@ -15,6 +16,12 @@ REMAT_POLICIES = {
     "full": None,  # recompute the whole block
     "dots": "dots_with_no_batch_dims_saveable",  # keep the results of weight matmuls
 }
+
+
+def check_remat(remat: str | None) -> None:
+    """Refuses a `remat` that is neither None nor a key of REMAT_POLICIES, as a ConfigError."""
+    if remat is not None:
+        check_choice("remat", remat, REMAT_POLICIES)
 
 
 class Visit(NamedTuple):

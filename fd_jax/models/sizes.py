@@ -15,14 +15,14 @@ def sides(image_size: ImageSize) -> tuple[int, int]:
     """Height and width in pixels.
 
     Raises:
-      ConfigError: it is neither a whole number above 0 nor two of them.
+      ConfigError: it is neither a whole number nor two of them.
     """
     given = tuple(image_size) if isinstance(image_size, Sequence) else (image_size,) * 2
-    whole = all(isinstance(side, numbers.Integral) and side > 0 for side in given)
+    whole = all(isinstance(side, numbers.Integral) for side in given)
     if len(given) != len(AXES) or not whole:
         raise ConfigError(
-            f"image_size={image_size!r}: expected the side of a square, a whole number above 0, "
-            "or a pair of them for height and width"
+            f"image_size={image_size!r}: expected a whole number, the side of a square, or a pair "
+            "of them, height and width"
         )
     return int(given[0]), int(given[1])
 

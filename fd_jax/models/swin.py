@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import layers, sizes, windows
 from fd_jax.models.attention import Attention, AttentionInputs
-from fd_jax.models.backbone import REMAT_POLICIES, Backbone, Visit
+from fd_jax.models.backbone import Backbone, Visit, check_remat
 from fd_jax.models.sizes import ImageSize
 
 MERGE = 2  # tokens per axis that become one between stages
@@ -168,7 +168,7 @@ class Swin(Backbone):
 
     cls = 0
     registers = 0
-    norm_first: bool  # whether a norm stands before its layer (V1) or after it (V2)
+    norm_first: bool  # whether a norm comes before its layer (V1) or after it (V2)
 
     def __init__(
         self,
@@ -399,9 +399,5 @@ def _check(image_size, patch_size, embed_width, depths, heads, window, activatio
                 f"width {embed_width * MERGE**stage} of stage {stage} is not divisible by "
                 f"{heads[stage]} heads"
             )
-    for name, value, known in (
-        ("activation", activation, tuple(layers.ACTIVATIONS)),
-        ("remat", remat, (None, *REMAT_POLICIES)),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")
+    check_choice("activation", activation, layers.ACTIVATIONS)
+    check_remat(remat)

@@ -60,7 +60,7 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
 
     Returns:
       {"encoder": ...} and, where the head is kept, "head" and "fc_norm"; what they do not name
-      starts fresh. And lines that tell what was copied, resized and dropped.
+      starts fresh. And lines that say what was copied, resized and dropped.
     """
     family = FAMILIES[spec.family]
     report = []

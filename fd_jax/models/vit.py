@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError, check_positive
+from fd_jax.errors import ConfigError, check_choice, check_positive
 from fd_jax.models import layers, sizes
 from fd_jax.models.attention import (
     Attention,
@@ -20,7 +20,7 @@ from fd_jax.models.attention import (
     RelativePositionBias,
     Rotation,
 )
-from fd_jax.models.backbone import REMAT_POLICIES, Backbone, Visit
+from fd_jax.models.backbone import Backbone, Visit, check_remat
 from fd_jax.models.features import take_patches
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
 from fd_jax.models.sizes import ImageSize
@@ -249,7 +249,7 @@ class ViT(Backbone):
     def layer_id(path: str, arch: dict[str, Any]) -> int:
         """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
-        0 for what stands before the blocks, i + 1 for block i, depth + 1 for what comes after.
+        0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after.
         """
         first, _, rest = path.partition("/")
         if first in ("cls_token", "pos_embed", "register_tokens", "patch_embed", "ln_pre"):
@@ -354,14 +354,10 @@ def _check(image_size, patch_size, width, heads, activation, position, qkv_bias,
     sizes.check_patches(image_size, patch_size)
     if width % heads:
         raise ConfigError(f"width {width} is not divisible by {heads} heads")
-    for name, value, known in (
-        ("activation", activation, tuple(layers.ACTIVATIONS)),
-        ("position", position, Position.__args__),
-        ("qkv_bias", qkv_bias, QkvBias.__args__),
-        ("remat", remat, (None, *REMAT_POLICIES)),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")
+    check_choice("activation", activation, layers.ACTIVATIONS)
+    check_choice("position", position, Position.__args__)
+    check_choice("qkv_bias", qkv_bias, QkvBias.__args__)
+    check_remat(remat)
 
 
 def _check_indices(keep: jax.Array, batch: int) -> None:

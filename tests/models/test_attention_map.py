@@ -158,7 +158,7 @@ def test_weights_are_the_softmax_of_logits(name):
         assert attention.prefix + got["positions"].shape[1] == tokens
 
 
-def test_tokens_of_a_vit_are_told_apart():
+def test_a_map_says_which_tokens_are_patches():
     for name, spec in VITS.items():
         for attention in computed(name)[2]:
             assert attention.cls == int(spec.arch["cls_token"])
