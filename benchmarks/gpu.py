@@ -36,6 +36,7 @@ FOLDER = pathlib.Path(__file__).parent / "gpu"
 PARTS = ("accuracy", "fd_jax", "torch", "flags")
 BATCHES = {"b": (512, 128), "l": (128, 64)}  # the first batch of all, then the second
 CHOICES = ("cudnn", "xla")
+DEVICE_SECONDS = 120.0  # for jax to say what it computes on
 LEAST_SECONDS = 20.0  # below that a measurement is not begun
 
 # Packages that the run cannot do without, and those that one side needs.
@@ -99,10 +100,14 @@ def main() -> None:
             parser.error(f"--{option}={','.join(unknown)} is unknown; expected some of {known}")
     if args.table:
         files = [args.output] if args.output else sorted(FOLDER.glob("*.json"))
+        if missing := [str(file) for file in files if not file.is_file()]:
+            parser.error(f"--output={missing[0]}: there is no such file to make a table of")
         print(table([json.loads(file.read_text()) for file in files]))
         return
     if args.output is None:
         parser.error("--output=FILE.json is missing")
+    if args.output.is_dir():
+        parser.error(f"--output={args.output} is a folder; name a file in it")
     run(args, parts, models)
 
 
@@ -113,8 +118,14 @@ def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
     print(f"missing packages: {', '.join(missing) or 'none'}", flush=True)
     if needed := [name for name in missing if name in NEEDED]:
         raise SystemExit(f"nothing can run without {', '.join(needed)}: install it first")
-    report = Report(args.output, environment(missing))
     with tempfile.TemporaryDirectory() as cache:
+        (found,) = measure(Job("device", "b", 0, toy=args.toy), DEVICE_SECONDS, cache)
+        if not args.toy and found.get("platform") != "gpu":
+            raise SystemExit(
+                f"jax finds no GPU here ({found.get('device', found['status'])}): install jax for "
+                "CUDA, or add --toy to try this script on the CPU"
+            )
+        report = Report(args.output, environment(missing) | {"device": found.get("device")})
         for job in jobs(parts, models, report, toy=args.toy, profile=args.profile):
             left = deadline - time.monotonic()
             if left < LEAST_SECONDS:

@@ -31,7 +31,7 @@ class Job:
     """One measurement.
 
     Attributes:
-      part: "accuracy", "fd_jax", "torch" or "flags".
+      part: "device", "accuracy", "fd_jax", "torch" or "flags".
       model: "b" or "l".
       batch: images per step.
       choice: implementation of attention of fd_jax; "eager" or "compile" of PyTorch.
@@ -54,7 +54,13 @@ class Job:
 def main() -> None:
     """Runs the job that the only argument describes, and prints its rows as they are ready."""
     job = Job(**json.loads(sys.argv[1]))
-    parts = {"accuracy": accuracy, "fd_jax": fd_jax_step, "flags": fd_jax_step, "torch": torch_step}
+    parts = {
+        "device": device,
+        "accuracy": accuracy,
+        "fd_jax": fd_jax_step,
+        "flags": fd_jax_step,
+        "torch": torch_step,
+    }
     for row in refusals_as_rows(parts[job.part](job)):
         print("ROW " + json.dumps(row), flush=True)
 
@@ -67,6 +73,15 @@ def refusals_as_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]
         if not type(error).__module__.startswith("fd_jax"):
             raise
         yield {"status": f"refused: {error}"}
+
+
+def device(job: Job) -> Iterator[dict[str, Any]]:
+    """What jax computes on."""
+    del job
+    import jax
+
+    first = jax.devices()[0]
+    yield {"platform": first.platform, "device": first.device_kind}
 
 
 def accuracy(job: Job) -> Iterator[dict[str, Any]]:
