@@ -7,7 +7,7 @@ Paper: see TEACHERS. Ours: not yet run.
 
 The original code cannot fine-tune its ViT teachers, and the paper gives no hyperparameters for any
 teacher. The recipe here is that of the distilled student in the same row. Each network keeps its
-own structure and input statistics.
+own structure and pixel statistics.
 """
 
 from configs import base
