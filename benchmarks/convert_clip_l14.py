@@ -1,11 +1,12 @@
-"""Cost of importing CLIP ViT-L/14: peak memory and time, beside read + hash + write alone.
+"""Peak memory and time of importing CLIP ViT-L/14, compared with read + hash + write alone.
 
     python -m benchmarks.convert_clip_l14
 
-Writes a synthetic `ViT-L-14.pt` of the real structure and size (0.93 GB, TorchScript, float16) into
-a temporary folder, then measures in fresh processes: (a) the imports alone; (b) the import command;
-(c) reading the file, SHA-256, and writing the same float32 tensors with Orbax. Memory is the
-highest resident set, which counts mapped pages of the file too, and its anonymous part.
+Writes a synthetic `ViT-L-14.pt` with the real structure and size (0.93 GB, TorchScript, float16)
+into a temporary folder, then measures in new processes: (a) the Python imports alone; (b) the
+import command; (c) reading the file, computing its SHA-256, and writing the same float32 tensors
+with Orbax. Memory is the peak resident set, which includes mapped pages of the file, and its
+anonymous part.
 """
 
 import argparse
@@ -53,7 +54,7 @@ print(json.dumps([seconds, peak, anonymous]))
 """
 
 IMPORT = "importing.import_file({source!r}, {path!r}, {output!r})"
-# The yardstick gets the tensors for nothing; only reading, hashing and writing are timed.
+# For the yardstick, converting the tensors is not timed; reading, hashing and writing are.
 YARDSTICK_SETUP = "params = importing.read({source!r}, {path!r}).params"
 YARDSTICK = """
 with open({path!r}, "rb") as stream:
@@ -65,7 +66,7 @@ checkpoint.save_tree(epath.Path({output!r}), params)
 
 
 def measure(code: str, setup: str = "") -> tuple[float, int, int]:
-    """Runs code in a fresh process: seconds, peak resident bytes, peak anonymous bytes."""
+    """Runs code in a new process: seconds, peak resident bytes, peak anonymous bytes."""
     script = MEASURED.format(setup=setup, code=code)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if run.returncode:
@@ -74,9 +75,9 @@ def measure(code: str, setup: str = "") -> tuple[float, int, int]:
 
 
 def main() -> None:
-    """Measures and prints the figures of the docs."""
+    """Measures and prints the figures in the docs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", help="where to write; default: a temporary folder")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -1,10 +1,10 @@
-r"""Trains a small ViT on Fashion-MNIST and says whether it reached the accuracy it should.
+r"""Trains a small ViT on Fashion-MNIST and checks that it reaches the expected accuracy.
 
     python -m benchmarks.fashion_mnist --workdir=runs/fashion_mnist
 
-Real pictures, the loop, recipe and optimizer of the paper's fine-tuning runs at small sizes: a
-change that breaks one of them without breaking a test shows here. Exit status 1 below WANTED.
-Needs Debian's dataset-fashion-mnist.
+It uses real pictures and the loop, recipe and optimizer of the paper's fine-tuning runs at a small
+size, so it detects a change that breaks one of them without breaking a test. The exit status is 1
+if the accuracy is below WANTED. Needs Debian's dataset-fashion-mnist.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.miniature import train
 from configs import fashion_mnist
 from fd_jax.data import prepare
 
-WANTED = 0.77  # top-1 on the 10,000 held-out pictures; a sound recipe reached 0.791
+WANTED = 0.77  # top-1 on the 10,000 held-out pictures; an intact recipe reached 0.791
 
 
 def main() -> int:

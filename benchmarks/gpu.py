@@ -1,17 +1,18 @@
-r"""Distillation steps on one GPU: every choice of attention, and PyTorch beside them.
+r"""Distillation steps on one GPU: every choice of attention, compared with PyTorch.
 
     python -m benchmarks.gpu --output=benchmarks/gpu/h100.json
     python -m benchmarks.gpu --table                       # the docs' table from those files
-    python -m benchmarks.gpu --output=/tmp/toy.json --toy  # all of it on a CPU, at toy size
+    python -m benchmarks.gpu --output=/tmp/toy.json --toy  # everything on a CPU, at toy size
 
-ViT-B/16 from CLIP ViT-B/16 and ViT-L/14 from CLIP ViT-L/14 in bfloat16, random weights and
-pictures; no data set, no TFDS, no TensorFlow. Each measurement is a process of its own. Each prints
-its row as it ends, and the file is rewritten after each, so that a run that is cut short still says
-what it found. What there is no time for within --seconds is named as not run.
+The steps distil CLIP ViT-B/16 into ViT-B/16 and CLIP ViT-L/14 into ViT-L/14 in bfloat16, with
+random weights and pictures. They need no data set, no TFDS and no TensorFlow. Each measurement runs
+in its own process and prints its row when it ends. The file is rewritten after each measurement, so
+an interrupted run keeps what it has measured. Measurements that do not fit into --seconds are
+listed as not run.
 
-Parts, in the order in which they run (--parts chooses): "accuracy" is loss and gradients of each
-implementation against XLA's in float32; "fd_jax" and "torch" are the steps; "flags" is the fastest
-step of ViT-B again under XLA's flags.
+The parts run in this order (--parts selects some): "accuracy" compares loss and gradients of each
+implementation with XLA's in float32; "fd_jax" and "torch" measure the steps; "flags" repeats the
+fastest step of ViT-B under several XLA flags.
 """
 
 import argparse
@@ -34,15 +35,16 @@ from benchmarks.gpu_worker import ACCURACY_BATCH, Job
 
 FOLDER = pathlib.Path(__file__).parent / "gpu"
 PARTS = ("accuracy", "fd_jax", "torch", "flags")
-BATCHES = {"b": (512, 128), "l": (128, 64)}  # the first batch of all, then the second
+BATCHES = {"b": (512, 128), "l": (128, 64)}  # the first batch runs before the second for all models
 CHOICES = ("cudnn", "xla")
-LEAST_SECONDS = 20.0  # below that a measurement is not begun
+DEVICE_SECONDS = 120.0  # time limit for jax to report its device
+LEAST_SECONDS = 20.0  # with less time left, no measurement is started
 
-# Packages that the run cannot do without, and those that one side needs.
+# Packages that every run needs, and packages that only the PyTorch side needs.
 NEEDED = ("jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "etils", "absl", "numpy")
 WANTED = ("torch",)
 
-# What is measured in the part "flags"; each is compared with the same step without it.
+# Flags measured in the part "flags"; each is compared with the same step without the flag.
 FLAGS = {
     "matmuls by cuBLAS alone": "--xla_gpu_enable_triton_gemm=false",
     "no CUDA graphs": "--xla_gpu_enable_command_buffer=",
@@ -51,14 +53,14 @@ FLAGS = {
 }
 
 TARGETS = {"b": 0.40, "l": 0.45}  # MFU
-TARGET_RATIO = 1.3  # of torch.compile's images per second
+TARGET_RATIO = 1.3  # images per second, relative to torch.compile
 
 
 class Report:
-    """The file of a run, whole at any time.
+    """The output file of a run, which is complete after every row.
 
     Args:
-      path: of the JSON file.
+      path: the JSON file.
       environment: versions and processor.
     """
 
@@ -68,7 +70,7 @@ class Report:
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Prints a row and writes all of them."""
+        """Prints a row and rewrites the file with it."""
         print(line_of(row), flush=True)
         self.content["rows"].append(row)
         self._write()
@@ -86,11 +88,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--parts", default=",".join(PARTS), help="by commas; all if not given")
-    parser.add_argument("--models", default="b,l", help="b, l or both by commas")
-    parser.add_argument("--seconds", type=float, default=470.0, help="for the whole run")
-    parser.add_argument("--profile", default="", help="folder for a trace of each model")
-    parser.add_argument("--toy", action="store_true", help="on a CPU, at toy size")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; default: all")
+    parser.add_argument("--models", default="b,l", help="b, l or b,l")
+    parser.add_argument("--seconds", type=float, default=470.0, help="time limit of the whole run")
+    parser.add_argument("--profile", default="", help="folder for one trace per model")
+    parser.add_argument("--toy", action="store_true", help="run on a CPU at toy size")
     parser.add_argument("--table", action="store_true", help="print the docs' table")
     args = parser.parse_args()
     parts, models = args.parts.split(","), args.models.split(",")
@@ -99,22 +101,32 @@ def main() -> None:
             parser.error(f"--{option}={','.join(unknown)} is unknown; expected some of {known}")
     if args.table:
         files = [args.output] if args.output else sorted(FOLDER.glob("*.json"))
+        if missing := [str(file) for file in files if not file.is_file()]:
+            parser.error(f"--output={missing[0]}: there is no such file to make a table of")
         print(table([json.loads(file.read_text()) for file in files]))
         return
     if args.output is None:
         parser.error("--output=FILE.json is missing")
+    if args.output.is_dir():
+        parser.error(f"--output={args.output} is a folder; name a file in it")
     run(args, parts, models)
 
 
 def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
-    """Measures until everything is done or the time is over."""
+    """Measures until everything is done or the time is up."""
     deadline = time.monotonic() + args.seconds
     missing = [name for name in (*NEEDED, *WANTED) if not _installed(name)]
     print(f"missing packages: {', '.join(missing) or 'none'}", flush=True)
     if needed := [name for name in missing if name in NEEDED]:
         raise SystemExit(f"nothing can run without {', '.join(needed)}: install it first")
-    report = Report(args.output, environment(missing))
     with tempfile.TemporaryDirectory() as cache:
+        (found,) = measure(Job("device", "b", 0, toy=args.toy), DEVICE_SECONDS, cache)
+        if not args.toy and found.get("platform") != "gpu":
+            raise SystemExit(
+                f"jax finds no GPU here ({found.get('device', found['status'])}): install jax for "
+                "CUDA, or add --toy to try this script on the CPU"
+            )
+        report = Report(args.output, environment(missing) | {"device": found.get("device")})
         for job in jobs(parts, models, report, toy=args.toy, profile=args.profile):
             left = deadline - time.monotonic()
             if left < LEAST_SECONDS:
@@ -129,7 +141,7 @@ def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
 def jobs(
     parts: list[str], models: list[str], report: Report, *, toy: bool, profile: str
 ) -> Iterator[Job]:
-    """What is measured, the most telling first: large batches of every side, then small ones."""
+    """The measurements, the most informative first: large batches of each side, then small ones."""
     if "accuracy" in parts:
         yield Job("accuracy", "b", 4 if toy else ACCURACY_BATCH, toy=toy)
     for order in (0, 1):
@@ -149,7 +161,7 @@ def jobs(
 
 
 def fastest(rows: list[dict[str, Any]], model: str) -> dict[str, Any] | None:
-    """The row of fd_jax with the highest rate at this model's first batch."""
+    """The fd_jax row with the highest throughput at this model's first batch."""
     measured = [
         row
         for row in rows
@@ -161,7 +173,7 @@ def fastest(rows: list[dict[str, Any]], model: str) -> dict[str, Any] | None:
 
 
 def measure(job: Job, seconds: float, cache: str) -> Iterator[dict[str, Any]]:
-    """Runs a job in a process of its own; yields its rows, or why there are none."""
+    """Runs a job in its own process; yields its rows, or a row that says why there are none."""
     command = [sys.executable, "-m", "benchmarks.gpu_worker", json.dumps(dataclasses.asdict(job))]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -194,28 +206,28 @@ def _environment_of(job: Job, cache: str) -> dict[str, str]:
     if job.toy:
         made["JAX_PLATFORMS"] = "cpu"
     elif not job.xla_flags:
-        # Matmuls that several programs share are tuned once. Not under a flag that is measured,
-        # whose choices would be those of the others.
+        # Matmuls that several programs share are tuned once. A run that measures a flag does not
+        # use this cache, because it would get the choices made without the flag.
         flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={cache}")
     made["XLA_FLAGS"] = " ".join(filter(None, flags))
     return made
 
 
 def _last_line(text: str) -> str:
-    """What an error says: the last line that is no part of a traceback or a log's tail."""
+    """The message of an error: the last line that is not part of a traceback or a log."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("  ")]
     return lines[-1][:500] if lines else "no message"
 
 
 def described(job: Job) -> dict[str, Any]:
-    """The fields of a row that say what it is of."""
+    """The fields of a row that identify its measurement."""
     row = {"part": job.part, "model": job.model, "batch": job.batch}
     row |= {"choice": job.choice} if job.choice else {}
     return row | ({"xla_flags": job.xla_flags} if job.xla_flags else {})
 
 
 def environment(missing: list[str]) -> dict[str, Any]:
-    """Where it ran: versions of what counts, and the processor."""
+    """Where the benchmark ran: versions of the relevant packages, and the processor."""
     versions = {}
     for name in ("jax", "jaxlib", "flax", "optax", "torch", "numpy"):
         if _installed(name):
@@ -232,12 +244,12 @@ def environment(missing: list[str]) -> dict[str, Any]:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that `name` is a part of
+    except ModuleNotFoundError:  # the parent package of `name` is missing
         return False
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
+    """One row as a line for the terminal."""
     what = " ".join(
         str(row[key]) for key in ("part", "model", "batch", "choice", "xla_flags") if key in row
     )
@@ -259,7 +271,7 @@ def _rate(row: dict[str, Any]) -> str:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """Markdown of every run; says so where there is none."""
+    """Markdown tables of all runs, or a sentence if there are none."""
     if not reports:
         return "Not yet run on a GPU: `python -m benchmarks.gpu --output=benchmarks/gpu/NAME.json`."
     return "\n\n".join(_table_of(report) for report in reports)
@@ -318,13 +330,13 @@ def _cells(*cells: Any) -> str:
 
 
 def _shortened(status: str) -> str:
-    """Why there is no figure, as far as a cell has room; the file has all of it."""
+    """The reason for a missing figure, cut to fit a cell; the file has the full text."""
     text = status.replace("|", "/")
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def ratio_to_compiled(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """Images per second over those of torch.compile at the same model and batch."""
+    """Images per second relative to torch.compile at the same model and batch."""
     for other in rows:
         same = all(other[key] == row[key] for key in ("model", "batch"))
         if same and other["part"] == "torch" and other["choice"] == "compile":
@@ -334,7 +346,7 @@ def ratio_to_compiled(row: dict[str, Any], rows: list[dict[str, Any]]) -> float 
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """A line per model: whether its best row meets the targets, or what is missing to say so."""
+    """One line per model: whether its best row meets the targets, or what is missing."""
     lines = []
     for model, mfu in TARGETS.items():
         best = fastest(rows, model)

@@ -1,11 +1,12 @@
-r"""The steps of benchmarks.gpu compiled for an H100 without one: their memory and their kernels.
+r"""Compiles the steps of benchmarks.gpu for an H100 without a GPU; prints memory and kernels.
 
     python -m benchmarks.gpu_ahead
     python -m benchmarks.gpu_ahead --model=l --batch=128 --attention=cudnn
 
-XLA's compiler for NVIDIA GPUs, with a description of the card in its place. Needs
-`pip install 'jax-cuda13-plugin[with-cuda]'` in the version of jax, and no GPU. Nothing is timed, so
-that no matmul is tuned: rates, and which library multiplies, are for benchmarks.gpu to say.
+XLA's compiler for NVIDIA GPUs gets a description of the GPU instead of the GPU itself. This needs
+`pip install 'jax-cuda13-plugin[with-cuda]'` in the version of jax, but no GPU. Nothing is timed, so
+no matmul is tuned. Throughput, and the library that computes the matmuls, can only be measured with
+benchmarks.gpu.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fd_jax import sharding
 from fd_jax.models import kernels
 from fd_jax.training.program import build
 
-# What CUDA reports of the card, in the words of XLA's GpuTargetConfigProto.
+# The properties that CUDA reports for this GPU, as text of XLA's GpuTargetConfigProto.
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -55,7 +56,7 @@ def compile_step(model: str, batch: int, attention: str) -> jax.stages.Compiled:
 
 
 def attention_kernels(text: str) -> dict[str, int]:
-    """How often each of cuDNN's attention kernels stands in a compiled program."""
+    """Counts each of cuDNN's attention kernels in a compiled program: name -> count."""
     found = re.findall(r'custom_call_target="__cudnn\$(\w+)"', text)
     return dict(sorted(collections.Counter(found).items()))
 
@@ -63,11 +64,11 @@ def attention_kernels(text: str) -> dict[str, int]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=BATCHES, help="both if not given")
-    parser.add_argument("--batch", type=int, help="the larger of benchmarks.gpu if not given")
-    parser.add_argument("--attention", choices=CHOICES, help="all if not given")
+    parser.add_argument("--model", choices=BATCHES, help="default: both")
+    parser.add_argument("--batch", type=int, help="default: the larger batch of benchmarks.gpu")
+    parser.add_argument("--attention", choices=CHOICES, help="default: all")
     args = parser.parse_args()
-    print("| model | batch | attention | GiB held | GiB of them temporary | cuDNN's kernels | s |")
+    print("| model | batch | attention | GiB held | of which temporary | cuDNN's kernels | s |")
     print("|---|---|---|---|---|---|---|")
     for model in [args.model] if args.model else BATCHES:
         for attention in [args.attention] if args.attention else CHOICES:

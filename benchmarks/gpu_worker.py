@@ -1,7 +1,7 @@
-"""What benchmarks.gpu measures, each call in a process of its own: rows of JSON on standard output.
+"""One measurement of benchmarks.gpu in its own process; prints rows of JSON on standard output.
 
-A process of its own has the card's memory to itself, counts its own peak, and takes nothing else
-down where a kernel crashes. Called by benchmarks.gpu, not by hand.
+A separate process has the GPU's memory to itself, reports its own peak memory, and does not take
+the other measurements down if a kernel crashes. It is called by benchmarks.gpu, not by hand.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ import numpy as np
 ROUNDS = 5
 WARM_UP = 3  # steps: allocation, caches, clocks
 ACCURACY_BATCH = 16
-ACCURACY_DEPTH = 2  # blocks: rounding shows as well as in twelve, and compiles in a sixth
+ACCURACY_DEPTH = 2  # blocks: enough to show rounding errors, and compiles in a sixth of the time
 KERNELS_SHOWN = 40
 TRACED_STEPS = 3
 
@@ -31,13 +31,13 @@ class Job:
     """One measurement.
 
     Attributes:
-      part: "accuracy", "fd_jax", "torch" or "flags".
+      part: "device", "accuracy", "fd_jax", "torch" or "flags".
       model: "b" or "l".
       batch: images per step.
-      choice: implementation of attention of fd_jax; "eager" or "compile" of PyTorch.
-      xla_flags: that are measured, beside those of every run; "" for none.
-      toy: shrinks networks and pictures to what a CPU does in seconds.
-      round_seconds: of each of the timed rounds.
+      choice: fd_jax's implementation of attention; for PyTorch "eager" or "compile".
+      xla_flags: flags to measure, in addition to those of every run; "" for none.
+      toy: shrinks networks and pictures so that a CPU takes seconds.
+      round_seconds: duration of each timed round.
       profile: folder for a trace; "" for none.
     """
 
@@ -54,19 +54,34 @@ class Job:
 def main() -> None:
     """Runs the job that the only argument describes, and prints its rows as they are ready."""
     job = Job(**json.loads(sys.argv[1]))
-    parts = {"accuracy": accuracy, "fd_jax": fd_jax_step, "flags": fd_jax_step, "torch": torch_step}
+    parts = {
+        "device": device,
+        "accuracy": accuracy,
+        "fd_jax": fd_jax_step,
+        "flags": fd_jax_step,
+        "torch": torch_step,
+    }
     for row in refusals_as_rows(parts[job.part](job)):
         print("ROW " + json.dumps(row), flush=True)
 
 
 def refusals_as_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows; a setting that this machine cannot do is a row as well, and no failure."""
+    """The rows; a setting that this machine does not support is a row as well, not a failure."""
     try:
         yield from rows
     except ValueError as error:
         if not type(error).__module__.startswith("fd_jax"):
             raise
         yield {"status": f"refused: {error}"}
+
+
+def device(job: Job) -> Iterator[dict[str, Any]]:
+    """The platform and the device that jax computes on."""
+    del job
+    import jax
+
+    first = jax.devices()[0]
+    yield {"platform": first.platform, "device": first.device_kind}
 
 
 def accuracy(job: Job) -> Iterator[dict[str, Any]]:
@@ -86,7 +101,7 @@ def accuracy(job: Job) -> Iterator[dict[str, Any]]:
         except ConfigError as error:
             yield {**row, "status": f"refused: {error}"}
             continue
-        except Exception as error:  # what a library that never ran on this card may raise
+        except Exception as error:  # any error of a library that has never run on this GPU
             yield {**row, "status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
             continue
         table = "encoder/rel_pos_bias/table"
@@ -104,7 +119,7 @@ def _loss_and_gradients(job, images, choice, dtype) -> tuple[float, dict[str, np
 
     task, _ = define(job, choice, dtype=dtype, depth=ACCURACY_DEPTH)
     params, extra = jax.jit(task.init)(jax.random.key(1))
-    # Tables start at zero, where a bias that is left out would go unseen.
+    # Tables start at zero, where leaving the bias out would not be noticed.
     table = params["encoder"]["rel_pos_bias"]["table"]
     params["encoder"]["rel_pos_bias"]["table"] = jax.random.normal(jax.random.key(2), table.shape)
     frozen = jax.tree.map(jax.numpy.asarray, random_weights(task.abstract_frozen()))
@@ -118,7 +133,7 @@ def _loss_and_gradients(job, images, choice, dtype) -> tuple[float, dict[str, np
 
 
 def _distance(got: dict, want: dict) -> float:
-    """Norm of the difference over the norm of what is wanted, over all arrays together."""
+    """Norm of the difference divided by the norm of the expected values, over all arrays."""
     off = sum(float(np.sum(np.square(got[k].astype(np.float64) - want[k]))) for k in want)
     return (off / sum(float(np.sum(np.square(want[k].astype(np.float64)))) for k in want)) ** 0.5
 
@@ -158,7 +173,7 @@ def fd_jax_step(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def torch_step(job: Job) -> Iterator[dict[str, Any]]:
-    """The same of PyTorch's step, eager or compiled."""
+    """The same measurements of PyTorch's step, eager or compiled."""
     import torch
 
     from benchmarks import torch_step as steps
@@ -190,10 +205,10 @@ def define(job: Job, choice: str, *, dtype: str, depth: int = 0):
     """The distillation of the paper's ViT-B/16 or ViT-L/14, and its config.
 
     Args:
-      job: says which, and how many images.
+      job: gives the model and the batch size.
       choice: implementation of attention.
-      dtype: of the computation.
-      depth: blocks of both networks, if not the real number.
+      dtype: dtype of the computation.
+      depth: number of blocks in both networks; 0 for the real number.
     """
     from configs import distill_clip_vit_b16, distill_clip_vit_l14
     from fd_jax.convert import families
@@ -220,7 +235,7 @@ def pictures(job: Job, batch: int) -> np.ndarray:
 
 
 def random_weights(shapes: Any) -> Any:
-    """See `jax_step.random_weights`; imported here, since PyTorch's process needs no jax."""
+    """See `jax_step.random_weights`; imported here, because PyTorch's process needs no jax."""
     from benchmarks import jax_step
 
     return jax_step.random_weights(shapes)
@@ -231,12 +246,12 @@ def host_batch(images: np.ndarray) -> dict[str, np.ndarray]:
     from benchmarks import jax_step
 
     batch = jax_step.host_batch(images)
-    del batch["stop"]  # the loop's own
+    del batch["stop"]  # added by the loop
     return batch
 
 
 def _run(step: Callable[[], Any], count: int, wait: Callable[[Any], Any]) -> None:
-    """Starts `count` updates one after the other and waits for the last."""
+    """Starts `count` updates one after the other and waits for the last one."""
     result = None
     for _ in range(count):
         result = step()
@@ -264,10 +279,10 @@ def timed(run: Callable[[int], None], job: Job) -> dict[str, Any]:
 
 
 def profile(step: Callable[[], Any], folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
-    """Where the time of a step goes: its longest kernels. The trace itself goes into `folder`.
+    """Traces some steps into `folder` and lists the kernels that take the most time.
 
     Returns:
-      [{"kernel", "ms" per step, "calls" per step}], longest first.
+      [{"kernel", "ms" per step, "calls" per step}], the longest first.
     """
     import jax
 
@@ -287,14 +302,14 @@ def profile(step: Callable[[], Any], folder: pathlib.Path, name: str) -> list[di
 
 
 def longest_kernels(data: Any) -> list[dict[str, Any]]:
-    """Adds up the events of the device's lines, or of the host's where there is no device."""
+    """Sums the events of the device's lines, or of the host's lines if there is no device."""
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     totals: dict[str, list[float]] = {}
     for plane in devices or planes:
         for line in plane.lines:
             if devices and not line.name.startswith("Stream"):
-                continue  # the other lines group the same kernels by module and operation
+                continue  # other lines group the same kernels by module and operation
             for event in line.events:
                 total = totals.setdefault(event.name, [0.0, 0.0])
                 total[0] += event.duration_ns / 1e6 / TRACED_STEPS

@@ -1,16 +1,16 @@
-"""Images per CPU-second of the input pipeline, against TensorFlow's own operations.
+"""Images per CPU-second of the input pipeline, compared with TensorFlow's own operations.
 
-    python benchmarks/input_pipeline.py
+    python -m benchmarks.input_pipeline
 
-Each path decodes real-sized JPEGs (500 x 375, from the photographs that scikit-image and
-scikit-learn ship), takes the same random crops, resizes them to 224 x 224 with antialiasing and
-flips half of them, on one thread; TensorFlow does so inside tf.data, where it is fastest. CPU time
-is what counts, so other work on the machine matters little; the paths take turns, and the median
-round is reported.
+Each path decodes JPEGs of realistic size (500 x 375, from the photographs that scikit-image and
+scikit-learn contain), takes the same random crops, resizes them to 224 x 224 with antialiasing and
+flips half of them, on one thread. TensorFlow does this inside tf.data, where it is fastest. The
+benchmark measures CPU time, so other work on the machine matters little. The paths take turns, and
+the median round is reported.
 
-The loader is then measured against the bare transform and its draws, with threads and worker
-processes, in CPU time of all of them together: what order, queues and batches add. What shared
-memory adds for batches that come out of a worker process is shown apart.
+The loader is then compared with the bare transform and its random draws, with threads and with
+worker processes, in CPU time summed over all of them. The difference is the cost of order, queues
+and batches. The cost of shared memory for batches from a worker process is printed separately.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Draw = tuple[tuple[int, int, int, int], bool]  # box (top, left, height, width),
 
 
 def synthesise(quality: int) -> list[bytes]:
-    """The photographs at ImageNet's usual size, as JPEG."""
+    """The photographs as JPEGs of ImageNet's usual size."""
     made = []
     for name in photos.PICTURES:
         image = Image.fromarray(photos.load_picture(name))
@@ -54,7 +54,7 @@ def synthesise(quality: int) -> list[bytes]:
 
 
 def draw(count: int) -> list[Draw]:
-    """Crops and flips that every path gets alike."""
+    """The crops and flips, the same for every path."""
     rng = np.random.default_rng(0)
     return [
         (
@@ -66,7 +66,7 @@ def draw(count: int) -> list[Draw]:
 
 
 def ours(jpegs: list[bytes], draws: list[Draw]) -> Iterator[np.ndarray]:
-    """What `TrainTransform` does after its draws."""
+    """The work that `TrainTransform` does after its random draws."""
     for data, ((top, left, h, w), flip) in zip(itertools.cycle(jpegs), draws, strict=False):
         crop = transforms.decode(data)[top : top + h, left : left + w]
         out = transforms.resize(crop, SIZE, SIZE, "bilinear")
@@ -118,14 +118,14 @@ def rate(path: Callable, jpegs: list[bytes], draws: list[Draw]) -> float:
 
 
 def parity(path: Callable, jpegs: list[bytes], draws: list[Draw]) -> tuple[float, float]:
-    """Worst mean absolute and worst 99th percentile error of a crop against Pillow's."""
+    """Worst mean and worst 99th percentile of a crop's absolute error against Pillow."""
     pairs = zip(path(jpegs, draws), pillow(jpegs, draws), strict=True)
     errors = [np.abs(one.astype(int) - other) for one, other in pairs]
     return max(e.mean() for e in errors), max(np.percentile(e, 99) for e in errors)
 
 
 class Jpegs:
-    """The synthesised pictures as an endless-looking dataset."""
+    """The synthesised pictures, repeated to a dataset of any size."""
 
     name = "synthesised"
     num_classes: int | None = None
@@ -140,12 +140,12 @@ class Jpegs:
         return Example(self.jpegs[index % len(self.jpegs)], -1)
 
     def describe(self, index: int) -> str:
-        """The position."""
+        """The position in the dataset."""
         return str(index)
 
 
 def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 40) -> float:
-    """Images per CPU-second that the loader delivers once it runs."""
+    """Images per CPU-second of the loader in steady state."""
     transform = transforms.TrainTransform(
         SIZE, min_area=MIN_AREA, interpolation="bilinear", flip=True
     )
@@ -157,7 +157,7 @@ def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 4
         workers=workers,
         threads=threads,
     )
-    for _ in range(10):  # fills what is read ahead, so that as much is made as is taken
+    for _ in range(10):  # fills the read-ahead queue; then production equals demand
         next(loader)
     began = cpu_seconds()
     for _ in range(batches):
@@ -168,7 +168,7 @@ def loader_rate(jpegs: list[bytes], workers: int, threads: int, batches: int = 4
 
 
 def bare_rate(jpegs: list[bytes], count: int) -> float:
-    """Images per CPU-second of the transform alone, called as the loader calls it."""
+    """Images per CPU-second of the transform alone, called in the same way as by the loader."""
     transform = transforms.TrainTransform(
         SIZE, min_area=MIN_AREA, interpolation="bilinear", flip=True
     )
@@ -179,7 +179,7 @@ def bare_rate(jpegs: list[bytes], count: int) -> float:
 
 
 def stacking(rounds: int = 60) -> dict[str, float]:
-    """CPU-microseconds a picture to stack a batch and to free it, by what it is stacked into."""
+    """CPU-microseconds per picture to stack a batch and to free it, by kind of memory."""
     pictures = [np.full((SIZE, SIZE, 3), i, np.uint8) for i in range(64)]
     shape = (len(pictures), SIZE, SIZE, 3)
     private, numbers = np.stack(pictures), itertools.count()
@@ -199,7 +199,7 @@ def stacking(rounds: int = 60) -> dict[str, float]:
         np.stack(pictures, out=segment)
         segment.unlink_on_del()
 
-    ways = {"memory of its own": to_private, "our ring": to_ring, "a new segment": to_segment}
+    ways = {"private memory": to_private, "our ring": to_ring, "a new segment": to_segment}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, stack in ways.items():
@@ -211,7 +211,7 @@ def stacking(rounds: int = 60) -> dict[str, float]:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the workers that are alive."""
+    """CPU seconds of this process and of its living workers."""
     children = [child.cpu_times() for child in psutil.Process().children()]
     return time.process_time() + sum(times.user + times.system for times in children)
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quality", type=int, default=92, help="of the JPEGs")
+    parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
     args = parser.parse_args()
 
     jpegs, draws = synthesise(args.quality), draw(args.images)
@@ -242,7 +242,7 @@ def main() -> None:
     for _ in range(args.rounds):
         bare.append(bare_rate(jpegs, args.images))
         rates.append([loader_rate(jpegs, *loader) for loader in loaders])
-    print(f"the transform with its draws: {statistics.median(bare):.0f} images/CPU-s")
+    print(f"the bare transform with its draws: {statistics.median(bare):.0f} images/CPU-s")
     for (workers, threads), values in zip(loaders, zip(*rates, strict=True), strict=True):
         shares = [value / beside for value, beside in zip(values, bare, strict=True)]
         print(
@@ -251,7 +251,7 @@ def main() -> None:
             f"({min(shares):.2f} to {max(shares):.2f})"
         )
     costs = ", ".join(f"{name} {cost:.0f} us" for name, cost in stacking().items())
-    print(f"a picture into its batch and out of memory: {costs}")
+    print(f"stacking a picture into its batch and freeing it: {costs}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One train step of fd_jax as a benchmark calls it: random weights, one batch on the devices.
+"""One train step of fd_jax for benchmarks, with random weights and one batch on the devices.
 
-Needs the core of fd_jax and optax; no data set, no TFDS, no TensorFlow.
+It needs the core of fd_jax and optax, but no data set, no TFDS and no TensorFlow.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from fd_jax.typing import Config
 
 @dataclasses.dataclass
 class JaxStep:
-    """A compiled train step and what it runs on; call it for one update.
+    """A compiled train step with its arguments; call it for one update.
 
     Attributes:
-      task: what is trained.
-      compiled: of jax; donates the state.
-      compile_seconds: that compiling took, tracing and lowering included.
+      task: the task that is trained.
+      compiled: jax's compiled step, which donates the state.
+      compile_seconds: compile time, including tracing and lowering.
     """
 
     task: DistillTask
@@ -34,7 +34,7 @@ class JaxStep:
     _arguments: tuple[Any, ...]
 
     def __call__(self) -> Any:
-        """One update, started; returns its metrics, which a caller may wait for."""
+        """Starts one update and returns its metrics, which the caller may wait for."""
         self._state, metrics = self.compiled(self._state, *self._arguments)
         return metrics
 
@@ -43,8 +43,8 @@ def distillation(task: DistillTask, config: Config, images: np.ndarray) -> JaxSt
     """The step of a distillation on the first device.
 
     Args:
-      task: what to train.
-      config: of the run; its batch size is that of `images`.
+      task: the task to train.
+      config: the run's config, with the batch size of `images`.
       images: uint8 [B, H, W, 3].
     """
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -60,14 +60,14 @@ def distillation(task: DistillTask, config: Config, images: np.ndarray) -> JaxSt
 
 
 def host_batch(images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the loop hands to a step beside the images, without labels. All arrays of B rows."""
+    """The batch that the loop passes to a step, with empty labels. All arrays have B rows."""
     entries = {**elements.of_batch(elements.labelled_image(images.shape[1])), "stop": STOP}
     batch = {name: np.zeros((len(images), *e.shape), e.dtype) for name, e in entries.items()}
     return batch | {"image": images, "weight": np.ones(len(images), np.float32)}
 
 
 def random_weights(shapes: Any) -> Any:
-    """Host arrays N(0, 0.02) of the shapes and dtypes of a tree."""
+    """Host arrays drawn from N(0, 0.02), with the shapes and dtypes of a tree."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype), shapes

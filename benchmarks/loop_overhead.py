@@ -1,14 +1,14 @@
-r"""What the loop itself costs: time per step outside the compiled call, waiting for data aside.
+r"""The loop's own cost: time per step outside the compiled call, without waiting for data.
 
     python -m benchmarks.loop_overhead
 
-The loop of train.py and finetune.py runs as it is, on the digits at 224 pixels, 32 to a batch, with
-a network so small that everything else shows. Two clocks are put around what is left out: the
-compiled step, until its results are there, and the loader. What remains is reading metrics, writing
-them, and everything in between.
+The loop of train.py and finetune.py runs unchanged on the digits at 224 pixels in batches of 32,
+with a network so small that the rest of the loop dominates. Two clocks measure what is excluded:
+the compiled step until its results are ready, and the loader. What remains is reading metrics,
+writing them, and everything in between.
 
-It is measured with pictures decoded in a process of their own, and in a thread of this one, which
-makes the loop wait for Python's lock; while a device computes, that wait costs nothing.
+It is measured with pictures decoded in a separate process, and in a thread of this process. A
+thread makes the loop wait for Python's lock; while a device computes, that wait costs nothing.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from fd_jax.training import loop, program
 from fd_jax.typing import Config
 
 SHAPE = {"patch_size": 112, "width": 32, "depth": 1, "heads": 1, "mlp_width": 32}
-UNCOUNTED = 11  # first steps: queues fill, the first line is logged
+UNCOUNTED = 11  # first steps, in which queues fill and the first line is logged
 
 
 class Clock:
-    """Adds up the time spent in the functions it wraps."""
+    """Sums the time spent in the functions that it wraps."""
 
     def __init__(self):
         self.inside = 0.0
 
     def around(self, function: Callable) -> Callable:
-        """The same function, timed until its results are there."""
+        """The same function, timed until its results are ready."""
 
         @functools.wraps(function)
         def timed(*args, **kwargs):
@@ -55,7 +55,7 @@ class Clock:
 
 
 def config(steps: int, data_dir: str, workers: int) -> Config:
-    """Fine-tuning from random weights, with neither evaluation nor checkpoints on the way."""
+    """Fine-tuning from random weights, without evaluation or checkpoints during the run."""
     made = base.fine_tuning(drop_path=0.0, layer_decay=1.0, peak_lr=1e-3, floor_lr=1e-5)
     arch = base.student(SHAPE, image_size=224)
     made.model.update(family="vit", arch=arch, classes=10)
@@ -69,7 +69,7 @@ def config(steps: int, data_dir: str, workers: int) -> Config:
 
 
 def measure(made: Config) -> list[float]:
-    """Seconds outside both clocks, for each step but the first ones."""
+    """Seconds outside both clocks for each step, without the first ones."""
     clock, outside = Clock(), []
     last = [0.0, 0.0]  # wall clock and the time inside, when the last step began
 
@@ -104,10 +104,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     print(prepare.prepare("digits", data_dir=args.data_dir))
-    for workers, where in ((1, "in a process of its own"), (0, "in a thread of this process")):
+    for workers, where in ((1, "in a separate process"), (0, "in a thread of this process")):
         outside = [1e3 * x for x in measure(config(args.steps, args.data_dir, workers))]
         print(
-            f"decoding {where}: median {statistics.median(outside):.2f} ms a step outside the "
+            f"decoding {where}: median {statistics.median(outside):.2f} ms per step outside the "
             f"compiled call, mean {statistics.fmean(outside):.2f} ms ({len(outside)} steps, "
             "metrics written every 10)"
         )

@@ -1,10 +1,10 @@
-r"""The paper in miniature: pre-train, distil, fine-tune, probe, over several seeds.
+r"""The paper in miniature: pre-train, distil, fine-tune and probe, over several seeds.
 
     python -m benchmarks.miniature --data digits fashion_mnist_debian --seeds 3
 
-Every stage goes through the code of train.py and finetune.py with configs/miniature.py. A stage
-that is done is not done again, so the command can be stopped and repeated. The table, laid out as
-docs/reference.md#table-1, is printed and written to WORKDIR/table.md, its figures to
+Every stage runs the code of train.py and finetune.py with configs/miniature.py. A finished stage is
+not repeated, so the command can be stopped and started again. The table has the layout of
+docs/reference.md#table-1. It is printed and written to WORKDIR/table.md, and its figures to
 WORKDIR/table.json.
 """
 
@@ -35,10 +35,10 @@ def measure(start: str, name: str, run: Callable[..., dict], *, tune: bool) -> d
     """Fine-tuning, linear probe and nearest neighbours of one model folder, in percent.
 
     Args:
-      start: the folder; "" fine-tunes a student from random weights.
-      name: of the row, for the workdirs.
-      run: a stage by its name, with config fields.
-      tune: whether to fine-tune too.
+      start: the folder; "" fine-tunes a student with random weights.
+      name: name of the row, used for the workdirs.
+      run: runs a stage by its name, with config fields.
+      tune: whether to fine-tune as well.
     """
     probe = run("probe", f"{name}/probe", init_from=start)
     figures = {"linear": probe["top1"], "kNN": probe["knn_top1"]}
@@ -48,7 +48,7 @@ def measure(start: str, name: str, run: Callable[..., dict], *, tune: bool) -> d
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
-    """Runs a config to its end, or reads what an earlier run of it left; its last evaluation."""
+    """Runs a config to its end, unless an earlier run did; returns its last evaluation."""
     finished = (workdir / "model").exists()
     if not finished and loop.fit(registry.make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
@@ -58,7 +58,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict[str, float]]:
-    """A function (stage, folder below workdir, **fields) -> metrics, which prints its time."""
+    """Returns a function (stage, folder in workdir, **fields) -> metrics that prints its time."""
 
     def run(stage: str, where: str, **fields) -> dict[str, float]:
         config = miniature.get_config(f"stage={stage},data={data}")
@@ -73,7 +73,7 @@ def run_stage(workdir: pathlib.Path, data: str, seed: int) -> Callable[..., dict
 
 
 def save_random(folder: pathlib.Path, arch: dict, seed: int) -> str:
-    """A model folder of a student that has learned nothing."""
+    """Saves a model folder of a student with random weights."""
     if not folder.exists():
         spec = ModelSpec("vit", arch, source="random weights")
         module = spec.build(rngs=nnx.Rngs(seed), init="fd_student")
@@ -97,7 +97,7 @@ def one_seed(data: str, seed: int, workdir: pathlib.Path) -> dict[str, dict[str,
 
 
 def table(figures: dict[str, Figures]) -> str:
-    """Markdown: mean and standard deviation over the seeds, and the gain over the teacher."""
+    """Markdown: mean and standard deviation over the seeds, and difference from the teacher."""
     lines = ["| data | method | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for data, rows in figures.items():
         base_row = next(iter(rows.values()))
@@ -139,7 +139,7 @@ def finish(figures: dict[str, Figures], workdir: pathlib.Path, *, began: float) 
 
 
 def set_up(workdir: pathlib.Path) -> None:
-    """Quiet logs; programs that were compiled once are read again."""
+    """Reduces logging and caches compiled programs in the workdir."""
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
 

@@ -1,9 +1,9 @@
-r"""The quickstart's DINOv2 teacher and its distilled student on the digits, beside a random one.
+r"""The quickstart's DINOv2 teacher, its distilled student and a random student on the digits.
 
     python -m benchmarks.miniature_dinov2 --seeds 3
 
-Linear probe and nearest neighbours over the seeds, fine-tuning for the first. Reads what
-`make quickstart` left; stages that are done are not done again.
+Runs the linear probe and nearest neighbours for all seeds, and fine-tuning for the first. It reads
+the model folders that `make quickstart` wrote. Finished stages are not repeated.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from benchmarks import miniature
 from configs import base, quickstart
 
 SIZE = 98
-# What is cheap for miniatures takes minutes here; ViT-S sees 98 pixels instead of 28.
+# Fewer epochs than in configs/miniature.py: a ViT-S at 98 pixels takes minutes where 28 are cheap.
 FIELDS = {
     "probe": {"data.image_size": SIZE, "epochs": 10.0},
     "finetune": {"data.image_size": SIZE, "epochs": 8.0, "optim.peak_lr": 5e-4},
 }
 
 
-# row of the table: its folder in a seed's workdir
+# row of the table: its folder in the workdir of a seed
 ROWS = {
     "teacher (DINOv2 ViT-S/14)": "teacher",
     "same student, random weights": "random",
@@ -33,7 +33,7 @@ ROWS = {
 def one_seed(
     teacher: str, student: str, seed: int, workdir: pathlib.Path
 ) -> dict[str, dict[str, float]]:
-    """All rows of one seed; fine-tuning with the first only."""
+    """All rows of one seed, with fine-tuning for the first seed only."""
     stage = miniature.run_stage(workdir, "digits", seed)
 
     def run(name: str, where: str, **fields) -> dict[str, float]:
@@ -58,7 +58,7 @@ def main() -> int:
     folders = (args.teacher, args.student)
     missing = [folder for folder in folders if not pathlib.Path(folder).exists()]
     if missing:
-        print(f"error: no {' and no '.join(missing)}; make quickstart first", file=sys.stderr)
+        print(f"error: no {' and no '.join(missing)}; run make quickstart first", file=sys.stderr)
         return 2
     miniature.set_up(args.workdir)
     figures: dict[str, miniature.Figures] = {}

@@ -1,12 +1,12 @@
-r"""What runs need and can reach on TPU slices, by compiling each of their steps: docs/scale.md.
+r"""Compiles the step of every run for TPU slices: what it needs and can reach (docs/scale.md).
 
     python -m benchmarks.scale                      # every row that has no result yet, in order
     python -m benchmarks.scale --rows distill_b,finetune_l@v4 --list
     python -m benchmarks.scale --table              # the table of docs/scale.md
     python -m benchmarks.scale --baseline           # what a fused attention kernel has to beat
 
-One JSON per row in benchmarks/scale/, so that it can be stopped and goes on where it was; a row is
-planned again when its file is deleted. Each row is a process of its own: `python -m fd_jax.plan`.
+Each row is planned in its own process (`python -m fd_jax.plan`) and saved as one JSON file in
+benchmarks/scale/, so the command can be stopped and resumed. To plan a row again, delete its file.
 """
 
 import argparse
@@ -22,14 +22,14 @@ PLAN_SCRIPT = ("-m", "fd_jax.plan")
 B16, L14 = "configs/distill_clip_vit_b16.py", "configs/distill_clip_vit_l14.py"
 ESVIT, GIANT = "configs/distill_esvit_swin_b.py", "configs/distill_swinv2_g.py"
 
-# The smallest slices that hold the published batch of 2,048 with margin, by the student's size: the
-# last letter of a run's name.
+# The smallest slices that hold the published batch of 2,048 with margin, by the student's size,
+# which is the last letter of a run's name.
 SLICES = {
     "b": {"v5e": "v5e:4x4", "v4": "v4:2x2x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"},
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
-# What those do not hold, by the row: linear probes' batch of 16,384, Swins, 577 tokens an image.
+# Rows that need more: linear probes' batch of 16,384, Swins, 577 tokens per image.
 LARGER_SLICES = {
     **dict.fromkeys(
         (
@@ -48,7 +48,7 @@ LARGER_SLICES = {
 _SHARDED = ("--config.mesh.fsdp=16",)
 _QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
 
-# name: config, what init_from would hold, further flags
+# name: (config, origin of the weights in init_from, further flags)
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "distill_b": (B16, "", ()),
     "distill_l": (L14, "", _SHARDED),
@@ -97,8 +97,8 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
 }
 
-# Runs whose step is another's, but for numbers in it such as rates, and for the weights: not
-# compiled again. tests/plan/test_scale.py compares them.
+# Runs whose step equals another run's, except for its weights and for numbers in it such as
+# learning rates. They are not compiled again; tests/plan/test_scale.py compares the programs.
 SAME_STEP = {
     "distill_100ep_b": "distill_b",
     "distill_deit_b": "distill_dino_b",
@@ -119,28 +119,28 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As --rows takes it."""
+        """The name that --rows accepts."""
         return f"{self.run}@{self.chip}"
 
     @property
     def file(self) -> pathlib.Path:
-        """Its result."""
+        """The file of its result."""
         return FOLDER / f"{self.run}_{self.chip}.json"
 
     @property
     def slice(self) -> str:
-        """The topology it is compiled for."""
+        """The topology that it is compiled for."""
         return LARGER_SLICES.get(self.name) or SLICES[self.run[-1]][self.chip]
 
     @property
     def command(self) -> list[str]:
-        """The plan command, without its output."""
+        """The plan command, without --output."""
         config, start, further = RUNS[self.run]
         flags = [f"--config={config}", f"--topology={self.slice}", *further]
         return [*PLAN_SCRIPT, *flags, *([f"--start={start}"] if start else [])]
 
 
-# Attention by XLA, which a fused kernel has to beat: 128 images a chip of ViT-B, 64 of ViT-L.
+# XLA attention, which a fused kernel has to beat: 128 images per chip for ViT-B, 64 for ViT-L.
 BASELINE = "distill_b@v5e,distill_b@v6e,distill_l@v6e"
 
 MAIN = ("distill_b", "distill_l", "finetune_b", "finetune_l")
@@ -155,10 +155,10 @@ ROWS = [
 
 
 def select(names: str) -> list[Row]:
-    """Rows by names, runs or chips, separated by commas; all for "".
+    """Rows by names, runs or chips, separated by commas; "" selects all.
 
     Raises:
-      SystemExit: a name that matches no row.
+      SystemExit: if a name matches no row.
     """
     if not names:
         return ROWS
@@ -172,21 +172,21 @@ def select(names: str) -> list[Row]:
 
 
 def plan(row: Row) -> None:
-    """Compiles one row and writes its file, whole or not at all."""
+    """Compiles one row and writes its file, completely or not at all."""
     FOLDER.mkdir(exist_ok=True)
     unfinished = row.file.with_suffix(".unfinished")
     command = [sys.executable, *row.command, f"--output={unfinished}"]
     print(f"== {row.name}: python {' '.join(row.command)}", flush=True)
     status = subprocess.run(command).returncode
     if status not in (0, 1) or not unfinished.exists():
-        sys.exit(f"error: {row.name} ended with status {status}; its message stands above")
+        sys.exit(f"error: {row.name} ended with status {status}; see its message above")
     record = json.loads(unfinished.read_text())
     unfinished.write_text(json.dumps({"command": row.command, **record}, indent=2) + "\n")
     unfinished.rename(row.file)
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; rows without a result say so."""
+    """The table as Markdown; rows without a result say "not yet run"."""
     lines = [
         "| run | slice | batch | mesh | HBM GiB per device | MB per image | FLOPs / closed form: "
         "matmuls, repeated, all | bounds ms: compute, HBM, interconnect | images/s per chip at "
@@ -205,10 +205,10 @@ def table(rows: list[Row]) -> str:
 
 
 def baseline() -> str:
-    """Markdown of the rows of BASELINE."""
+    """The rows of BASELINE as Markdown."""
     lines = [
-        "| run | slice | images a chip | MB per image | temporaries GiB | "
-        "compiler's estimate: ms a step, images/s per chip |",
+        "| run | slice | images per chip | MB per image | temporaries GiB | "
+        "compiler's estimate: ms per step, images/s per chip |",
         "|" + "---|" * 6,
     ]
     for row in select(BASELINE):
@@ -272,11 +272,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rows", default="", help="names, runs or chips by commas; all if not given"
+        "--rows", default="", help="comma-separated names, runs or chips; default: all"
     )
     parser.add_argument("--list", action="store_true", help="print the rows and whether they ran")
     parser.add_argument("--table", action="store_true", help="print the table and plan nothing")
-    parser.add_argument("--baseline", action="store_true", help="print what attention by XLA makes")
+    parser.add_argument("--baseline", action="store_true", help="print the rows for XLA attention")
     args = parser.parse_args()
     if args.baseline:
         print(baseline())

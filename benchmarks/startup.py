@@ -1,11 +1,11 @@
-"""How long it takes until something happens: imports, and the first step cold and warm.
+"""Start-up time: imports, and the first step with a cold and a warm compilation cache.
 
     make quickstart-data
     python -m benchmarks.startup
 
-Every figure is of a new process on the quickstart's config. "Cold" begins with an empty compilation
-cache, "warm" with what the cold one left (JAX_COMPILATION_CACHE_DIR). The first step ends when its
-line is printed.
+Every figure comes from a new process with the quickstart's config. "Cold" starts with an empty
+compilation cache, "warm" with the cache that the cold run filled (JAX_COMPILATION_CACHE_DIR). The
+first step ends when its line is printed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FLAGS = (
 
 
 def import_seconds(code: str, rounds: int) -> float:
-    """Median of a new process that only imports."""
+    """Median seconds of a new process that only imports."""
     taken = []
     for _ in range(rounds):
         began = time.monotonic()
@@ -42,7 +42,7 @@ def import_seconds(code: str, rounds: int) -> float:
 
 
 def first_step_seconds(cache: pathlib.Path) -> tuple[float, str]:
-    """From the start of `train.py` to its first step, and what it said of compiling."""
+    """Seconds from the start of `train.py` to its first step, and its line about compiling."""
     with tempfile.TemporaryDirectory() as workdir:
         env = {
             **os.environ,
@@ -66,7 +66,7 @@ def first_step_seconds(cache: pathlib.Path) -> tuple[float, str]:
                 taken = time.monotonic() - began
                 process.communicate()
                 return taken, compiled
-        raise SystemExit("train.py did not reach its first step; make quickstart-data first")
+        raise SystemExit("train.py did not reach its first step; run make quickstart-data first")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-r"""One distillation step of ViT-B/16 from CLIP ViT-B/16 on this CPU, against eager PyTorch.
+r"""One distillation step, CLIP ViT-B/16 into ViT-B/16, on this CPU, compared with eager PyTorch.
 
     python -m benchmarks.step_vs_torch --rounds 7
 
-Batch 4, float32, the same shapes and the same work on both sides (benchmarks/torch_step.py), random
-weights. The two take turns, each round runs some steps of each, and the medians are compared; the
-compile time stands beside them. Both may use all cores.
+Both sides use batch 4, float32, random weights, the same shapes and the same work
+(benchmarks/torch_step.py). They take turns: each round runs some steps of each side. The medians
+are compared, and the compile time is printed separately. Both sides may use all cores.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         print(
-            f"{name:15s} median {medians[name]:.2f} s a step "
+            f"{name:15s} median {medians[name]:.2f} s per step "
             f"({min(values):.2f} to {max(values):.2f}, {args.rounds} rounds)"
         )
     a, b = medians.values()

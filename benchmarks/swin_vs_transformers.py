@@ -1,12 +1,13 @@
-r"""A Swin-B against transformers' on the same CPU: forward, forward and backward, and compile time.
+r"""Swin-B compared with transformers on the same CPU: forward, backward and compile time.
 
     python -m benchmarks.swin_vs_transformers --family=swin --batch=4 --rounds=7
 
-Each side has a process of its own: in one process the allocator of one slows the other down. The
-weights are the same (initialised and written by transformers, read by our converter), the images
-too, and the features are compared first. In every round each side runs once, in turn, so that other
-load on the machine falls on both; medians and the median of the rounds' ratios are printed. The
-loss is the mean square of the features; the backward pass gives gradients of all parameters.
+Each side has its own process, because in a shared process the allocator of one slows the other
+down. Both use the same images and the same weights (initialised and written by transformers, read
+by our converter), and their features are compared first. In every round each side runs once, so
+other load on the machine affects both. The command prints medians, and the median of the rounds'
+ratios. The loss is the mean square of the features; the backward pass gives gradients of all
+parameters.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np
 
 from fd_jax.convert import families, importing, verifying
 
-# family -> the source whose file transformers writes
+# family: the source whose file format transformers writes
 SOURCES = {
     "swin": "swin_base_patch4_window7_224_hf",
     "swin_v2": "swinv2_base_patch4_window8_256_hf",
@@ -39,7 +40,7 @@ def pictures(family: str, batch: int) -> np.ndarray:
 
 
 def theirs(family: str, folder: Path, batch: int) -> Functions:
-    """The network of transformers with its own initialisation; writes its weights."""
+    """The network of transformers, initialised by itself; writes its weights to `folder`."""
     import torch
     import transformers
 
@@ -74,7 +75,7 @@ def theirs(family: str, folder: Path, batch: int) -> Functions:
 
 
 def ours(family: str, folder: Path, batch: int) -> Functions:
-    """Our network with the same weights, compiled; prints what compiling took."""
+    """Our network with the same weights, compiled; prints the compile time."""
     from flax import nnx
     import jax
     import jax.numpy as jnp
@@ -103,7 +104,7 @@ def ours(family: str, folder: Path, batch: int) -> Functions:
 
 
 def serve(make: Callable[..., Functions], arguments: tuple, pipe: Any) -> None:
-    """One side's process: runs what it is asked for and answers with seconds and features."""
+    """The process of one side: runs what it is asked to and returns seconds and features."""
     runs = make(*arguments)
     pipe.send("ready")
     while (name := pipe.recv()) is not None:
@@ -123,7 +124,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for make in (theirs, ours):  # in this order: ours reads the weights that theirs writes
+        for make in (theirs, ours):  # in this order: ours reads what theirs writes
             pipe, other = context.Pipe()
             given = (make, (arguments.family, Path(folder), arguments.batch), other)
             processes.append(context.Process(target=serve, args=given, daemon=True))
@@ -142,9 +143,9 @@ def main() -> None:
     off = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"features differ by {off:.1e} of the largest value")
     if off > verifying.TOLERANCE:
-        raise SystemExit("the two networks are not the same; nothing is compared")
+        raise SystemExit("the two networks differ, so their times are not compared")
     for name in WORKS:
-        run(name)  # a round that does not count
+        run(name)  # warm-up
         rows = [[seconds for seconds, _ in run(name)] for _ in range(arguments.rounds)]
         them, us = (statistics.median(column) for column in zip(*rows, strict=True))
         ratio = statistics.median(us / them for them, us in rows)

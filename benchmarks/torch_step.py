@@ -1,8 +1,9 @@
-"""One feature-distillation step in PyTorch, written plainly: the yardstick of the step's benches.
+"""One feature-distillation step in plain PyTorch, with which the benchmarks compare fd_jax's step.
 
-CLIP's image tower as teacher, a ViT with a shared position bias as student, the whole map,
-whitening, smooth-L1, clipping and AdamW. On a CPU in float32; on a GPU under bfloat16 autocast,
-with fused AdamW and scaled-dot-product attention, which takes the same trainable bias.
+The teacher is CLIP's image tower, the student a ViT with a shared position bias. The step has the
+full map as its target, whitening, smooth L1, clipping and AdamW. On a CPU it computes in float32.
+On a GPU it uses bfloat16 autocast, fused AdamW and scaled-dot-product attention, which takes the
+same trainable bias.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of student and teacher alike; pixels, channels and counts."""
+    """Shape of student and teacher, in pixels, channels and counts."""
 
     image: int = 224
     patch: int = 16
@@ -29,7 +30,7 @@ class Shape:
 
     @property
     def side(self) -> int:
-        """Patches on a side."""
+        """Patches along one side."""
         return self.image // self.patch
 
 
@@ -46,7 +47,7 @@ class QuickGelu(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block; layer scale and drop path where the student has them."""
+    """A pre-norm block, with layer scale and drop path for the student."""
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class ViT(nn.Module):
 
 
 def _bias_index(side: int) -> torch.Tensor:
-    """Row of the table for each pair of tokens, the class token's three kinds last."""
+    """Row of the table for each pair of tokens; the class token's three rows are last."""
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
     at = at.flatten(1)
     apart = at[:, :, None] - at[:, None, :] + side - 1
@@ -157,10 +158,10 @@ class Step:
     """The train step: call it with uint8 images [B, H, W, 3] on its device.
 
     Args:
-      shape: of student and teacher.
-      device: "cpu" computes in float32 with attention written out; "cuda" under bfloat16 autocast
-        with `scaled_dot_product_attention` and fused AdamW.
-      compiled: whether networks and loss, forward and backward, go through `torch.compile`.
+      shape: shape of student and teacher.
+      device: "cpu" computes in float32 with explicit attention; "cuda" uses bfloat16 autocast,
+        `scaled_dot_product_attention` and fused AdamW.
+      compiled: whether `torch.compile` compiles networks and loss, forward and backward.
     """
 
     def __init__(self, shape: Shape = VIT_B16, *, device: str = "cpu", compiled: bool = False):
@@ -179,7 +180,7 @@ class Step:
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """One update; its loss, still on the device."""
+        """Does one update and returns its loss, still on the device."""
         autocast = (
             torch.autocast(self.device, torch.bfloat16)
             if self.device != "cpu"

@@ -1,23 +1,23 @@
-"""The ablation grid of the paper's Tables 2 to 5: one row of one table for one teacher.
+"""Ablations: one row of one of the paper's Tables 2 to 5, for one teacher.
 
 See docs/reference.md#ablations.
 
     python train.py --config=configs/ablations.py:table=3,row=l2,teacher=dino --workdir=runs/t3_l2
 
-ViT-B/16, 100 epochs, fine-tuned afterwards; the paper's figures (top-1 after fine-tuning; CLIP,
-DINO, DeiT) stand beside each row. Ours: not yet run.
+Each row is a ViT-B/16 that is distilled for 100 epochs and then fine-tuned. The comment beside the
+row gives the paper's top-1 after fine-tuning for CLIP, DINO and DeiT. Ours: not yet run.
 """
 
 from configs import base
 
-# Teacher: (converter source, best drop path of the student, docs/reference.md#table-5).
+# teacher: (converter source, best drop path of the student: docs/reference.md#table-5)
 TEACHERS = {
     "clip": ("openai_clip_vit_b16", 0.1),
     "dino": ("dino_vitb16", 0.2),
     "deit": ("deit_base_patch16_224", 0.2),
 }
 
-# Table: row: fields that differ from the default row.
+# table: row: fields that differ from the default row
 TABLES = {
     "2": {  # distillation target (docs/reference.md#table-2)
         "logits": {"target.kind": "logits"},  # -, -, 81.9

@@ -1,7 +1,7 @@
-"""The fields every run has, and the values that the paper's runs share.
+"""The fields that every run has, and the values that the paper's runs share.
 
-An experiment's file starts from `distillation()` and sets what is its own. Any field can be set on
-the command line: `--config.batch_size=1024 --config.mesh.fsdp=4`.
+An experiment's file starts from one of these functions, such as `distillation()`, and changes what
+differs. Any field can be set on the command line: `--config.batch_size=1024 --config.mesh.fsdp=4`.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ VIT_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_width"
 VIT_L14 = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 
 
-# Swin shapes: EsViT's teacher and the student of it (docs/reference.md#student-swin), and
-# SwinV2-G (docs/reference.md#swin-v2-giant), whose authors
-# give channels, depths and the norm after every sixth block; 32 channels per head are assumed.
+# Swin shapes: EsViT's teacher and its student (docs/reference.md#student-swin), and SwinV2-G
+# (docs/reference.md#swin-v2-giant). The authors of SwinV2-G give channels, depths and the norm
+# after every sixth block; 32 channels per head are assumed.
 SWIN_B_W14 = {
     "embed_width": 128,
     "depths": (2, 2, 18, 2),
@@ -34,18 +34,18 @@ SWIN_G = {
 
 
 def common() -> Config:
-    """What the loop reads, whatever the task."""
+    """The fields that the loop reads, whatever the task."""
     config: Config = ml_collections.ConfigDict()
     config.seed = 0
     config.epochs = 300.0
     config.steps = 0  # > 0: this many updates instead of `epochs`
     config.batch_size = 2048  # global
     config.accumulation = 1  # micro-batches per update
-    config.dtype = "auto"  # of matmuls and activations: bfloat16 on accelerators, float32 on CPU
-    config.grad_reduce_dtype = "float32"  # of gradients while they are summed over devices
-    config.attention = "auto"  # or "xla", "cudnn": docs/running.md, Attention
+    config.dtype = "auto"  # matmuls and activations; auto: bfloat16 on accelerators, float32 on CPU
+    config.grad_reduce_dtype = "float32"  # gradients, while they are summed over devices
+    config.attention = "auto"  # or "xla", "cudnn"; see docs/running.md#attention
     config.remat = ""  # "full" or "dots": what blocks recompute in the backward pass
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: the devices that are left
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that remain
     config.ema_decay = 0.0  # > 0: keep a moving average of the weights and evaluate it
     config.init_from = ""  # model folder to start from
     config.max_nonfinite = 10  # skipped updates in a row before the run stops
@@ -56,7 +56,7 @@ def common() -> Config:
         "every": 5000,  # steps; 0: every `epochs` epochs
         "epochs": 0.0,
         "batches": 20,  # 0: the whole split
-        "knn": 0,  # > 0: also the accuracy of that many nearest neighbours
+        "knn": 0,  # > 0: also the accuracy with this many nearest neighbours
     }
     config.data = {
         "name": "imagenet2012",  # TFDS name, or folder:/path
@@ -64,21 +64,21 @@ def common() -> Config:
         "eval_split": "validation",  # "" for none
         "data_dir": "",  # "": TFDS's own default
         "image_size": 224,
-        "min_area": 0.08,  # of the random crop
+        "min_area": 0.08,  # smallest share of the picture that a random crop covers
         "interpolation": "bilinear",
-        "crop": "retried",  # until it fits, or "single": drawn once and cut (linear probe)
+        "crop": "retried",  # until it fits; "single": drawn once and clipped (linear probe)
         "flip": True,
-        "rand_augment": "",  # policy as timm writes it, such as "rand-m9-mstd0.5-inc1"
-        "eval_resize": 256 / 224,  # short side of a held-out picture to the centre crop's side
-        "eval_crop": True,  # False: the whole picture squashed to the square
+        "rand_augment": "",  # policy in timm's notation, such as "rand-m9-mstd0.5-inc1"
+        "eval_resize": 256 / 224,  # short side of a held-out picture / side of its centre crop
+        "eval_crop": True,  # False: the whole picture is squeezed into the square
         "skip_official": False,  # leave out the 27 files that the original skips
         "threads": 16,  # decoding threads per worker process
         "workers": 0,  # worker processes; 0 decodes in this one
-        "max_broken": 100,  # unreadable images a process replaces before the run stops
+        "max_broken": 100,  # unreadable images that a process replaces before the run stops
     }
     config.optim = {
         "name": "adamw",  # or "lars"
-        "peak_lr": 3e-4,  # rates are per `lr_batch` images and scaled to the batch size
+        "peak_lr": 3e-4,  # rates are per `lr_batch` images, scaled to the batch size
         "start_lr": 5e-7,
         "min_lr": 5e-6,
         "lr_batch": 512,
@@ -87,7 +87,7 @@ def common() -> Config:
         "scale_floors": False,
         "betas": (0.9, 0.999),
         "eps": 1e-8,
-        "momentum": 0.9,  # of LARS
+        "momentum": 0.9,  # for LARS
         "weight_decay": 0.05,
         "decay_vectors": False,  # decay biases and norms too
         "layer_decay": 1.0,  # factor of the learning rate from one layer to the one below
@@ -152,11 +152,11 @@ def distillation(
 
     Args:
       teacher: converter source name; the weights are expected in teachers/<name>.
-      shape: of the student, VIT_B16 by default.
-      family: of the student, "vit" or "swin_v2".
-      image_size: of both networks.
-      drop_path: of the student's last block.
-      epochs: of distillation.
+      shape: the student's shape, VIT_B16 by default.
+      family: the student's family, "vit" or "swin_v2".
+      image_size: pixels on a side, for both networks.
+      drop_path: rate of the student's last block.
+      epochs: epochs of distillation.
     """
     config = common()
     config.epochs = float(epochs)
@@ -169,16 +169,16 @@ def distillation(
     config.data.image_size = image_size
     config.teacher = {
         "path": f"teachers/{teacher}",
-        "source": teacher,  # must be what the folder was converted from; "" takes any
-        "image_size": 0,  # 0: the size it was converted at
+        "source": teacher,  # the source that the folder must come from; "" accepts any
+        "image_size": 0,  # 0: the size at which it was converted
         "drop_path": 0.0,
-        "stages": 0,  # > 0: only that many of a Swin teacher; 3 end on a ViT's grid
+        "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
     }
     config.target = {
         "kind": "full",
         "normalize": "whiten",
         "after_norm": True,
-        "resample": "none",  # or "bilinear": the teacher's map is brought to the student's grid
+        "resample": "none",  # or "bilinear": resamples the teacher's map to the student's grid
     }
     config.loss_beta = 2.0
     return config
@@ -199,36 +199,36 @@ def fine_tuning(
     See docs/reference.md#fine-tune-configs and docs/reference.md#table-7.
 
     Args:
-      drop_path: of the last block.
+      drop_path: rate of the last block.
       layer_decay: factor of the learning rate from one layer to the one below.
-      peak_lr: per 512 images.
-      floor_lr: start of the warm-up and end of the cosine, per 512 images.
-      epochs: of training.
-      warmup_epochs: of them.
-      image_size: of training and evaluation; position tables are resized to it.
+      peak_lr: highest learning rate, per 512 images.
+      floor_lr: learning rate at the start of the warm-up and at the end, per 512 images.
+      epochs: epochs of training, including the warm-up.
+      warmup_epochs: epochs of warm-up.
+      image_size: pixels on a side, in training and evaluation; position tables are resized.
     """
     config = common()
     config.epochs = float(epochs)
     config.model = {
-        "family": "",  # of a network from random weights, with its `arch`; init_from brings both
+        "family": "",  # and `arch`: a network with random weights; init_from has its own
         "arch": {},
         "classes": 1000,
-        "trains": "all",  # or "head": linear probe of a frozen encoder
-        "head": "fresh",  # or "keep": the one of init_from
-        "head_scale": 0.001,  # of the fresh head's initial weights
+        "trains": "all",  # or "head": a linear probe of a frozen encoder
+        "head": "fresh",  # or "keep": the head of init_from
+        "head_scale": 0.001,  # factor of a fresh head's initial weights
         "pooling": "mean_norm",  # or "norm_mean", "mean", "cls"
-        "final_norm": False,  # keep the encoder's own final norm
-        "untie_positions": True,  # a shared position bias becomes one per block
+        "final_norm": False,  # True: keep the encoder's own final norm
+        "untie_positions": True,  # copy a shared position bias into every block
         "drop_path": drop_path,
     }
     config.mixing = {
-        "mixup": 0.8,  # alpha of its Beta distribution; 0: off
+        "mixup": 0.8,  # alpha of the Beta distribution; 0: off
         "cutmix": 1.0,
-        "switch": 0.5,  # probability of cutmix where both are on
+        "switch": 0.5,  # probability of cutmix if both are on
         "smoothing": 0.1,
         "erasing": 0.25,  # probability
     }
-    config.reference_quirks = False  # True: evaluates as in docs/reference.md#quirk-eval-statistics
+    config.reference_quirks = False  # True: evaluate as in docs/reference.md#quirk-eval-statistics
     config.eval.update(every=0, epochs=1.0, batches=0)
     config.data.update(
         image_size=image_size, interpolation="bicubic", rand_augment="rand-m9-mstd0.5-inc1"
@@ -247,10 +247,10 @@ def fine_tuning(
 def swin_fine_tuning(
     *, drop_path: float, layer_decay: float, peak_lr: float, floor_lr: float, image_size: int = 224
 ) -> Config:
-    """`fine_tuning` of a Swin: its final norm stays, the head reads the mean token after it.
+    """`fine_tuning` for a Swin: the final norm is kept, and the head reads the mean token after it.
 
     The head starts at the full scale of its initial weights (docs/reference.md#swin-init).
-    Arguments as there.
+    The arguments are those of `fine_tuning`.
     """
     config = fine_tuning(
         drop_path=drop_path,
@@ -272,9 +272,10 @@ def clip_recipe(
     image_size: int = 224,
     batch_size: int = 2048,
 ) -> Config:
-    """FT-CLIP: the better direct recipe of Dong et al. 2022 (arXiv 2212.06138).
+    """FT-CLIP: the direct fine-tuning recipe of Dong et al. 2022 (arXiv 2212.06138).
 
-    Rates are absolute, whatever the batch, as its authors give them (docs/reference.md#ft-clip).
+    Learning rates are absolute, whatever the batch, as its authors give them
+    (docs/reference.md#ft-clip).
     """
     config = fine_tuning(
         drop_path=0.0,
@@ -300,9 +301,9 @@ def linear_probe(*, epochs: float, pooling: str = "cls", final_norm: bool = True
     See docs/reference.md#linear-probe.
 
     Args:
-      epochs: 90 for B, 50 for L.
+      epochs: epochs of training; 90 for B, 50 for L.
       pooling: "cls" as in MAE, "mean_norm" as in the official code.
-      final_norm: whether the encoder's trained final norm comes first; the official code drops it.
+      final_norm: whether to apply the encoder's trained final norm; the official code drops it.
     """
     config = fine_tuning(drop_path=0.0, layer_decay=1.0, peak_lr=0.1, floor_lr=0.0, epochs=epochs)
     config.batch_size = 16384
@@ -317,7 +318,7 @@ def linear_probe(*, epochs: float, pooling: str = "cls", final_norm: bool = True
 
 
 def official_probe(config: Config) -> Config:
-    """The probe as the official code runs it by default (docs/reference.md#quirk-linear-probe)."""
+    """The probe that the official code runs by default (docs/reference.md#quirk-linear-probe)."""
     config.batch_size = 2048
     config.model.update(pooling="mean_norm", final_norm=False)
     config.optim.update(lr_batch=512, weight_decay=0.05, clip_norm=5.0, lag=1)
@@ -325,10 +326,10 @@ def official_probe(config: Config) -> Config:
 
 
 def arguments(text: str, **defaults: str) -> dict[str, Any]:
-    """Reads "name=value,flag" after the colon of `--config=file.py:...`.
+    """Parses the "name=value,flag" after the colon of `--config=file.py:...`.
 
     Returns:
-      The defaults with what was given; "smoke" is always known and False unless named.
+      The defaults, updated by `text`. "smoke" is always accepted and is False unless given.
 
     Raises:
       ValueError: an unknown name.
@@ -345,10 +346,10 @@ def arguments(text: str, **defaults: str) -> dict[str, Any]:
 
 
 def shrink(config: Config) -> Config:
-    """The same run in under a minute on a CPU: tiny student, quickstart's teacher and pictures.
+    """Shrinks a run to under a minute on a CPU: tiny student, quickstart's teacher and pictures.
 
-    Everything else, loss, target, optimiser and code path, stays as the experiment has it.
-    `make quickstart` prepares the teacher and the pictures.
+    Everything else (loss, target, optimiser and code path) stays as in the experiment.
+    `make quickstart-data` prepares the teacher and the pictures.
     """
     tiny: dict[str, Any] = {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
     if "depths" in config.student.arch:  # two stages that end on the teacher's 4 x 4 patches
@@ -365,7 +366,7 @@ def shrink(config: Config) -> Config:
 
 
 def shrink_fine_tuning(config: Config) -> Config:
-    """The same recipe in under a minute on a CPU: `init_from` on the digits, at 56 pixels."""
+    """Shrinks a recipe to under a minute on a CPU: `init_from` on the digits at 56 pixels."""
     config.data.update(name="digits", eval_split="test", data_dir="data", image_size=56, threads=2)
     config.model.classes = 10
     config.update(batch_size=16, steps=20, log_every=5)

@@ -1,9 +1,10 @@
-"""CLIP ViT-B/16 into ViT-B/16, 100 epochs (Tables 2 to 5, default row).
+"""Distil CLIP ViT-B/16 into ViT-B/16 for 100 epochs (the default row of Tables 2 to 5).
 
     python train.py --config=configs/distill_clip_vit_b16_100ep.py --workdir=runs/clip_100ep
 
-Paper after fine-tuning: 84.3 top-1. Ours: not yet run.
-The official file crops with a minimum area of 0.67, the paper says 0.08; this is the file.
+Paper: 84.3 top-1 after fine-tuning. Ours: not yet run.
+The official file crops with a minimum area of 0.67, whereas the paper says 0.08. This config
+follows the file.
 """
 
 from configs import base

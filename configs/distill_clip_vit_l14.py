@@ -1,8 +1,9 @@
-"""CLIP ViT-L/14 into ViT-L/14, 300 epochs (FD-CLIP ViT-L, docs/reference.md#table-1).
+"""Distil CLIP ViT-L/14 into ViT-L/14 for 300 epochs (FD-CLIP ViT-L, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_clip_vit_l14.py --workdir=runs/distill_clip_vit_l14
 
-Paper after fine-tuning: 87.7 top-1 (CLIP itself 86.1), linear 84.8. Ours: not yet run.
+Paper: 87.7 top-1 after fine-tuning (CLIP itself: 86.1), 84.8 with a linear probe.
+Ours: not yet run.
 """
 
 from configs import base

@@ -1,8 +1,8 @@
-"""DeiT ViT-B/16 into ViT-B/16, 300 epochs (FD-DeiT, docs/reference.md#table-1).
+"""Distil DeiT ViT-B/16 into ViT-B/16 for 300 epochs (FD-DeiT, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_deit_vit_b16.py --workdir=runs/distill_deit_vit_b16
 
-Paper after fine-tuning: 83.0 top-1 (DeiT itself 81.8). Ours: not yet run.
+Paper: 83.0 top-1 after fine-tuning (DeiT itself: 81.8). Ours: not yet run.
 """
 
 from configs import base

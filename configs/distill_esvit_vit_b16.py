@@ -1,9 +1,10 @@
-"""EsViT Swin-B into ViT-B/16: the map of the teacher's third stage, 14 x 14 tokens of 512 channels.
+"""Distil the third stage of EsViT Swin-B, 14 x 14 tokens of 512 channels, into ViT-B/16.
 
     python train.py --config=configs/distill_esvit_vit_b16.py --workdir=runs/distill_esvit_vit_b16
 
-The original has the switch (docs/reference.md#stage-3-target) without a shipped experiment or a
-published figure; the other values are those of the ViT-B students. Ours: not yet run.
+Paper: no figure. The original has a switch for this target (docs/reference.md#stage-3-target), but
+ships no experiment that uses it. The other values are those of the ViT-B students.
+Ours: not yet run.
 """
 
 from configs import base

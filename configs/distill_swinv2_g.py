@@ -1,11 +1,13 @@
-"""SwinV2-G into SwinV2-G at 256 pixels (FD-SwinV2-G, docs/reference.md#table-1).
+"""Distil SwinV2-G into SwinV2-G at 256 pixels (FD-SwinV2-G, docs/reference.md#table-1).
 
     python train.py --config=configs/distill_swinv2_g.py --workdir=runs/distill_swinv2_g
 
-Paper after fine-tuning: 89.4 top-1, 61.4 mIoU (SwinV2-G itself 89.2 and 59.9). Neither the weights
-nor the run's values were published: heads, windows, drop path and learning rates are those of the
-SwinV2-B experiment or follow from it, and the mesh is one that 64 or more chips can divide.
+Paper: 89.4 top-1 and 61.4 mIoU after fine-tuning (SwinV2-G itself: 89.2 and 59.9).
 Ours: not yet run.
+
+Neither the weights nor the hyperparameters of this run were published. Heads, windows, drop path
+and learning rates are those of the SwinV2-B experiment or follow from it. The mesh is one that 64
+or more chips can form.
 """
 
 from configs import base

@@ -1,8 +1,8 @@
-r"""A small ViT on Fashion-MNIST from random weights, so that a broken recipe shows.
+r"""Train a small ViT on Fashion-MNIST from random weights, to detect a broken recipe.
 
     python -m benchmarks.fashion_mnist
 
-runs it and compares the accuracy with the one it has to reach.
+That command trains it and compares the accuracy with the one that it has to reach.
 """
 
 from configs import base, miniature

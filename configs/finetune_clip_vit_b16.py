@@ -1,4 +1,4 @@
-r"""FD-CLIP ViT-B/16 on ImageNet-1K, after 300 epochs of distillation (docs/reference.md#table-1).
+r"""Fine-tune FD-CLIP ViT-B/16 on ImageNet-1K after 300 epochs (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_clip_vit_b16.py \
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/finetune_clip_vit_b16

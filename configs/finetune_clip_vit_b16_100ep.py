@@ -1,4 +1,4 @@
-r"""FD-CLIP ViT-B/16 on ImageNet-1K, after 100 epochs of distillation (Tables 2 to 5).
+r"""Fine-tune FD-CLIP ViT-B/16 on ImageNet-1K after 100 epochs (Tables 2 to 5).
 
     python finetune.py --config=configs/finetune_clip_vit_b16_100ep.py \
       --config.init_from=runs/distill_clip_vit_b16_100ep/model \

@@ -1,4 +1,4 @@
-r"""FD-CLIP ViT-L/14 on ImageNet-1K (docs/reference.md#table-1).
+r"""Fine-tune FD-CLIP ViT-L/14 on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_clip_vit_l14.py \
       --config.init_from=runs/distill_clip_vit_l14/model --workdir=runs/finetune_clip_vit_l14

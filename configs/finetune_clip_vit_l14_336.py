@@ -1,6 +1,6 @@
-r"""FD-CLIP ViT-L at 336 px with ImageNet-22K in between, in two stages.
+r"""Fine-tune FD-CLIP ViT-L on ImageNet-22K, then on ImageNet-1K at 336 px.
 
-The 89.0 row of docs/reference.md#table-1:
+This is the row with 89.0 in docs/reference.md#table-1, in two stages:
 
     python finetune.py --config=configs/finetune_clip_vit_l14_336.py:stage=22k \
       --config.init_from=runs/distill_clip_vit_l14/model --config.data.name=folder:/data/in22k \
@@ -8,10 +8,12 @@ The 89.0 row of docs/reference.md#table-1:
     python finetune.py --config=configs/finetune_clip_vit_l14_336.py:stage=1k \
       --config.init_from=runs/finetune_l14_22k/model --workdir=runs/finetune_l14_336
 
-Paper: 89.0 top-1 after both. Ours: not yet run. The paper does not publish the values of this row:
-epochs, rates and drop path here are OURS, set between those of its ViT-L run and of the usual
-ImageNet-22K recipes. ImageNet-22K comes as a folder of class folders or as your own TFDS builder
-(TFDS has none); its held-out split may be any part of it, "" for none.
+Paper: 89.0 top-1 after both stages. Ours: not yet run.
+
+The paper does not publish the hyperparameters of this row. The epochs, learning rates and drop path
+here are OURS, chosen between those of its ViT-L run and of the usual ImageNet-22K recipes.
+ImageNet-22K can be a folder of class folders or your own TFDS builder (TFDS has none). Its held-out
+split may be any part of it; use "" for none.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-r"""FD-DeiT ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
+r"""Fine-tune FD-DeiT ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_deit_vit_b16.py \
       --config.init_from=runs/distill_deit_vit_b16/model --workdir=runs/finetune_deit_vit_b16

@@ -1,4 +1,4 @@
-r"""FD-DINO ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
+r"""Fine-tune FD-DINO ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_dino_vit_b16.py \
       --config.init_from=runs/distill_dino_vit_b16/model --workdir=runs/finetune_dino_vit_b16

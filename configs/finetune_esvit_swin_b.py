@@ -1,11 +1,13 @@
-r"""FD-EsViT Swin-B (a SwinV2-B with windows of 14) on ImageNet-1K (docs/reference.md#table-1).
+r"""Fine-tune FD-EsViT Swin-B on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_esvit_swin_b.py \
       --config.init_from=runs/distill_esvit_swin_b/model --workdir=runs/finetune_esvit_swin_b
 
-Paper: 85.1 top-1. Ours: not yet run. The original's file has 64 images on each of 16 devices, half
-of the other experiments' batch, which its authors call a slip; its rates are per 512 images, so
-that 1024 gives what they ran.
+Paper: 85.1 top-1. Ours: not yet run.
+
+The student is a SwinV2-B with windows of 14. The original's file has 64 images on each of 16
+devices, half the batch of the other experiments, which its authors call a mistake. Its learning
+rates are per 512 images, so a batch of 1024 gives the rates that they ran.
 """
 
 from configs import base

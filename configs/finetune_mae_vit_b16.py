@@ -1,11 +1,11 @@
-r"""FD-MAE ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
+r"""Fine-tune FD-MAE ViT-B/16 on ImageNet-1K (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_mae_vit_b16.py \
       --config.init_from=runs/distill_mae_vit_b16/model --workdir=runs/finetune_mae_vit_b16
 
 Paper: 83.8 top-1 (83.6 before distillation). Ours: not yet run.
 
-The paper gives no values for MAE; these are those of its DeiT run.
+The paper gives no hyperparameters for MAE. These are the values of its DeiT run.
 """
 
 from configs import base

@@ -1,10 +1,12 @@
-r"""FD-SwinV2-G on ImageNet-1K at 256 pixels (docs/reference.md#table-1).
+r"""Fine-tune FD-SwinV2-G on ImageNet-1K at 256 pixels (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_swinv2_g.py \
       --config.init_from=runs/distill_swinv2_g/model --workdir=runs/finetune_swinv2_g
 
-Paper: 89.4 top-1 (SwinV2-G itself 89.2). Ours: not yet run. The run's values were not published;
-these are the SwinV2-B experiment's with the large ViT's layer decay.
+Paper: 89.4 top-1 (SwinV2-G itself: 89.2). Ours: not yet run.
+
+The hyperparameters of this run were not published. These are the values of the SwinV2-B experiment
+with the layer decay of the large ViT.
 """
 
 from configs import base

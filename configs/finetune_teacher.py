@@ -1,11 +1,13 @@
-r"""Direct fine-tuning of a teacher: the rows "before distillation" (docs/reference.md#table-1).
+r"""Fine-tune a teacher directly: the rows "before distillation" (docs/reference.md#table-1).
 
     python finetune.py --config=configs/finetune_teacher.py:teacher=clip_b \
       --config.init_from=teachers/openai_clip_vit_b16 --workdir=runs/finetune_clip_b
 
-Paper: see TEACHERS. The original code cannot fine-tune its ViT teachers and the paper gives no
-values for any; the recipe here is that of the distilled student of the same row, and each network
-keeps its own structure and pixel statistics. Ours: not yet run.
+Paper: see TEACHERS. Ours: not yet run.
+
+The original code cannot fine-tune its ViT teachers, and the paper gives no hyperparameters for any
+teacher. The recipe here is that of the distilled student in the same row. Each network keeps its
+own structure and pixel statistics.
 """
 
 from configs import base
@@ -14,7 +16,7 @@ B = {"drop_path": 0.2, "layer_decay": 0.65, "peak_lr": 1.25e-3, "floor_lr": 2.5e
 SWIN = {"drop_path": 0.4, "layer_decay": 0.80, "peak_lr": 1.25e-3, "floor_lr": 2.5e-7}
 L = {"drop_path": 0.4, "layer_decay": 0.75, "peak_lr": 2.5e-4, "floor_lr": 5e-7}
 
-# name: the recipe, and the paper's top-1 without distillation
+# name: (recipe, the paper's top-1 without distillation)
 TEACHERS = {
     "clip_b": (B, 82.9),
     "clip_l": ({**L, "epochs": 50, "warmup_epochs": 5}, 86.1),

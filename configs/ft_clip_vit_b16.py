@@ -1,11 +1,11 @@
-r"""FT-CLIP: ViT-B/16 at 224 px with the better direct recipe of Dong et al. 2022, the control.
+r"""The control FT-CLIP: fine-tune CLIP ViT-B/16 at 224 px with the recipe of Dong et al. 2022.
 
     python finetune.py --config=configs/ft_clip_vit_b16.py \
       --config.init_from=teachers/openai_clip_vit_b16 \
       --workdir=runs/ft_clip_vit_b16
 
-Any model folder can be named, a distilled student too. Published for CLIP itself: 85.7 top-1.
-Ours: not yet run.
+Published for CLIP itself: 85.7 top-1. Ours: not yet run.
+`init_from` takes any model folder, including that of a distilled student.
 """
 
 from configs import base

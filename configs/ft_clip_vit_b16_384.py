@@ -1,13 +1,14 @@
-r"""FT-CLIP: ViT-B/16 at 384 px with the better direct recipe of Dong et al. 2022, the control.
+r"""The control FT-CLIP: fine-tune CLIP ViT-B/16 at 384 px with the recipe of Dong et al. 2022.
 
     python finetune.py --config=configs/ft_clip_vit_b16_384.py \
       --config.init_from=teachers/openai_clip_vit_b16 \
       --workdir=runs/ft_clip_vit_b16_384
 
-Any model folder can be named, a distilled student too. Published for CLIP itself: 86.6 top-1.
-Ours: not yet run.
+Published for CLIP itself: 86.6 top-1. Ours: not yet run.
+`init_from` takes any model folder, including that of a distilled student.
 
-The batch is 64 per GPU, 4 times accumulated, on a number of GPUs that is not stated; 8 are assumed.
+The published batch is 64 per GPU with 4 accumulation steps. The number of GPUs is not stated; 8 are
+assumed.
 """
 
 from configs import base

@@ -1,10 +1,10 @@
-r"""Linear probe of a frozen Swin-B on ImageNet-1K, as MAE does it and the paper follows.
+r"""Linear probe of a frozen Swin-B on ImageNet-1K, with the protocol of MAE that the paper follows.
 
     python finetune.py --config=configs/linear_swin_b.py \
       --config.init_from=runs/distill_esvit_swin_b/model --workdir=runs/linear_swin_b
 
-Paper: 80.4 for FD-EsViT, 81.3 for EsViT. Ours: not yet run. The probe reads the mean token after
-the final norm, as the original does for this family.
+Paper: 80.4 for FD-EsViT, 81.3 for EsViT. Ours: not yet run.
+The probe reads the mean token after the final norm, as the original does for this family.
 """
 
 from configs import base

@@ -1,11 +1,11 @@
-r"""Linear probe of a frozen ViT-B on ImageNet-1K, as MAE does it and the paper follows.
+r"""Linear probe of a frozen ViT-B on ImageNet-1K, with the protocol of MAE that the paper follows.
 
     python finetune.py --config=configs/linear_vit_b16.py \
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/linear_vit_b16
 
 Paper: 80.3 for FD-CLIP, 79.5 for CLIP. Ours: not yet run.
-The official code, whose probe config was not released, pools differently and scales its rate by
-512: argument `official`.
+The argument `official` follows the official code instead, which pools differently and gives its
+learning rate per 512 images. Its probe config was not released.
 """
 
 from configs import base

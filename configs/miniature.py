@@ -1,8 +1,8 @@
-r"""The paper in miniature: docs/reference.md#table-1 on small pictures, minutes on a CPU.
+r"""The paper in miniature: docs/reference.md#table-1 on small pictures, in minutes on a CPU.
 
     make miniature
 
-runs all of it over several seeds (benchmarks/miniature.py); one stage by hand is, for example,
+runs all stages over several seeds (benchmarks/miniature.py). To run one stage by hand, for example:
 
     python finetune.py --config=configs/miniature.py:stage=pretrain,data=digits \
       --workdir=runs/miniature/by_hand
@@ -13,7 +13,7 @@ from configs import base
 SHAPE = {"patch_size": 7, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256}
 SIZE = 28
 
-# The teacher is DeiT's kind: absolute positions, class token, trained by image classification.
+# The teacher is like DeiT: absolute positions, a class token, trained by image classification.
 TEACHER = {
     **base.student(SHAPE, image_size=SIZE, position="ape"),
     "layer_scale": None,
@@ -66,7 +66,7 @@ def pretrain():
 
 
 def distill():
-    """The teacher into a student with shared position bias."""
+    """Distillation of the teacher into a student with a shared position bias."""
     config = base.distillation(teacher="", shape=SHAPE, drop_path=0.0)
     config.student.arch.image_size = SIZE
     config.batch_size = 64
@@ -75,7 +75,7 @@ def distill():
 
 
 def finetune():
-    """Fine-tuning of whatever init_from names; without it, of a student from random weights."""
+    """Fine-tuning of the network in init_from, or of a student with random weights without it."""
     config = _classifier(layer_decay=0.75)
     arch = {**base.student(SHAPE, image_size=SIZE)}
     config.model.update(family="vit", arch=arch)

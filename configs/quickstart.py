@@ -1,12 +1,12 @@
-"""DINOv2 ViT-S/14 into a small ViT on the photographs of two Python packages, minutes on a CPU.
+"""Distil DINOv2 ViT-S/14 into a small ViT on the photographs of two Python packages.
 
     make quickstart
 
-or, once that has prepared teacher and pictures,
+Once that has prepared the teacher and the pictures, this is enough:
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-The code path is that of the paper's runs; only the sizes are a laptop's.
+It takes minutes on a CPU. The code path is that of the paper's runs; only the sizes are smaller.
 """
 
 from configs import base
@@ -25,6 +25,6 @@ def get_config(arg: str = ""):
     config.update(batch_size=32, steps=400, log_every=10)
     config.eval.update(every=100, batches=4)
     config.checkpoint.every = 100
-    # Absolute rates: a short run on few images wants a higher peak and hardly any decay.
+    # Absolute rates: a short run on few images needs a higher peak and hardly any decay.
     config.optim.update(peak_lr=1.5e-3, start_lr=1e-5, min_lr=1e-5, lr_batch=32, warmup_epochs=0.5)
     return base.shrink(config) if base.arguments(arg)["smoke"] else config

@@ -25,6 +25,7 @@ from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.sizes import square_side
 
 # The features that can be extracted from a feature map, by name.
 TOKEN_KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
@@ -66,7 +67,7 @@ def extract(
     """
     from fd_jax.data import pipeline, transforms
 
-    side = model.spec.arch["image_size"]
+    side = square_side(model.spec.arch["image_size"], network="extraction from a dataset")
     layout = jax.eval_shape(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
     tokens = _check_tokens(tokens, layout)
     mesh = sharding.make_mesh(devices=jax.local_devices())

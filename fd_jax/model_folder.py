@@ -16,6 +16,7 @@ import numpy as np
 from fd_jax import checkpoint, sharding
 from fd_jax.errors import ModelFolderError
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
 PARTS = ("encoder", "projector", "head", "fc_norm")
@@ -174,8 +175,14 @@ class Model:
         return nnx.merge(self._definition, params)(images)
 
 
-def load_model(folder: epath.PathLike, *, image_size: int | None = None) -> Model:
-    """Opens a model folder for use in Python, resized to another image size where asked."""
+def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -> Model:
+    """Opens a model folder for use in Python.
+
+    Args:
+      folder: with `model.json`.
+      image_size: side of a square in pixels, or (height, width), to resize the network for; None
+        keeps its own size.
+    """
     spec, params = load(folder)
     if image_size is not None:
         spec, encoder = spec.resized(params["encoder"], image_size)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# tokamax 0.0.12 (fused attention for GPUs) and three things its metadata does not say.
+# tokamax 0.0.12 (fused attention for GPUs): three properties that its metadata does not mention.
 #
-# 1. It declares jax>=0.9.2. With jax 0.11.2 its Triton attention no longer traces: it calls
+# 1. It declares jax>=0.9.2. With jax 0.11.2 its Triton attention does not trace, because it calls
 #    pl.dot, which jax 0.11 has removed from jax.experimental.pallas (AttributeError).
 # 2. With jax 0.10.2 the same kernel traces and lowers for CUDA, without a GPU.
-# 3. It reads its settings from absl's flags at the first call. In a program that has not parsed
-#    them it parses sys.argv itself, so a program with command-line options of its own ends with
+# 3. It reads its settings from absl's flags at the first call. If the program has not parsed them,
+#    tokamax parses sys.argv itself, so a program with command-line options of its own fails with
 #    UnrecognizedFlagError inside the call to attention. flags.FLAGS.mark_as_parsed() avoids that.
 #
-# Seen: 1. AttributeError ... pl.dot   2. __gpu$xla.gpu.triton   3. UnrecognizedFlagError
-# Needs CPython 3.12 or later (jax 0.11), named in PYTHON.
+# Observed: 1. AttributeError ... pl.dot   2. __gpu$xla.gpu.triton   3. UnrecognizedFlagError
+# Needs CPython 3.12 or later (for jax 0.11); set PYTHON to it.
 set -euo pipefail
 PYTHON=${PYTHON:-python3.12}
 folder=$(mktemp -d)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# XLA compiles for an NVIDIA GPU that is not there, which jax documents for TPUs only, and the way
-# to it is not the one that the error suggests (jax 0.11.2, jax-cuda13-plugin 0.11.2).
+# XLA can compile ahead of time for an NVIDIA GPU without the GPU. jax documents this for TPUs only,
+# and the error message does not lead to the right options (jax 0.11.2, jax-cuda13-plugin 0.11.2).
 #
-# 1. get_topology_desc(platform="cuda", ...) says "No visible GPU devices", also where a
-#    target_config is given in part of the ways one would try. It works with the two options
-#    `topology` ("slices x hosts x GPUs" without spaces) and `target_config`, the text of XLA's
-#    GpuTargetConfigProto, whose numbers are what the CUDA runtime reports of the card.
-# 2. A program with cuDNN attention compiles, and holds __cudnn$fmha calls; memory_analysis() works.
-# 3. cost_analysis() returns None there; on the CPU and on TPUs it returns FLOPs and bytes.
-# 4. Matmuls stay with Triton: without a card nothing is timed, so nothing is chosen.
+# 1. get_topology_desc(platform="cuda", ...) reports "No visible GPU devices", even with some of the
+#    obvious ways to give a target_config. It works with two options: `topology` ("slices x hosts x
+#    GPUs" without spaces) and `target_config`, the text of XLA's GpuTargetConfigProto with the
+#    numbers that the CUDA runtime reports for the GPU.
+# 2. A program with cuDNN attention compiles and contains __cudnn$fmha calls; memory_analysis() works.
+# 3. cost_analysis() returns None here; on the CPU and on TPUs it returns FLOPs and bytes.
+# 4. Matmuls stay with Triton: without a GPU nothing is timed, so no alternative is chosen.
 #
-# Seen: 1. FAILED_PRECONDITION: No visible GPU devices.   2. __cudnn$fmhaSoftmax, temporaries > 0
+# Observed: 1. FAILED_PRECONDITION: No visible GPU devices.   2. __cudnn$fmhaSoftmax, temporaries > 0
 # 3. None
-# Needs CPython 3.12 or later, named in PYTHON, and some 2 GB of downloads.
+# Needs CPython 3.12 or later (set PYTHON to it) and downloads about 2 GB.
 set -euo pipefail
 PYTHON=${PYTHON:-python3.12}
 folder=$(mktemp -d)

@@ -14,6 +14,7 @@ from fd_jax.convert import exporting, importing, inspecting, listing, verifying
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError, UserError
+from fd_jax.models import sizes
 
 
 def run_as_script(name: str) -> NoReturn:
@@ -63,7 +64,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     command.add_argument("--output", required=True, type=_path, help="model folder to write")
     command.add_argument("--part", help="which network of a file that holds several")
-    command.add_argument("--image-size", type=int, help="resize positions for this input side")
+    command.add_argument(
+        "--image-size", help="resize positions for an input of SIDE or HEIGHTxWIDTH pixels"
+    )
     command.add_argument(
         "--dtype", default="float32", choices=importing.STORED_DTYPES, help="to store"
     )
@@ -140,7 +143,7 @@ def _import(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.output,
         part=arguments.part,
-        image_size=arguments.image_size,
+        image_size=None if arguments.image_size is None else sizes.parse(arguments.image_size),
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         allow_other_hash=arguments.allow_other_hash,

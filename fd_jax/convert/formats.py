@@ -19,6 +19,7 @@ from fd_jax.convert.layout import Layout, Timm
 from fd_jax.convert.rules.matching import invert
 from fd_jax.convert.rules.tables import target_paths
 from fd_jax.errors import ConversionError
+from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 
 _TORCH = {"format": "pt"}  # which transformers asks of a safetensors file
@@ -67,9 +68,9 @@ def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path)
     def forward(images):
         return nnx.merge(definition, encoder)(spec.normalize(images)).tokens
 
-    size = spec.arch["image_size"]
+    height, width = sizes.sides(spec.arch["image_size"])
     (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
     path.write_bytes(exported.serialize())
     return [name for name in params if not name.startswith("encoder/")]

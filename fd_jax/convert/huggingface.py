@@ -1,12 +1,13 @@
 """What the files of transformers have in common: config.json and the classes that read them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 import dataclasses
 from typing import Any
 
 import numpy as np
 
-from fd_jax.convert.layout import Layout, Need
+from fd_jax.convert.layout import Fit, Layout, Need
+from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 
 # transformers' names of activations; its "gelu" is the erf one.
@@ -61,6 +62,15 @@ class HuggingFace(Layout):
     def label(self) -> str:
         """What errors call it."""
         return f"{self.class_name} of transformers"
+
+    def fit(self, spec: ModelSpec, paths: Set[str]) -> Fit:
+        """Whether the layout holds a network, and what is in the way; arguments as in `Layout`."""
+        fit = super().fit(spec, paths)
+        # Most of these classes take the tables in a file for those of a square. BeitModel takes
+        # one of another shape without an error, and exchanges its axes.
+        height, width = sizes.sides(spec.arch["image_size"])
+        lacking = fit.lacking if height == width else ["a square input", *fit.lacking]
+        return dataclasses.replace(fit, lacking=lacking)
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """The contents of config.json."""

@@ -22,6 +22,8 @@ from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.rules.transforms import Shape
 from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
+from fd_jax.models import sizes
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
 AUTO = "auto"
@@ -66,7 +68,7 @@ def import_file(
     output: epath.PathLike,
     *,
     part: str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
     allow_other_hash: bool = False,
@@ -79,7 +81,7 @@ def import_file(
       path: file or Hugging Face folder.
       output: model folder to write; complete or not there at all.
       part: which network of the file; None takes the source's first.
-      image_size: wanted input side; None keeps the file's.
+      image_size: wanted side of a square input, or (height, width); None keeps the file's.
       dtype: to store the parameters in.
       overwrite: whether an existing folder is replaced.
       allow_other_hash: whether a source that names one file takes another of the same structure.
@@ -90,8 +92,9 @@ def import_file(
       ModelFolderError: the output exists.
       ConfigError: the architecture cannot have this image size.
     """
-    if image_size is not None and image_size > MAX_IMAGE_SIZE:
-        raise ConversionError(f"image size {image_size}; expected at most {MAX_IMAGE_SIZE}")
+    if image_size is not None and max(sizes.sides(image_size)) > MAX_IMAGE_SIZE:
+        size = sizes.describe(image_size)
+        raise ConversionError(f"image size {size}; expected at most {MAX_IMAGE_SIZE}")
     model_folder.check_free(output, overwrite=overwrite)
     result = read(
         source,
@@ -115,7 +118,7 @@ def read(
     path: str | os.PathLike[str],
     *,
     part: str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     dtype: str = "float32",
     allow_other_hash: bool = False,
     progress: Progress | None = None,

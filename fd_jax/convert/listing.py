@@ -8,6 +8,7 @@ from fd_jax.convert import families, networks
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.importing import Imported
 from fd_jax.convert.rules.names import summarize
+from fd_jax.models import sizes
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 _STATISTICS = {
@@ -51,8 +52,9 @@ def _markdown(rows: Iterable[Iterable[str]]) -> str:
 def _network(spec: ModelSpec) -> str:
     arch = spec.arch
     blocks = "+".join(map(str, networks.depths(spec)))
+    size = sizes.describe(arch["image_size"])
     return (
-        f"{networks.width(spec)} x {blocks}, patch {arch['patch_size']}, {arch['image_size']} px, "
+        f"{networks.width(spec)} x {blocks}, patch {arch['patch_size']}, {size} px, "
         f"{arch['activation']}, eps {arch['norm_eps']:g}"
     )
 

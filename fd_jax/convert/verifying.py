@@ -26,6 +26,7 @@ from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.huggingface import HuggingFace
 from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError
+from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 
 TOLERANCE = 1e-4  # relative to the largest value, float32, of a whole network
@@ -96,8 +97,8 @@ def verify(
         allow_other_hash=allow_other_hash,
     )
     _compare_parameters(trees.flat(read.params), params)
-    size = spec.arch["image_size"]
-    images = np.random.default_rng(_SEED).standard_normal((1, size, size, 3)).astype(np.float32)
+    shape = (1, *sizes.sides(spec.arch["image_size"]), 3)
+    images = np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference"
         layout = _write_reference(read, reference)

@@ -8,9 +8,10 @@ networks of SwinV2) are left out; they are about 1 % of a ViT-B step.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
-from fd_jax.models import swin
+from fd_jax.models import sizes, swin
 from fd_jax.models.spec import ModelSpec
 
 
@@ -90,7 +91,7 @@ def resize(side: int, new_side: int) -> Flops:
 
 def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     width, hidden = arch["width"], arch["mlp_width"]
-    patches = (arch["image_size"] // arch["patch_size"]) ** 2
+    patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
     tokens = patches + int(arch["cls_token"]) + arch["registers"]
     embedding = 2.0 * patches * 3 * arch["patch_size"] ** 2 * width
     block = _block(tokens, tokens, width, hidden, scaled=arch["layer_scale"] is not None)

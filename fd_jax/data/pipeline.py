@@ -165,7 +165,7 @@ class TrainLoader:
                 raise
             raise DataError(
                 f"a data worker died before step {self._step}: {self._culprit()}. {error} "
-                "If memory ran out, lower data.workers (docs/running.md, Feeding)"
+                "If memory ran out, lower data.workers (docs/running.md#input-pipeline)"
             ) from error
         self._pids[(self._step - self._start) % max(self._workers, 1)] = delivery.pid
         self._note_broken(delivery.broken)

@@ -5,9 +5,10 @@ parts, logits, weights and values, for diagnostics.
 """
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 import jax
@@ -47,6 +48,11 @@ def attend(
     return kernels.IMPLEMENTATIONS[implementation].attend(q, k, v, bias=bias, scale=scale)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "k", "v", "bias"],
+    meta_fields=["scale"],
+)
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
     """What softmax attention is computed from, in one layer.
@@ -87,7 +93,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         qkv_bias: QkvBias,
-        rel_pos_bias: Callable[[], jax.Array] | None,
+        rel_pos_bias: Callable[..., jax.Array] | None,
         implementation: str,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -139,10 +145,13 @@ class Attention(nnx.Module):
         shared_bias: jax.Array | None,
         rotate: "Rotation | None" = None,
         mask: jax.Array | None = None,
+        indices: jax.Array | None = None,
     ) -> AttentionInputs:
         """What attention is computed from; arguments as in `__call__`."""
         q, k, v = self.qkv_heads(x, rotate)
-        bias = shared_bias if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = shared_bias
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias() if indices is None else self.rel_pos_bias(indices)
         if mask is not None:
             bias = jnp.zeros((self.heads, 1, 1)) if bias is None else bias
             bias = bias + mask[:, None]
@@ -156,17 +165,26 @@ class Attention(nnx.Module):
         shared_bias: jax.Array | None,
         rotate: "Rotation | None" = None,
         mask: jax.Array | None = None,
+        indices: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, D] -> [B, N, D].
 
         Args:
           x: tokens; the windows of a windowed network are rows of the batch.
-          shared_bias: [A, N, N] for attention without a bias of its own, or None.
+          shared_bias: [A, N, N] or [B, A, N, N] for attention without a bias of its own, or None.
           rotate: rotary position embedding, or None.
           mask: [G, N, N] added to the bias of row g of every G, see `attend`; or None.
+          indices: [B, P] int32, the places of patches on the grid of the bias table, where rows
+            have patches of their own; None where every row has all of them.
         """
-        inputs = self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask)
-        return self.proj(inputs.attend(self.implementation).reshape(x.shape))
+        return self.output(
+            self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask, indices=indices)
+        )
+
+    def output(self, inputs: AttentionInputs) -> jax.Array:
+        """Weighted averages of values through the output projection. -> [B, N, D]."""
+        average = inputs.attend(self.implementation)
+        return self.proj(average.reshape(*average.shape[:2], -1))
 
 
 class RelativePositionBias(nnx.Module):
@@ -178,10 +196,27 @@ class RelativePositionBias(nnx.Module):
         rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if cls_token else 0)
         self.table = nnx.Param(jnp.zeros((rows, heads), jnp.float32))
 
-    def __call__(self) -> jax.Array:
-        """The bias of every (query, key) pair. -> [A, N, N] float32."""
-        index = relative_position_index(self.grid, cls_token=self.cls_token)
-        return self.table[...].T[:, index]
+    def __call__(self, indices: jax.Array | None = None) -> jax.Array:
+        """The bias of every (query, key) pair.
+
+        Args:
+          indices: [B, P] int32, the patches of every row, counted row by row from the top left;
+            None where every row has all of them.
+
+        Returns:
+          [A, N, N] float32, or [B, A, N, N] for the patches of every row.
+        """
+        if indices is None:
+            index = relative_position_index(self.grid, cls_token=self.cls_token)
+            return self.table[...].T[:, index]
+        tokens = indices
+        if self.cls_token:
+            tokens = jnp.pad(indices, ((0, 0), (1, 0)), constant_values=CLASS)
+        index = _table_rows(tokens, self.grid, jnp.where)
+        return jnp.moveaxis(self.table[...][index], -1, 1)
+
+
+CLASS = -1  # place of the class token, where those of patches count from 0
 
 
 @functools.lru_cache(maxsize=32)
@@ -191,18 +226,19 @@ def relative_position_index(grid: tuple[int, int], *, cls_token: bool) -> np.nda
     Patch to patch: (dr + H - 1)(2W - 1) + (dc + W - 1). The last three rows are class query to
     patch key, patch query to class key, and class to class.
     """
+    tokens = np.arange(CLASS if cls_token else 0, grid[0] * grid[1])
+    return _table_rows(tokens, grid, np.where).astype(np.int32)
+
+
+def _table_rows(tokens: Any, grid: tuple[int, int], where: Callable[..., Any]) -> Any:
+    """Row of the bias table for the places of queries and keys. [..., N] -> [..., N, N]."""
     height, width = grid
-    rows, cols = (a.reshape(-1) for a in np.indices(grid))
-    dr = rows[:, None] - rows[None] + height - 1
-    dc = cols[:, None] - cols[None] + width - 1
-    index = dr * (2 * width - 1) + dc
-    if cls_token:
-        offsets = (2 * height - 1) * (2 * width - 1)
-        index = np.pad(index, ((1, 0), (1, 0)))
-        index[0, :] = offsets
-        index[:, 0] = offsets + 1
-        index[0, 0] = offsets + 2
-    return index.astype(np.int32)
+    query, key = tokens[..., :, None], tokens[..., None, :]
+    dr = query // width - key // width + height - 1
+    dc = query % width - key % width + width - 1
+    pairs = (2 * height - 1) * (2 * width - 1)
+    index = where(key == CLASS, pairs + 1, dr * (2 * width - 1) + dc)
+    return where(query == CLASS, where(key == CLASS, pairs + 2, pairs), index)
 
 
 class Rotation:
@@ -210,7 +246,13 @@ class Rotation:
 
     Patch centres are scaled to [-1, 1] on each axis; head dimension d gives d/4 frequencies per
     axis, base `theta`; the second half of the channels pairs with the first.
+
+    Attributes:
+      cos, sin: [H*W, 1, d] float32, or [B, P, 1, d] for the patches of every row, see `at`.
     """
+
+    cos: Any
+    sin: Any
 
     def __init__(self, grid: tuple[int, int], prefix: int, head_width: int, *, theta: float):
         self.prefix = prefix
@@ -221,6 +263,12 @@ class Rotation:
         angles = np.tile(angles.reshape(len(coordinates), -1), 2)[:, None]  # [H*W, 1, d]
         self.cos = np.cos(angles).astype(np.float32)
         self.sin = np.sin(angles).astype(np.float32)
+
+    def at(self, indices: jax.Array) -> "Rotation":
+        """The rotation for rows that have some patches only. indices: [B, P] int32."""
+        taken = copy.copy(self)
+        taken.cos, taken.sin = (jnp.asarray(table)[indices] for table in (self.cos, self.sin))
+        return taken
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotates queries or keys. [B, N, A, d] -> [B, N, A, d], in float32 inside."""

@@ -1,4 +1,4 @@
-"""What stands on top of an encoder."""
+"""Layers on top of an encoder: the projector of distillation and the classifier."""
 
 import math
 from typing import Any, Literal
@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import check_choice
 from fd_jax.models import layers
 from fd_jax.models.features import FeatureMap
 
@@ -71,8 +71,7 @@ class Classifier(nnx.Module):
         grad_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if pooling not in Pooling.__args__:
-            raise ConfigError(f"pooling={pooling!r} is unknown; expected one of {Pooling.__args__}")
+        check_choice("pooling", pooling, Pooling.__args__)
         self.pooling = pooling
         self.fc_norm = (
             nnx.LayerNorm(

@@ -4,6 +4,7 @@ Every method here is linear along one axis, so it is written as a [target, sourc
 and applied to rows and columns; the same code serves tables on the host and images on the device.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Literal
 
@@ -47,72 +48,96 @@ def antialias_matrix(
 
 
 def resize_pos_embed(
-    table: np.ndarray, grid: int, *, prefix: int, method: PositionResize
+    table: np.ndarray,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    prefix: int,
+    method: PositionResize,
 ) -> np.ndarray:
-    """Resizes an absolute position table to another square grid.
+    """Resizes an absolute position table to another grid.
 
     See docs/reference.md#pos-embed-resize.
 
     Args:
-      table: [1, prefix + g0*g0, D].
-      grid: wanted side g.
+      table: [1, prefix + H*W, D].
+      source: (H, W) of the table's patches.
+      target: (H, W) wanted.
       prefix: leading rows that belong to no patch (class token); copied.
-      method: "size" is torch's bicubic; "offset_0.1" the same with the scale factor
-        (g + 0.1) / g0 that DINO and DINOv2 state; "antialias" torch's antialiased bicubic.
+      method: "size" is torch's bicubic; "offset_0.1" the same with the scale factors
+        (target + 0.1) / source of both axes that DINO and DINOv2 state; "antialias" torch's
+        antialiased bicubic.
 
     Returns:
-      [1, prefix + g*g, D] in the dtype of `table`.
+      [1, prefix + H*W of the target, D] in the dtype of `table`.
     """
     rows = table.shape[1] - prefix
-    side = round(rows**0.5)
-    if side * side != rows:
-        raise ValueError(f"{rows} patch positions are not a square grid")
-    if side == grid:
-        return table
-    if method == "antialias":
-        matrix = antialias_matrix(side, grid, method="bicubic")
-    elif method == "offset_0.1":
-        matrix = cubic_matrix(side, grid, scale=(grid + 0.1) / side)
-    elif method == "size":
-        matrix = cubic_matrix(side, grid)
-    else:
+    if source[0] * source[1] != rows:
+        raise ValueError(f"{rows} patch positions are not a grid of {source[0]} x {source[1]}")
+    if method not in PositionResize.__args__:
         raise ValueError(f"position resize method {method!r}; expected {PositionResize.__args__}")
-    image = table[0, prefix:].reshape(side, side, -1).astype(np.float64)
-    resized = np.einsum("ip,jq,pqd->ijd", matrix, matrix, image, optimize=True)
-    patches = resized.reshape(1, grid * grid, -1).astype(table.dtype)
+    if source == target:
+        return table
+    matrices = [_position_matrix(old, new, method) for old, new in zip(source, target, strict=True)]
+    patches = _resize_axes(table[0, prefix:], source, matrices)[None]
     return np.concatenate([table[:, :prefix], patches], axis=1)
 
 
-def resize_rel_pos_table(table: np.ndarray, grid: int, *, extra: int) -> np.ndarray:
-    """Resizes a relative position bias table to another square grid.
+def _position_matrix(source: int, target: int, method: PositionResize) -> np.ndarray:
+    if method == "antialias":
+        return antialias_matrix(source, target, method="bicubic")
+    scale = (target + 0.1) / source if method == "offset_0.1" else None
+    return cubic_matrix(source, target, scale=scale)
+
+
+def resize_rel_pos_table(
+    table: np.ndarray, source: tuple[int, int], target: tuple[int, int], *, extra: int
+) -> np.ndarray:
+    """Resizes a relative position bias table to another grid.
 
     See docs/reference.md#rel-pos-resize.
 
-    Source offsets are placed in a geometric progression, dense near zero, so that close neighbours
-    keep their bias; the target offsets are read off a tensor-product cubic spline through them.
+    On each axis, source offsets are placed in a geometric progression, dense near zero, so that
+    close neighbours keep their bias; the target offsets are read off a tensor-product cubic spline
+    through them. An axis that keeps its length keeps its offsets.
 
     Args:
-      table: [(2*g0 - 1)^2 + extra, A].
-      grid: wanted side g.
+      table: [(2H - 1)(2W - 1) + extra, A].
+      source: (H, W) of the table's patches.
+      target: (H, W) wanted.
       extra: trailing rows that belong to no pair of patches (3 with a class token); copied.
 
     Returns:
-      [(2*g - 1)^2 + extra, A] in the dtype of `table`.
+      [(2H - 1)(2W - 1) + extra, A] for the target's H and W, in the dtype of `table`.
     """
     rows = table.shape[0] - extra
-    source = round(rows**0.5)
-    if source * source != rows or source % 2 == 0:
-        raise ValueError(f"{rows} relative positions are not those of a square grid")
-    target = 2 * grid - 1
+    offsets = (2 * source[0] - 1, 2 * source[1] - 1)
+    if offsets[0] * offsets[1] != rows:
+        raise ValueError(
+            f"{rows} relative positions are not those of a grid of {source[0]} x {source[1]}"
+        )
     if source == target:
         return table
-    offsets = geometric_offsets(source // 2, grid - 1)
-    queries = np.arange(-(grid - 1), grid, dtype=np.float64)
-    matrix = spline_matrix(offsets, np.clip(queries, offsets[0], offsets[-1]))
-    image = table[:rows].reshape(source, source, -1).astype(np.float64)
-    resized = np.einsum("ip,jq,pqh->ijh", matrix, matrix, image, optimize=True)
-    pairs = resized.reshape(target * target, -1).astype(table.dtype)
-    return np.concatenate([pairs, table[rows:]])
+    matrices = [_offset_matrix(old, new) for old, new in zip(source, target, strict=True)]
+    return np.concatenate([_resize_axes(table[:rows], offsets, matrices), table[rows:]])
+
+
+def _offset_matrix(source: int, target: int) -> np.ndarray:
+    """From a bias per offset of `source` tokens in a row to one of `target`; both 2n - 1."""
+    if source == target:
+        return np.eye(2 * source - 1)
+    offsets = geometric_offsets(source - 1, target - 1)
+    queries = np.arange(-(target - 1), target, dtype=np.float64)
+    return spline_matrix(offsets, np.clip(queries, offsets[0], offsets[-1]))
+
+
+def _resize_axes(
+    rows: np.ndarray, grid: tuple[int, int], matrices: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Applies a [target, source] matrix to each axis of a row-major grid, in float64. [H*W, D]"""
+    image = rows.reshape(*grid, -1).astype(np.float64)
+    resized = np.einsum("ip,jq,pqd->ijd", *matrices, image, optimize=True)
+    return resized.reshape(-1, rows.shape[-1]).astype(rows.dtype)
 
 
 def geometric_offsets(half: int, reach: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.errors import ModelFolderError
-from fd_jax.models import kernels, resize
+from fd_jax.models import kernels, resize, sizes
 from fd_jax.models.heads import Pooling
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
 from fd_jax.models.swin_v2 import SwinV2
 from fd_jax.models.vit import ViT
@@ -85,19 +86,23 @@ class ModelSpec:
         pixels = jnp.asarray(images).astype(jnp.float32) * np.float32(self.pixel_scale)
         return ((pixels - mean) / std).astype(dtype)
 
-    def resized(self, params: PyTree, image_size: int) -> tuple["ModelSpec", PyTree]:
+    def resized(self, params: PyTree, image_size: ImageSize) -> tuple["ModelSpec", PyTree]:
         """This network for another input size: position tables resized, all else as it is.
 
         Args:
           params: encoder parameters as numpy arrays; not changed.
-          image_size: wanted side in pixels.
+          image_size: wanted side of a square in pixels, or (height, width).
+
+        Raises:
+          ConfigError: the architecture cannot have this size.
         """
-        if image_size == self.arch["image_size"]:
+        size = sizes.plain(image_size)
+        if size == sizes.plain(self.arch["image_size"]):
             return self, params
-        spec = dataclasses.replace(self, arch={**self.arch, "image_size": image_size})
+        spec = dataclasses.replace(self, arch={**self.arch, "image_size": size})
         spec.abstract()  # refuses a size the architecture cannot have before any work
         return spec, FAMILIES[self.family].resize_positions(
-            params, self.arch, image_size, method=self.position_resize
+            params, self.arch, size, method=self.position_resize
         )
 
     def choose_attention(self, name: str, *, dtype: jnp.dtype) -> str:

@@ -6,6 +6,7 @@ attentions and position biases differ.
 """
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -14,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.errors import ConfigError
-from fd_jax.models import layers, windows
-from fd_jax.models.attention import Attention
-from fd_jax.models.features import FeatureMap
-from fd_jax.models.vit import REMAT_POLICIES
+from fd_jax.errors import ConfigError, check_choice
+from fd_jax.models import layers, sizes, windows
+from fd_jax.models.attention import Attention, AttentionInputs
+from fd_jax.models.backbone import Backbone, Visit, check_remat
+from fd_jax.models.sizes import ImageSize
 
 MERGE = 2  # tokens per axis that become one between stages
 KERNEL_INIT = layers.truncated_normal(0.02, 2.0)  # cut at absolute +-2, which cuts nothing
@@ -113,11 +114,20 @@ class Block(nnx.Module):
     def _branch(self, x, norm, layer):
         return layer(norm(x)) if self.norm_first else norm(layer(x))
 
+    def attention_inputs(self, x: jax.Array, shared_bias: jax.Array | None) -> AttentionInputs:
+        """What this block's attention is computed from; arguments as in `__call__`."""
+        rows = x.reshape(-1, x.shape[-1])
+        rows = self.norm1(rows) if self.norm_first else rows
+        return self._attention_inputs(rows.reshape(x.shape), shared_bias)
+
     def _attend(self, x: jax.Array, shared_bias: jax.Array | None) -> jax.Array:
+        out = self.attn.output(self._attention_inputs(x, shared_bias))
+        return windows.join(out, self.grid, self.window, self.shift)
+
+    def _attention_inputs(self, x, shared_bias):
         size = (self.grid, self.window, self.shift)
         mask = jnp.asarray(windows.shift_mask(*size)) if self.shift else None
-        out = self.attn(windows.partition(x, *size), shared_bias=shared_bias, mask=mask)
-        return windows.join(out, *size)
+        return self.attn.inputs(windows.partition(x, *size), shared_bias=shared_bias, mask=mask)
 
 
 class Stage(nnx.Module):
@@ -136,7 +146,7 @@ class Stage(nnx.Module):
         self.downsample = downsample
 
 
-class Swin(nnx.Module):
+class Swin(Backbone):
     """What both versions share; returns the feature map of the last stage.
 
     Architecture:
@@ -158,12 +168,12 @@ class Swin(nnx.Module):
 
     cls = 0
     registers = 0
-    norm_first: bool  # whether a norm stands before its layer (V1) or after it (V2)
+    norm_first: bool  # whether a norm comes before its layer (V1) or after it (V2)
 
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: ImageSize,
         patch_size: int,
         embed_width: int,
         depths: Sequence[int],
@@ -183,7 +193,7 @@ class Swin(nnx.Module):
     ):
         del init
         _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat)
-        self.image_size = image_size
+        self.image_size = square_side(image_size)
         self.window = window
         self.depths, self.depth = tuple(depths), sum(depths)
         self.width = embed_width * MERGE ** (len(depths) - 1)
@@ -297,63 +307,38 @@ class Swin(nnx.Module):
             }
         return params
 
-    def __call__(
-        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
-    ) -> FeatureMap:
-        """The feature map of the last block.
-
-        Args:
-          images: [B, H, W, 3] normalised float.
-          final_norm: whether the encoder's own final norm (if it has one) is applied.
-          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
-        """
-        x = self._run(images, drops, keep=())[0]
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        return _feature_map(x, self.grid[0])
-
-    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
-        """The feature maps after the named blocks (0-based over all stages), before any merging."""
-        outside = [index for index in blocks if not 0 <= index < self.depth]
-        if outside:
-            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
-        kept = self._run(images, None, keep=tuple(blocks))[1]
-        return [kept[index] for index in blocks]
-
     def embed(self, images: jax.Array) -> jax.Array:
         """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
-        size = (self.image_size, self.image_size)
-        if images.shape[1:3] != size:
-            raise ValueError(
-                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
-            )
+        self._check_images(images)
         return self.patch_norm(self.patch_embed(images))
 
-    def _run(self, images, drops, keep):
+    def _visits(self, images, drops, keep):
+        if keep is not None:
+            raise ConfigError(
+                "a Swin network sees all patches, since its windows have to be full; use a ViT "
+                "where only some patches are kept"
+            )
         x = self.embed(images)
-        kept, number = {}, 0
+        number = 0
         for index, depth in enumerate(self.depths):
-            stage = self.stages[str(index)]
+            stage, side = self.stages[str(index)], self.grids[index]
             shared_bias = None if stage.rel_pos_bias is None else stage.rel_pos_bias()
-            for block in range(depth):
-                block_drops = None if drops is None else drops[:, number]
-                x = self._run_block(stage.blocks[str(block)], x, block_drops, shared_bias)
-                if number in keep:
-                    kept[number] = _feature_map(x, self.grids[index])
+            for name in map(str, range(depth)):
+                block = stage.blocks[name]
+                before, block_drops = x, None if drops is None else drops[:, number]
+                x = self._run_block(block, x, block_drops, shared_bias)
                 number += 1
+                yield Visit(
+                    block,
+                    before,
+                    x,
+                    positions=(shared_bias,),
+                    grid=(side, side),
+                    window=block.window,
+                    shift=block.shift,
+                )
             if stage.downsample is not None:
-                x = stage.downsample(x, self.grids[index])
-        return x, kept
-
-    def _run_block(self, block, x, drops, shared_bias):
-        def run(block, x, drops, shared_bias):
-            return block(x, drops, shared_bias)
-
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
+                x = stage.downsample(x, side)
 
     def _attention(self, stage: int, width: int, heads: int, **kwargs) -> Attention:
         raise NotImplementedError
@@ -372,35 +357,32 @@ class Swin(nnx.Module):
         return False
 
 
-def grids(image_size: int, patch_size: int, stages: int) -> tuple[int, ...]:
+def grids(image_size: ImageSize, patch_size: int, stages: int) -> tuple[int, ...]:
     """Side of the grid of each stage."""
-    return tuple(image_size // patch_size // MERGE**stage for stage in range(stages))
+    side = square_side(image_size)
+    return tuple(side // patch_size // MERGE**stage for stage in range(stages))
 
 
-def _feature_map(tokens: jax.Array, side: int) -> FeatureMap:
-    return FeatureMap(tokens, cls=0, registers=0, grid=(side, side))
+square_side = functools.partial(sizes.square_side, network="a Swin network")
 
 
 def _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat):
-    for name, value in (
-        ("image_size", image_size),
-        ("patch_size", patch_size),
-        ("window", window),
-    ):
+    side = square_side(image_size)
+    for name, value in (("patch_size", patch_size), ("window", window)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"{name}={value!r}: a side of a square is expected, a whole number above 0; "
-                "windows and images that are not square are not supported"
+                "patches and windows that are not square are not supported"
             )
     if len(depths) != len(heads):
         raise ConfigError(
             f"depths={list(depths)} has {len(depths)} stages, heads={list(heads)} has {len(heads)}"
         )
     unit = patch_size * MERGE ** (len(depths) - 1)
-    if image_size < unit or image_size % unit:
-        lower = max(image_size // unit, 1) * unit
+    if side < unit or side % unit:
+        lower = max(side // unit, 1) * unit
         raise ConfigError(
-            f"image_size {image_size} is not divisible by patch_size {patch_size} x "
+            f"image_size {side} is not divisible by patch_size {patch_size} x "
             f"{MERGE ** (len(depths) - 1)} (the stages halve the grid); use {lower} or "
             f"{lower + unit}"
         )
@@ -417,9 +399,5 @@ def _check(image_size, patch_size, embed_width, depths, heads, window, activatio
                 f"width {embed_width * MERGE**stage} of stage {stage} is not divisible by "
                 f"{heads[stage]} heads"
             )
-    for name, value, known in (
-        ("activation", activation, tuple(layers.ACTIVATIONS)),
-        ("remat", remat, (None, *REMAT_POLICIES)),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")
+    check_choice("activation", activation, layers.ACTIVATIONS)
+    check_remat(remat)

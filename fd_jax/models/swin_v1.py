@@ -4,6 +4,7 @@ from typing import Any
 
 from fd_jax.models import windows
 from fd_jax.models.resize import PositionResize, resize_rel_pos_table
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin import Swin, grids
 
 
@@ -18,7 +19,11 @@ class SwinV1(Swin):
 
     @staticmethod
     def resize_positions(
-        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+        params: dict[str, Any],
+        arch: dict[str, Any],
+        image_size: ImageSize,
+        *,
+        method: PositionResize,
     ) -> dict[str, Any]:
         """Parameters of the same network for another image size.
 
@@ -26,14 +31,17 @@ class SwinV1(Swin):
         Arguments as in `ViT.resize_positions`.
         """
         del method  # of absolute tables, which this family has not
-        sides = grids(image_size, arch["patch_size"], len(arch["depths"]))
+        before, after = (
+            grids(size, arch["patch_size"], len(arch["depths"]))
+            for size in (arch["image_size"], image_size)
+        )
         stages = {}
         for number, stage in params["stages"].items():
-            window = min(arch["window"], sides[int(number)])
+            old, new = (min(arch["window"], sides[int(number)]) for sides in (before, after))
             blocks = {}
             for index, block in stage["blocks"].items():
                 table = resize_rel_pos_table(
-                    block["attn"]["rel_pos_bias"]["table"], window, extra=0
+                    block["attn"]["rel_pos_bias"]["table"], (old, old), (new, new), extra=0
                 )
                 attn = {**block["attn"], "rel_pos_bias": {"table": table}}
                 blocks[index] = {**block, "attn": attn}

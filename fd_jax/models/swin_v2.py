@@ -6,9 +6,10 @@ from typing import Any, Literal
 from flax import nnx
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import windows
 from fd_jax.models.resize import PositionResize
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin import KERNEL_INIT, Swin
 
 Position = Literal["rpb", "shared_rpb"]
@@ -42,10 +43,7 @@ class SwinV2(Swin):
         extra_norm_every: int,
         **kwargs: Any,
     ):
-        if position not in Position.__args__:
-            raise ConfigError(
-                f"position={position!r} is unknown; expected one of {Position.__args__}"
-            )
+        check_choice("position", position, Position.__args__)
         if len(pretrained_windows) != len(depths):
             raise ConfigError(
                 f"pretrained_windows={list(pretrained_windows)} has {len(pretrained_windows)} "
@@ -59,7 +57,11 @@ class SwinV2(Swin):
 
     @staticmethod
     def resize_positions(
-        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+        params: dict[str, Any],
+        arch: dict[str, Any],
+        image_size: ImageSize,
+        *,
+        method: PositionResize,
     ) -> dict[str, Any]:
         """The parameters as they are: the bias networks serve any window."""
         del arch, image_size, method

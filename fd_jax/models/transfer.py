@@ -8,6 +8,8 @@ final norm that distillation trained, and begins with a fresh head
 import dataclasses
 
 from fd_jax.errors import ConfigError
+from fd_jax.models import sizes
+from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.typing import PyTree
 
@@ -17,13 +19,14 @@ class Changes:
     """How the new network differs from the one it starts from.
 
     Attributes:
-      image_size: side of its input; position tables are resized to it.
+      image_size: side of its square input in pixels, or (height, width); position tables are
+        resized to it.
       final_norm: whether the encoder keeps its own final norm.
       untie: whether a shared position bias becomes one per block.
       keep_head: whether the classifier head (and its `fc_norm`) is taken over.
     """
 
-    image_size: int
+    image_size: ImageSize
     final_norm: bool
     untie: bool
     keep_head: bool
@@ -36,7 +39,7 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
       ConfigError: a final norm is to be kept that is not there.
     """
     family = FAMILIES[spec.family]
-    arch = {**spec.arch, "image_size": changes.image_size}
+    arch = {**spec.arch, "image_size": sizes.plain(changes.image_size)}
     if changes.final_norm and not spec.arch.get("final_norm", True):
         raise ConfigError(
             f"final_norm=True, but the network of {spec.source!r} ends without one; "
@@ -57,15 +60,15 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
 
     Returns:
       {"encoder": ...} and, where the head is kept, "head" and "fc_norm"; what they do not name
-      starts fresh. And lines that tell what was copied, resized and dropped.
+      starts fresh. And lines that say what was copied, resized and dropped.
     """
     family = FAMILIES[spec.family]
     report = []
     resized, encoder = spec.resized(parts["encoder"], changes.image_size)
     if resized is not spec:
-        old = spec.arch["image_size"]
+        old, new = map(sizes.describe, (spec.arch["image_size"], changes.image_size))
         what = "the input" if encoder is parts["encoder"] else "position tables"
-        report.append(f"resized  {what} from {old} px to {changes.image_size} px")
+        report.append(f"resized  {what} from {old} px to {new} px")
     arch = resized.arch
     if changes.untie and family.untied(arch) != arch:
         encoder = family.untie_positions(encoder, arch)

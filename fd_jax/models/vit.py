@@ -4,7 +4,6 @@ What differs between the members is an argument, and every default that librarie
 to be spelled out by the caller.
 """
 
-from collections.abc import Sequence
 import math
 from typing import Any, Literal
 
@@ -12,11 +11,19 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError, check_positive
-from fd_jax.models import layers
-from fd_jax.models.attention import Attention, QkvBias, RelativePositionBias, Rotation
-from fd_jax.models.features import FeatureMap
+from fd_jax.errors import ConfigError, check_choice, check_positive
+from fd_jax.models import layers, sizes
+from fd_jax.models.attention import (
+    Attention,
+    AttentionInputs,
+    QkvBias,
+    RelativePositionBias,
+    Rotation,
+)
+from fd_jax.models.backbone import Backbone, Visit, check_remat
+from fd_jax.models.features import take_patches
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
+from fd_jax.models.sizes import ImageSize
 
 Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
 
@@ -24,11 +31,6 @@ Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
 # distillation student is cut at one standard deviation, the fine-tuning model at absolute +-2,
 # which cuts nothing.
 INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
-
-REMAT_POLICIES = {
-    "full": None,  # recompute the whole block
-    "dots": "dots_with_no_batch_dims_saveable",  # keep the results of weight matmuls
-}
 
 
 class Block(nnx.Module):
@@ -74,27 +76,47 @@ class Block(nnx.Module):
         drops: jax.Array | None,
         shared_bias: jax.Array | None,
         rotate: Rotation | None,
+        indices: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
+        """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None.
+
+        `shared_bias`, `rotate` and `indices` are those of `Attention`.
+        """
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
         # One row per token everywhere but inside attention: TPUs pad the 197 tokens of [B, N, D]
         # to a multiple of eight and [B * N, D] not, so that a change between them is a copy.
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        tokens = self.norm1(x).reshape(shape)
-        branch = self.attn(tokens, shared_bias=shared_bias, rotate=rotate).reshape(x.shape)
+        inputs = self._attention_inputs(x, shape, shared_bias, rotate, indices)
+        branch = self.attn.output(inputs).reshape(x.shape)
         x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
         branch = self.mlp(self.norm2(x))
         x = x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
         return x.reshape(shape)
 
+    def attention_inputs(
+        self,
+        x: jax.Array,
+        shared_bias: jax.Array | None,
+        rotate: Rotation | None,
+        indices: jax.Array | None = None,
+    ) -> AttentionInputs:
+        """What this block's attention is computed from; arguments as in `__call__`."""
+        rows = x.reshape(-1, x.shape[-1])
+        return self._attention_inputs(rows, x.shape, shared_bias, rotate, indices)
 
-class ViT(nnx.Module):
+    def _attention_inputs(self, rows, shape, shared_bias, rotate, indices):
+        tokens = self.norm1(rows).reshape(shape)
+        return self.attn.inputs(tokens, shared_bias=shared_bias, rotate=rotate, indices=indices)
+
+
+class ViT(Backbone):
     """Vision transformer that returns its whole feature map.
 
     Architecture:
-      image_size: side of the square input in pixels, fixed at construction.
-      patch_size: side of a patch; divides `image_size`.
+      image_size: side of a square input in pixels, or a pair of height and width; fixed at
+        construction.
+      patch_size: side of a patch; divides both sides of the image.
       width, depth, heads, mlp_width: the usual numbers; heads divide the width.
       position: "ape" learned absolute table added to the tokens; "rpb" a relative bias table per
         block; "shared_rpb" one table for all blocks; "rope" axial rotary; "none".
@@ -118,7 +140,7 @@ class ViT(nnx.Module):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: ImageSize,
         patch_size: int,
         width: int,
         depth: int,
@@ -148,9 +170,9 @@ class ViT(nnx.Module):
             raise ConfigError(
                 f"position={position!r} has no bias for register tokens; set registers=0"
             )
-        side = image_size // patch_size
-        self.image_size = image_size
-        self.grid = (side, side)
+        height, wide = sizes.sides(image_size)
+        self.image_size = height if height == wide else (height, wide)
+        self.grid = sizes.patch_grid(image_size, patch_size)
         self.cls = int(cls_token)
         self.registers = registers
         self.position = position
@@ -176,7 +198,7 @@ class ViT(nnx.Module):
         )
         self.cls_token = embedding(1, 1, width) if cls_token else None
         self.register_tokens = embedding(1, registers, width) if registers else None
-        tokens = self.cls + side * side
+        tokens = self.cls + self.grid[0] * self.grid[1]
         self.pos_embed = embedding(1, tokens, width) if position == "ape" else None
         self.rel_pos_bias = position_table() if position == "shared_rpb" else None
         self.ln_pre = (
@@ -227,7 +249,7 @@ class ViT(nnx.Module):
     def layer_id(path: str, arch: dict[str, Any]) -> int:
         """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
-        0 for what stands before the blocks, i + 1 for block i, depth + 1 for what comes after.
+        0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after.
         """
         first, _, rest = path.partition("/")
         if first in ("cls_token", "pos_embed", "register_tokens", "patch_embed", "ln_pre"):
@@ -236,42 +258,19 @@ class ViT(nnx.Module):
             return int(rest.split("/")[0]) + 1
         return arch["depth"] + 1
 
-    def __call__(
-        self, images: jax.Array, *, final_norm: bool = True, drops: jax.Array | None = None
-    ) -> FeatureMap:
-        """The feature map of the last block.
-
-        Args:
-          images: [B, H, W, 3] normalised float.
-          final_norm: whether the encoder's own final norm (if it has one) is applied.
-          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
-        """
-        x = self._run(images, drops, keep=())[0]
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        return self._feature_map(x)
-
-    def intermediates(self, images: jax.Array, blocks: Sequence[int]) -> list[FeatureMap]:
-        """The feature maps after the named blocks (0-based), without the final norm."""
-        outside = [index for index in blocks if not 0 <= index < self.depth]
-        if outside:
-            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
-        kept = self._run(images, None, keep=tuple(blocks))[1]
-        return [self._feature_map(kept[index]) for index in blocks]
-
-    def embed(self, images: jax.Array) -> jax.Array:
-        """Tokens as they enter the first block. [B, H, W, 3] -> [B, N, D]."""
-        size = (self.image_size, self.image_size)
-        if images.shape[1:3] != size:
-            raise ValueError(
-                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
-            )
+    def embed(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Tokens as they enter the first block; arguments as in `__call__`. -> [B, N, D]."""
+        self._check_images(images)
         x = self.patch_embed(images)
         batch = x.shape[0]
         if self.cls_token is not None:
             x = jnp.concatenate([_tile(self.cls_token, batch, self.dtype), x], axis=1)
         if self.pos_embed is not None:
             x = layers.add_parameter(x, self.pos_embed[...])
+        if keep is not None:
+            _check_indices(keep, batch)
+            kept = take_patches(x[:, self.cls :], keep)
+            x = jnp.concatenate([x[:, : self.cls], kept], axis=1)
         if self.register_tokens is not None:
             registers = _tile(self.register_tokens, batch, self.dtype)
             x = jnp.concatenate([x[:, : self.cls], registers, x[:, self.cls :]], axis=1)
@@ -279,26 +278,32 @@ class ViT(nnx.Module):
 
     @staticmethod
     def resize_positions(
-        params: dict[str, Any], arch: dict[str, Any], image_size: int, *, method: PositionResize
+        params: dict[str, Any],
+        arch: dict[str, Any],
+        image_size: ImageSize,
+        *,
+        method: PositionResize,
     ) -> dict[str, Any]:
         """Parameters of the same network for another image size.
 
         Args:
           params: nested dict of numpy arrays; a new dict comes back, arrays are shared.
           arch: the architecture keywords of `params`.
-          image_size: wanted side in pixels.
+          image_size: wanted side of a square in pixels, or (height, width).
           method: of the absolute table, see `resize.resize_pos_embed`.
         """
         cls = int(arch["cls_token"])
-        grid = image_size // arch["patch_size"]
+        source, target = (
+            sizes.patch_grid(size, arch["patch_size"]) for size in (arch["image_size"], image_size)
+        )
 
         def resized(tree):
             out = {}
             for name, value in tree.items():
                 if name == "pos_embed":
-                    out[name] = resize_pos_embed(value, grid, prefix=cls, method=method)
+                    out[name] = resize_pos_embed(value, source, target, prefix=cls, method=method)
                 elif name == "rel_pos_bias":
-                    table = resize_rel_pos_table(value["table"], grid, extra=3 * cls)
+                    table = resize_rel_pos_table(value["table"], source, target, extra=3 * cls)
                     out[name] = {"table": table}
                 else:
                     out[name] = resized(value) if isinstance(value, dict) else value
@@ -328,56 +333,39 @@ class ViT(nnx.Module):
         }
         return rest
 
-    def _run(self, images, drops, keep):
-        x = self.embed(images)
-        shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+    def _visits(self, images, drops, keep):
+        x = self.embed(images, keep)
+        shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias(keep)
         rotate = None
         if self.position == "rope":
             prefix = self.cls + self.registers
             rotate = Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
-        kept = {}
+            rotate = rotate if keep is None else rotate.at(keep)
+        positions = (shared_bias, rotate, keep)
         for index in range(self.depth):
             block = self.blocks[str(index)]
-            block_drops = None if drops is None else drops[:, index]
-            x = self._run_block(block, x, block_drops, shared_bias, rotate)
-            if index in keep:
-                kept[index] = x
-        return x, kept
-
-    def _run_block(self, block, x, drops, shared_bias, rotate):
-        def run(block, x, drops, shared_bias):
-            return block(x, drops, shared_bias, rotate)
-
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
-
-    def _feature_map(self, tokens: jax.Array) -> FeatureMap:
-        return FeatureMap(tokens, cls=self.cls, registers=self.registers, grid=self.grid)
+            before, block_drops = x, None if drops is None else drops[:, index]
+            x = self._run_block(block, x, block_drops, *positions)
+            yield Visit(block, before, x, positions, self.grid, keep)
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
     check_positive("patch_size", patch_size)
-    if image_size < patch_size:
-        raise ConfigError(f"image_size {image_size} is less than patch_size {patch_size}")
-    if image_size % patch_size:
-        lower = image_size // patch_size * patch_size
-        raise ConfigError(
-            f"image_size {image_size} is not divisible by patch_size {patch_size}; "
-            f"use {lower} or {lower + patch_size}"
-        )
+    sizes.check_patches(image_size, patch_size)
     if width % heads:
         raise ConfigError(f"width {width} is not divisible by {heads} heads")
-    for name, value, known in (
-        ("activation", activation, tuple(layers.ACTIVATIONS)),
-        ("position", position, Position.__args__),
-        ("qkv_bias", qkv_bias, QkvBias.__args__),
-        ("remat", remat, (None, *REMAT_POLICIES)),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is unknown; expected one of {known}")
+    check_choice("activation", activation, layers.ACTIVATIONS)
+    check_choice("position", position, Position.__args__)
+    check_choice("qkv_bias", qkv_bias, QkvBias.__args__)
+    check_remat(remat)
+
+
+def _check_indices(keep: jax.Array, batch: int) -> None:
+    if keep.ndim != 2 or keep.shape[0] != batch or not jnp.issubdtype(keep.dtype, jnp.integer):
+        raise ValueError(
+            f"keep is {keep.dtype.name} {list(keep.shape)}; expected whole numbers [B, P], the "
+            f"patches to keep of each of the {batch} images"
+        )
 
 
 def _scale(branch: jax.Array, gamma: nnx.Param | None) -> jax.Array:

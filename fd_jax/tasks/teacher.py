@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fd_jax import model_folder
 from fd_jax.cost import flops
 from fd_jax.errors import ConfigError
-from fd_jax.models import resize
+from fd_jax.models import resize, sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Classifier
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
@@ -58,6 +58,7 @@ class Teacher:
         self._path, self._stages = config.path, config.stages
         stored = spec or _read_spec(config)
         size = config.image_size or stored.arch["image_size"]
+        size = sizes.square_side(size, network="a teacher in training")
         arch = {**_arch_of_stages(stored, config.stages), "image_size": size}
         self.spec = dataclasses.replace(stored, arch=arch)
         self.attention = self.spec.choose_attention(attention, dtype=dtype)

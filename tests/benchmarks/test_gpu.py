@@ -86,12 +86,21 @@ def test_a_crash_is_a_row_with_its_message(tmp_path):
     [
         (("--parts=speed",), "--parts=speed is unknown; expected some of"),
         (("--models=h",), "--models=h is unknown; expected some of"),
+        (("--table",), "there is no such file to make a table of"),
     ],
 )
 def test_an_unknown_part_or_model_is_refused(tmp_path, args, message):
     done = run(tmp_path / "toy.json", *args)
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "toy.json").exists()
+
+
+def test_without_a_gpu_nothing_of_full_size_is_begun(tmp_path):
+    output = tmp_path / "full.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", f"--output={output}"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=100)
+    assert done.returncode == 1 and "jax finds no GPU here (cpu)" in done.stderr
+    assert not output.exists()
 
 
 def rate(part, choice, value, *, batch=512, model="b", **fields):

@@ -56,6 +56,11 @@ def test_import_says_what_it_read_dropped_and_resized(weights, tmp_path, capsys)
     assert status == 0
     assert "resized encoder/rel_pos_bias/table from [28, 2] to [84, 2] (geometric)" in out
     assert model_folder.load_spec(output).arch["image_size"] == 20
+    again = ("import", "--source", NAME, "--input", weights, "--output", output, "--overwrite")
+    assert run(*again, "--image-size", "20x40") == 0
+    assert model_folder.load_spec(output).arch["image_size"] == [20, 40]
+    assert run(*again, "--image-size", "20:40") == 2
+    assert "'20:40': expected a number as 224, or HEIGHTxWIDTH" in capsys.readouterr().err
 
 
 def test_import_with_part_takes_the_teacher_of_a_distillation_checkpoint(weights, tmp_path, capsys):

@@ -59,6 +59,7 @@ def worst(got, want):
 
 
 CASES = [(197, {}), (257, {"masked": True}), (577, {}), (49, {"groups": 4, "batch": 8}), (16, {})]
+CASES.append((15, {"groups": 4, "batch": 4}))  # a bias for every row
 
 
 @pytest.mark.parametrize(("tokens", "kind"), CASES, ids=str)
@@ -143,9 +144,12 @@ def test_a_program_with_xla_holds_no_kernel():
     assert kernel_calls(lowered_for_cuda(removed, 197, gradient=True)) == []
 
 
-@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("groups", [0, 4, 32])
 def test_each_device_computes_its_own_examples_and_heads(groups):
-    """On 2 x 2 x 2 devices: a quarter of the examples, half of the heads, the bias summed."""
+    """On 2 x 2 x 2 devices: a quarter of the examples, half of the heads, the bias summed.
+
+    As many biases as rows lie with their rows; fewer belong to the rows of every device.
+    """
     arrays = inputs(17, batch=32, groups=groups)
     want = with_gradients(xla.attend, arrays)
     seen = []
@@ -159,6 +163,7 @@ def test_each_device_computes_its_own_examples_and_heads(groups):
         got = with_gradients(base.per_device(watched), arrays)
     assert {shape for shape, _ in seen} == {(8, 17, 1, WIDTH)}
     assert {shape[-3] for _, shape in seen} == {1}
+    assert {shape[0] for _, shape in seen} == {{0: 1, 4: 4, 32: 8}[groups]}
     assert worst(got, want) < TOLERANCE
     # Control: without the mesh the kernel would see all of them.
     seen.clear()

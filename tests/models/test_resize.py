@@ -32,7 +32,7 @@ def torch_resized(table, grid, *, prefix, **kwargs):
 @given(side=SIDES, grid=SIDES, prefix=st.sampled_from([0, 1]))
 def test_size(side, grid, prefix):
     table = pos_table(side, prefix)
-    got = resize.resize_pos_embed(table, grid, prefix=prefix, method="size")
+    got = resize.resize_pos_embed(table, (side, side), (grid, grid), prefix=prefix, method="size")
     want = torch_resized(table, grid, prefix=prefix, size=(grid, grid))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -41,7 +41,7 @@ def test_size(side, grid, prefix):
 @given(side=SIDES, grid=SIDES)
 def test_antialias(side, grid):
     table = pos_table(side, 1)
-    got = resize.resize_pos_embed(table, grid, prefix=1, method="antialias")
+    got = resize.resize_pos_embed(table, (side, side), (grid, grid), prefix=1, method="antialias")
     want = torch_resized(table, grid, prefix=1, size=(grid, grid), antialias=True)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -53,39 +53,65 @@ def test_scale_factor_with_offset(side, grid):
     if side == grid:
         return  # the hub code returns the table untouched
     table = pos_table(side, 1)
-    got = resize.resize_pos_embed(table, grid, prefix=1, method="offset_0.1")
+    got = resize.resize_pos_embed(table, (side, side), (grid, grid), prefix=1, method="offset_0.1")
     factor = (grid + 0.1) / side
     want = torch_resized(table, grid, prefix=1, scale_factor=(factor, factor))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["size", "antialias", "offset_0.1"])
+@pytest.mark.parametrize("target", [(8, 4), (5, 9), (3, 7)])
+def test_grids_that_are_not_square(method, target):
+    source = (5, 7)
+    table = np.random.default_rng(0).normal(size=(1, 1 + 35, 3)).astype(np.float32)
+    factors = [(new + 0.1) / old for old, new in zip(source, target, strict=True)]
+    options = {
+        "size": {"size": target},
+        "antialias": {"size": target, "antialias": True},
+        "offset_0.1": {"scale_factor": tuple(factors)},
+    }[method]
+    image = torch.from_numpy(table[:, 1:].reshape(1, *source, 3)).permute(0, 3, 1, 2).double()
+    want = torch.nn.functional.interpolate(image, mode="bicubic", align_corners=False, **options)
+    assert tuple(want.shape[2:]) == target
+    want = want.permute(0, 2, 3, 1).reshape(1, -1, 3).numpy()
+    got = resize.resize_pos_embed(table, source, target, prefix=1, method=method)
+    np.testing.assert_array_equal(got[:, :1], table[:, :1])
+    np.testing.assert_allclose(got[:, 1:], want, atol=1e-5)
+    # Control: the axes in the other order.
+    swapped = table[:, 1:].reshape(1, *source, 3).swapaxes(1, 2).reshape(1, -1, 3)
+    swapped = np.concatenate([table[:, :1], swapped], axis=1)
+    wrong = resize.resize_pos_embed(swapped, source[::-1], target, prefix=1, method=method)
+    assert np.abs(wrong[:, 1:] - want).max() > 1e-2
+
+
 def test_methods_differ_and_identity_is_exact():
     table = pos_table(37, 1)
     results = [
-        resize.resize_pos_embed(table, 16, prefix=1, method=method)
+        resize.resize_pos_embed(table, (37, 37), (16, 16), prefix=1, method=method)
         for method in ("size", "offset_0.1", "antialias")
     ]
     for i, first in enumerate(results):
         for other in results[i + 1 :]:
             assert np.abs(first - other).max() > 1e-3
     for method in ("size", "offset_0.1", "antialias"):
-        same = resize.resize_pos_embed(table, 37, prefix=1, method=method)
+        same = resize.resize_pos_embed(table, (37, 37), (37, 37), prefix=1, method=method)
         np.testing.assert_array_equal(same, table)
 
 
 def test_dtype_is_kept():
     table = pos_table(4, 1).astype(np.float16)
-    out = resize.resize_pos_embed(table, 6, prefix=1, method="size")
+    out = resize.resize_pos_embed(table, (4, 4), (6, 6), prefix=1, method="size")
     assert out.dtype == np.float16
 
 
-def test_what_is_no_square_or_unknown_is_refused():
-    with pytest.raises(ValueError, match="not a square grid"):
-        resize.resize_pos_embed(np.zeros((1, 13, 2)), 4, prefix=1, method="size")
+def test_a_table_of_another_grid_and_an_unknown_method_are_refused():
+    four = (4, 4)
+    with pytest.raises(ValueError, match="12 patch positions are not a grid of 3 x 3"):
+        resize.resize_pos_embed(np.zeros((1, 13, 2)), (3, 3), four, prefix=1, method="size")
     with pytest.raises(ValueError, match="expected"):
-        resize.resize_pos_embed(np.zeros((1, 10, 2)), 4, prefix=1, method="nearest")
-    with pytest.raises(ValueError, match="not those of a square grid"):
-        resize.resize_rel_pos_table(np.zeros((50 + 3, 2)), 4, extra=3)
+        resize.resize_pos_embed(np.zeros((1, 10, 2)), (3, 3), four, prefix=1, method="nearest")
+    with pytest.raises(ValueError, match="50 relative positions are not those of a grid of 4 x 4"):
+        resize.resize_rel_pos_table(np.zeros((50 + 3, 2)), four, (5, 5), extra=3)
 
 
 # Grids, ratio and last source position of docs/reference.md#rel-pos-resize.
@@ -132,22 +158,39 @@ def test_rel_pos_table(source, grid, extra):
         return
     rng = np.random.default_rng(source * 100 + grid)
     table = rng.normal(size=((2 * source - 1) ** 2 + extra, 4)).astype(np.float32)
-    got = resize.resize_rel_pos_table(table, grid, extra=extra)
+    got = resize.resize_rel_pos_table(table, (source, source), (grid, grid), extra=extra)
     want = scipy_rel_table(table, source, grid, extra=extra)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert got.dtype == np.float32
 
 
+@pytest.mark.parametrize("target", [(8, 4), (5, 9), (3, 7), (6, 6)])
+def test_rel_pos_table_of_a_grid_that_is_not_square(target):
+    source = (5, 7)
+    table = np.random.default_rng(1).normal(size=(9 * 13 + 3, 4)).astype(np.float32)
+    want = table[:-3].reshape(9, 13, 4).astype(np.float64)
+    for axis, (old, new) in enumerate(zip(source, target, strict=True)):
+        if old != new:  # an axis that keeps its length keeps its offsets
+            offsets = resize.geometric_offsets(old - 1, new - 1)
+            queries = np.clip(np.arange(-(new - 1), new), offsets[0], offsets[-1])
+            want = make_interp_spline(offsets, want, k=3, axis=axis)(queries)
+    got = resize.resize_rel_pos_table(table, source, target, extra=3)
+    np.testing.assert_allclose(got[:-3], want.reshape(-1, 4), atol=1e-5)
+    np.testing.assert_array_equal(got[-3:], table[-3:])
+
+
 def test_rel_pos_table_keeps_near_offsets_and_class_rows():
     rng = np.random.default_rng(0)
     table = rng.normal(size=(27 * 27 + 3, 12)).astype(np.float32)
-    out = resize.resize_rel_pos_table(table, 24, extra=3)
+    out = resize.resize_rel_pos_table(table, (14, 14), (24, 24), extra=3)
     assert out.shape == (47 * 47 + 3, 12)
     np.testing.assert_array_equal(out[-3:], table[-3:])
     old, new = table[:-3].reshape(27, 27, 12), out[:-3].reshape(47, 47, 12)
     # Offsets of -1, 0 and 1 are source points themselves: they come back exactly.
     np.testing.assert_allclose(new[22:25, 22:25], old[12:15, 12:15], atol=1e-6)
-    np.testing.assert_array_equal(resize.resize_rel_pos_table(table, 14, extra=3), table)
+    np.testing.assert_array_equal(
+        resize.resize_rel_pos_table(table, (14, 14), (14, 14), extra=3), table
+    )
 
 
 def test_polynomials_are_reproduced_for_few_points():

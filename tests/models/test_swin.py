@@ -329,6 +329,7 @@ def test_bfloat16_stays_near():
     "arch,message",
     [
         ({"window": [4, 2]}, r"window=\[4, 2\]: a side of a square is expected"),
+        ({"image_size": [32, 64]}, "image_size 32 x 64: a Swin .* square .* use 32 or 64"),
         ({"window": 5}, "grid of stage 0 is 16 x 16, which windows of 5 do not divide"),
         ({"image_size": 36}, "36 is not divisible by patch_size 2 x 4 .* use 32 or 40"),
         ({"heads": [2, 5, 8]}, "width 32 of stage 1 is not divisible by 5 heads"),
@@ -348,6 +349,8 @@ def test_images_of_another_shape_are_refused():
     network = swins.bind(made, swins.own_params(made))
     with pytest.raises(ValueError, match=r"\(32, 64\) pixels; this model .* \(32, 32\)"):
         network(np.zeros((1, 32, 64, 3), np.float32))
+    with pytest.raises(ConfigError, match="a Swin network sees all patches"):
+        network(np.zeros((1, 32, 32, 3), np.float32), keep=np.zeros((1, 9), np.int32))
     with pytest.raises(ValueError, match="blocks \\[5\\]"):
         network.intermediates(np.zeros((1, 32, 32, 3)), [5])
 

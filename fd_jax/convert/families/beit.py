@@ -22,14 +22,15 @@ from fd_jax.convert.rules.tables import Derived, Place, Rule, Table, conv, linea
 from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import Part, Source
 from fd_jax.models.attention import relative_position_index
+from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 
 def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """Row of the bias table for every query and key. [N, N]"""
     del place
-    side = arch["image_size"] // arch["patch_size"]
-    return relative_position_index((side, side), cls_token=arch["cls_token"]).astype(np.int64)
+    grid = patch_grid(arch["image_size"], arch["patch_size"])
+    return relative_position_index(grid, cls_token=arch["cls_token"]).astype(np.int64)
 
 
 # What the shared and the per-block variant have in common.

@@ -16,6 +16,7 @@ from fd_jax.convert.family import Family, Format, SelfDescribed
 from fd_jax.convert.rules.tables import Rule, Table
 from fd_jax.convert.source import Part, Source
 from fd_jax.errors import ConversionError, UserError
+from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 NAME = "fd_jax"
@@ -66,7 +67,7 @@ def _check_sizes(spec: ModelSpec, container: Container) -> None:
     blocks = sum(networks.depths(spec))
     if blocks > len(container.tensors):
         raise ValueError(f"{blocks} blocks, but {len(container.tensors)} tensors")
-    patches = (arch["image_size"] // arch["patch_size"]) ** 2
+    patches = math.prod(patch_grid(arch["image_size"], arch["patch_size"]))
     if patches > max(map(math.prod, (t.shape for t in container.tensors.values())), default=0):
         raise ValueError(f"{patches} positions, more than any tensor in the file has numbers")
 

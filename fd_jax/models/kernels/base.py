@@ -96,7 +96,10 @@ def per_device(attend: Attend) -> Attend:
         inputs, specs = (q, k, v), (tokens,) * 3
         if bias is not None:
             inputs = (*inputs, bias)
-            specs = (*specs, PartitionSpec(*(None,) * (bias.ndim - 3), split.heads))
+            # A bias for each row lies with its row; one for each window of an image, or for all
+            # rows, is needed by every device.
+            rows = (split.batch if bias.shape[0] == q.shape[0] else None,) * (bias.ndim - 3)
+            specs = (*specs, PartitionSpec(*rows, split.heads))
 
         def local(q, k, v, bias=None):
             return attend(q, k, v, bias=bias, scale=scale)

@@ -1,0 +1,183 @@
+"""What all networks offer: their feature map, those of their blocks, and the blocks' attention."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+
+from fd_jax.errors import check_choice
+from fd_jax.models import sizes
+from fd_jax.models.attention_map import AttentionMap
+from fd_jax.models.features import FeatureMap
+
+REMAT_POLICIES = {
+    "full": None,  # recompute the whole block
+    "dots": "dots_with_no_batch_dims_saveable",  # keep the results of weight matmuls
+}
+
+
+def check_remat(remat: str | None) -> None:
+    """Refuses a `remat` that is neither None nor a key of REMAT_POLICIES, as a ConfigError."""
+    if remat is not None:
+        check_choice("remat", remat, REMAT_POLICIES)
+
+
+class Visit(NamedTuple):
+    """One block in a run of a network.
+
+    Attributes:
+      block: the block; it has `attention_inputs(before, *positions)`.
+      before: [B, N, D] the tokens that enter it.
+      after: [B, N, D] the tokens that leave it.
+      positions: what its attention knows about the places of tokens.
+      grid: (H, W) of the patches.
+      indices: [B, P] of the patches, see `FeatureMap`; or None.
+      window, shift: of its attention, see `AttentionMap`.
+    """
+
+    block: Any
+    before: jax.Array
+    after: jax.Array
+    positions: tuple[Any, ...]
+    grid: tuple[int, int]
+    indices: jax.Array | None = None
+    window: int | None = None
+    shift: int = 0
+
+
+class Backbone(nnx.Module):
+    """A network of blocks, one after another, that returns whole feature maps.
+
+    Attributes:
+      image_size: side of a square input in pixels, or (height, width).
+      depth: number of blocks.
+      cls: 1 with a class token, 0 without.
+      registers: number of register tokens.
+      norm: the final norm, or None.
+      remat: key of REMAT_POLICIES, or None: what a block recomputes in the backward pass.
+    """
+
+    image_size: int | tuple[int, int]
+    depth: int
+    cls: int
+    registers: int
+    norm: nnx.LayerNorm | None
+    remat: str | None
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        final_norm: bool = True,
+        drops: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> FeatureMap:
+        """The feature map of the last block.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          final_norm: whether the encoder's own final norm (if it has one) is applied.
+          drops: [B, depth, 2] uniform numbers for drop path; None in evaluation.
+          keep: [B, P] int32, the patches that the blocks see, counted row by row from the top
+            left, each once per image and in any order; None for all of them.
+        """
+        visit = collections.deque(self._visits(images, drops, keep), maxlen=1).pop()
+        x = visit.after
+        if final_norm and self.norm is not None:
+            x = self.norm(x)
+        return self._feature_map(x, visit)
+
+    def intermediates(
+        self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None
+    ) -> list[FeatureMap]:
+        """The feature maps after the named blocks, without the final norm.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          blocks: numbers of blocks, 0-based and over all stages; the maps are in their order.
+          keep: as in `__call__`.
+        """
+        kept = {
+            number: self._feature_map(visit.after, visit)
+            for number, visit in self._visits_of(blocks, images, keep)
+        }
+        return [kept[number] for number in blocks]
+
+    def attention_maps(
+        self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None
+    ) -> list[AttentionMap]:
+        """The attention of the named blocks, without drop path.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          blocks: numbers of blocks, 0-based and over all stages; the maps are in their order.
+          keep: as in `__call__`.
+        """
+        kept = {
+            number: AttentionMap(
+                visit.block.attention_inputs(visit.before, *visit.positions),
+                cls=self.cls,
+                registers=self.registers,
+                grid=visit.grid,
+                window=visit.window,
+                shift=visit.shift,
+                indices=visit.indices,
+            )
+            for number, visit in self._visits_of(blocks, images, keep)
+        }
+        return [kept[number] for number in blocks]
+
+    def _visits(
+        self, images: jax.Array, drops: jax.Array | None, keep: jax.Array | None
+    ) -> Iterator[Visit]:
+        """Runs the blocks in their order; arguments as in `__call__`."""
+        raise NotImplementedError
+
+    def _visits_of(
+        self, blocks: Sequence[int], images: jax.Array, keep: jax.Array | None
+    ) -> Iterator[tuple[int, Visit]]:
+        """The visits of the named blocks; blocks after the last of them do not run."""
+        outside = [number for number in blocks if not 0 <= number < self.depth]
+        if outside:
+            raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
+        runs = range(max(blocks, default=-1) + 1)  # first in zip, so that no block runs for nothing
+        for number, visit in zip(runs, self._visits(images, None, keep), strict=False):
+            if number in blocks:
+                yield number, visit
+
+    def _run_block(
+        self,
+        block: Any,
+        x: jax.Array,
+        drops: jax.Array | None,
+        shared_bias: jax.Array | None,
+        *places: Any,
+    ) -> jax.Array:
+        """The block's result; in a backward pass, what `remat` does not keep is recomputed."""
+
+        def run(block, x, drops, shared_bias):
+            return block(x, drops, shared_bias, *places)
+
+        if self.remat is not None:
+            name = REMAT_POLICIES[self.remat]
+            policy = None if name is None else getattr(jax.checkpoint_policies, name)
+            run = jax.checkpoint(run, policy=policy)
+        return run(block, x, drops, shared_bias)
+
+    def _feature_map(self, tokens: jax.Array, visit: Visit) -> FeatureMap:
+        return FeatureMap(
+            tokens,
+            cls=self.cls,
+            registers=self.registers,
+            grid=visit.grid,
+            indices=visit.indices,
+        )
+
+    def _check_images(self, images: jax.Array) -> None:
+        size = sizes.sides(self.image_size)
+        if images.shape[1:3] != size:
+            raise ValueError(
+                f"images of {images.shape[1:3]} pixels; this model was built for {size}"
+            )
