@@ -111,7 +111,9 @@ def test_a_dataset_prepared_as_tfrecord_is_refused(imagenet_tars, tmp_path):
     config = tfds.download.DownloadConfig(manual_dir=str(imagenet_tars[0]))
     builder.download_and_prepare(download_config=config)
     assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
-    with pytest.raises(DataError, match="(?s)tfrecord.*no random access.*fd_jax.data.prepare"):
+    with pytest.raises(
+        DataError, match="(?s)prepared as tfrecord, .*no random access.*fd_jax.data.prepare"
+    ):
         datasets.open_dataset("imagenet2012", "train", data_dir=str(tmp_path))
 
 
