@@ -159,8 +159,8 @@ class TfdsDataset:
             raise DataError(not_prepared_message(name, str(builder.data_dir), data_dir))
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise DataError(
-                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format.value}, which has"
-                " no random access. Prepare it again as ArrayRecord, either in another data_dir or"
+                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format.value}, "
+                "which has no random access. Prepare it again as ArrayRecord in another data_dir or"
                 f" after you have moved that folder away:\n  {prepare_command(name, data_dir)}"
             )
         self.name = f"{name}/{split}"

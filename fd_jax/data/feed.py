@@ -197,7 +197,7 @@ class Feed:
         """Label of one image; -1 if it has none."""
         return self._dataset(split)[index].label
 
-    def picture(self, split: str, index: int, size: int) -> np.ndarray:
+    def image(self, split: str, index: int, size: int) -> np.ndarray:
         """Reads one image, resized and centre-cropped to any size. -> uint8 [size, size, 3]"""
         transform = transforms.EvalTransform(size)
         return transform(self._dataset(split)[index].image, np.random.default_rng(0))

@@ -238,7 +238,7 @@ class EvalTransform:
         return pixels[top : top + self.image_size, left : left + self.image_size]
 
 
-class PictureTransform(Protocol):
+class ImageTransform(Protocol):
     """Turns an image, encoded or uint8 [h, w, 3], into uint8 [image_size, image_size, 3]."""
 
     image_size: int
@@ -255,14 +255,14 @@ class PictureTransform(Protocol):
 class LabelledImage:
     """Turns an `Example` into a row {"image", "label"}; the label stays unchanged."""
 
-    def __init__(self, picture: PictureTransform):
-        self.picture = picture
+    def __init__(self, transform: ImageTransform):
+        self.transform = transform
 
     @property
     def elements(self) -> Elements:
         """Elements of a square image and its class."""
-        return labelled_image(self.picture.image_size)
+        return labelled_image(self.transform.image_size)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Row:
         """Transforms the image. -> {"image": uint8 [S, S, 3], "label": int}"""
-        return {"image": self.picture(example.image, rng), "label": example.label}
+        return {"image": self.transform(example.image, rng), "label": example.label}

@@ -16,43 +16,43 @@ from fd_jax.errors import DataError
 
 
 @functools.cache
-def picture_of(name):
-    return photos.load_picture(name)
+def photo_of(name):
+    return photos.load_photo(name)
 
 
 @pytest.fixture(scope="module")
 def tiles(embedded_data):
-    """All stored tiles: split -> list of (picture, top, left, pixels)."""
+    """All stored tiles: split -> list of (photo, top, left, pixels)."""
     stored = {}
     for split in ("train", "test"):
         dataset = datasets.open_dataset("photos", split, data_dir=embedded_data)
         stored[split] = []
         for index in range(len(dataset)):
             name = dataset.describe(index).split("(")[1].rstrip(")")
-            picture, top, left = name.rsplit("_", 2)
+            photo, top, left = name.rsplit("_", 2)
             example = dataset[index]
-            assert list(photos.PICTURES)[example.label] == picture
-            stored[split].append((picture, int(top), int(left), transforms.decode(example.image)))
+            assert list(photos.PHOTOS)[example.label] == photo
+            stored[split].append((photo, int(top), int(left), transforms.decode(example.image)))
     return stored
 
 
 def test_tiles_hold_the_pixels_of_their_photo_at_the_position_in_their_name(tiles):
     for split, entries in tiles.items():
         side = photos.TILE[split]
-        for picture, top, left, pixels in entries:
-            wanted = picture_of(picture)[top : top + side, left : left + side]
+        for photo, top, left, pixels in entries:
+            wanted = photo_of(photo)[top : top + side, left : left + side]
             assert pixels.shape == (side, side, 3)
             np.testing.assert_array_equal(pixels, wanted)
 
 
 def test_no_pixel_is_in_both_splits(tiles):
-    for name in photos.PICTURES:
-        height, width, _ = picture_of(name).shape
+    for name in photos.PHOTOS:
+        height, width, _ = photo_of(name).shape
         covered = {}
         for split, entries in tiles.items():
             mask = covered[split] = np.zeros((height, width), bool)
-            for picture, top, left, pixels in entries:
-                if picture == name:
+            for photo, top, left, pixels in entries:
+                if photo == name:
                     mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = True
         assert not (covered["train"] & covered["test"]).any()
         columns = np.flatnonzero(covered["train"].any(axis=0))
@@ -63,7 +63,7 @@ def test_no_pixel_is_in_both_splits(tiles):
 def test_there_are_enough_tiles_and_no_photo_dominates(tiles):
     counts = collections.Counter(entry[0] for entry in tiles["train"])
     assert sum(counts.values()) >= 1000
-    assert set(counts) == set(photos.PICTURES)
+    assert set(counts) == set(photos.PHOTOS)
     assert max(counts.values()) <= 1.2 * min(counts.values())
     positions = [entry[:3] for split in tiles.values() for entry in split]
     assert len(set(positions)) == len(positions)
@@ -71,8 +71,8 @@ def test_there_are_enough_tiles_and_no_photo_dominates(tiles):
 
 def test_tiles_overlap_as_documented():
     shares = {}
-    for name in photos.PICTURES:
-        boxes = photos.tile_boxes(*picture_of(name).shape[:2])["train"]
+    for name in photos.PHOTOS:
+        boxes = photos.tile_boxes(*photo_of(name).shape[:2])["train"]
         strides = [np.diff(sorted({box[axis] for box in boxes})).max() for axis in (0, 1)]
         shares[name] = 1 - max(strides) / photos.TILE["train"]
     assert shares.pop("retina") == pytest.approx(0.26, abs=0.005)
@@ -81,7 +81,7 @@ def test_tiles_overlap_as_documented():
 
 
 def test_grey_photos_become_rgb():
-    brick = photos.load_picture("brick")
+    brick = photos.load_photo("brick")
     assert brick.shape == (512, 512, 3)
     np.testing.assert_array_equal(brick[..., 0], brick[..., 2])
 

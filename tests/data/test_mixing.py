@@ -129,7 +129,7 @@ def test_only_mixup_or_only_cutmix_is_applied_if_the_other_is_off(alphas, boxes)
         ({"mixup": 0.0, "cutmix": 0.0}, "at least one must be on"),
     ],
 )
-def test_impossible_settings_are_refused(values, message):
+def test_impossible_mixing_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         mixing.Mixing(**{"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "batch_size": 8, **values})
 

@@ -370,7 +370,7 @@ def script(tmp_path):
         process.communicate()
 
 
-def test_a_read_that_hangs_ends_the_process(script):
+def test_a_read_that_hangs_ends_the_process_with_one_message(script):
     process = script(workers=0)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2

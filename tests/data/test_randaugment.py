@@ -136,14 +136,14 @@ def applied(name, pixels, level, sign):
     return np.asarray(image)
 
 
-def test_there_are_fifteen_operations():
+def test_there_are_fifteen_randaugment_operations():
     assert len(OPERATIONS) == 15
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_operation_follows_its_rule(name, level, sign):
+def test_each_randaugment_operation_follows_its_rule(name, level, sign):
     pixels = picture()
     sign = sign if OPERATIONS[name].signed else 1
     got = applied(name, pixels, level, sign)
@@ -151,7 +151,7 @@ def test_operation_follows_its_rule(name, level, sign):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_changes_the_image_and_depends_on_its_amount(name):
+def test_each_randaugment_operation_changes_the_image_and_depends_on_its_amount(name):
     """Negative control: the rule at another level gives other pixels."""
     pixels = picture()
     got = applied(name, pixels, 9.0, 1)
@@ -233,7 +233,7 @@ def test_policies_in_timms_notation_are_parsed():
         ("rand-m9-p2-inc1", "probabilities from 0 to 1"),
     ],
 )
-def test_wrong_notation_is_refused(policy, message):
+def test_invalid_randaugment_policies_are_refused(policy, message):
     with pytest.raises(ConfigError, match=message):
         RandAugment.parse(policy)
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from fd_jax.data import transforms
-from fd_jax.data.builders.photos import load_picture
+from fd_jax.data.builders.photos import load_photo
 from fd_jax.data.datasets import BrokenImageError
 from fd_jax.errors import ConfigError
 
@@ -29,15 +29,15 @@ def pillow(data):
 
 @pytest.fixture(scope="module")
 def photo():
-    return load_picture("coffee")[:375, :500]
+    return load_photo("coffee")[:375, :500]
 
 
 @pytest.fixture(scope="module")
 def jpegs():
     """JPEGs of realistic size: smooth images, fine textures and a grey image."""
     names = ("coffee", "china", "chelsea", "motorcycle_left", "brick")
-    colour = [encode(load_picture(name)[:375, :500], quality=92) for name in names]
-    return [*colour, encode(load_picture("grass")[:375, :500], mode="L", quality=92)]
+    colour = [encode(load_photo(name)[:375, :500], quality=92) for name in names]
+    return [*colour, encode(load_photo("grass")[:375, :500], mode="L", quality=92)]
 
 
 # --- decoding --------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_the_evaluation_transform_resizes_to_the_short_side_of_the_reference(siz
     ],
 )
 def test_evaluation_resizes_the_short_side_and_crops_the_centre(height, width, resized, corner):
-    picture = load_picture("astronaut")[:height, :width]
+    picture = load_photo("astronaut")[:height, :width]
     picture = np.asarray(Image.fromarray(picture).resize((width, height)))
     whole = Image.fromarray(picture).resize(resized[::-1], Image.Resampling.BICUBIC)
     top, left = corner

@@ -282,7 +282,9 @@ def test_two_seeds_share_one_compiled_program(classifier):
 
 
 @pytest.mark.parametrize("devices,batch_size", [(1, 16), (3, 12), (8, 16)])
-def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batch_size):
+def test_evaluation_gives_the_accuracy_of_a_plain_loop(
+    classifier, embedded_data, devices, batch_size
+):
     """The number of examples is prime, so no mesh divides it."""
     fields = {
         "data.data_dir": embedded_data,

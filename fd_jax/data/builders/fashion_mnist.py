@@ -30,7 +30,7 @@ class FashionMnistDebian(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
-    name = "fashion_mnist_debian"  # TFDS's own fashion_mnist downloads the same pictures
+    name = "fashion_mnist_debian"  # TFDS's own fashion_mnist downloads the same images
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

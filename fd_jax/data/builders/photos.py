@@ -12,10 +12,10 @@ import tensorflow_datasets as tfds
 
 TRAIN_SHARE = 0.7  # share of each photo, from the left, used for training; the rest is held out
 TILE = {"train": 160, "test": 128}  # side in pixels; the narrowest held-out part is 135 wide
-PER_PICTURE = {"train": 90, "test": 30}  # target number of tiles per photo, so that none dominates
+PER_PHOTO = {"train": 90, "test": 30}  # target number of tiles per photo, so that none dominates
 
 # Package and file of every photo; all of them are inside the wheels.
-PICTURES = {
+PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
     "coffee": ("skimage", "data/coffee.png"),
@@ -42,8 +42,8 @@ def tile_boxes(height: int, width: int) -> dict[str, list[tuple[int, int]]]:
     """
     cut = round(width * TRAIN_SHARE)
     return {
-        "train": _corners(height, 0, cut, TILE["train"], PER_PICTURE["train"]),
-        "test": _corners(height, cut, width, TILE["test"], PER_PICTURE["test"]),
+        "train": _corners(height, 0, cut, TILE["train"], PER_PHOTO["train"]),
+        "test": _corners(height, cut, width, TILE["test"], PER_PHOTO["test"]),
     }
 
 
@@ -58,9 +58,9 @@ def _corners(height: int, left: int, right: int, tile: int, count: int) -> list[
     return [(int(top), int(column)) for top in tops for column in lefts]
 
 
-def load_picture(name: str) -> np.ndarray:
+def load_photo(name: str) -> np.ndarray:
     """Reads one photo from its package. -> uint8 [h, w, 3]; grey photos are converted to RGB."""
-    package, file = PICTURES[name]
+    package, file = PHOTOS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -98,7 +98,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=list(PICTURES)),
+                    "label": tfds.features.ClassLabel(names=list(PHOTOS)),
                     "file_name": tfds.features.Text(),
                 }
             ),
@@ -110,9 +110,9 @@ class Photos(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name in PICTURES:
-            picture, side = load_picture(name), TILE[split]
-            for top, left in tile_boxes(*picture.shape[:2])[split]:
-                tile = picture[top : top + side, left : left + side]
+        for name in PHOTOS:
+            photo, side = load_photo(name), TILE[split]
+            for top, left in tile_boxes(*photo.shape[:2])[split]:
+                tile = photo[top : top + side, left : left + side]
                 key = f"{name}_{top}_{left}"
                 yield key, {"image": encode_png(tile), "label": name, "file_name": key}
