@@ -56,7 +56,7 @@ def read_config(flag: flags.FlagHolder) -> Config:
 def _unknown_field(message: str) -> str:
     """Returns a message that names the field, and a suggestion if ml_collections makes one."""
     if "get_config" in message:
-        return f"--config names a file that has no get_config(), so it is not a config ({message})"
+        return f"--config names a file without get_config(), so it is not a config ({message})"
     field = re.search(r"\w+", message)
     name = field[0] if field else message
     suggestion = re.search(r"Did you mean \W*(\w+)", message)
