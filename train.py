@@ -1,9 +1,9 @@
-"""Distils a frozen teacher into a student that starts from random weights.
+"""Distils a frozen teacher into a student with random initial weights.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 The same command on the same workdir resumes. Any field of the config can be set on the command
-line (`--config.batch_size=1024`); `--help` lists the flags for several processes.
+line (`--config.batch_size=1024`). `--help` lists the flags for several processes.
 """
 
 from fd_jax.cli import scripts

@@ -41,8 +41,8 @@ Draw = tuple[tuple[int, int, int, int], bool]  # box (top, left, height, width),
 def synthesise(quality: int) -> list[bytes]:
     """The photographs as JPEGs of ImageNet's usual size."""
     made = []
-    for name in photos.PICTURES:
-        image = Image.fromarray(photos.load_picture(name))
+    for name in photos.PHOTOS:
+        image = Image.fromarray(photos.load_photo(name))
         scale = max(WIDTH / image.width, HEIGHT / image.height)
         resized = image.resize(
             (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC

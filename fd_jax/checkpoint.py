@@ -1,7 +1,8 @@
-"""Saving and restoring: the only file that knows Orbax.
+"""Saving and restoring arrays; the only module that uses Orbax.
 
-Trees of a model folder are written once and whole. Checkpoints of a run are written while the
-device works on, committed by Orbax when they are complete, and never restored from before that.
+The tree of a model folder is written synchronously. Checkpoints of a run are written while the
+devices continue to work. Orbax commits a checkpoint when it is complete, and only committed
+checkpoints are restored.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,12 @@ from fd_jax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is made when its turn to be written comes, and dropped after that.
+    """An array that is loaded just before it is written, and released afterwards.
 
     Attributes:
-      shape, dtype: of the array.
-      load: makes it.
+      shape: shape of the array.
+      dtype: dtype of the array.
+      load: function that returns the array.
     """
 
     shape: tuple[int, ...]
@@ -36,12 +38,12 @@ class LazyArray:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's handler of numpy arrays, which makes `LazyArray`s a few at a time and copies none."""
+    """Handler of numpy arrays that loads `LazyArray`s a few at a time and copies no array."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -58,17 +60,17 @@ class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
                 batch, pending = [], 0
 
 
-# Enough to keep several cores compressing, little beside any model.
+# Large enough to keep several cores busy compressing, and small compared with any model.
 _BATCH_BYTES = 64 << 20
 
 
 def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it.
 
-    Leaves are numpy or jax arrays, or `LazyArray`s where the tree should never be in memory whole.
+    Leaves are numpy or jax arrays, or `LazyArray`s if the whole tree should never be in memory.
 
     Raises:
-      OSError: the disk is full, or whatever else the system says.
+      OSError: the system cannot write the files, e.g. because the disk is full.
     """
     if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree)):
         host, device = _HostArrayHandler(), ocp.type_handlers.ArrayHandler()
@@ -82,14 +84,14 @@ def save_tree(path: epath.Path, tree: PyTree) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
     except ValueError as error:
-        # TensorStore words the system's errors as text.
+        # TensorStore reports errors of the system only in the text of its own error.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
 
 
 def load_tree(path: epath.Path) -> PyTree:
-    """Reads a tree written by `save_tree` as numpy arrays, whatever devices wrote it."""
+    """Reads a tree of `save_tree` as numpy arrays, regardless of the devices that wrote it."""
     path = path.resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _description(checkpointer, path)
@@ -98,21 +100,21 @@ def load_tree(path: epath.Path) -> PyTree:
 
 
 def _description(checkpointer: ocp.Checkpointer, path: epath.Path) -> PyTree:
-    found = checkpointer.metadata(path).item_metadata
-    if found is None:
-        raise ValueError(f"what describes the arrays in {path} is missing or damaged")
-    return found.tree
+    metadata = checkpointer.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError(f"the metadata of the arrays in {path} is missing or damaged")
+    return metadata.tree
 
 
 def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every array below `save_tree`'s folder by "a/b" path; reads no values."""
+    """Returns shape and dtype of every array of a saved tree by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _description(checkpointer, path.resolve())
     return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _by_path(tree).items()}
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Every leaf by its "a/b" path."""
+    """Returns the leaves of a tree by their "a/b" paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
@@ -120,8 +122,12 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 class Checkpoints:
     """The numbered checkpoints of one workdir.
 
-    Each holds the train state and a small JSON record (data position, configuration). Keeps the
-    last `keep` and every `keep_every`-th step.
+    Each checkpoint holds the train state and a small JSON record (data position, config).
+
+    Args:
+      folder: folder of the checkpoints; created if necessary.
+      keep: number of latest checkpoints to keep.
+      keep_every: checkpoints at multiples of this step are kept forever; None for none.
     """
 
     def __init__(self, folder: epath.Path, *, keep: int, keep_every: int | None):
@@ -132,11 +138,14 @@ class Checkpoints:
         self._folder = folder
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
+        """Returns the step of the latest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
-        """Starts writing; returns before it is done. All processes call it with the same step."""
+        """Starts to write a checkpoint and returns before it is complete.
+
+        All processes call this with the same step. A step that is already saved is left as it is.
+        """
         if step in self._manager.all_steps():
             return
         self._manager.save(
@@ -147,10 +156,17 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """Reads one checkpoint onto the shardings of `like`, a tree of `jax.ShapeDtypeStruct`.
+        """Reads one checkpoint.
+
+        Args:
+          step: step of the checkpoint.
+          like: tree of `jax.ShapeDtypeStruct` with the expected shapes and shardings.
+
+        Returns:
+          The state, sharded like `like`, and the record.
 
         Raises:
-          CheckpointError: the files of this step are damaged or are not those of this state.
+          CheckpointError: the files are damaged, or the checkpoint has arrays other than `like`.
         """
         self._refuse_another_state(step, like)
         restore_args = jax.tree.map(
@@ -167,7 +183,7 @@ class Checkpoints:
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} cannot be read: {error}\n"
-                "Delete that folder to continue from the one before it."
+                "Delete that folder to continue from the checkpoint before it."
             ) from error
         return restored["state"], restored["record"]
 
@@ -176,22 +192,22 @@ class Checkpoints:
         try:
             saved = {name: shape for name, (shape, _) in describe_tree(path / "state").items()}
         except (ValueError, KeyError, OSError):
-            return  # damaged: reading it will say so
-        wanted = {name: tuple(leaf.shape) for name, leaf in _by_path(like).items()}
-        differing = differences(saved, wanted)
+            return  # damaged: `restore` will raise
+        expected = {name: tuple(leaf.shape) for name, leaf in _by_path(like).items()}
+        differing = differences(saved, expected)
         if differing:
             shown = "\n".join(differing[:10] + ["  ..."] * (len(differing) > 10))
             raise CheckpointError(
-                f"checkpoint {path} holds another state than this config trains, in "
-                f"{len(differing)} arrays:\n{shown}\n"
-                "Go back to the config that the workdir was begun with, or use another workdir."
+                f"checkpoint {path} does not hold the state that this config trains; "
+                f"{len(differing)} arrays differ:\n{shown}\n"
+                "Go back to the config that the workdir was started with, or use another workdir."
             )
 
     def wait(self) -> None:
-        """Returns when every started write is complete."""
+        """Waits until all checkpoints are complete."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the writer threads."""
+        """Waits until all checkpoints are complete, and releases the writer threads."""
         self._manager.wait_until_finished()
         self._manager.close()

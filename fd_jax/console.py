@@ -1,9 +1,9 @@
-"""What a run prints for the person at the terminal."""
+"""Progress messages on the terminal."""
 
 import jax
 
 
 def say(line: str) -> None:
-    """Prints a line, on the first process only."""
+    """Prints a line; with several processes, only the first one does."""
     if jax.process_index() == 0:
         print(line, flush=True)

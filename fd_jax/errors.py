@@ -1,7 +1,7 @@
-"""The errors a user can cause: one message that names the input, what was expected, what to do.
+"""Errors that a user can cause. The message names the input, what was expected and what to do.
 
-Entry points print a `UserError` as a single line and exit with status 2; any other exception is a
-bug and keeps its traceback.
+Entry points print the message of a `UserError` and exit with status 2. Any other exception is a bug
+and keeps its traceback.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Base of every error whose cause is the user's input and whose message says the remedy."""
+    """Base class of the errors that user input causes; the message contains the remedy."""
 
 
 class ConfigError(UserError):
@@ -21,41 +21,41 @@ class DataError(UserError):
 
 
 class HangError(DataError):
-    """Storage that does not answer. No thread that waits can be ended, so the process is."""
+    """Storage that does not respond. The process exits, since a blocked thread cannot be ended."""
 
 
 class ConversionError(UserError):
-    """A weights file that is not what its source name says, or cannot be read safely."""
+    """A weights file that does not match its source name, or cannot be read safely."""
 
 
 class ModelFolderError(UserError):
-    """A model folder that is missing, incomplete, of another version, or in the way."""
+    """A model folder that is missing, incomplete or of another version, or must not be replaced."""
 
 
 class CheckpointError(UserError):
-    """A workdir that cannot be resumed: another config, a missing or unreadable step."""
+    """A workdir that cannot be resumed: it has another config, or a step cannot be read."""
 
 
 def check_positive(name: str, value: int) -> None:
     """Refuses a setting below 1.
 
     Raises:
-      ConfigError: it is.
+      ConfigError: `value` is below 1.
     """
     if value < 1:
-        raise ConfigError(f"{name}={value}: a whole number above 0 is expected")
+        raise ConfigError(f"{name}={value}: expected a whole number above 0")
 
 
 def check_choice(name: str, value: str, known: Collection[str]) -> None:
-    """Refuses a value that is not among those that a setting may have.
+    """Refuses a value that is not one of the choices of a setting.
 
     Args:
-      name: of the setting, as a user writes it.
-      value: that it has.
-      known: that it may have.
+      name: name of the setting, as users write it.
+      value: value of the setting.
+      known: valid values, which the error lists.
 
     Raises:
-      ConfigError: `value` is not one of `known`, which the message lists.
+      ConfigError: `value` is not one of `known`.
     """
     if value not in known:
         listed = ", ".join(repr(choice) for choice in known)
@@ -63,7 +63,7 @@ def check_choice(name: str, value: str, known: Collection[str]) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines for a message: one per name whose value differs; what one side lacks counts as None."""
+    """Returns a line for each name whose value differs; a missing name counts as None."""
 
     def shown(values: Mapping[str, Any], name: str) -> str:
         return repr(values[name]) if name in values else "(absent)"
@@ -71,5 +71,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"  {name}: {shown(old, name)} -> {shown(new, name)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)  # a new field that is None is no difference
+        if old.get(name) != new.get(name)  # a new field that is None does not count
     ]

@@ -1,10 +1,10 @@
-"""Small files that are whole at any time."""
+"""Atomic writes of small files."""
 
 from etils import epath
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file under another name and renames it: a kill leaves the old one or the new one."""
+    """Writes a file under another name and renames it, so a kill leaves the old or the new one."""
     staging = path.with_name(f"{path.name}.new")
     staging.write_text(text)
     staging.replace(path)

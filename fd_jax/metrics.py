@@ -1,4 +1,4 @@
-"""(sum, count) arithmetic: metrics add up over steps, devices and hosts and are divided once."""
+"""Metrics as (sum, count) pairs, added up over steps, devices and hosts and divided once."""
 
 import collections
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def weighted(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of per-example values [B] under the weights [B]."""
+    """Returns weighted sum and sum of weights of per-example values. [B], [B] -> scalars"""
     return jnp.sum(values * weight), jnp.sum(weight)
 
 
@@ -17,22 +17,22 @@ class Mean:
     """Adds up (sum, count) pairs by name and divides once.
 
     Args:
-      totals: of another one, to go on from.
+      totals: result of `totals` of another instance to continue from.
     """
 
     def __init__(self, totals: Mapping[str, list[float]] | None = None):
         self._totals = collections.defaultdict(lambda: [0.0, 0.0], totals or {})
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        """Adds the metrics of one step; reads them from the device."""
+        """Reads the metrics of one step from the device and adds them."""
         for name, (total, count) in jax.device_get(dict(metrics)).items():
             self._totals[name][0] += float(total)
             self._totals[name][1] += float(count)
 
     def totals(self) -> dict[str, list[float]]:
-        """[sum, count] by name, JSON-able."""
+        """Returns [sum, count] by name, JSON-serializable."""
         return dict(self._totals)
 
     def result(self) -> dict[str, float]:
-        """The weighted mean of everything added; names without any weight are left out."""
+        """Returns the weighted means by name; names whose count is 0 are left out."""
         return {name: total / count for name, (total, count) in self._totals.items() if count}

@@ -1,7 +1,7 @@
-"""The model folder: the one currency for weights.
+"""Model folders: the format in which weights are stored and passed between commands.
 
-`params/` is an Orbax tree with `encoder` and, where there are any, `projector`, `head` and
-`fc_norm`; `model.json` is the `ModelSpec`, written last, so that a folder without it is no model.
+`params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`.
+`model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,15 @@ PARTS = ("encoder", "projector", "head", "fc_norm")
 def save(
     folder: epath.PathLike, spec: ModelSpec, params: dict[str, Any], *, overwrite: bool = False
 ) -> None:
-    """Writes a model folder; what is there stays untouched until the new one is complete.
+    """Writes a model folder. An existing folder stays untouched until the new one is complete.
+
+    With several processes, all of them call this function.
 
     Args:
-      folder: where to; local or a bucket.
-      spec: of the encoder.
-      params: {"encoder": ...} and optional parts named in PARTS; numpy or (sharded) jax arrays.
-        With several processes all of them call this.
-      overwrite: whether a folder that exists is replaced.
+      folder: destination, local or in a bucket.
+      spec: description of the encoder.
+      params: {"encoder": ...} and optionally other PARTS, as numpy or (sharded) jax arrays.
+      overwrite: whether to replace an existing folder.
 
     Raises:
       ModelFolderError: the folder exists and `overwrite` is not set, or a part is unknown.
@@ -40,10 +41,10 @@ def save(
     folder = epath.Path(folder)
     check_free(folder, overwrite=overwrite)
     if unknown := sorted(set(params) - set(PARTS)):
-        raise ModelFolderError(f"a model folder has no part {unknown}; expected some of {PARTS}")
+        raise ModelFolderError(f"a model folder has no part {unknown}; its parts are {PARTS}")
     staging = folder.parent / f".{folder.name}.incomplete"
-    first = jax.process_index() == 0
-    if first:
+    is_writer = jax.process_index() == 0
+    if is_writer:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if staging.exists():
             staging.rmtree()
@@ -51,13 +52,13 @@ def save(
     sharding.barrier("model_folder_staged")
     try:
         checkpoint.save_tree(staging / "params", params)
-        if first:
+        if is_writer:
             (staging / "model.json").write_text(spec.to_json())
             _replace(folder, staging)
     except BaseException:
-        # An interrupt or a full disk leaves no litter; what writes under way still add to it is
-        # hidden and goes with the next save.
-        if first:
+        # Remove the incomplete folder after an interrupt or a full disk. If writes in progress
+        # create files in it again, it is hidden, and the next save removes it.
+        if is_writer:
             with contextlib.suppress(OSError):
                 staging.rmtree()
         raise
@@ -65,56 +66,65 @@ def save(
 
 
 def _replace(folder: epath.Path, staging: epath.Path) -> None:
-    """The old one steps aside whole: a kill here never leaves a half-deleted model."""
-    replaced = _replaced(folder)
+    """Renames the old folder before deleting it, so a kill never leaves a half-deleted model."""
+    backup = _backup(folder)
     if folder.exists():
-        if replaced.exists():
-            replaced.rmtree()
-        folder.rename(replaced)
+        if backup.exists():
+            backup.rmtree()
+        folder.rename(backup)
     staging.rename(folder)
-    if replaced.exists():
-        replaced.rmtree()
+    if backup.exists():
+        backup.rmtree()
 
 
-def _replaced(folder: epath.Path) -> epath.Path:
+def _backup(folder: epath.Path) -> epath.Path:
     return folder.parent / f".{folder.name}.replaced"
 
 
 def check_free(folder: epath.PathLike, *, overwrite: bool) -> None:
-    """Refuses a destination that exists, before any work is done for it.
+    """Refuses a destination that exists; callers check this before they start any work.
 
-    Overwriting replaces model folders and empty ones: a slip of the pen deletes nothing else.
+    With `overwrite`, model folders and empty folders are accepted. Any other path is still
+    refused, so that a typo cannot delete it.
+
+    Raises:
+      ModelFolderError: the destination cannot be used.
     """
     folder = epath.Path(folder)
     if not folder.exists():
         return
     if not overwrite:
         raise ModelFolderError(
-            f"{folder} exists and is not overwritten; name another folder or ask for overwriting"
+            f"{folder} exists and is not overwritten; name another folder or allow overwriting"
         )
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "model.json").exists()):
-        raise ModelFolderError(f"{folder} is no model folder, so it is not overwritten")
+        raise ModelFolderError(f"{folder} is not a model folder, so it is not overwritten")
 
 
 def load_spec(folder: epath.PathLike) -> ModelSpec:
-    """Reads `model.json` only."""
+    """Reads only `model.json`.
+
+    Raises:
+      ModelFolderError: the folder is not a model folder, or model.json is damaged.
+    """
     folder = epath.Path(folder)
     if not folder.exists():
-        if (_replaced(folder) / "model.json").exists():
+        if (_backup(folder) / "model.json").exists():
             raise ModelFolderError(
                 f"no model folder at {folder}: a command that replaced it was killed between two "
-                f"renames. The old one is {_replaced(folder)}: rename it, or run the command again"
+                f"renames. The old one is {_backup(folder)}: rename it, or run the command again"
             )
         raise ModelFolderError(
             f"no model folder at {folder}; `convert_checkpoints.py import` makes one from a "
-            "weights file, `train.py` leaves one in <workdir>/model"
+            "weights file, and `train.py` writes one to <workdir>/model"
         )
     description = folder / "model.json"
     if (folder / "model" / "model.json").exists():
-        raise ModelFolderError(f"{folder} is a run; its model folder is {folder / 'model'}")
+        raise ModelFolderError(f"{folder} is a workdir; its model folder is {folder / 'model'}")
     if not description.exists():
         raise ModelFolderError(
-            f"{folder} holds no model.json: it is not a model folder, or its writing was cut off"
+            f"{folder} holds no model.json: it is not a model folder, or it is incomplete because "
+            "writing it was interrupted"
         )
     return ModelSpec.from_json(description.read_text(), where=str(description))
 
@@ -126,7 +136,8 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
       The spec, and the parts as nested dicts of numpy arrays in their stored dtype.
 
     Raises:
-      ModelFolderError: there is none, it is damaged, or weights and description disagree.
+      ModelFolderError: the folder does not exist or is damaged, or its weights do not match its
+        description.
     """
     folder = epath.Path(folder)
     spec = load_spec(folder)
@@ -139,7 +150,11 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
 def describe(
     folder: epath.PathLike,
 ) -> tuple[ModelSpec, dict[str, tuple[tuple[int, ...], str]]]:
-    """The spec, and shape and dtype of every array by "a/b" path; reads no values."""
+    """Returns the spec, and shape and dtype of every array by "a/b" path; reads no values.
+
+    Raises:
+      ModelFolderError: the folder does not exist or is damaged.
+    """
     folder = epath.Path(folder)
     spec = load_spec(folder)
     with _readable(folder):
@@ -150,12 +165,17 @@ def describe(
 def _readable(folder: epath.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+    except Exception as error:  # Orbax and its storage raise many types of errors for damage
         raise ModelFolderError(f"the weights in {folder} cannot be read: {error}") from error
 
 
 class Model:
-    """A loaded network: call it on normalised images, or `preprocess` uint8 ones first."""
+    """A loaded network, called on normalised images; `preprocess` normalises uint8 images.
+
+    Args:
+      spec: description of the encoder.
+      params: parts of the model folder, float32.
+    """
 
     def __init__(self, spec: ModelSpec, params: dict[str, Any]):
         self.spec = spec
@@ -164,11 +184,15 @@ class Model:
         self._forward = jax.jit(self._apply)
 
     def __call__(self, images: jax.Array) -> FeatureMap:
-        """Feature map after the final norm, class token first. images: [B, H, W, 3] float32."""
+        """Returns the features after the final norm, class token first.
+
+        Args:
+          images: normalised images [B, H, W, 3], float32.
+        """
         return self._forward(self.params["encoder"], images)
 
     def preprocess(self, images: np.ndarray) -> jax.Array:
-        """Normalises with the network's own statistics. uint8 [B, H, W, 3] -> float32."""
+        """Normalises images with the mean and std of the network. uint8 [B, H, W, 3] -> float32."""
         return self.spec.normalize(images)
 
     def _apply(self, params, images):
@@ -179,9 +203,12 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
     """Opens a model folder for use in Python.
 
     Args:
-      folder: with `model.json`.
-      image_size: side of a square in pixels, or (height, width), to resize the network for; None
-        keeps its own size.
+      folder: the model folder.
+      image_size: side of square images in pixels, or (height, width), to which position tables are
+        resized; None to keep the stored size.
+
+    Raises:
+      ModelFolderError: the folder does not exist or is damaged.
     """
     spec, params = load(folder)
     if image_size is not None:
@@ -193,22 +220,22 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
 
 def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
     expected = flat_shapes(spec.abstract()[1])
-    found = flat_shapes(params.get("encoder", {}))
-    if expected == found:
+    stored = flat_shapes(params.get("encoder", {}))
+    if expected == stored:
         return
-    problems = [f"missing {path}" for path in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {path}" for path in sorted(found.keys() - expected.keys())]
+    problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
+    problems += [f"unexpected {path}" for path in sorted(stored.keys() - expected.keys())]
     problems += [
-        f"{path} has shape {found[path]}, expected {expected[path]}"
-        for path in sorted(expected.keys() & found.keys())
-        if expected[path] != found[path]
+        f"{path} has shape {stored[path]}, expected {expected[path]}"
+        for path in sorted(expected.keys() & stored.keys())
+        if expected[path] != stored[path]
     ]
     listing = "\n  ".join(problems)
-    raise ModelFolderError(f"the weights in {folder} do not fit its model.json:\n  {listing}")
+    raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
 
 
 def flat_shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Shape of every array by its path, as "blocks/0/norm1/scale"."""
+    """Returns the shapes of all arrays by their paths, such as "blocks/0/norm1/scale"."""
     shapes = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"

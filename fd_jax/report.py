@@ -111,7 +111,7 @@ def _held_out_images(feed: Feed, size: int) -> np.ndarray:
         chosen.setdefault(label if label >= 0 else -1 - index, index)
         if len(chosen) == MAP_IMAGES:
             break
-    return np.stack([feed.picture("eval", index, size) for index in chosen.values()])
+    return np.stack([feed.image("eval", index, size) for index in chosen.values()])
 
 
 def _patches(

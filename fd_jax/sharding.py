@@ -1,7 +1,7 @@
-"""The device mesh, and which axis of it every array is split over.
+"""The device mesh, and the mesh axes over which arrays are split.
 
-One table gives each parameter's axes names; one table says where a name lands on the mesh. A
-parameter that matches no row, or more than one, is an error.
+One table names the logical axes of each parameter, and another maps logical axes to mesh axes. A
+parameter that does not match exactly one row of the first table is an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axis.
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 
-# Path pattern -> logical axes. Vectors, tables and tokens are small and stay whole.
+# Path pattern -> logical axes. Vectors, tables and tokens are small and are replicated.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/qkv/kernel$", ("embed", None, "heads")),
     (r"attn/proj/kernel$", ("heads", "embed")),
@@ -32,7 +32,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
-    (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # or a projector per teacher
+    (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # one projector, or one per teacher
     (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens)$", ()),
 )
 
@@ -40,17 +40,24 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1, the rest of them.
+    """Makes a (data, fsdp, tensor) mesh over all devices.
 
-    With several TPU slices the data axis spans the slices, so that only gradients cross them.
+    With several TPU slices, the data axis spans the slices, so that only gradients cross them.
+
+    Args:
+      data: size of the data axis. Any one of the three sizes may be -1, for all remaining devices.
+      fsdp: size of the fsdp axis.
+      tensor: size of the tensor axis.
+      devices: devices of the mesh; None for all devices.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the product of the sizes is not the number of devices, or the data axis cannot
+        span the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
     is_tpu = devices[0].platform == "tpu"
-    # On GPUs every machine has a slice_index of its own; fsdp may span them all the same.
+    # On GPUs every machine has its own slice_index, but there fsdp may span machines.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     if slices > 1:
         if shape[0] % slices:
@@ -64,17 +71,17 @@ def make_mesh(
     elif is_tpu and not any(getattr(device, "core_on_chip", 0) for device in devices):
         grid = _on_torus(mesh_utils.create_device_mesh, shape, devices=devices)
     else:
-        # Elsewhere the topology is flat: the order of the devices keeps a host's rows together. So
-        # it is with two devices on a chip, which is how the compiler describes a v4 without
-        # one; jax lays the axes of a mesh over whole chips only.
+        # Elsewhere the topology is flat, and the order of the devices keeps the rows of a host
+        # together. This branch also handles two devices per chip, which is how the compiler
+        # describes a v4 without hardware: jax places mesh axes over whole chips only.
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES)
 
 
 def _on_torus(create: Callable[..., np.ndarray], *shapes: tuple[int, ...], devices: Any):
-    """Whole axes of the torus for each axis of the mesh; parts where that cannot be.
+    """Places each mesh axis over whole axes of the torus or, if impossible, over parts of them.
 
-    fsdp=16 on 8 x 8 chips, say, is no product of sides.
+    For example, fsdp=16 on 8 x 8 chips is not a product of whole sides.
     """
     try:
         return create(*shapes, devices=devices)
@@ -83,46 +90,74 @@ def _on_torus(create: Callable[..., np.ndarray], *shapes: tuple[int, ...], devic
 
 
 def resolve_mesh(sizes: dict[str, int], devices: int) -> tuple[int, int, int]:
-    """Replaces a -1 by what is left, and checks that the product is the number of devices."""
+    """Replaces -1 by the number of remaining devices and checks the sizes.
+
+    Args:
+      sizes: sizes by name of the axis: data, fsdp and tensor.
+      devices: number of devices.
+
+    Returns:
+      The sizes (data, fsdp, tensor).
+
+    Raises:
+      ConfigError: a size is invalid, or the product is not the number of devices.
+    """
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     unknown = [axis for axis, size in sizes.items() if size == -1]
     wanted = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"mesh {wanted}: sizes are positive, and at most one may be -1")
+        raise ConfigError(f"mesh {wanted}: sizes must be positive, and at most one may be -1")
     if devices % fixed or (not unknown and fixed != devices):
-        raise ConfigError(f"mesh {wanted} does not fit {devices} devices; the product must be that")
+        raise ConfigError(
+            f"mesh {wanted} does not fit {devices} devices; the product must be {devices}"
+        )
     data, fsdp, tensor = (devices // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES)
     return data, fsdp, tensor
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Refuses a global batch that does not split evenly over devices and micro-batches."""
+    """Refuses a global batch that does not split evenly over devices and micro-batches.
+
+    Args:
+      batch_size: number of examples in the global batch.
+      accumulation: number of micro-batches.
+      mesh: device mesh.
+
+    Raises:
+      ConfigError: a number is below 1, or the batch does not split evenly; the message suggests
+        sizes that do.
+    """
     check_positive("batch_size", batch_size)
     check_positive("accumulation", accumulation)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (ways * accumulation):
-        step = ways * accumulation
-        lower = batch_size // step * step
-        fitting = f"{lower} or {lower + step}" if lower else step
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (shards * accumulation):
+        multiple = shards * accumulation
+        lower = batch_size // multiple * multiple
+        suggestion = f"{lower} or {lower + multiple}" if lower else multiple
         raise ConfigError(
-            f"batch_size {batch_size} is not divisible by {ways} batch shards "
+            f"batch_size {batch_size} is not divisible by {shards} batch shards "
             f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) x {accumulation} "
-            f"micro-batches; use {fitting}"
+            f"micro-batches; use {suggestion}"
         )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over data and fsdp."""
+    """Sharding of a batch: examples are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
-    """The sharding of every parameter of a tree of arrays or shapes."""
+    """Returns the sharding of every parameter in a tree of arrays or shapes.
+
+    Raises:
+      ValueError: a parameter does not match exactly one row of PARAM_AXES.
+      ConfigError: a dimension is not divisible by its mesh axis.
+    """
 
     def sharding_of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -134,7 +169,11 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
 def optimizer_shardings(
     tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree, mesh: Mesh
 ) -> PyTree:
-    """Optimizer state like the parameter it belongs to; counters and factored moments whole."""
+    """Returns the shardings of an optimizer state.
+
+    State with the shape of a parameter is sharded like it; counters and factored moments are
+    replicated.
+    """
     whole = replicated(mesh)
 
     def like_param(leaf, param, sharding):
@@ -151,8 +190,8 @@ def optimizer_shardings(
 
 
 def barrier(name: str) -> None:
-    """Waits for the other processes, where there are any."""
-    if jax.process_count() > 1:  # one process would compile an exchange with itself
+    """Waits until all processes have reached this point; does nothing in a single process."""
+    if jax.process_count() > 1:  # otherwise one process would compile an exchange with itself
         multihost_utils.sync_global_devices(name)
 
 
@@ -160,11 +199,11 @@ def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     rows = [axes for pattern, axes in PARAM_AXES if re.search(pattern, name)]
     if len(rows) != 1:
         raise ValueError(
-            f"parameter {name} {shape} matches {len(rows)} rows of PARAM_AXES; expected one"
+            f"parameter {name} {shape} matches {len(rows)} rows of PARAM_AXES; expected exactly one"
         )
     axes = [None if axis is None else RULES[axis] for axis in rows[0]]
     if axes and len(axes) != len(shape):
-        raise ValueError(f"parameter {name} has shape {shape}, its row names {len(axes)} axes")
+        raise ValueError(f"parameter {name} has shape {shape}, but its row has {len(axes)} axes")
     for size, axis in zip(shape, axes, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(

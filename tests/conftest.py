@@ -6,14 +6,15 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation, a third of it LLVM's; small programs need no fast code.
+# Most of the suite's time is compilation, and a third of that is LLVM's optimisation, which small
+# programs do not need.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-# Tests compile the same small programs again and again, many in processes of their own: within
-# one run of the suite, each is compiled once.
+# Tests use the same small programs again and again, often in processes of their own. With this
+# cache, each program is compiled once per run of the suite.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="fd_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
@@ -28,7 +29,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="session")
 def embedded_data(tmp_path_factory):
-    """A data_dir with photos and digits, prepared once."""
+    """A data_dir in which photos and digits are prepared."""
     from fd_jax.data import prepare
 
     folder = str(tmp_path_factory.mktemp("data"))
@@ -39,7 +40,7 @@ def embedded_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A model folder of toy size with random weights."""
+    """A toy-sized model folder with random weights."""
     from tests import tiny
 
     return tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
@@ -47,7 +48,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(teacher, embedded_data, tmp_path_factory):
-    """Workdir and result of an unbroken run of `tiny.config`."""
+    """Workdir and result of an uninterrupted run of `tiny.config`."""
     from fd_jax.tasks.distill import DistillTask
     from fd_jax.training import loop
     from tests import tiny

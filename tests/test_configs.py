@@ -400,7 +400,7 @@ def run_train(*flags):
     [
         (["--num_processes=2", "--process_id=0"], "add --coordinator=HOST:PORT"),
         (["--coordinator=localhost:1", "--num_processes=2"], "--process_id from 0 to N - 1"),
-        (["--distributed"], "how the processes find each other"),
+        (["--distributed"], "jax.distributed cannot detect the other processes"),
         (["--config.colour=red"], "no field colour; configs/base.py"),
         (["--config.student.famly=vit"], "no field famly; did you mean family? configs/base.py"),
         (["--config.batch_size=many"], "batch_size"),

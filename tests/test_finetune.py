@@ -52,7 +52,7 @@ def test_weights_and_their_average_are_both_evaluated(tuned):
     assert result.evaluation["eval_loss"] != result.evaluation["eval_ema_loss"]
 
 
-def test_model_folder_holds_the_classifier(tuned):
+def test_exported_model_folder_has_the_classifier_head(tuned):
     workdir, _ = tuned
     spec, parts = model_folder.load(workdir / "model")
     assert set(parts) == {"encoder", "fc_norm", "head"}
@@ -60,8 +60,8 @@ def test_model_folder_holds_the_classifier(tuned):
     assert spec.source == "fine-tuned by fd_jax on digits from distilled"
 
 
-def test_measuring_gives_what_training_reported(tuned, config):
-    """--eval_only on the exported average, with the table and the picture; 53 is prime."""
+def test_eval_only_gives_the_figures_that_training_reported(tuned, config):
+    """It measures the exported average and writes the table and the plot; 53 is prime."""
     workdir, result = tuned
     figures = measure.measure(config, workdir, per_class=True)
     written = json.loads((workdir / "evaluation.json").read_text())
@@ -76,7 +76,7 @@ def test_measuring_gives_what_training_reported(tuned, config):
 
 
 def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
-    """Two of four steps, then the rest: mixing, augmentation and drop path go on."""
+    """It stops after two of four steps; mixing, augmentation and drop path resume too."""
     half = ml_collections.ConfigDict(config.to_dict())
     workdir, _ = tuned
     task = ClassifyTask(half)
@@ -86,9 +86,9 @@ def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
 
     original = loop.Run._save
 
-    def save_and_stop(trainer, step, state):
-        original(trainer, step, state)
-        trainer.checkpoints.wait()
+    def save_and_stop(run, step, state):
+        original(run, step, state)
+        run.checkpoints.wait()
         raise Stop
 
     loop.Run._save = save_and_stop
@@ -99,15 +99,15 @@ def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
         loop.Run._save = original
     loop.fit(task, half, tmp_path / "again")
     losses = [
-        [row["loss"] for row in metric_writer.read(where) if "loss" in row]
-        for where in (workdir, tmp_path / "again")
+        [row["loss"] for row in metric_writer.read(folder) if "loss" in row]
+        for folder in (workdir, tmp_path / "again")
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
 
 
-def test_without_a_head_the_neighbours_alone_are_measured(config, tmp_path):
-    """As a probe of the same folder reports them."""
+def test_eval_only_without_a_head_measures_only_the_neighbours(config, tmp_path):
+    """The figures are those that a probe of the same folder reports."""
     probe = ml_collections.ConfigDict(config.to_dict())
     probe.model.update(trains="head", pooling="cls", final_norm=True, untie_positions=False)
     probe.ema_decay = 0.0
@@ -119,15 +119,15 @@ def test_without_a_head_the_neighbours_alone_are_measured(config, tmp_path):
         np.testing.assert_allclose(figure, reported[f"eval_{name}"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("knn,asked", [(0, {}), (5, {"per_class": True})])
-def test_measuring_a_head_that_is_not_there_is_refused(config, tmp_path, knn, asked):
+@pytest.mark.parametrize("knn,options", [(0, {}), (5, {"per_class": True})])
+def test_eval_only_that_needs_a_head_is_refused_without_one(config, tmp_path, knn, options):
     config = ml_collections.ConfigDict(config.to_dict())
     config.eval.knn = knn
     with pytest.raises(ConfigError, match="has no classifier head; fine-tune or probe it first"):
-        measure.measure(config, tmp_path, **asked)
+        measure.measure(config, tmp_path, **options)
 
 
-def test_measuring_without_a_model_is_refused(config, tmp_path):
+def test_eval_only_without_a_model_is_refused(config, tmp_path):
     config = ml_collections.ConfigDict(config.to_dict())
     config.init_from = ""
     with pytest.raises(ConfigError, match="--eval_only needs a trained classifier"):
@@ -144,7 +144,7 @@ def test_measuring_without_a_model_is_refused(config, tmp_path):
     ],
     ids=str,
 )
-def test_wrong_commands_get_one_clear_message(tmp_path, flags, message):
+def test_invalid_commands_print_one_message_and_no_traceback(tmp_path, flags, message):
     command = ["finetune.py", "--config=configs/finetune_clip_vit_b16.py:smoke"]
     result = subprocess.run(
         [sys.executable, *command, f"--workdir={tmp_path / 'w'}", *flags],
@@ -159,8 +159,8 @@ def test_wrong_commands_get_one_clear_message(tmp_path, flags, message):
     assert not (tmp_path / "w").exists()
 
 
-def test_training_from_random_weights(embedded_data, tmp_path):
-    """The way the miniature pre-trains its teacher: no init_from, an architecture instead."""
+def test_training_from_random_weights_exports_a_model_folder(embedded_data, tmp_path):
+    """This is how the miniature pre-trains its teacher: an architecture instead of init_from."""
     fields = {"data.data_dir": embedded_data, "steps": 1, "eval.every": 0, "eval.epochs": 0.0}
     config = tiny.fine_tuning("", **fields)
     config.model.family = "vit"

@@ -1,14 +1,14 @@
-"""What can be imported with which packages."""
+"""The core can be imported and used without the optional packages."""
 
 import subprocess
 import sys
 
-# Of the extras: none of them is needed to define, compile and run a step.
+# Packages of the extras; none of them is needed to define, compile and run a step.
 EXTRAS = ("PIL", "clu", "cv2", "grain", "libtpu", "tensorflow", "tensorflow_datasets", "torch")
 
 SCRIPT = f"""
 import sys
-sys.modules.update(dict.fromkeys({EXTRAS}))  # to import one of them is an ImportError
+sys.modules.update(dict.fromkeys({EXTRAS}))  # importing any of them raises ImportError
 import jax
 from configs import base
 from fd_jax import losses, model_folder, optimizer, sharding
@@ -23,11 +23,11 @@ config.student.arch.depth = 1
 spec = ModelSpec("vit", config.student.arch.to_dict())
 task = registry.make(config, {{"teacher": spec}})
 mesh = sharding.make_mesh(devices=jax.devices()[:1])
-made = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
-print(made.batch["image"].shape, task.flops().model > 0)
+run = program.build(task, config, mesh, steps_per_epoch=1, total_steps=1)
+print(run.batch["image"].shape, task.flops().model > 0)
 """
 
 
-def test_a_step_is_defined_without_any_package_of_the_extras():
+def test_a_step_can_be_built_without_any_package_of_the_extras():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.stdout == "(2048, 224, 224, 3) True\n", done.stderr

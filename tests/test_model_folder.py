@@ -1,4 +1,4 @@
-"""Model folders: exact, complete or absent, and clear about what is wrong."""
+"""Model folders: exact round trips, atomic writes, and clear errors."""
 
 import json
 import pathlib
@@ -57,7 +57,7 @@ def test_sharded_arrays_are_written_whole(tmp_path, parts):
     np.testing.assert_array_equal(got, kernel)
 
 
-def test_loaded_model_is_the_module(folder, parts):
+def test_loaded_model_gives_the_features_of_the_saved_module(folder, parts):
     model = fd_jax.load_model(folder)
     images = tiny.batch(2)["image"]
     definition, _ = tiny.teacher_spec().abstract()
@@ -67,14 +67,14 @@ def test_loaded_model_is_the_module(folder, parts):
     np.testing.assert_allclose(model.preprocess(images), pixels, atol=1e-5)
 
 
-def test_model_at_another_size(folder):
+def test_model_can_be_loaded_for_another_image_size(folder):
     model = fd_jax.load_model(folder, image_size=48)
     features = model(model.preprocess(tiny.batch(1, side=48)["image"]))
     assert features.grid == (6, 6)
     assert model.spec.arch["image_size"] == 48
 
 
-def test_existing_folder_is_kept_unless_asked(folder, parts):
+def test_existing_folder_is_only_replaced_with_overwrite(folder, parts):
     other = tiny.randomize(parts, 9)
     with pytest.raises(ModelFolderError, match="exists and is not overwritten"):
         model_folder.save(folder, tiny.teacher_spec(), other)
@@ -114,7 +114,7 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(folder, delay):
     spec, _ = model_folder.load(folder)
     assert spec.arch["width"] == 768 if finished else spec.arch["width"] in (48, 768)
     assert before.arch["width"] == 48
-    # What was left behind is no obstacle.
+    # Files that the killed process left do not prevent another save.
     model_folder.save(folder, tiny.teacher_spec(), model_parts(), overwrite=True)
     assert model_folder.load(folder)[0].arch["width"] == 48
 
@@ -123,7 +123,7 @@ def model_parts():
     return {"encoder": split(tiny.teacher_spec().build(rngs=nnx.Rngs(0)))[1]}
 
 
-def test_nothing_there(tmp_path):
+def test_missing_or_empty_folder_is_refused(tmp_path):
     with pytest.raises(ModelFolderError, match="no model folder at .*convert_checkpoints.py"):
         model_folder.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -147,13 +147,13 @@ def edit(folder, **fields):
         ({"arch": {**tiny.TEACHER, "mlp_width": 64}}, r"has shape \(48, 96\), expected \(48, 64\)"),
     ],
 )
-def test_description_that_does_not_fit(folder, fields, message):
+def test_description_that_does_not_match_the_weights_is_refused(folder, fields, message):
     edit(folder, **fields)
     with pytest.raises(ModelFolderError, match=message):
         model_folder.load(folder)
 
 
-def test_description_that_is_no_json(folder):
+def test_description_that_is_not_json_is_refused(folder):
     (folder / "model.json").write_text("{")
     with pytest.raises(ModelFolderError, match="is not a model description"):
         model_folder.load(folder)

@@ -1,4 +1,4 @@
-"""A distillation of toy size: a real teacher folder, a real config, seconds on a CPU."""
+"""Toy-sized models, configs and batches: real ones, which take seconds on a CPU."""
 
 from flax import nnx
 import jax
@@ -27,14 +27,14 @@ TEACHER = {
     "qkv_bias": "qkv",
     "patch_bias": True,
 }
-# Grids 8, 4, 2 under windows of 4: the first stage shifts, the second is one window, the third is
-# smaller than its window.
+# Grids of 8, 4 and 2 with windows of 4: the first stage shifts windows, the second has one window,
+# and the third is smaller than a window.
 SWIN = {"patch_size": 4, "embed_width": 16, "depths": (2, 1, 1), "heads": (2, 2, 4), "window": 4}
 STUDENT = {"patch_size": 8, "width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
 
 
 def randomize(tree, seed, scale=0.3):
-    """Every array of a tree drawn anew, so that no bias or scale sits at its neutral start."""
+    """Adds noise to every array of a tree, so that no bias or scale keeps its neutral value."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(tree)
     drawn = [
@@ -49,7 +49,7 @@ def teacher_spec(**arch):
 
 
 def save_teacher(folder, *, classes=0, **arch):
-    """Writes a model folder with random weights and, where asked, a classifier head."""
+    """Writes a model folder with random weights, and with a classifier head if `classes` is set."""
     _, encoder = specs.split(teacher_spec(**arch).build(rngs=nnx.Rngs(7)))
     parts = {"encoder": randomize(encoder, 1)}
     spec = teacher_spec(**arch)
@@ -65,14 +65,15 @@ def save_teacher(folder, *, classes=0, **arch):
 
 
 def swin_spec(version=1, **arch):
-    made = (base.swin_v1 if version == 1 else base.swin_v2)(SWIN, image_size=32)
+    defaults = (base.swin_v1 if version == 1 else base.swin_v2)(SWIN, image_size=32)
     if version == 2:
-        made["residual_scale"] = 0.5  # at the original's 1e-5 no test would see a block
-    return specs.ModelSpec("swin" if version == 1 else "swin_v2", {**made, **arch}, source="tiny")
+        defaults["residual_scale"] = 0.5  # with the original's 1e-5, blocks would have no effect
+    family = "swin" if version == 1 else "swin_v2"
+    return specs.ModelSpec(family, {**defaults, **arch}, source="tiny")
 
 
 def save_swin(folder, version=1, **arch):
-    """Writes the model folder of a Swin with random weights."""
+    """Writes the model folder of a Swin network with random weights."""
     spec = swin_spec(version, **arch)
     encoder = jax.tree.map(lambda leaf: np.zeros(leaf.shape), spec.abstract()[1])
     model_folder.save(folder, spec, {"encoder": randomize(encoder, 1)})
@@ -81,43 +82,43 @@ def save_swin(folder, version=1, **arch):
 
 def swin_config(teacher="", **fields):
     """`config` with a SwinV2 student."""
-    made = config(teacher)
-    made.student.family = "swin_v2"
-    made.student.arch = swin_spec(2).arch
-    made.update_from_flattened_dict(fields)
-    return made
+    result = config(teacher)
+    result.student.family = "swin_v2"
+    result.student.arch = swin_spec(2).arch
+    result.update_from_flattened_dict(fields)
+    return result
 
 
 def config(teacher="", **fields):
-    """A distillation config of toy size; `fields` are dotted names with underscores for dots."""
-    made = base.distillation(teacher="tiny", drop_path=0.2)
-    made.student.arch.update({**STUDENT, "image_size": 32})
-    made.teacher.path = teacher
-    made.data.update(name="photos", eval_split="test", image_size=32, threads=2)
-    made.update(batch_size=16, steps=6, log_every=1)
-    made.profile_steps = 1
-    made.checkpoint.every = 2
-    made.eval.update(every=6, batches=2)
-    made.optim.update(peak_lr=1e-3, lr_batch=16, warmup_epochs=0.01)
-    made.update_from_flattened_dict(fields)
-    return made
+    """A toy-sized distillation config; `fields` maps dotted names of fields to values."""
+    result = base.distillation(teacher="tiny", drop_path=0.2)
+    result.student.arch.update({**STUDENT, "image_size": 32})
+    result.teacher.path = teacher
+    result.data.update(name="photos", eval_split="test", image_size=32, threads=2)
+    result.update(batch_size=16, steps=6, log_every=1)
+    result.profile_steps = 1
+    result.checkpoint.every = 2
+    result.eval.update(every=6, batches=2)
+    result.optim.update(peak_lr=1e-3, lr_batch=16, warmup_epochs=0.01)
+    result.update_from_flattened_dict(fields)
+    return result
 
 
 def batch(size=16, side=32, seed=0):
-    """A host batch of random pictures."""
+    """A host batch of random images."""
     rng = np.random.default_rng(seed)
     specified = elements.of_batch(elements.labelled_image(side))
-    made = elements.stack([elements.padding(specified)] * size, specified)
-    made["image"][:] = rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
-    made["weight"][:] = 1
-    made["index"][:] = np.arange(size)
-    return made
+    result = elements.stack([elements.padding(specified)] * size, specified)
+    result["image"][:] = rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    result["weight"][:] = 1
+    result["index"][:] = np.arange(size)
+    return result
 
 
 def save_student(folder, seed=5, **arch):
-    """Writes the model folder of a distilled student, with its projector, random weights."""
-    made = {**base.student(STUDENT, image_size=32), **arch}
-    spec = specs.ModelSpec("vit", made, source="distilled")
+    """Writes the model folder of a student and its projector, with random weights."""
+    arch = {**base.student(STUDENT, image_size=32), **arch}
+    spec = specs.ModelSpec("vit", arch, source="distilled")
     _, encoder = specs.split(spec.build(rngs=nnx.Rngs(seed)))
     width = STUDENT["width"]
     projector = {"kernel": np.ones((width, 48), np.float32), "bias": np.ones(48, np.float32)}
@@ -127,21 +128,21 @@ def save_student(folder, seed=5, **arch):
 
 
 def fine_tuning(init_from="", **fields):
-    """A fine-tuning config of toy size on the digits; `fields` as in `config`."""
-    made = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-5)
-    made.init_from = init_from
-    made.model.classes = 10
-    made.data.update(name="digits", eval_split="test", image_size=32, threads=2)
-    made.update(batch_size=16, steps=4, log_every=1)
-    made.checkpoint.every = 2
-    made.eval.update(every=4, batches=2)
-    made.optim.update(lr_batch=16, warmup_epochs=0.01)
-    made.update_from_flattened_dict(fields)
-    return made
+    """A toy-sized fine-tuning config on the digits; `fields` as in `config`."""
+    result = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-5)
+    result.init_from = init_from
+    result.model.classes = 10
+    result.data.update(name="digits", eval_split="test", image_size=32, threads=2)
+    result.update(batch_size=16, steps=4, log_every=1)
+    result.checkpoint.every = 2
+    result.eval.update(every=4, batches=2)
+    result.optim.update(lr_batch=16, warmup_epochs=0.01)
+    result.update_from_flattened_dict(fields)
+    return result
 
 
 def labelled_batch(size=16, side=32, classes=10, seed=0):
-    """A host batch of random pictures with random labels."""
+    """A host batch of random images with random labels."""
     rng = np.random.default_rng(seed + 100)
     label = rng.integers(0, classes, size).astype(np.int32)
     return {**batch(size, side, seed), "label": label}

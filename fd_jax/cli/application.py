@@ -1,4 +1,4 @@
-"""How a command with absl flags starts, and how an error reaches the user."""
+"""Start-up of the commands with absl flags, and how they report errors."""
 
 from collections.abc import Callable, Sequence
 import os
@@ -14,12 +14,12 @@ from fd_jax.typing import Config
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs `main` under absl; what the user got wrong becomes one message and exit status 2."""
+    """Runs `main` under absl; a user error becomes one message and exit status 2."""
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
-        except (AttributeError, KeyError) as error:  # how a locked config says it
+        except (AttributeError, KeyError) as error:  # a locked config has no such field
             _fail(_unknown_field(str(error)))
         except (flags.Error, TypeError, ValueError, OSError) as error:
             _fail(_without_traceback(str(error)))
@@ -28,55 +28,55 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
         try:
             return main(argv)
         except HangError as error:
-            _tell(str(error))
-            os._exit(2)  # leaving in an orderly way would wait for the thread that hangs
+            _print_error(str(error))
+            os._exit(2)  # a regular exit would wait for the thread that hangs
         except UserError as error:
             _fail(str(error))
 
     logging.set_verbosity(logging.WARNING)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow greets at length otherwise
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     app.run(guarded, flags_parser=parse)
 
 
 def read_config(flag: flags.FlagHolder) -> Config:
-    """The config that a flag of config_flags names.
+    """Returns the config that a flag of config_flags names.
 
     Raises:
-      ConfigError: there is no such file, or it cannot be read.
+      ConfigError: the file does not exist or cannot be read.
     """
     try:
         return ml_collections.FrozenConfigDict(flag.value)
-    except OSError as error:  # raised at the first look at its fields
+    except OSError as error:  # raised when a field is read for the first time
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--{flag.name} names no config that can be read, such as configs/NAME.py ({reason})"
+            f"--{flag.name}: cannot read the config ({reason}); name a file such as configs/NAME.py"
         ) from None
 
 
 def _unknown_field(message: str) -> str:
-    """Names the field, and the one that was meant, out of a message with quotes within quotes."""
+    """Returns a message that names the field, and a suggestion if ml_collections makes one."""
     if "get_config" in message:
-        return f"--config names a file without get_config(), so it is no experiment ({message})"
+        return f"--config names a file without get_config(), so it is not a config ({message})"
     field = re.search(r"\w+", message)
     name = field[0] if field else message
-    meant = re.search(r"Did you mean \W*(\w+)", message)
-    guess = f"; did you mean {meant[1]}?" if meant else ";"
-    return f"the config has no field {name}{guess} configs/base.py lists what there is"
+    suggestion = re.search(r"Did you mean \W*(\w+)", message)
+    hint = f"did you mean {suggestion[1]}? " if suggestion else ""
+    return f"the config has no field {name}; {hint}configs/base.py lists all fields"
 
 
 def _without_traceback(message: str) -> str:
-    """The first and the last line of a message into which ml_collections wrote a traceback."""
+    """Returns the first and last line of a message in which ml_collections put a traceback."""
     if "Traceback" not in message:
         return message
     lines = message.strip().splitlines()
     return f"{lines[0]} {lines[-1]}"
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> NoReturn:
-    _tell(message)
+    _print_error(message)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Evaluation without training: accuracy of a classifier folder, and how fast it runs."""
+"""Evaluation without training: accuracy and throughput of a classifier folder."""
 
 import json
 import time
@@ -25,49 +25,51 @@ THROUGHPUT_SECONDS = 10.0
 def measure(
     config: Config, workdir: epath.PathLike, *, per_class: bool = False, throughput: bool = False
 ) -> dict[str, float]:
-    """Evaluates the classifier in `workdir`/model, or else the one in `config.init_from`.
+    """Evaluates the classifier in `workdir`/model or, if there is none, in `config.init_from`.
 
-    With `config.eval.knn` the nearest neighbours of its features are measured as well, and a
-    folder without a head by them alone. Writes evaluation.json into the workdir; per_class.md and
-    confusion.png where asked.
+    With `config.eval.knn`, the nearest-neighbour accuracy of its features is measured as well; for
+    a folder without a head, it is the only measurement. Writes evaluation.json into the workdir,
+    and per_class.md and confusion.png on request.
 
     Args:
-      config: of fine-tuning; its data, evaluation and mesh fields count.
-      workdir: receives the results.
-      per_class: also a table per class and a picture of the confusion matrix.
-      throughput: also images per second of the compiled forward pass on batches that are there.
+      config: fine-tuning config, of which the data, evaluation and mesh fields are used.
+      workdir: folder that receives the results.
+      per_class: whether to write a table per class and a plot of the confusion matrix.
+      throughput: whether to measure images per second of the compiled forward pass, on a batch
+        that is already on the devices.
 
     Returns:
-      Loss, top-1 and top-5 accuracy over the held-out split, and what was asked for.
+      Loss, top-1 and top-5 accuracy over the held-out split, and the requested figures.
 
     Raises:
-      UserError: no such folder, no head in it where one is needed, or one for other classes.
+      UserError: there is no such folder, it has no head although one is needed, or its head has
+        other classes.
     """
     workdir = epath.Path(workdir)
     config, has_head = _as_classifier(config, workdir)
     if not has_head and (per_class or throughput or not config.eval.knn):
         raise ConfigError(
             f"--eval_only: {config.init_from} has no classifier head; fine-tune or probe it first, "
-            "or measure its features alone with --config.eval.knn=20"
+            "or measure only its features with --config.eval.knn=20"
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
     task = ClassifyTask(config)
-    # The training split need not be there, unless its pictures are the neighbours.
+    # The training split does not have to exist, unless its images are the neighbours.
     split = config.data.split if config.eval.knn else config.data.eval_split
     feed = Feed(**{**config.data.to_dict(), "split": split})
     task.check_data(feed)
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
     state = program.create(jax.random.key(0), task.load_initial())
 
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     weights = evaluators.Weights(state.params, state.extra, frozen={})
     neighbours = evaluators.Neighbours(config.eval.knn, config.batch_size)
     for evaluator in task.evaluators() if has_head else [neighbours]:
-        found |= evaluator(program, weights, feed)
+        figures |= evaluator(program, weights, feed)
     if throughput:
-        found["images_per_second"] = _throughput(program, feed, config, state)
-    say("  ".join(f"{name} {value:.5f}" for name, value in found.items()))
+        figures["images_per_second"] = _throughput(program, feed, config, state)
+    say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
     if per_class:
         matrix = _confusion(program, task, feed, config, state)
     if jax.process_index() == 0:
@@ -75,21 +77,21 @@ def measure(
         record = {
             "init_from": config.init_from,
             "data": f"{config.data.name}/{config.data.eval_split}",
-            **found,
+            **figures,
         }
         files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if per_class:
             files.write_text(workdir / "per_class.md", tables.per_class(matrix))
             pictures.confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
-    return found
+    return figures
 
 
 def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
-    """The config with the folder named and its own head kept; whether it has one."""
+    """Returns the config set up to evaluate the model folder, and whether that has a head."""
     config = ml_collections.ConfigDict(config.to_dict())
     if not config.data.eval_split:
-        raise ConfigError("--eval_only measures data.eval_split, which is empty; name a split")
+        raise ConfigError("--eval_only measures data.eval_split, which is empty; set it to a split")
     if (workdir / "model").exists():
         config.init_from = str(workdir / "model")
     if not config.init_from:
@@ -110,23 +112,23 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
 
 
 def _throughput(program, feed, config, state) -> float:
-    """Images per second of the forward pass alone, compilation left out."""
+    """Images per second of the forward pass alone, without compilation."""
     batch = next(iter(passes.batches(program.mesh, feed, "eval", config.batch_size, limit=1)))
 
     def seconds(steps: int) -> float:
-        began = time.monotonic()
+        start = time.monotonic()
         for _ in range(steps):
             jax.block_until_ready(program.eval_step(state.params, state.extra, {}, batch))
-        return time.monotonic() - began
+        return time.monotonic() - start
 
     seconds(1)  # compiles
-    # The first process decides for all how often: a step waits for every one of them.
+    # The first process chooses the number of steps for all, because each step needs all of them.
     steps = int(multihost_utils.broadcast_one_to_all(np.int32(THROUGHPUT_SECONDS / seconds(1)) + 1))
     return steps * config.batch_size / seconds(steps)
 
 
 def _confusion(program, task, feed, config, state) -> np.ndarray:
-    """[K, K] counts, row = label, column = prediction."""
+    """Confusion matrix over the held-out split: counts [K, K], row = label, column = prediction."""
 
     def predict(params, extra, batch):
         logits = task.logits(params, extra, {}, batch)

@@ -1,4 +1,4 @@
-"""What the training scripts share: flags and processes."""
+"""Flags and start of processes, shared by the training scripts."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,17 +13,19 @@ from fd_jax.tasks.base import Task
 from fd_jax.training import loop
 from fd_jax.typing import Config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as configs/NAME.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/NAME.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
-_ACCEPT = flags.DEFINE_bool("accept_config", False, "Go on in a workdir that another config began.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_config", False, "Continue in a workdir that was started with another config."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Start jax.distributed; it learns the rest from Cloud TPU pods and Slurm."
+    "distributed", False, "Start jax.distributed, which detects Cloud TPU pods and Slurm."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where the launcher does not name it."
+    "coordinator", None, "host:port of process 0, if the launcher does not provide it."
 )
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead."
 )
@@ -33,9 +35,9 @@ Action = Callable[[Config, str], int]
 
 
 def run(action: Action) -> None:
-    """Parses flags, joins the other processes, and does `action` with the config and the workdir.
+    """Parses flags, joins the other processes, and calls `action` with the config and the workdir.
 
-    What the action returns is the exit status.
+    The result of the action is the exit status.
     """
 
     def main(argv: Sequence[str]) -> int:
@@ -53,12 +55,12 @@ def run(action: Action) -> None:
 
 
 def train(make_task: Callable[[Config], Task]) -> Action:
-    """The action that trains the task which `make_task` builds from the config."""
+    """Returns the action that trains the task which `make_task` builds from the config."""
 
     def action(config: Config, workdir: str) -> int:
         result = loop.fit(make_task(config), config, workdir, accept_config=_ACCEPT.value)
         if result.preempted:
-            say(f"stopped by SIGTERM at step {result.step}; the same command goes on from there")
+            say(f"stopped by SIGTERM at step {result.step}; the same command resumes from there")
             return loop.PREEMPTED
         return 0
 
@@ -69,17 +71,17 @@ def _start_processes() -> None:
     if not (_DISTRIBUTED.value or _COORDINATOR.value):
         if _PROCESSES.value is not None or _PROCESS.value is not None:
             raise UserError(
-                "--num_processes and --process_id are for several processes, which have to find "
-                "each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
+                "--num_processes and --process_id are for several processes, which need a way to "
+                "find each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
             )
         return
     if _COORDINATOR.value and not _DISTRIBUTED.value:
         process, count = _PROCESS.value, _PROCESSES.value
         if process is None or count is None or not 0 <= process < count:
             raise UserError(
-                f"--coordinator={_COORDINATOR.value} goes with --num_processes=N and a "
-                f"--process_id from 0 to N - 1, not with {count} and {process}; where a launcher "
-                "names them, add --distributed"
+                f"--coordinator={_COORDINATOR.value} needs --num_processes=N and a --process_id "
+                f"from 0 to N - 1, but they are {count} and {process}; if a launcher provides "
+                "them, add --distributed"
             )
     try:
         jax.distributed.initialize(
@@ -90,6 +92,6 @@ def _start_processes() -> None:
         )
     except ValueError as error:
         raise UserError(
-            f"jax.distributed does not know how the processes find each other ({error}); name "
+            f"jax.distributed cannot detect the other processes ({error}); set "
             "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from None

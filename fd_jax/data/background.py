@@ -1,4 +1,4 @@
-"""An iterator that runs ahead in a thread."""
+"""An iterator that is read ahead in a thread."""
 
 from collections.abc import Callable, Iterator
 import queue
@@ -7,9 +7,11 @@ from typing import Any
 
 
 class Background:
-    """Runs an iterator in a thread, so that waiting for it can have a limit.
+    """Runs an iterator in a thread, so that waiting for an item can time out.
 
-    `finish` is applied to each item there, before anybody waits for it.
+    Args:
+      iterator: source of the items.
+      finish: function applied to each item in that thread, before the item is asked for.
     """
 
     def __init__(self, iterator: Iterator[Any], finish: Callable[[Any], Any]):
@@ -20,19 +22,24 @@ class Background:
         self._thread.start()
 
     def get(self, timeout: float) -> Any:
-        """The next item, or what the iterator raised; queue.Empty if nothing came in time."""
+        """Returns the next item.
+
+        Raises:
+          queue.Empty: no item arrived within `timeout` seconds.
+          BaseException: whatever the iterator raised.
+        """
         item = self._queue.get(timeout=timeout)
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self, timeout: float) -> bool:
-        """Tells the thread to end; returns whether it did so in time."""
+        """Asks the thread to stop; returns whether it did within `timeout` seconds."""
         self._closed.set()
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
-        while not self._queue.empty():  # what lies in shared memory is freed with its batch
+        while not self._queue.empty():  # dropping a batch frees its slot of shared memory
             self._queue.get()
         return True
 
@@ -40,10 +47,10 @@ class Background:
         try:
             for item in iterator:
                 finished = self._finish(item)
-                del item  # or it would take up its memory until the next one is there
+                del item  # otherwise its memory would stay in use until the next item arrives
                 if not self._put(finished):
                     break
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # raised again in the thread that waits
             self._put(error)
         iterator.close()
 

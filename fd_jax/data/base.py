@@ -1,4 +1,4 @@
-"""What tasks and evaluation ask of a run's data. `feed.Feed` is one."""
+"""The interface through which tasks and evaluation read data. `feed.Feed` implements it."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -14,36 +14,41 @@ class Data(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the training split, as a message names it."""
+        """Name of the training split, for messages."""
         ...
 
     @property
     def elements(self) -> Elements:
-        """What every batch holds."""
+        """Specification of the arrays in every batch."""
         ...
 
     @property
     def classes(self) -> int:
-        """Number of labels.
+        """Number of classes.
 
         Raises:
-          DataError: the data has none.
+          DataError: the data has no labels.
         """
         ...
 
     def check_labels(self) -> None:
-        """Reads the first label of each split.
+        """Checks the number of classes and the first label of each split.
 
         Raises:
-          DataError: there are no labels, a split hides them, or the splits differ in classes.
+          DataError: there are no labels, a split hides them, or the splits have different numbers
+            of classes.
         """
         ...
 
     def sequential(
-        self, which: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+        self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
     ) -> Iterator[Batch]:
-        """Every image of a split, "train" or "eval", once and in order, the last batch padded.
+        """Yields every image of a split once and in order; the last batch is padded.
 
-        `rows` of each global batch of `batch_size`, all if None; at most `limit` batches, or all.
+        Args:
+          split: "train" or "eval".
+          batch_size: number of examples in the global batch.
+          rows: rows of each global batch to produce; None for all of them.
+          limit: maximum number of batches; 0 for no limit.
         """
         ...

@@ -1,4 +1,4 @@
-"""Where images come from: random access to encoded pictures and labels."""
+"""Image sources: random access to encoded images and their labels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,13 +10,13 @@ from fd_jax.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 FOLDER_PREFIX = "folder:"
-_SPLIT = "{split}"  # in a folder's path
+_SPLIT = "{split}"  # placeholder in the path of a folder
 
-# What may not be downloaded for the user, by the dataset that needs it.
+# Files that users have to download themselves, for licence reasons, by dataset.
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
-# File names (with .JPEG) that the original leaves out in distillation and in ImageNet-22K
-# fine-tuning (docs/reference.md#skipped-files); one of them belongs to ImageNet-1K.
+# File names that the original skips in distillation and in ImageNet-22K fine-tuning
+# (docs/reference.md#skipped-files). One of them belongs to ImageNet-1K.
 OFFICIAL_SKIPPED = tuple(
     f"{name}.JPEG"
     for name in (
@@ -31,15 +31,20 @@ OFFICIAL_SKIPPED = tuple(
 
 
 class BrokenImageError(Exception):
-    """One example cannot be read or decoded; training goes on with another."""
+    """An example cannot be read or decoded; training continues with another one."""
 
 
 class SkippedError(Exception):
-    """One example is among those that the user asked to leave out."""
+    """An example is one of those that the user asked to skip."""
 
 
 class Example(NamedTuple):
-    """One picture: encoded bytes or decoded uint8 [h, w, 3]; label -1 where there is none."""
+    """One labelled image.
+
+    Attributes:
+      image: encoded bytes, or decoded pixels as uint8 [h, w, 3].
+      label: class index; -1 if there is none.
+    """
 
     image: bytes | np.ndarray
     label: int
@@ -59,13 +64,13 @@ class Dataset(Protocol):
         """Reads one example.
 
         Raises:
-          BrokenImageError: it cannot be read.
-          SkippedError: it was to be left out, which shows only when it is read.
+          BrokenImageError: the example cannot be read.
+          SkippedError: the example is to be skipped, which is only known once it is read.
         """
         ...
 
     def describe(self, index: int) -> str:
-        """Names an example for a message."""
+        """Returns a description of one example, for messages."""
         ...
 
 
@@ -75,17 +80,18 @@ def open_dataset(
     """Opens a split of a dataset.
 
     Args:
-      name: a TFDS name (imagenet2012, photos, digits, your own builder) or folder:/path, whose
-        sub-folders, where there are any, are the classes; `{split}` in a folder's path is
+      name: TFDS name (imagenet2012, photos, digits, your own builder) or folder:/path. The
+        sub-folders of a folder, if it has any, are its classes, and `{split}` in its path is
         replaced by the split.
-      split: in TFDS's language ("train", "train[:90%]"); for a folder only where its path asks.
-      data_dir: where TFDS keeps prepared data; None for its default.
-      skip: file-name endings to leave out. A folder forgets them when it is indexed; a TFDS
-        dataset keeps its length and its batches take the next example instead, since only
-        reading all of it would show where they are.
+      split: split in TFDS syntax ("train", "train[:90%]"); a folder uses it only to replace
+        `{split}` in its path.
+      data_dir: folder in which TFDS keeps prepared data; None for the default of TFDS.
+      skip: endings of the file names to leave out. A folder drops these files when it is indexed.
+        A TFDS dataset keeps its length and its batches take the next example instead, because
+        finding these files beforehand would mean reading the whole dataset.
 
     Raises:
-      DataError: it does not exist, is not prepared, or cannot be read at random.
+      DataError: the dataset does not exist, is not prepared, or has no random access.
     """
     if name.startswith(FOLDER_PREFIX):
         folder = name.removeprefix(FOLDER_PREFIX).replace(_SPLIT, split)
@@ -94,14 +100,15 @@ def open_dataset(
 
 
 def is_one_folder(name: str) -> bool:
-    """Whether every split of a dataset is the same folder of pictures."""
+    """Returns whether every split of a dataset would read the same folder of images."""
     return name.startswith(FOLDER_PREFIX) and _SPLIT not in name
 
 
 class FolderDataset:
-    """Image files under a folder, indexed once as (path, label), read in place.
+    """The image files under a folder, indexed once as (path, label) and read in place.
 
-    Labels are the positions of the sorted sub-folder names; a flat folder has none.
+    The label of an image is the position of its sub-folder among the sorted sub-folders. A folder
+    without sub-folders has no labels.
     """
 
     def __init__(self, folder: epath.PathLike, *, skip: Sequence[str] = ()):
@@ -109,13 +116,14 @@ class FolderDataset:
         if not root.is_dir():
             raise DataError(f"no folder of images at {folder}")
         self.name = f"{FOLDER_PREFIX}{root}"
-        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
-        classes = sorted(path.name for path in inside if path.is_dir())
-        loose = [path.name for path in inside if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        children = [path for path in root.iterdir() if not path.name.startswith(".")]
+        classes = sorted(path.name for path in children if path.is_dir())
+        loose = [path.name for path in children if path.name.lower().endswith(IMAGE_SUFFIXES)]
         if classes and loose:
             raise DataError(
-                f"{folder} has {len(loose)} images ({loose[0]}...) beside its {len(classes)} "
-                "class folders; put each into a folder, or point to one without sub-folders"
+                f"{folder} has {len(loose)} images ({loose[0]}...) next to its {len(classes)} "
+                "class folders; move each image into a class folder, or name a folder without "
+                "sub-folders"
             )
         self.num_classes = len(classes) or None
         groups = [(root / name, label) for label, name in enumerate(classes)] or [(root, -1)]
@@ -136,29 +144,31 @@ class FolderDataset:
             raise BrokenImageError(str(error)) from error
 
     def describe(self, index: int) -> str:
-        """The file's path."""
+        """Returns the path of the file."""
         return self._files[index][0]
 
 
 class TfdsDataset:
-    """A prepared TFDS dataset in ArrayRecord files; pictures stay encoded until they are used."""
+    """A prepared TFDS dataset in ArrayRecord files; its images are returned encoded."""
 
     def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
         import tensorflow_datasets as tfds
 
         builder = find_builder(name, data_dir)
         if not builder.is_prepared():
-            raise DataError(not_prepared(name, str(builder.data_dir), data_dir))
+            raise DataError(not_prepared_message(name, str(builder.data_dir), data_dir))
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise DataError(
-                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format}, which has"
-                " no random access. Prepare it again as ArrayRecord, in another data_dir or after"
-                f" moving that folder away:\n  {prepare_command(name, data_dir)}"
+                f"{name} in {builder.data_dir} is prepared as {builder.info.file_format.value}, "
+                "which has no random access. Prepare it again as ArrayRecord in another data_dir or"
+                f" after you have moved that folder away:\n  {prepare_command(name, data_dir)}"
             )
         self.name = f"{name}/{split}"
         features = builder.info.features
         if features is None or "image" not in features:
-            raise DataError(f"{name} has no feature 'image'; it has {sorted(features or ())}")
+            raise DataError(
+                f"{name} has no feature 'image'; its features are {sorted(features or ())}"
+            )
         label = features["label"] if "label" in features else None
         self.num_classes = getattr(label, "num_classes", None)
         splits = builder.info.splits or {}
@@ -166,9 +176,13 @@ class TfdsDataset:
         try:
             examples = splits[split].num_examples
         except (ValueError, KeyError) as error:
-            raise DataError(f"{name} has no split {split!r}; it has {sorted(sizes)}") from error
+            raise DataError(
+                f"{name} has no split {split!r}; its splits are {sorted(sizes)}"
+            ) from error
         if not examples:
-            raise DataError(f"{name} has no examples in {split!r}; its splits have {sizes}")
+            raise DataError(
+                f"{name} has no examples in {split!r}; the sizes of its splits are {sizes}"
+            )
         self._records: Any = builder.as_data_source(
             split, decoders={"image": tfds.decode.SkipDecoding()}
         )
@@ -184,7 +198,7 @@ class TfdsDataset:
         return Example(record["image"], int(record.get("label", -1)))
 
     def describe(self, index: int) -> str:
-        """File name where the dataset has it, else the position."""
+        """Returns the position of an example and, if the dataset stores it, its file name."""
         try:
             file_name = _file_name(self._record(index))
         except BrokenImageError:
@@ -194,15 +208,15 @@ class TfdsDataset:
     def _record(self, index: int) -> dict[str, Any]:
         try:
             return self._records[int(index)]
-        except RuntimeError as error:  # ArrayRecord's word for a checksum that does not fit
+        except RuntimeError as error:  # how ArrayRecord reports a checksum that does not match
             raise BrokenImageError(str(error)) from error
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
-    """The TFDS builder of a name, ours included.
+    """Returns the TFDS builder with a name, which may be one of ours.
 
     Raises:
-      DataError: there is none of that name.
+      DataError: no builder has that name.
     """
     import tensorflow_datasets as tfds
 
@@ -214,13 +228,13 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         if "file_format" in str(error):
             return tfds.builder(name, data_dir=data_dir)
         raise DataError(
-            f"TFDS knows no dataset {name!r}. Give a TFDS name, the name of a builder that was "
+            f"TFDS has no dataset {name!r}. Use a TFDS name, the name of a builder that was "
             f"imported or prepared in data_dir={data_dir}, or {FOLDER_PREFIX}/path/to/images"
         ) from error
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:
-    """The command that prepares a dataset."""
+    """Returns the command that prepares a dataset."""
     command = f"python -m fd_jax.data.prepare --name={name}"
     if data_dir:
         command += f" --data_dir={data_dir}"
@@ -229,15 +243,15 @@ def prepare_command(name: str, data_dir: str | None) -> str:
     return command
 
 
-def not_prepared(name: str, where: str, data_dir: str | None) -> str:
-    """What to do about a dataset that is not prepared yet."""
+def not_prepared_message(name: str, folder: str, data_dir: str | None) -> str:
+    """Returns an error message that explains how to prepare a dataset."""
     text = (
-        f"{name} is not prepared in {where}. Prepare it with\n  {prepare_command(name, data_dir)}"
+        f"{name} is not prepared in {folder}. Prepare it with\n  {prepare_command(name, data_dir)}"
     )
     if name in MANUAL_FILES:
         text += (
-            f"\nwhere that folder holds {' and '.join(MANUAL_FILES[name])} from image-net.org. "
-            "It calls builder.download_and_prepare(file_format='array_record')."
+            f"\nThat folder has to hold {' and '.join(MANUAL_FILES[name])} from image-net.org. "
+            "The command calls builder.download_and_prepare(file_format='array_record')."
         )
     return text
 
@@ -248,7 +262,7 @@ def _file_name(record: dict[str, Any]) -> str:
 
 
 def _image_files(folder: epath.Path, skip: Sequence[str]) -> list[str]:
-    """Sorted paths of the pictures in a folder, at any depth."""
+    """Returns the sorted paths of the images in a folder, at any depth."""
     return sorted(
         str(parent / name)
         for parent, _, names in folder.walk()

@@ -1,8 +1,9 @@
-"""What a batch holds: the one place that names its entries, their shapes, dtypes and padding.
+"""Specification of a batch: the names of its arrays, with their shapes, dtypes and padding.
 
-A transform says what it makes of one example; the loader adds what it knows itself. The loader, its
-shared memory, evaluation, the compiled step and the planner all read the same specification, so
-that another entry (a label map, a stored target, a crop box) is added in the transform alone.
+A transform specifies the elements that it makes from one example, and the loader adds its own. The
+loader, its shared memory, evaluation, the compiled step and the planner all read this
+specification, so a new element (a label map, a stored target, a crop box) is only added in the
+transform.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,12 @@ from fd_jax.typing import Config
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """One entry of a batch, as a single example has it.
+    """One array of a batch, described for a single example.
 
     Attributes:
-      shape: without the batch axis; () for a number.
-      dtype: NumPy's name of it.
-      padding: the value in rows that hold no example.
+      shape: shape without the batch axis; () for a number.
+      dtype: NumPy name of the dtype.
+      padding: value in rows that hold no example.
     """
 
     shape: tuple[int, ...]
@@ -29,24 +30,24 @@ class Element:
     padding: float = 0
 
     def empty(self, rows: int) -> np.ndarray:
-        """Memory for so many rows, [rows, *shape], not set to anything."""
+        """Returns uninitialised memory for this many rows. -> [rows, *shape]"""
         return np.empty((rows, *self.shape), self.dtype)
 
     def padded(self) -> np.ndarray:
-        """A row that holds no example. -> [*shape]"""
+        """Returns the value of a row that holds no example. -> [*shape]"""
         return np.full(self.shape, self.padding, self.dtype)
 
 
 Elements = Mapping[str, Element]
-Row = Mapping[str, Any]  # one example: an array or a number by the name of its element
+Row = Mapping[str, Any]  # one example: element name -> array or number
 
-# What the loader adds to each row: 0 for padding and for examples that cannot be read; the
-# position in the dataset, -1 for padding.
+# The elements that the loader adds to each row. "weight" is 1, or 0 for padding and for examples
+# that cannot be read. "index" is the position in the dataset, or -1 for padding.
 LOADED: Elements = {"weight": Element((), "float32"), "index": Element((), "int32", -1)}
 
 
 def labelled_image(image_size: int) -> dict[str, Element]:
-    """A picture, [S, S, 3] uint8, and its class, -1 where there is none."""
+    """Returns the elements of an image, uint8 [S, S, 3], and its class, -1 if it has none."""
     return {
         "image": Element((image_size, image_size, 3), "uint8"),
         "label": Element((), "int32", -1),
@@ -54,44 +55,44 @@ def labelled_image(image_size: int) -> dict[str, Element]:
 
 
 def of_batch(example: Elements) -> dict[str, Element]:
-    """The entries of a batch whose examples a transform makes into `example`."""
+    """Returns the elements of a batch, given the elements that the transform makes."""
     return {**example, **LOADED}
 
 
 def of_config(data: Config) -> dict[str, Element]:
-    """The entries of a run's batches by its `config.data`, for those who do not open the data."""
+    """Returns the elements of a run's batches from its `config.data`, without opening the data."""
     return of_batch(labelled_image(data.image_size))
 
 
 def padding(elements: Elements) -> dict[str, np.ndarray]:
-    """A row of every element that holds no example."""
+    """Returns a row that holds no example."""
     return {name: element.padded() for name, element in elements.items()}
 
 
 def stack(
     rows: Sequence[Row], elements: Elements, out: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows to a batch, each element [n, *shape].
+    """Stacks rows into a batch, in which each element has the shape [n, *shape].
 
     Args:
-      rows: with every element and nothing else.
-      elements: what they hold.
-      out: memory that receives it; new memory if not given.
+      rows: examples that have exactly the specified elements.
+      elements: specification of the rows.
+      out: arrays to write to; None to allocate new ones.
 
     Raises:
       KeyError: a row lacks an element, or has one that is not specified.
-      ValueError: an array has another shape than its element.
-      TypeError: an array has another dtype.
+      ValueError: the shape of an array is not that of its element.
+      TypeError: the dtype of an array is not that of its element.
     """
     for row in rows:
         if row.keys() != elements.keys():
             raise KeyError(f"a row has {sorted(row)}, its elements are {sorted(elements)}")
-    made = {}
+    batch = {}
     for name, element in elements.items():
-        made[name] = target = element.empty(len(rows)) if out is None else out[name]
+        batch[name] = target = element.empty(len(rows)) if out is None else out[name]
         values = [row[name] for row in rows]
         if element.shape:
             np.stack(values, out=target, casting="no")
         else:
             target[:] = values
-    return made
+    return batch

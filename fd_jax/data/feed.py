@@ -1,4 +1,4 @@
-"""What a run reads: its datasets, transforms and batches, from the fields of `config.data`."""
+"""The data of a run: its datasets, transforms and batches, set up from `config.data`."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -18,24 +18,26 @@ class Feed:
 
     Args:
       name: TFDS name or folder:/path.
-      split: for training.
-      eval_split: held out; "" for none.
-      data_dir: of TFDS; "" for its default.
-      image_size: side of what comes out, in pixels.
-      min_area: of the random crop, as a share of the picture.
-      interpolation: "bilinear" or "bicubic", antialiased.
+      split: training split.
+      eval_split: held-out split; "" for none.
+      data_dir: data folder of TFDS; "" for the default of TFDS.
+      image_size: side of the transformed images, in pixels.
+      min_area: minimum area of the random crop, as a share of the image.
+      interpolation: antialiased resize filter, "bilinear" or "bicubic".
       crop: "retried" or "single", see `transforms.TrainTransform`.
       flip: whether half of the training images are mirrored.
-      rand_augment: policy in timm's notation; "" for none.
-      eval_resize: short side of a held-out picture to the side of the centre crop.
-      eval_crop: False squashes held-out pictures to the square instead.
-      skip_official: leaves out the files that the original skips (docs/reference.md#skipped-files).
-      threads: decoding threads per process.
-      workers: worker processes; 0 decodes in this one.
-      max_broken: unreadable images replaced before the run stops, in each process and start.
+      rand_augment: RandAugment policy in timm's notation; "" for none.
+      eval_resize: ratio of the short side of a held-out image to the side of its centre crop.
+      eval_crop: whether held-out images are cropped; if False, they are squashed to the square.
+      skip_official: whether to skip the files that the original skips
+        (docs/reference.md#skipped-files).
+      threads: number of decoding threads per process.
+      workers: number of worker processes; 0 to decode in this process.
+      max_broken: number of unreadable images that each process may replace before the run stops;
+        counted anew after a restart.
 
     Raises:
-      DataError: a split cannot be opened, or the held-out one is the training one by mistake.
+      DataError: a split cannot be opened, or both splits would read the same folder.
     """
 
     def __init__(
@@ -60,9 +62,9 @@ class Feed:
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
-                f"{name} is one folder for every split, so that data.eval_split={eval_split!r} "
-                "would hold nothing out; let its path say where the split's name goes, as in "
-                "folder:/data/imagenet/{split}, or set data.eval_split=''"
+                f"{name} is the same folder for every split, so data.eval_split={eval_split!r} "
+                "would hold nothing out; put {split} where the name of the split belongs in the "
+                "path, as in folder:/data/imagenet/{split}, or set data.eval_split=''"
             )
         open_dataset = functools.partial(
             datasets.open_dataset,
@@ -89,7 +91,7 @@ class Feed:
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in an epoch; the rest of the examples waits for another epoch's order."""
+        """Number of full batches in an epoch; the remaining examples are left out of it."""
         return pipeline.steps_per_epoch(self.train_dataset, batch_size)
 
     def train(
@@ -101,9 +103,14 @@ class Feed:
         start_step: int,
         put_on_devices: Callable[[HostBatch], Batch] | None = None,
     ) -> pipeline.TrainLoader:
-        """Endless training batches from step `start_step` on; `rows` of each global batch.
+        """Opens an endless loader of training batches.
 
-        `put_on_devices` is applied to each in the thread that reads ahead.
+        Args:
+          batch_size: number of examples in the global batch.
+          seed: seed of order and augmentation.
+          rows: rows of each global batch that this process produces.
+          start_step: step of the first batch.
+          put_on_devices: function applied to each batch in the thread that reads ahead.
         """
         return pipeline.TrainLoader(
             self.train_dataset,
@@ -119,18 +126,18 @@ class Feed:
         )
 
     def sequential(
-        self, which: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+        self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
     ) -> Iterator[HostBatch]:
-        """Every image once, in order, without augmentation, the last batch padded.
+        """Yields every image once, in order, without augmentation; the last batch is padded.
 
         Args:
-          which: "train" or "eval".
-          batch_size: of the global batch.
-          rows: of each global batch; None for all.
-          limit: number of batches; 0 for all.
+          split: "train" or "eval".
+          batch_size: number of examples in the global batch.
+          rows: rows of each global batch to produce; None for all of them.
+          limit: maximum number of batches; 0 for no limit.
         """
         return pipeline.eval_batches(
-            self._dataset(which),
+            self._dataset(split),
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,
@@ -141,30 +148,31 @@ class Feed:
 
     @property
     def name(self) -> str:
-        """Of the training split, as a message names it."""
+        """Name of the training split, for messages."""
         return self.train_dataset.name
 
     @property
     def elements(self) -> Elements:
-        """What every batch holds, those for training and those of `sequential` alike."""
+        """Specification of the arrays in every batch, from `train` and `sequential` alike."""
         return elements.of_batch(self.train_transform.elements)
 
     @property
     def classes(self) -> int:
-        """Number of labels.
+        """Number of classes.
 
         Raises:
-          DataError: the data has none.
+          DataError: the data has no labels.
         """
         if self.train_dataset.num_classes is None:
             raise DataError(f"{self.train_dataset.name} has no class labels")
         return self.train_dataset.num_classes
 
     def check_labels(self) -> None:
-        """Reads the first label of each split.
+        """Checks the number of classes and the first label of each split.
 
         Raises:
-          DataError: there are no labels, a split hides them, or the splits differ in classes.
+          DataError: there are no labels, a split hides them, or the splits have different numbers
+            of classes.
         """
         numbers = {}
         for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
@@ -173,36 +181,36 @@ class Feed:
             index, label = _first_label(dataset)
             if label is not None and label < 0:
                 raise DataError(
-                    f"{dataset.name} hides its class labels: that of {dataset.describe(index)} is "
-                    f"{label}; use another split"
+                    f"{dataset.name} hides its class labels: the label of "
+                    f"{dataset.describe(index)} is {label}; use another split"
                 )
             numbers[dataset.name] = dataset.num_classes
         if len(set(numbers.values())) > 1:
             listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
-            raise DataError(f"the same classes are expected in both splits, but {listed}")
+            raise DataError(f"both splits must have the same number of classes, but {listed}")
 
-    def examples(self, which: str) -> int:
+    def examples(self, split: str) -> int:
         """Number of images in a split, "train" or "eval"."""
-        return len(self._dataset(which))
+        return len(self._dataset(split))
 
-    def label(self, which: str, index: int) -> int:
-        """Label of one image; -1 where there is none."""
-        return self._dataset(which)[index].label
+    def label(self, split: str, index: int) -> int:
+        """Label of one image; -1 if it has none."""
+        return self._dataset(split)[index].label
 
-    def picture(self, which: str, index: int, size: int) -> np.ndarray:
-        """One image, resized and centre-cropped to any size. -> [size, size, 3] uint8"""
+    def image(self, split: str, index: int, size: int) -> np.ndarray:
+        """Reads one image, resized and centre-cropped to any size. -> uint8 [size, size, 3]"""
         transform = transforms.EvalTransform(size)
-        return transform(self._dataset(which)[index].image, np.random.default_rng(0))
+        return transform(self._dataset(split)[index].image, np.random.default_rng(0))
 
-    def _dataset(self, which: str) -> datasets.Dataset:
-        dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[which]
+    def _dataset(self, split: str) -> datasets.Dataset:
+        dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[split]
         if dataset is None:
             raise DataError("this run has no held-out split; set data.eval_split")
         return dataset
 
 
 def _first_label(dataset: datasets.Dataset) -> tuple[int, int | None]:
-    """Position and label of the first example that can be read; the label is None if none can."""
+    """Returns index and label of the first readable example; the label is None if there is none."""
     for index in range(len(dataset)):
         try:
             return index, dataset[index].label

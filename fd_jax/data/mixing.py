@@ -2,8 +2,8 @@
 
 See docs/reference.md#mixing and docs/reference.md#random-erasing.
 
-Everything is drawn for the global batch from one key, so the result depends on neither the mesh nor
-the number of hosts.
+All random numbers are drawn for the global batch from one key, so the result depends neither on the
+mesh nor on the number of hosts.
 """
 
 import dataclasses
@@ -14,31 +14,34 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError
 
-ERASED_AREA = (0.02, 1 / 3)  # of the picture
-ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASED_AREA = (0.02, 1 / 3)  # range, as a share of the image
+ERASED_ASPECT = (0.3, 1 / 0.3)  # range of height / width
 ERASE_TRIES = 10
 
 
 def smooth_one_hot(label: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Label-smoothed targets: s / K off the label, 1 - s more on it. [B] -> [B, K] float32."""
+    """Label-smoothed targets: s / K for each class, plus 1 - s for the label.
+
+    [B] -> [B, K] float32.
+    """
     return jax.nn.one_hot(label, classes) * (1 - smoothing) + smoothing / classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """Mixes every image of a batch with its partner from the other end, all with one lambda.
+    """Mixes each image with the one at the mirrored position of the batch, using one lambda.
 
-    The original draws once per device's batch (docs/reference.md#quirk-mixup-per-rank); here it is
-    once per global batch.
+    Lambda is drawn once per global batch. The original draws it once for the batch of each device
+    (docs/reference.md#quirk-mixup-per-rank).
 
     Attributes:
-      mixup: alpha of lambda's Beta distribution for mixup; 0 for no mixup.
-      cutmix: alpha for CutMix; 0 for no CutMix.
-      switch: probability of CutMix where both are on.
-      batch_size: of the global batch.
+      mixup: alpha of the Beta distribution of lambda for mixup; 0 to turn mixup off.
+      cutmix: alpha for CutMix; 0 to turn CutMix off.
+      switch: probability of CutMix if both are on.
+      batch_size: number of examples in the global batch.
 
     Raises:
-      ConfigError: a negative alpha, neither of both, or a batch without partners.
+      ConfigError: an alpha is negative, both are 0, or the batch size is odd.
     """
 
     mixup: float
@@ -49,8 +52,8 @@ class Mixing:
     def __post_init__(self):
         if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0:
             raise ConfigError(
-                f"mixing.mixup={self.mixup} and mixing.cutmix={self.cutmix}: alphas are positive, "
-                "or 0 for off, and one of them is on"
+                f"mixing.mixup={self.mixup} and mixing.cutmix={self.cutmix}: alphas must be "
+                "positive, or 0 for off, and at least one must be on"
             )
         if self.batch_size % 2:
             raise ConfigError(
@@ -61,35 +64,39 @@ class Mixing:
     def __call__(
         self, key: jax.Array, images: jax.Array, target: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Draws and mixes, before anything is normalised.
+        """Draws lambda and mixes the batch, before images are normalised.
 
         images [B, S, S, 3] uint8 or float, target [B, K] -> the same shapes, float32.
         """
-        which_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
+        switch_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
         size = images.shape[1]
         lam = jax.random.beta(mixup_key, self.mixup or 1.0, self.mixup or 1.0)
-        weight = jnp.full((size, size), lam)  # of an image against its partner, per pixel
+        weight = jnp.full((size, size), lam)  # share of the image itself in each mixed pixel
         if self.cutmix:
             cut_lam = jax.random.beta(cutmix_key, self.cutmix, self.cutmix)
             centre = jax.random.randint(centre_key, (2,), 0, size)
             cut = 1.0 - box_mask(size, cut_lam, centre)
             share = self.switch if self.mixup else 1.0
-            weight = jnp.where(jax.random.uniform(which_key) < share, cut, weight)
+            weight = jnp.where(jax.random.uniform(switch_key) < share, cut, weight)
         return mix(images, target, weight)
 
 
 def mix(images: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes each example with the one at its position from the end, in pixels and in targets.
+    """Mixes the pixels and targets of each example i with those of example B - 1 - i.
 
-    The weight of the targets is the mean weight of the pixels: mixup's lambda, and for a box the
-    area that was truly left.
+    The weight of the targets is the mean weight of the pixels. For mixup this is lambda; for a box
+    it is the share of the area that the box really leaves.
 
-    Partners live on different devices: as uint8, they cross over at a byte per value.
+    Partners usually live on different devices. Images in uint8 cross between them at one byte per
+    value.
 
     Args:
-      images: [B, S, S, 3] uint8 or float.
-      target: [B, K] distributions.
-      weight: [S, S] of each example's own pixels.
+      images: images [B, S, S, 3], uint8 or float.
+      target: class distributions [B, K].
+      weight: weights [S, S] of each example's own pixels.
+
+    Returns:
+      The mixed images and targets, float32, with unchanged shapes.
     """
     w = weight[None, :, :, None]
     lam = jnp.mean(weight)
@@ -98,7 +105,10 @@ def mix(images: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Ar
 
 
 def box_mask(size: int, lam: jax.Array, centre: jax.Array) -> jax.Array:
-    """CutMix's box: side int(S sqrt(1 - lambda)) around a centre, cut at the border. -> [S, S]"""
+    """The box of CutMix as a mask, 1 inside. -> [S, S]
+
+    Its side is int(S sqrt(1 - lambda)), and it is clipped at the border of the image.
+    """
     half = jnp.floor(size * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
     low = jnp.clip(centre - half, 0, size)
     high = jnp.clip(centre + half, 0, size)
@@ -108,12 +118,14 @@ def box_mask(size: int, lam: jax.Array, centre: jax.Array) -> jax.Array:
 
 
 def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
-    """Random erasing, "pixel" mode: one box per chosen image becomes normal noise.
+    """Random erasing in "pixel" mode: fills one box of each chosen image with normal noise.
+
+    The noise is drawn for each pixel and channel, with the scale of normalised images.
 
     Args:
-      key: of the draws; the noise is drawn per pixel and channel, after normalisation.
-      images: [B, S, S, 3] normalised float.
-      probability: of an image being chosen.
+      key: key of all random numbers.
+      images: normalised images [B, S, S, 3], float.
+      probability: probability that an image is chosen.
     """
     batch, size = images.shape[:2]
     chosen_key, box_key, noise_key = jax.random.split(key, 3)
@@ -129,14 +141,14 @@ def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array
 
 
 def erased_box(uniform: jax.Array, size: int) -> tuple[jax.Array, ...]:
-    """The box of each image: the first try that is smaller than the image in both directions.
+    """Chooses a box for each image: the first try that is smaller than the image in both sides.
 
     Args:
-      uniform: [B, tries, 4] numbers in [0, 1) for area, aspect, top and left.
-      size: S.
+      uniform: random numbers [B, tries, 4] in [0, 1), for area, aspect, top and left.
+      size: side S of the images.
 
     Returns:
-      (top, left, height, width, fits), each [B]; `fits` is False where no try did.
+      (top, left, height, width, fits), each [B]; `fits` is False for images without a fitting try.
     """
     low, high = ERASED_AREA
     area = size * size * (low + uniform[..., 0] * (high - low))
@@ -151,7 +163,7 @@ def erased_box(uniform: jax.Array, size: int) -> tuple[jax.Array, ...]:
         return jnp.take_along_axis(values, first[:, None], axis=1)[:, 0]
 
     height, width = pick(height), pick(width)
-    # 0 to S - side, both included
+    # From 0 to S - side inclusive.
     top = jnp.floor(pick(uniform[..., 2]) * (size - height + 1)).astype(jnp.int32)
     left = jnp.floor(pick(uniform[..., 3]) * (size - width + 1)).astype(jnp.int32)
     return top, left, height, width, jnp.any(fits, axis=1)

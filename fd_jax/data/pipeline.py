@@ -1,7 +1,7 @@
-"""Batches in a fixed order: global batch k is a function of the seed and k alone.
+"""Batches in a fixed order: global batch k depends on the seed and k alone.
 
-Grain reads ahead; which example comes where is arithmetic on the step, so a run resumes by
-starting at its step, and every host can produce just its own rows.
+Grain reads ahead. The order of examples is computed from the step, so a run resumes by starting at
+its step, and each host produces only its own rows.
 """
 
 import atexit
@@ -31,22 +31,22 @@ from fd_jax.typing import Batch
 HostBatch = dict[str, Any]
 
 _FOREVER = 2**48
-_AHEAD = 2  # batches that wait, decoded, for the step
-_CHUNK = 4  # rows that a thread reads in one go: handing over each would cost a tenth of its time
-_HELD = 4  # batches in the main process: taken up, waiting, being trained on, and the last one
-_GOODBYE = 2.0  # seconds that workers get to end by themselves
-_WORKER = "grain-process-prefetch"  # how Grain's worker processes are named
+_PREFETCH = 2  # decoded batches that wait for the step
+_CHUNK = 4  # rows that a thread reads at a time; handing over single rows costs 10 % of its time
+_IN_USE = 4  # batches in the main process: received, waiting, being trained on, and the last one
+_SHUTDOWN_TIMEOUT = 2.0  # seconds that workers get to stop by themselves
+_WORKER = "grain-process-prefetch"  # prefix of the names of Grain's worker processes
 
-# What a random stream is for, so that no two purposes share one.
+# Purposes of random streams; each has its own number, so that no two share a stream.
 _ORDER, _AUGMENT, _EVALUATE = range(1, 4)
 _ORDER_LOCK = threading.Lock()
 
 
 class Transform(Protocol):
-    """From an example, as the dataset gives it, to a row of a batch.
+    """Turns an example, as the dataset returns it, into a row of a batch.
 
     Attributes:
-      elements: what a row holds.
+      elements: specification of the row.
     """
 
     @property
@@ -55,19 +55,19 @@ class Transform(Protocol):
         ...
 
     def __call__(self, example: Any, rng: np.random.Generator, /) -> Row:
-        """The arrays and numbers of `elements`.
+        """Returns the arrays and numbers that `elements` specifies.
 
         Raises:
-          BrokenImageError: the picture cannot be decoded.
+          BrokenImageError: the image cannot be decoded.
         """
         ...
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
-    """Full batches in one pass over a dataset.
+    """Number of full batches in one pass over a dataset.
 
     Raises:
-      DataError: there is not even one.
+      DataError: the dataset is smaller than one batch.
     """
     steps = len(dataset) // batch_size
     if not steps:
@@ -84,25 +84,25 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class TrainLoader:
-    """Endless training batches.
+    """An endless iterator over training batches.
 
     Args:
-      dataset: examples.
-      transform: what makes a row of an example.
-      batch_size: of the global batch.
-      seed: of order and augmentation.
-      rows: of each global batch that this process produces, ascending; None for all.
-      start_step: the first global batch.
-      threads: that decode in each process.
-      workers: processes; 0 decodes in this one.
-      max_broken: unreadable pictures that are replaced before the run stops.
+      dataset: source of the examples.
+      transform: function that turns an example into a row.
+      batch_size: number of examples in the global batch.
+      seed: seed of order and augmentation.
+      rows: sorted rows of each global batch that this process produces; None for all of them.
+      start_step: number of the first global batch.
+      threads: number of decoding threads in each process.
+      workers: number of worker processes; 0 to decode in this process.
+      max_broken: number of unreadable images that are replaced before the run stops.
       timeout: seconds without a batch after which reading counts as stuck.
-      put_on_devices: what becomes of a batch in the thread that reads ahead; it stays as it is if
-        not given.
+      put_on_devices: function applied to each batch in the thread that reads ahead; None to leave
+        batches as they are.
 
     Yields:
-      The transform's elements, "weight" float32 [n] of ones and "index" int32 [n], the position
-      in the dataset, n = len(rows); or what `put_on_devices` makes of it.
+      The elements of the transform, "weight" float32 [n] (all ones) and "index" int32 [n] (the
+      position in the dataset), where n = len(rows); or the result of `put_on_devices`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class TrainLoader:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._max_broken, self._timeout = max_broken, timeout
         self._start, self._step = start_step, start_step
-        self._pids: dict[int, int] = {}  # of workers that have delivered
+        self._pids: dict[int, int] = {}  # worker -> process id, once it has delivered a batch
         rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._workers = workers
         self._shared: SharedBatches | None = None
@@ -137,8 +137,9 @@ class TrainLoader:
             dataset, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
         )
         self._put_on_devices = put_on_devices or (lambda batch: batch)
-        self._others = {child.pid for child in multiprocessing.active_children()}
-        atexit.register(self.close)  # Python would wait for workers that were never told to stop
+        self._unrelated = {child.pid for child in multiprocessing.active_children()}
+        # Python would otherwise wait forever for workers that were never told to stop.
+        atexit.register(self.close)
         ahead = _read_ahead(self._reads, threads, workers, self._shared)
         self._batches = Background(ahead, self._deliver)
 
@@ -146,26 +147,28 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          HangError: nothing came in time.
-          DataError: too many broken pictures, or a worker that died.
+          HangError: no batch arrived in time.
+          DataError: there are too many broken images, or a worker died.
         """
         try:
             delivery = self._batches.get(self._timeout)
         except queue.Empty:
             raise HangError(
                 f"no batch for step {self._step} within {self._timeout:.0f} s: {self._culprit()}. "
-                "Either the storage hangs or that process is stuck; start the same command again "
-                "once it answers"
+                "Either the storage hangs or that process is stuck; run the same command again "
+                "once the storage responds"
             ) from None
         except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):  # Grain's word for a process that died
+            # This is how Grain reports a process that died.
+            if "terminated unexpectedly" not in str(error):
                 raise
             raise DataError(
                 f"a data worker died before step {self._step}: {self._culprit()}. {error} "
-                "If memory ran out, lower data.workers (docs/running.md#input-pipeline)"
+                "If the machine ran out of memory, lower data.workers "
+                "(docs/running.md#input-pipeline)"
             ) from error
         self._pids[(self._step - self._start) % max(self._workers, 1)] = delivery.pid
         self._note_broken(delivery.broken)
@@ -173,25 +176,31 @@ class TrainLoader:
         return delivery.batch
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the dataset of global batch `step`, before replacements. -> [B]."""
+        """Positions in the dataset of the examples of global batch `step`. -> int64 [B]
+
+        Replacements of broken examples are not included.
+        """
         return self._reads.indices(step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """The position of global batch `step`, JSON-able; hosts differ in "replaced" alone."""
+        """Position of global batch `step`, JSON-serializable.
+
+        Only "replaced", the indices of the broken examples, differs between hosts.
+        """
         epoch, batch = divmod(step, self.steps_per_epoch)
         return {"epoch": epoch, "batch": batch, "replaced": sorted(self.replaced)}
 
     def close(self) -> None:
         """Stops reading ahead and ends the worker processes."""
         atexit.unregister(self.close)
-        ended = self._batches.close(_GOODBYE)
+        stopped = self._batches.close(_SHUTDOWN_TIMEOUT)
         if self._shared is not None:
             self._shared.close()
-        if ended:
-            self._shared = None  # what was taken holds on to its memory
+        if stopped:
+            self._shared = None  # batches that were handed out keep their memory alive
             return
         for child in multiprocessing.active_children():
-            if child.name.startswith(_WORKER) and child.pid not in self._others:
+            if child.name.startswith(_WORKER) and child.pid not in self._unrelated:
                 child.kill()
 
     def _deliver(self, batch: "_Stacked") -> "_Delivery":
@@ -199,12 +208,13 @@ class TrainLoader:
         return _Delivery(self._put_on_devices(arrays), batch.pid, batch.broken)
 
     def _culprit(self) -> str:
-        """Who was to deliver the next batch."""
+        """Describes the worker or the example that the next batch is waiting for."""
         if not self._workers:
             return self._reads.in_flight()
         worker = (self._step - self._start) % self._workers
-        process = f"process {self._pids[worker]}" if worker in self._pids else "not heard of yet"
-        return f"it was the turn of data worker {worker} of {self._workers} ({process})"
+        known = worker in self._pids
+        process = f"process {self._pids[worker]}" if known else "it has delivered nothing yet"
+        return f"waiting for data worker {worker} of {self._workers} ({process})"
 
     def _note_broken(self, broken: list[tuple[int, str]]) -> None:
         for index, reason in broken:
@@ -214,13 +224,14 @@ class TrainLoader:
                     "replaced broken image %s: %s", self._dataset.describe(index), reason
                 )
         if len(self.replaced) > self._max_broken:
-            raise _too_many(self._dataset, self.replaced.items(), self._max_broken)
+            raise _too_many_broken(self._dataset, self.replaced.items(), self._max_broken)
 
 
 def shared_slots(workers: int) -> int:
-    """Batches that can be on their way from so many workers at once, a multiple of them."""
-    # Grain keeps _AHEAD of each worker on either side of the pipe, and one that waits for room.
-    return workers * (2 * (_AHEAD + 1) + -(-_HELD // workers))
+    """Number of slots for all batches that can be in flight at once; a multiple of `workers`."""
+    # For each worker, Grain keeps _PREFETCH batches on either side of the pipe, and one more that
+    # waits for room.
+    return workers * (2 * (_PREFETCH + 1) + -(-_IN_USE // workers))
 
 
 def eval_batches(
@@ -233,23 +244,23 @@ def eval_batches(
     threads: int = 16,
     max_broken: int = 0,
 ) -> Iterator[HostBatch]:
-    """Every example once, in order, as batches like `TrainLoader`'s.
+    """Yields every example once, in order, in batches like those of `TrainLoader`.
 
-    The last batch is padded, so that all hosts see the same number of batches of the same size:
-    padding has weight 0, index -1 and otherwise what its elements say. A broken picture keeps its
-    index and becomes such padding, and is named in the log.
+    The last batch is padded, so that all hosts see the same number of batches of the same size.
+    Padding has weight 0, index -1, and the padding values of the other elements. A broken image is
+    replaced by padding that keeps its index, and is named in the log.
 
     Args:
-      dataset: examples.
-      transform: what makes a row of an example.
-      batch_size: of the global batch.
-      rows: of each global batch that this process produces; None for all.
-      limit: number of batches at most.
-      threads: that decode.
-      max_broken: unreadable pictures that are left out before it stops.
+      dataset: source of the examples.
+      transform: function that turns an example into a row.
+      batch_size: number of examples in the global batch.
+      rows: rows of each global batch that this process produces; None for all of them.
+      limit: maximum number of batches; None for no limit.
+      threads: number of decoding threads.
+      max_broken: number of unreadable images that are left out before the evaluation stops.
 
     Raises:
-      DataError: more broken pictures than that.
+      DataError: there are more than `max_broken` broken images.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     count = -(-len(dataset) // batch_size)
@@ -281,26 +292,26 @@ def eval_batches(
             logging.warning("evaluation leaves out %s: %s", dataset.describe(index), reason)
         left_out += batch.broken
         if len(left_out) > max_broken:
-            raise _too_many(dataset, left_out, max_broken)
+            raise _too_many_broken(dataset, left_out, max_broken)
         yield batch.arrays
 
 
 class _Record(NamedTuple):
-    """One row of a batch, and the broken examples (index, reason) that it replaces."""
+    """A row of a batch, and the broken examples that it replaces, as (index, reason)."""
 
     row: Row
     broken: tuple[tuple[int, str], ...]
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a batch, which is the `batch`-th since the start."""
+    """Some rows of a batch, and the number of that batch since the start."""
 
     batch: int
     records: list[_Record]
 
 
 class _Stacked(NamedTuple):
-    """A batch of this host, or its slot in shared memory, with what `_Delivery` says."""
+    """The arrays of a host batch or their slot in shared memory, and the fields of `_Delivery`."""
 
     arrays: Any
     pid: int
@@ -308,7 +319,7 @@ class _Stacked(NamedTuple):
 
 
 class _Delivery(NamedTuple):
-    """A batch as the loader hands it out, the process that made it, and what it replaced."""
+    """A batch to hand out, the process that decoded it, and the broken examples it replaces."""
 
     batch: Batch
     pid: int
@@ -316,7 +327,7 @@ class _Delivery(NamedTuple):
 
 
 class _Reads:
-    """Random access to training records by their position in this host's endless sequence."""
+    """Random access to the chunks of this host's endless sequence of training batches."""
 
     def __init__(self, dataset, transform, batch_size, seed, rows, start_step, workers, max_broken):
         self.dataset, self.transform = dataset, transform
@@ -330,8 +341,8 @@ class _Reads:
         return _FOREVER
 
     def __getitem__(self, index: int) -> _Chunk:
-        # Grain hands worker w the indices w, w + W, ... and takes batches from the workers in
-        # turn. Numbered like this, each worker's run of len(chunks) indices is one whole batch.
+        # Grain gives worker w the indices w, w + W, ... and takes batches from the workers in
+        # turn. With this numbering, len(chunks) successive indices of a worker form one batch.
         position, worker = divmod(index, self.workers)
         turn, chunk = divmod(position, len(self.chunks))
         number = turn * self.workers + worker
@@ -340,7 +351,7 @@ class _Reads:
         return _Chunk(number, [self._read(epoch, first + row) for row in self.chunks[chunk]])
 
     def _read(self, epoch: int, position: int) -> _Record:
-        """The example at a position of an epoch's order, or the next one that can be read."""
+        """Reads the example at a position of an epoch, or the next one that can be read."""
         order = _order(self.seed, epoch, len(self.dataset))
         broken: list[tuple[int, str]] = []
         for candidate in range(position, position + len(order)):
@@ -357,7 +368,7 @@ class _Reads:
                     break
             finally:
                 self._busy.pop(threading.get_ident(), None)
-        raise _too_many(self.dataset, broken, self.max_broken)
+        raise _too_many_broken(self.dataset, broken, self.max_broken)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.steps_per_epoch)
@@ -371,16 +382,18 @@ class _Reads:
         return "being read: " + ", ".join(map(self.dataset.describe, busy[:5]))
 
     def __getstate__(self):
-        return {**self.__dict__, "_busy": {}}  # goes to worker processes without its threads
+        return {**self.__dict__, "_busy": {}}  # the threads of this process are not in a worker
 
 
-def _too_many(dataset: Dataset, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
+def _too_many_broken(
+    dataset: Dataset, broken: Iterable[tuple[int, str]], allowed: int
+) -> DataError:
     listing = [f"{dataset.describe(index)}: {reason}" for index, reason in sorted(broken)]
     return DataError(
         "\n  ".join(
             [
                 f"{len(listing)} broken images in {dataset.name}, more than "
-                f"data.max_broken={allowed}; repair or remove them, or raise that number:",
+                f"data.max_broken={allowed}; repair or remove them, or raise that limit:",
                 *listing,
             ]
         )
@@ -396,26 +409,26 @@ def _read_ahead(
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own where it starts processes
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-    # What is not in our shared memory goes through the pipe, and not into segments of Grain's.
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags when it starts processes
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_PREFETCH)
+    # A batch that is not in our shared memory goes through the pipe, not through that of Grain.
     through_pipe = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     batches = grain.experimental.WithOptionsIterDataset(batches, through_pipe)
-    return iter(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
+    return iter(batches.mp_prefetch(options, worker_init_fn=_start_worker))
 
 
-def _begin_worker(index: int, count: int) -> None:
-    """In a worker: it ends with the main process, and not by a signal meant for that one.
+def _start_worker(index: int, count: int) -> None:
+    """Makes a worker ignore signals and exit when the main process does.
 
-    Who stops a run often signals all of its processes; the main process still wants the batches
-    of the steps that it makes until it has saved.
+    A scheduler often signals all processes of a run, but the main process still needs batches for
+    the steps until it has saved.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -429,10 +442,10 @@ def _batches(
     specified: Elements,
     shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
-    """Reads ahead; `chunks` of them make a batch, in shared memory if it is given."""
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * chunks)
+    """Reads ahead and joins every `chunks` reads into a batch, in shared memory if it is given."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_PREFETCH * chunks)
     stack = functools.partial(_stack, specified=specified, shared=shared)
-    return reads.to_iter_dataset(ahead).batch(chunks, batch_fn=stack)
+    return reads.to_iter_dataset(options).batch(chunks, batch_fn=stack)
 
 
 def _chunks(rows: np.ndarray) -> list[list[int]]:
@@ -461,5 +474,5 @@ def _cached_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    with _ORDER_LOCK:  # or every thread would permute the new epoch
+    with _ORDER_LOCK:  # without it, every thread would compute the new permutation
         return _cached_order(seed, epoch, size)

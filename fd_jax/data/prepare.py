@@ -3,8 +3,9 @@
     python -m fd_jax.data.prepare --name=photos --data_dir=data
     python -m fd_jax.data.prepare --name=imagenet2012 --manual_dir=/path/to/the/tar/files
 
-TFDS's own default is TFRecord, which has no random access, and its command line needs a package
-that clashes with the rest; hence this. What is prepared already is left as it is.
+TFDS writes TFRecord by default, which has no random access, and its own command line needs a
+package that conflicts with the other dependencies. A dataset that is already prepared is left as
+it is.
 """
 
 import argparse
@@ -18,18 +19,18 @@ from fd_jax.errors import DataError, UserError
 
 
 def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> str:
-    """Downloads where needed, and writes ArrayRecord files.
+    """Downloads a dataset if necessary and writes it as ArrayRecord files.
 
     Args:
-      name: of the dataset.
-      data_dir: where to; None for TFDS's default.
-      manual_dir: folder with files that cannot be downloaded (ImageNet's tar files).
+      name: TFDS name of the dataset.
+      data_dir: destination folder; None for the default of TFDS.
+      manual_dir: folder with the files that cannot be downloaded (the tar files of ImageNet).
 
     Returns:
-      A line that says what is there now.
+      A line with the number of examples in each split and the folder.
 
     Raises:
-      DataError: there is no such dataset, or its files are missing.
+      DataError: the dataset does not exist, or its files are missing.
     """
     import tensorflow_datasets as tfds
 
@@ -46,23 +47,25 @@ def prepare(name: str, *, data_dir: str | None = None, manual_dir: str | None = 
 
 
 def _check_manual_files(name: str, manual_dir: str | None) -> None:
-    """TFDS would go on without the splits whose files are missing."""
+    """Refuses missing files: TFDS would silently leave out the splits that need them."""
     files = datasets.MANUAL_FILES.get(name, ())
     missing = [
         file for file in files if not (manual_dir and (epath.Path(manual_dir) / file).exists())
     ]
     if missing:
-        where = f"is not in {manual_dir}" if manual_dir else "needs a --manual_dir"
-        raise DataError(f"{name} cannot be prepared: {', '.join(missing)} {where}")
+        reason = (
+            f"{manual_dir} does not hold" if manual_dir else "--manual_dir must name a folder with"
+        )
+        raise DataError(f"{name} cannot be prepared: {reason} {', '.join(missing)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", required=True, help="TFDS name")
-    parser.add_argument("--data_dir", help="where to; TFDS's default if not given")
+    parser.add_argument("--data_dir", help="destination; by default that of TFDS")
     parser.add_argument("--manual_dir", help="folder with files that cannot be downloaded")
     args = parser.parse_args(argv)
     try:

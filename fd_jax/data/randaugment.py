@@ -2,8 +2,8 @@
 
 See docs/reference.md#rand-augment.
 
-A few operations, drawn uniformly with replacement, each applied with probability one half and at a
-magnitude drawn anew. Pillow does the pixels, as it does there.
+A few operations are drawn uniformly with replacement. Each is applied with probability one half, at
+a magnitude of its own. As in timm, Pillow computes the pixels.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from fd_jax.errors import ConfigError
 
-FILL = (124, 116, 104)  # what geometry uncovers: ImageNet's mean colour
+FILL = (124, 116, 104)  # mean colour of ImageNet; fills the pixels that a warp uncovers
 MAX_MAGNITUDE = 10.0
 _EXAMPLE = "rand-m9-mstd0.5-inc1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One of the fifteen.
+    """One of the fifteen operations.
 
     Attributes:
-      apply: (picture, amount) -> picture.
-      scale: the amount at full level; 0 where the operation has none.
-      signed: whether the amount's sign is drawn.
+      apply: function (image, amount) -> image.
+      scale: amount at the maximum level; 0 if the operation has no amount.
+      signed: whether the sign of the amount is random.
     """
 
     apply: Callable[[Image.Image, float], Image.Image]
@@ -37,7 +37,7 @@ class Operation:
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    """Reads output pixel (x, y) at (a x + b y + c, d x + e y + f), bicubic."""
+    """Samples each output pixel (x, y) at (a x + b y + c, d x + e y + f), bicubic."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL
     )
@@ -48,7 +48,7 @@ def _rotate(image: Image.Image, degrees: float) -> Image.Image:
 
 
 def _posterize(image: Image.Image, amount: float) -> Image.Image:
-    # At full level no bit is left, which Pillow's own function refuses.
+    # At the maximum level no bit is left, which ImageOps.posterize refuses.
     return image.point([value & ~(2 ** (4 + int(amount)) - 1) & 255 for value in range(256)] * 3)
 
 
@@ -90,13 +90,13 @@ OPERATIONS: dict[str, Operation] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """The policy of one training run.
+    """A RandAugment policy.
 
     Attributes:
-      magnitude: mean level, 0 to 10.
+      magnitude: mean of the level, 0 to 10.
       spread: standard deviation of the level.
-      count: operations drawn per picture.
-      probability: of each being applied.
+      count: number of operations drawn per image.
+      probability: probability that a drawn operation is applied.
     """
 
     magnitude: float = 9.0
@@ -106,11 +106,11 @@ class RandAugment:
 
     @classmethod
     def parse(cls, policy: str) -> "RandAugment":
-        """Reads timm's notation: "rand", then any of m9, mstd0.5, n2, p0.5 and inc1, by dashes.
+        """Reads timm's notation: "rand" and any of m9, mstd0.5, n2, p0.5 and inc1, with dashes.
 
         Raises:
-          ConfigError: an unknown part, a magnitude outside 0 to 10, or the operations that do not
-            grow with the level (inc0), which are not here.
+          ConfigError: a part is unknown, a number is out of range, or the policy asks for the
+            operations whose effect does not grow with the level (inc0), which are not implemented.
         """
         name, *parts = policy.split("-")
         if name != "rand":
@@ -131,19 +131,19 @@ class RandAugment:
                 )
         if not increasing:
             raise ConfigError(
-                f"data.rand_augment={policy!r}: only the operations that grow with the magnitude "
-                f"are here; add inc1, as in {_EXAMPLE!r}"
+                f"data.rand_augment={policy!r}: only operations whose effect grows with the "
+                f"magnitude are implemented; add inc1, as in {_EXAMPLE!r}"
             )
-        made = cls(**{**values, "count": int(values.get("count", 2))})  # type: ignore[arg-type]
-        if not 0 <= made.magnitude <= MAX_MAGNITUDE or not 0 <= made.probability <= 1:
+        augment = cls(**{**values, "count": int(values.get("count", 2))})  # type: ignore[arg-type]
+        if not 0 <= augment.magnitude <= MAX_MAGNITUDE or not 0 <= augment.probability <= 1:
             raise ConfigError(
                 f"data.rand_augment={policy!r}: magnitudes go from 0 to {MAX_MAGNITUDE:g}, "
                 "probabilities from 0 to 1"
             )
-        return made
+        return augment
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [h, w, 3] -> the same shape."""
+        """Augments an image. uint8 [h, w, 3] -> uint8 [h, w, 3]"""
         image = Image.fromarray(pixels)
         for name in rng.choice(list(OPERATIONS), size=self.count):
             if rng.random() < self.probability:
@@ -153,7 +153,7 @@ class RandAugment:
     def apply(
         self, image: Image.Image, operation: Operation, rng: np.random.Generator
     ) -> Image.Image:
-        """One operation at a level and with a sign drawn from `rng`."""
+        """Applies one operation at a level and with a sign drawn from `rng`."""
         level = float(np.clip(rng.normal(self.magnitude, self.spread), 0.0, MAX_MAGNITUDE))
         amount = operation.scale * level / MAX_MAGNITUDE
         if operation.signed and rng.random() < 0.5:

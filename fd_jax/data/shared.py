@@ -1,4 +1,4 @@
-"""Memory through which worker processes hand batches to the main process."""
+"""Shared memory through which worker processes pass batches to the main process."""
 
 from collections.abc import Sequence
 import math
@@ -13,51 +13,56 @@ import numpy as np
 from fd_jax.data import elements
 from fd_jax.data.elements import Element, Elements, Row
 
-_Identity = tuple[int, int]  # of a file: device and inode
+_FileId = tuple[int, int]  # device and inode of a file
 
 
 class SharedBatches:
-    """A ring of slots for batches, in memory that processes share.
+    """A ring of slots for batches, in memory that the processes share.
 
-    Batch k lies in slot k mod `slots`, which is free again when nothing in the main process looks
-    at it any more. So the same pages serve all the time; new ones for every batch would cost many
-    times as much as copying the pictures (docs/performance.md, Input). Nobody waits for a slot:
-    while it is used, and where memory cannot be shared, a batch travels by itself.
+    Batch k goes into slot k mod `slots`, which becomes free once nothing in the main process refers
+    to it any more. The same pages are therefore used again and again; new pages for every batch
+    would cost many times as much as copying the images (docs/performance.md, Input). No process
+    waits for a slot: if it is in use, or if memory cannot be shared, the batch is returned as
+    ordinary arrays and goes through the pipe.
 
-    The memory has no name. It takes no room in /dev/shm and is gone when the last process that
-    looks at it is, however that one ended. It is had on Linux alone, by processes that the main
-    one starts anew: a fork of it would free slots that are still looked at.
+    The memory has no name. It takes no room in /dev/shm and disappears with the last process that
+    maps it, however that process ended. It works on Linux only, and only for processes that are
+    spawned: a fork of the main process would free slots that are still in use.
 
     Args:
-      slots: batches that fit. A batch and the one `slots` later must come from one process.
-      elements: of a batch.
-      rows: of a batch.
+      slots: number of batches that fit. Batches k and k + `slots` must come from the same process.
+      elements: specification of a batch.
+      rows: number of rows in a batch.
     """
 
     def __init__(self, slots: int, elements: Elements, rows: int):
         self._slots, self._elements, self._rows = slots, dict(elements), rows
         self._memory: mmap.mmap | None = None
         self._file: int | None = None
-        self._where: tuple[str, _Identity] | None = None  # where other processes find the file
+        # The path at which other processes open the file, and which file they must find there.
+        self._location: tuple[str, _FileId] | None = None
         if not hasattr(os, "memfd_create"):
             return
         try:
             self._file = os.memfd_create("fd_jax-batches")
             os.truncate(self._file, self._size)
             self._map(self._file)
-            self._where = (f"/proc/{os.getpid()}/fd/{self._file}", _identity(self._file))
+            self._location = (f"/proc/{os.getpid()}/fd/{self._file}", _file_id(self._file))
         except OSError as error:
             _warn(error)
 
     def put(self, number: int, rows: Sequence[Row]) -> int | dict[str, np.ndarray]:
-        """Stacks batch `number`, in a worker; returns its slot, or the batch if that is used.
+        """Stacks batch `number`. Called in a worker.
+
+        Returns:
+          The slot that holds the batch, or the batch itself if its slot is in use.
 
         Raises:
-          KeyError, ValueError, TypeError: the rows are not what `elements` says; see
+          KeyError, ValueError, TypeError: the rows do not match the specification; see
             `elements.stack`.
         """
         if len(rows) != self._rows:
-            raise ValueError(f"a batch of {len(rows)} rows in memory for {self._rows}")
+            raise ValueError(f"the batch has {len(rows)} rows, its memory is for {self._rows}")
         slot = number % self._slots
         if self._memory is None or self._used[slot]:
             return elements.stack(rows, self._elements)
@@ -66,9 +71,9 @@ class SharedBatches:
         return slot
 
     def take(self, batch: int | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What `put` returned, as a batch, in the main process.
+        """Returns the batch for a result of `put`. Called in the main process.
 
-        The slot stays used as long as any array of it lives, or any that looks at its memory.
+        The slot stays in use as long as any of its arrays, or any view of them, is alive.
         """
         if isinstance(batch, dict):
             return batch
@@ -77,7 +82,7 @@ class SharedBatches:
         return arrays
 
     def close(self) -> None:
-        """Lets no further process in; what was taken stays."""
+        """Stops further processes from opening the memory; batches already taken stay valid."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
@@ -87,22 +92,22 @@ class SharedBatches:
             "slots": self._slots,
             "elements": self._elements,
             "rows": self._rows,
-            "where": self._where,
+            "location": self._location,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._slots, self._elements = state["slots"], state["elements"]
         self._rows = state["rows"]
         self._memory = self._file = None
-        self._where = state["where"]
-        if self._where is None:
+        self._location = state["location"]
+        if self._location is None:
             return
-        path, identity = self._where
+        path, file_id = self._location
         try:
             file = os.open(path, os.O_RDWR)
             try:
-                if _identity(file) != identity:  # closed, and the number is another file's
-                    raise FileNotFoundError(f"the memory is no longer at {path}")
+                if _file_id(file) != file_id:  # it was closed and another file got its number
+                    raise FileNotFoundError(f"{path} is no longer the shared memory")
                 self._map(file)
             finally:
                 os.close(file)
@@ -119,15 +124,16 @@ class SharedBatches:
 
     @property
     def _stride(self) -> int:
-        """Bytes from one slot to the next; whole pages for each element."""
+        """Bytes from one slot to the next; each element takes whole pages."""
         return sum(_pages(self._bytes(element)) for element in self._elements.values())
 
     def _bytes(self, element: Element) -> int:
         return self._rows * math.prod(element.shape) * np.dtype(element.dtype).itemsize
 
     def _batch(self, slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """All of a slot's memory as bytes, and the arrays in it, each of which keeps it alive."""
-        # A new array each time, whose base is no array: NumPy lets views keep it alive.
+        """Returns the memory of a slot as bytes, and the arrays in it, which keep it alive."""
+        # This has to be a new array, whose base is not an array: then it is the base of the views,
+        # and they keep it alive.
         start = _pages(self._slots) + slot * self._stride
         memory = np.ndarray(self._stride, np.uint8, self._memory, start)
         arrays, offset = {}, 0
@@ -139,13 +145,13 @@ class SharedBatches:
         return memory, arrays
 
 
-def _identity(file: int) -> _Identity:
+def _file_id(file: int) -> _FileId:
     status = os.fstat(file)
     return status.st_dev, status.st_ino
 
 
 def _warn(error: OSError) -> None:
-    logging.warning("batches of data workers go through a pipe, which is slower: %s", error)
+    logging.warning("data workers send their batches through a pipe, which is slower: %s", error)
 
 
 def _pages(size: int) -> int:

@@ -1,7 +1,7 @@
-"""From an example to a row of a batch: decode, crop, antialiased resize, flip.
+"""Transforms that turn an example into a row of a batch: decode, crop, antialiased resize, flip.
 
-Everything random comes from the generator that is passed in, so a picture's augmentation is a
-function of the seed, the epoch and its position in the dataset.
+All random numbers come from the generator that is passed in, so the augmentation of an image
+depends on the seed, the epoch and its position in the dataset alone.
 """
 
 import io
@@ -27,24 +27,24 @@ _FILTERS = {
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman
-EVAL_RATIO = 256 / 224  # of the short side before the centre crop to the side after it
+EVAL_RATIO = 256 / 224  # short side before the centre crop, divided by the side of the crop
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
     """Decodes to RGB as torchvision's loader does: no EXIF rotation, alpha dropped.
 
-    OpenCV takes the everyday case, a whole JPEG in grey or YCbCr: the same pixels as Pillow's in
-    three quarters of the time. Everything else is Pillow's, whose word on a file that is cut off,
-    which OpenCV fills with grey, also counts.
+    OpenCV decodes the common case, a complete JPEG in grey or YCbCr, to the same pixels as Pillow
+    in three quarters of the time. Pillow decodes everything else. That includes truncated files,
+    which Pillow refuses and OpenCV would fill with grey.
 
     Args:
       image: encoded bytes, or pixels [h, w, 3 or 1] that need no decoding.
 
     Returns:
-      uint8 [h, w, 3].
+      Pixels, uint8 [h, w, 3].
 
     Raises:
-      BrokenImageError: the bytes are no picture, or not all of one.
+      BrokenImageError: the bytes are not an image, or the image is truncated.
     """
     if isinstance(image, np.ndarray):
         return image if image.shape[-1] == 3 else np.repeat(image, 3, axis=-1)
@@ -58,33 +58,39 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             return np.asarray(opened.convert("RGB"))
-    except Exception as error:  # Pillow's readers raise a dozen kinds for bytes that are wrong
+    except Exception as error:  # Pillow's readers raise a dozen types of errors for bad bytes
         raise BrokenImageError(f"cannot decode: {error}") from error
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether bytes are a JPEG of one or three 8-bit channels that reaches its end marker."""
+    """Whether the bytes are a JPEG with one or three 8-bit channels that has its end marker."""
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
         return False
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, at + 1)
+    offset = 2
+    while offset + 10 <= len(data) and data[offset] == 0xFF:
+        marker, length = struct.unpack_from(">BH", data, offset + 1)
         if marker in _JPEG_FRAMES:
-            bits, _, _, channels = struct.unpack_from(">BHHB", data, at + 4)
+            bits, _, _, channels = struct.unpack_from(">BHHB", data, offset + 4)
             return bits == 8 and channels in (1, 3)
-        at += 2 + length
+        offset += 2 + length
     return False
 
 
 def resize(pixels: np.ndarray, height: int, width: int, method: Interpolation) -> np.ndarray:
-    """Antialiased resize, Pillow's and so torchvision's. uint8 [h, w, 3] -> [height, width, 3]."""
+    """Resizes with antialiasing, as Pillow and torchvision do.
+
+    uint8 [h, w, 3] -> uint8 [height, width, 3].
+    """
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), _FILTERS[method]))
 
 
 def mirror(pixels: np.ndarray) -> np.ndarray:
-    """Left to right. uint8 [h, w, 3] -> [h, w, 3], in memory order: a view is slow to batch."""
+    """Mirrors left to right. uint8 [h, w, 3] -> [h, w, 3].
+
+    The result is a copy, because stacking reversed views into a batch is slow.
+    """
     import cv2
 
     return cv2.flip(pixels, 1)
@@ -93,20 +99,20 @@ def mirror(pixels: np.ndarray) -> np.ndarray:
 def random_resized_crop_box(
     rng: np.random.Generator, height: int, width: int, *, min_area: float, max_area: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """A crop of random area and aspect, as torchvision draws it.
+    """Draws a crop of random area and aspect, as torchvision does.
 
     See docs/reference.md#distillation-crop.
 
     Args:
-      rng: where the numbers come from.
-      height: of the picture.
-      width: of the picture.
-      min_area: least share of the picture's area.
-      max_area: largest share.
+      rng: source of the random numbers.
+      height: height of the image.
+      width: width of the image.
+      min_area: minimum area, as a share of the image.
+      max_area: maximum area, as a share of the image.
 
     Returns:
-      (top, left, crop height, crop width). After ten misses the largest centred crop whose aspect
-      lies in the allowed range.
+      (top, left, crop height, crop width). If ten draws do not fit into the image, this is the
+      largest centred crop with an allowed aspect.
     """
     log_aspect = math.log(_ASPECT[0]), math.log(_ASPECT[1])
     for _ in range(_TRIES):
@@ -130,9 +136,9 @@ def random_resized_crop_box(
 def single_crop_box(
     rng: np.random.Generator, height: int, width: int, *, min_area: float
 ) -> tuple[int, int, int, int]:
-    """A crop drawn once and cut to the picture, as in MAE's probe (docs/reference.md#probe-crop).
+    """Draws a crop once and clips it to the image, as MAE's probe does.
 
-    Arguments and result as in `random_resized_crop_box`.
+    See docs/reference.md#probe-crop. Arguments and result are those of `random_resized_crop_box`.
     """
     area = height * width * rng.uniform(min_area, 1.0)
     aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
@@ -145,20 +151,20 @@ _CROPS = {"retried": random_resized_crop_box, "single": single_crop_box}
 
 
 class TrainTransform:
-    """Random resized crop and horizontal flip, then RandAugment where asked.
+    """Random resized crop and horizontal flip, optionally followed by RandAugment.
 
     See docs/reference.md#distillation-crop and docs/reference.md#fine-tune-augmentation.
 
     Args:
-      image_size: side of the result in pixels.
-      min_area: least share of the picture in a crop.
-      interpolation: of the resize.
-      flip: whether half of the pictures are mirrored.
-      crop: "retried" until it fits into the picture, or "single".
+      image_size: side S of the result, in pixels.
+      min_area: minimum area of the crop, as a share of the image.
+      interpolation: filter of the resize, "bilinear" or "bicubic".
+      flip: whether half of the images are mirrored.
+      crop: "retried" to draw until the crop fits into the image, or "single" to draw once and clip.
       rand_augment: policy in timm's notation; "" for none.
 
     Raises:
-      ConfigError: a share, a filter, a crop or a policy that does not exist.
+      ConfigError: `min_area` is out of range, or a filter, crop or policy is unknown.
     """
 
     def __init__(
@@ -183,7 +189,7 @@ class TrainTransform:
         self.augment = RandAugment.parse(rand_augment) if rand_augment else None
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Encoded or decoded picture -> uint8 [S, S, 3]."""
+        """Transforms an encoded or decoded image. -> uint8 [S, S, 3]"""
         pixels = decode(image)
         top, left, h, w = self.crop_box(rng, *pixels.shape[:2], min_area=self.min_area)
         crop = pixels[top : top + h, left : left + w]
@@ -194,17 +200,17 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Short side to int(ratio * S), bicubic, then the centre S x S.
+    """Resizes the short side to int(ratio * S), bicubic, and crops the centre S x S.
 
     See docs/reference.md#evaluation-transform.
 
     Args:
-      image_size: S.
-      ratio: of the short side to S.
-      crop: False squashes the whole picture to S x S instead.
+      image_size: side S of the result, in pixels.
+      ratio: ratio of the resized short side to S.
+      crop: whether to crop; if False, the whole image is squashed to S x S instead.
 
     Raises:
-      ConfigError: a ratio below 1, which would leave the picture smaller than the crop.
+      ConfigError: the ratio is below 1, which would make the image smaller than the crop.
     """
 
     def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO, crop: bool = True):
@@ -217,7 +223,7 @@ class EvalTransform:
     def __call__(
         self, image: bytes | np.ndarray, rng: np.random.Generator | None = None
     ) -> np.ndarray:
-        """Encoded or decoded picture -> uint8 [S, S, 3]; `rng` is not used."""
+        """Transforms an encoded or decoded image. -> uint8 [S, S, 3]; `rng` is not used."""
         del rng
         pixels = decode(image)
         if not self.crop:
@@ -232,27 +238,31 @@ class EvalTransform:
         return pixels[top : top + self.image_size, left : left + self.image_size]
 
 
-class PictureTransform(Protocol):
-    """From a picture, encoded or uint8 [h, w, 3], to uint8 [image_size, image_size, 3]."""
+class ImageTransform(Protocol):
+    """Turns an image, encoded or uint8 [h, w, 3], into uint8 [image_size, image_size, 3]."""
 
     image_size: int
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
-        """Raises BrokenImageError where the picture cannot be decoded."""
+        """Transforms one image.
+
+        Raises:
+          BrokenImageError: the image cannot be decoded.
+        """
         ...
 
 
 class LabelledImage:
-    """Makes a row {"image", "label"} of an `Example`; the label is as it was."""
+    """Turns an `Example` into a row {"image", "label"}; the label stays unchanged."""
 
-    def __init__(self, picture: PictureTransform):
-        self.picture = picture
+    def __init__(self, transform: ImageTransform):
+        self.transform = transform
 
     @property
     def elements(self) -> Elements:
-        """Of a square picture and its class."""
-        return labelled_image(self.picture.image_size)
+        """Elements of a square image and its class."""
+        return labelled_image(self.transform.image_size)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Row:
-        """The picture transformed. -> {"image": uint8 [S, S, 3], "label": int}"""
-        return {"image": self.picture(example.image, rng), "label": example.label}
+        """Transforms the image. -> {"image": uint8 [S, S, 3], "label": int}"""
+        return {"image": self.transform(example.image, rng), "label": example.label}

@@ -1,4 +1,4 @@
-"""How fast a run is, and how long it will take."""
+"""Throughput of a run, and the estimate of its remaining time."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,53 +7,58 @@ import time
 
 
 class Clock:
-    """Step time, throughput and time spent waiting for data, without evaluation.
+    """Measures step time, throughput and time spent waiting for data; evaluation is left out.
 
     Args:
-      batch_size: of the global batch.
-      start: step that the run starts at.
-      total: step that it ends at.
+      batch_size: number of examples in the global batch.
+      start: step at which the run starts.
+      total: step at which the run ends.
     """
 
     def __init__(self, *, batch_size: int, start: int, total: int):
         self._batch_size, self._last_step, self._total = batch_size, start, total
         self._waited = self._excluded = 0.0
-        self._began = self._step_time = 0.0
+        self._lap_start = self._step_time = 0.0
 
     def start(self) -> None:
-        """Begins the first lap."""
-        self._began = time.monotonic()
+        """Starts the first lap."""
+        self._lap_start = time.monotonic()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what happens inside as waiting for data."""
-        began = time.monotonic()
+        """Counts the time inside the context as waiting for data."""
+        start = time.monotonic()
         yield
-        self._waited += time.monotonic() - began
+        self._waited += time.monotonic() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside."""
-        began = time.monotonic()
+        """Leaves out the time inside the context."""
+        start = time.monotonic()
         yield
-        self._excluded += time.monotonic() - began
+        self._excluded += time.monotonic() - start
 
     def lap(self, step: int) -> dict[str, float]:
-        """Means of the steps since the last lap: seconds, images/s and share of waiting."""
+        """Ends a lap and starts the next one.
+
+        Returns:
+          Means over the steps of the lap: seconds per step, images per second, and the share of the
+          time spent waiting for data.
+        """
         now = time.monotonic()
-        spent = max(now - self._began - self._excluded, 1e-9)
+        elapsed = max(now - self._lap_start - self._excluded, 1e-9)
         steps = step - self._last_step
-        self._step_time = spent / steps
+        self._step_time = elapsed / steps
         means = {
             "step_seconds": self._step_time,
-            "images_per_second": steps * self._batch_size / spent,
-            "input_wait": self._waited / spent,
+            "images_per_second": steps * self._batch_size / elapsed,
+            "input_wait": self._waited / elapsed,
         }
-        self._began, self._last_step = now, step
+        self._lap_start, self._last_step = now, step
         self._waited = self._excluded = 0.0
         return means
 
     def remaining(self, step: int) -> str:
-        """How long the rest will take at the last lap's rate, as h:mm:ss."""
+        """Estimates the time to the end at the rate of the last lap, as h:mm:ss."""
         seconds = (self._total - step) * self._step_time
         return str(datetime.timedelta(seconds=round(seconds)))

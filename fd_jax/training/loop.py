@@ -1,4 +1,4 @@
-"""The one training loop: `fit(task, config, workdir)`."""
+"""The training loop of all tasks: `fit(task, config, workdir)`."""
 
 from collections.abc import Callable
 import contextlib
@@ -32,12 +32,18 @@ from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
-PREEMPTED = 75  # exit status: stopped by SIGTERM after saving; run the same command again
+PREEMPTED = 75  # exit status after SIGTERM: the state is saved, and the same command resumes
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: the step it reached, whether SIGTERM stopped it, its last evaluation."""
+    """Outcome of a run.
+
+    Attributes:
+      step: step that the run reached.
+      preempted: whether SIGTERM stopped it.
+      evaluation: its last evaluation, by name.
+    """
 
     step: int
     preempted: bool
@@ -51,27 +57,27 @@ def fit(
     *,
     accept_config: bool = False,
 ) -> Result:
-    """Trains `task` to the end of its schedule, from wherever `workdir` left off.
+    """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
 
-    Where the state comes from, in this order:
-      1. A complete checkpoint in `workdir`: the run goes on, its data and randomness with it.
-      2. `task.load_initial()`: parts of a model folder, the rest fresh.
-      3. Fresh parameters.
+    The state comes from the first of these that exists:
+      1. The latest complete checkpoint in `workdir`. Order of data and random numbers also resume.
+      2. `task.load_initial()`: parts of a model folder; all other parameters are initialised.
+      3. Initialised parameters.
 
     Args:
-      task: what to train.
-      config: of the run; its fields are described in configs/base.py.
-      workdir: receives config.json, checkpoints/, metrics.jsonl, tensorboard/ and model/.
-      accept_config: go on although the config differs from the one that `workdir` began with.
+      task: task to train.
+      config: config of the run; configs/base.py describes its fields.
+      workdir: folder that receives config.json, checkpoints/, metrics.jsonl, tensorboard/, model/.
+      accept_config: whether to continue if the config differs from the one in `workdir`.
 
     Raises:
-      UserError: the input is at fault; the message says how.
+      UserError: the config, the data, the workdir or a model folder is invalid.
     """
     workdir = epath.Path(workdir)
     with contextlib.ExitStack() as resources:
-        # From here on, since restoring and compiling take minutes, and since jax.distributed leaves
-        # a handler that would take the signal and do nothing.
-        stop_asked = resources.enter_context(signals.on_sigterm())
+        # This comes first because restoring and compiling take minutes, and because
+        # jax.distributed installs a handler that would swallow the signal.
+        stop_requested = resources.enter_context(signals.on_sigterm())
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(config.batch_size, config.accumulation, mesh)
         _check_seed(config.seed)
@@ -79,7 +85,7 @@ def fit(
         task.check_data(feed)
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
         total_steps = config.steps or round(config.epochs * steps_per_epoch)
-        workdirs.claim(workdir, _settled(config, task), accept=accept_config)
+        workdirs.claim(workdir, _with_chosen_attention(config, task), accept=accept_config)
         say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
         program = build(
@@ -101,7 +107,7 @@ def fit(
         resources.callback(writer.close)
         frozen = program.place_frozen(task.load_frozen())
         placement = Placement(mesh, config.batch_size)
-        # Last, since it starts threads and fills devices: nothing after it may fail.
+        # This comes last because it starts threads and fills devices: nothing after it may fail.
         loader = feed.train(
             batch_size=config.batch_size,
             seed=config.seed,
@@ -126,13 +132,16 @@ def fit(
             start=start,
             total_steps=total_steps,
             eval_every=config.eval.every or round(config.eval.epochs * steps_per_epoch),
-        ).train(state, stop_asked)
+        ).train(state, stop_requested)
 
 
 def initial_state(
     task: Task, program: Program, checkpoints: Checkpoints, seed: int
 ) -> tuple[TrainState, int, dict[str, Any]]:
-    """The state a run starts from, its step and its record; the order is that of `fit`."""
+    """Returns the state that a run starts from, its step and the record of its checkpoint.
+
+    The docstring of `fit` lists where the state comes from.
+    """
     latest = checkpoints.latest_step()
     if latest is not None:
         tree, record = checkpoints.restore(latest, program.state.to_dict())
@@ -143,17 +152,18 @@ def initial_state(
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """What `fit` has put together, and the steps over it.
+    """The parts of a run, set up by `fit`, and the loop over its steps.
 
     Attributes:
-      task, config, workdir: as `fit` got them.
-      program: the task on its mesh.
-      feed: the data; `loader` takes its training batches, `placement` puts them onto the devices.
-      checkpoints, writer: where state and metrics go.
-      frozen: the frozen weights, on the mesh.
-      progress, clock: what was measured since the last line of the log.
-      start, total_steps: where the run begins and ends.
-      eval_every: steps from one evaluation to the next; 0 for none.
+      task, config, workdir: arguments of `fit`.
+      program: compiled functions of the task on its mesh.
+      feed: data of the run.
+      loader, placement: the training batches, and their placement onto the devices.
+      checkpoints, writer: destinations of the state and of the metrics.
+      frozen: frozen weights, on the mesh.
+      progress, clock: measurements since the last line of the log.
+      start, total_steps: first step, and number of steps of the whole schedule.
+      eval_every: number of steps between evaluations; 0 for none.
     """
 
     task: Task
@@ -177,20 +187,25 @@ class Run:
         devices = list(mesh.devices.flat)
         self.utilization = Utilization(self.task.flops(), devices, mesh.local_devices)
 
-    def train(self, state: TrainState, stop_asked: Callable[[], bool]) -> Result:
-        """Every step from `start` on, with what falls due between them."""
-        began = time.monotonic()
+    def train(self, state: TrainState, stop_requested: Callable[[], bool]) -> Result:
+        """Runs the remaining steps, and logs, saves and evaluates when these are due.
+
+        Args:
+          state: state at step `start`; its buffers are donated.
+          stop_requested: returns whether this process received SIGTERM.
+        """
+        compile_start = time.monotonic()
         train_step = self.program.compile_train_step()
         seed = self.program.place_seed(self.config.seed)
-        say(f"compiled the step in {time.monotonic() - began:.1f} s")
-        evaluation = self._overdue_evaluation(state)
-        pending = None  # metrics are read one step late, while the device works on the next
+        say(f"compiled the step in {time.monotonic() - compile_start:.1f} s")
+        evaluation = self._evaluation_at_start(state)
+        pending = None  # metrics are read one step late, while the device runs the next step
         stop = False
         self.clock.start()
         with contextlib.closing(self._trace()) as trace:
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
-                batch = self._next_batch(stop_asked())
+                batch = self._next_batch(stop_requested())
                 state, metrics = train_step(state, self.frozen, batch, seed)
                 trace.after(step, metrics)
                 if pending is not None:
@@ -200,7 +215,7 @@ class Run:
                     stop = self._read(step, pending) or stop
                     pending = None
                     self._log(step + 1)
-                # Saved before it is evaluated, which may take longer than a preemption leaves.
+                # Save before evaluating, which may take longer than a preemption allows.
                 if stop or self._due(step + 1, self.config.checkpoint.every):
                     if pending is not None:
                         stop = self._read(step, pending) or stop
@@ -226,13 +241,13 @@ class Run:
     def _next_batch(self, stop: bool) -> Batch:
         with self.clock.waiting():
             batch = next(self.loader)
-        # A host that was told to stop says so in its rows: every host then reads the same sum
-        # from the same step, with no extra communication.
+        # A host that received SIGTERM sets a flag in its rows. Every host then reads the same sum
+        # from the metrics of the same step, without extra communication.
         flags = np.full(len(self.placement.rows), stop, STOP.dtype)
         return batch | self.placement.put({"stop": flags})
 
     def _read(self, step: int, metrics: Metrics) -> bool:
-        """Takes in the metrics of one step; returns whether some host was told to stop."""
+        """Reads the metrics of one step; returns whether any host has to stop."""
         stop = self.progress.add(metrics)
         in_a_row = self.progress.nonfinite_in_a_row
         if in_a_row >= self.config.max_nonfinite:
@@ -241,7 +256,7 @@ class Run:
                 f"loss or gradients were not finite for {in_a_row} steps in a row, "
                 f"the last at step {step} with learning rate {rate:.3g}; "
                 f"its examples are {indices.tolist()}. Lower optim.peak_lr, set dtype=float32, or "
-                "look at these examples; the last checkpoint in the workdir is from before."
+                "inspect these examples. The last checkpoint in the workdir is of an earlier step."
             )
         return stop
 
@@ -266,26 +281,30 @@ class Run:
         self.checkpoints.save(step, state.to_dict(), record)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """What the task's evaluators measure on the held-out split, by name."""
+        """Runs the evaluators of the task on the held-out split; returns their figures by name."""
         if self.feed.eval_dataset is None:
             return {}
         weights = Weights(state.params, state.extra, self.frozen, state.ema)
-        result = {}
+        evaluation = {}
         with self.clock.paused():
             for evaluator in self.task.evaluators():
-                found = evaluator(self.program, weights, self.feed)
-                result |= {f"eval_{name}": value for name, value in found.items()}
-        self.writer.write(step, result)
-        say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in result.items()))
-        return result
+                figures = evaluator(self.program, weights, self.feed)
+                evaluation |= {f"eval_{name}": value for name, value in figures.items()}
+        self.writer.write(step, evaluation)
+        say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
+        return evaluation
 
-    def _overdue_evaluation(self, state: TrainState) -> dict[str, float]:
-        """That of the step the run goes on from: as recorded, or made now if it was cut short."""
+    def _evaluation_at_start(self, state: TrainState) -> dict[str, float]:
+        """Returns the evaluation of the step that the run resumes from, {} if none was due.
+
+        It is read from the metrics, or done now if the run was interrupted before it finished.
+        """
         if not self.start or not self._due(self.start, self.eval_every):
             return {}
         recorded = metric_writer.read_evaluation(self.workdir, self.start)
         missing = np.int32(not recorded)
-        if multihost_utils.broadcast_one_to_all(missing):  # or hosts could differ in what they see
+        # The first process decides, because hosts may read different versions of the file.
+        if multihost_utils.broadcast_one_to_all(missing):
             return self._evaluate(self.start, state)
         return recorded
 
@@ -295,19 +314,20 @@ class Run:
         model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
 
 
-def _settled(config: Config, task: Task) -> Config:
-    """The config with the implementation of attention that this run uses in place of "auto".
+def _with_chosen_attention(config: Config, task: Task) -> Config:
+    """Returns the config with "auto" attention replaced by the implementation in use.
 
-    So a workdir says what ran, and a later version that would choose another shows a difference.
+    The workdir then records which one ran, and resuming it with a version that chooses another one
+    is refused as a different config.
     """
     if config.attention != "auto":
         return config
-    settled = ml_collections.ConfigDict(config.to_dict())
-    settled.attention = next(iter(task.attention.values()))
-    return settled
+    resolved = ml_collections.ConfigDict(config.to_dict())
+    resolved.attention = next(iter(task.attention.values()))
+    return resolved
 
 
 def _check_seed(seed: int) -> None:
-    """Refuses what is no uint32, as the step takes it."""
+    """Refuses a seed that is not a uint32, the type that the step takes."""
     if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is expected")
+        raise ConfigError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")

@@ -1,4 +1,4 @@
-"""Where a run's metrics are written and read: the only file that knows clu."""
+"""Writing and reading the metrics of a run; the only module that uses clu."""
 
 from collections.abc import Mapping
 import json
@@ -15,8 +15,9 @@ class Writer:
     """Writes scalars to `metrics.jsonl` and TensorBoard; only the first process writes.
 
     Args:
-      workdir: receives both.
-      resume_step: rows of later steps, left by a run that was cut off, are removed.
+      workdir: folder that receives both.
+      resume_step: step from which the run resumes; rows of later steps, which an interrupted run
+        left, are removed.
     """
 
     def __init__(self, workdir: epath.Path, *, resume_step: int):
@@ -24,7 +25,7 @@ class Writer:
         self._board = None
         if jax.process_index() != 0:
             return
-        from clu import metric_writers  # imports TensorFlow; wanted only where something is written
+        from clu import metric_writers  # imports TensorFlow, so only the writing process does this
 
         self._board = metric_writers.AsyncWriter(
             metric_writers.SummaryWriter(str(workdir / "tensorboard"))
@@ -33,7 +34,7 @@ class Writer:
         files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records named numbers of one step (1 = after the first update)."""
+        """Writes named numbers of one step (1 = after the first update)."""
         if self._board is None:
             return
         with self._path.open("a") as file:
@@ -41,13 +42,13 @@ class Writer:
         self._board.write_scalars(step, dict(scalars))
 
     def close(self) -> None:
-        """Flushes what is still on its way to TensorBoard."""
+        """Flushes the scalars that TensorBoard has not written yet."""
         if self._board is not None:
             self._board.close()
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Every complete row of a workdir's `metrics.jsonl`, oldest first; [] where there is none."""
+    """Reads all complete rows of `metrics.jsonl`, oldest first; [] if the file does not exist."""
     path = epath.Path(workdir) / FILE_NAME
     if not path.exists():
         return []
@@ -56,11 +57,11 @@ def read(workdir: epath.PathLike) -> list[dict[str, float]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue  # a row that was cut off with its run
+            continue  # an interrupted run left an incomplete row
     return rows
 
 
 def read_evaluation(workdir: epath.PathLike, step: int) -> dict[str, float]:
-    """What was measured on held-out data after `step` updates; {} where nothing was."""
+    """Reads the evaluation after `step` updates, by name; {} if there was none."""
     rows = [row for row in read(workdir) if row["step"] == step]
     return {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}

@@ -1,6 +1,6 @@
-"""A task on a mesh: shapes, shardings and jitted functions, before any array exists.
+"""A task on a mesh: shapes, shardings and jitted functions, defined before any array exists.
 
-The loop runs it; the planner compiles the same object ahead of time, without the chips.
+The loop runs a program; the planner compiles the same program ahead of time, without the chips.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,17 @@ from fd_jax.tasks.base import Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
 
-# What the loop adds to each batch: 1 in the rows of a host that was told to stop.
+# Element that the loop adds to each batch: 1 in the rows of a host that received SIGTERM.
 STOP = Element((), "int32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What `build` puts together.
+    """The functions and shapes of a run. `build` makes one.
 
     Attributes:
-      mesh: of the devices.
-      schedule: learning rate by optimizer step.
+      mesh: device mesh.
+      schedule: learning rate as a function of the optimizer step.
       state, frozen, batch, seed: shapes with their shardings.
       create: (key, initial host arrays) -> TrainState, created already sharded.
       train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
@@ -52,11 +52,11 @@ class Program:
     features: Any
 
     def place_frozen(self, host: PyTree) -> PyTree:
-        """Puts the frozen weights onto the mesh, split like the student's."""
+        """Puts the frozen weights onto the mesh, sharded by the same rules as the student's."""
         return jax.tree.map(_put, host, self.frozen)
 
     def place_seed(self, seed: int) -> jax.Array:
-        """The seed as the step takes it, on all devices."""
+        """Returns the seed as an argument for the step: uint32 scalar, on all devices."""
         value = np.uint32(seed)
         return jax.make_array_from_callback((), self.seed.sharding, lambda _: value)
 
@@ -75,18 +75,18 @@ def build(
     total_steps: int,
     elements: Elements | None = None,
 ) -> Program:
-    """Defines a run of `task` on `mesh`; computes nothing.
+    """Defines a run of `task` on `mesh`, without computing anything.
 
     Args:
-      task: what is trained.
-      config: of the run.
-      mesh: of its devices.
-      steps_per_epoch: full batches in an epoch.
-      total_steps: updates.
-      elements: what its batches hold; by default what `config.data` says without the data.
+      task: task to train.
+      config: config of the run.
+      mesh: device mesh.
+      steps_per_epoch: number of full batches in an epoch.
+      total_steps: number of updates.
+      elements: specification of the batches; derived from `config.data` if None.
 
     Raises:
-      ConfigError: the batch does not split over the mesh, or a setting has no such value.
+      ConfigError: the batch does not split over the mesh, or a setting has an unknown value.
     """
     _check_choices(config)
     if elements is None:
@@ -151,7 +151,10 @@ def _check_choices(config: Config) -> None:
 
 
 def overlay(params: PyTree, initial: PyTree) -> PyTree:
-    """`params` with the arrays that `initial` names replaced, placed as those they replace."""
+    """Returns `params` with the arrays in `initial` in place of those with the same path.
+
+    Each new array gets the dtype and sharding of the one that it replaces.
+    """
     if not isinstance(params, dict):
         return _put(initial, params)
     return {
@@ -162,7 +165,7 @@ def overlay(params: PyTree, initial: PyTree) -> PyTree:
 
 def _put(host: Any, like: Any) -> jax.Array:
     if host.shape != like.shape:
-        raise ValueError(f"an array of shape {host.shape} in place of {like.shape}")
+        raise ValueError(f"an array has shape {host.shape}, expected {like.shape}")
     host = host.astype(like.dtype)
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 

@@ -1,4 +1,4 @@
-"""What the steps since the last line of the log have measured."""
+"""Metrics of the steps since the last line of the log."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ class NonFiniteError(UserError):
 
 
 class Progress:
-    """Sums of the metrics, and how many steps in a row were not finite.
+    """Sums up metrics and counts successive steps that were not finite.
 
     Args:
-      record: of `record`, to go on from; {} at the start of a run.
+      record: result of `record` to continue from; {} at the start of a run.
 
     Attributes:
-      nonfinite_in_a_row: steps up to the last one whose loss or gradients were not finite.
+      nonfinite_in_a_row: number of latest successive steps whose loss or gradients were not finite.
     """
 
     def __init__(self, record: dict[str, Any]):
@@ -28,25 +28,28 @@ class Progress:
         self.nonfinite_in_a_row: int = record.get("nonfinite_in_a_row", 0)
 
     def add(self, step_metrics: Metrics) -> bool:
-        """Takes in the metrics of one step; returns whether some host was told to stop.
+        """Adds the metrics of one step; returns whether any host has to stop.
 
-        Waits for the device. Of a step that was not finite only that it was is counted.
+        Waits for the device. The other metrics of a step that was not finite are ignored.
         """
-        found = jax.device_get(step_metrics)
-        bad = found["nonfinite"][0] > 0
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
-        if bad:
-            found = {"nonfinite": found["nonfinite"], "stop": found["stop"]}
-        self._window.add(found)
-        return bool(found["stop"][0] > 0)
+        values = jax.device_get(step_metrics)
+        nonfinite = values["nonfinite"][0] > 0
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
+        if nonfinite:
+            values = {"nonfinite": values["nonfinite"], "stop": values["stop"]}
+        self._window.add(values)
+        return bool(values["stop"][0] > 0)
 
     def means(self) -> dict[str, float]:
-        """Means since the last call, which begins a new window."""
+        """Returns the means since the last call, and starts a new window."""
         means = self._window.result()
         self._window = metrics.Mean()
         means.pop("stop", None)
         return means
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the next line is that of an unbroken run; JSON-able."""
+        """Returns the JSON-serializable state for a checkpoint.
+
+        With it, the next line of a resumed run is the same as that of an unbroken run.
+        """
         return {"window": self._window.totals(), "nonfinite_in_a_row": self.nonfinite_in_a_row}

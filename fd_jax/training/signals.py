@@ -1,4 +1,4 @@
-"""SIGTERM, with which a scheduler says that a run has to make room."""
+"""Handling of SIGTERM, with which a scheduler preempts a run."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -7,19 +7,19 @@ import signal
 
 @contextlib.contextmanager
 def on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM came since; the old handler comes back."""
-    asked = False
+    """Yields a function that returns whether SIGTERM arrived; restores the old handler on exit."""
+    received = False
 
     def handle(signum, frame):
-        nonlocal asked
-        asked = True
+        nonlocal received
+        received = True
 
     try:
         previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not in the main thread: the process keeps its own handling
+    except ValueError:  # only the main thread can set handlers; elsewhere the old one stays
         yield lambda: False
         return
     try:
-        yield lambda: asked
+        yield lambda: received
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -22,13 +22,13 @@ StepFn = Callable[["TrainState", PyTree, PyTree, jax.Array], tuple["TrainState",
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes from step to step. The frozen teacher is not among it.
+    """Everything that changes from step to step. The frozen teacher is not part of it.
 
     Attributes:
-      step: int32 scalar, updates tried so far (skipped ones count).
-      params: nested dict, float32.
-      opt_state: of optax.
-      extra: state that is not trained (BatchNorm statistics); {} for most tasks.
+      step: number of updates so far, int32 scalar; skipped updates count.
+      params: trained parameters, nested dict of float32 arrays.
+      opt_state: state of the optax optimizer.
+      extra: state that is not trained, e.g. batch statistics; {} for most tasks.
       ema: moving average of `params`, or None.
     """
 
@@ -39,13 +39,13 @@ class TrainState:
     ema: PyTree | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as a checkpoint holds them; None is left out."""
+        """Returns the fields by name, as a checkpoint stores them; None is left out."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "TrainState":
-        """The state of `to_dict`."""
+        """Inverts `to_dict`."""
         return cls(**{"ema": None, **tree})
 
 
@@ -56,16 +56,23 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
 ) -> StepFn:
-    """One update as a function (state, frozen, batch, seed) -> (state, metrics).
+    """Returns a function (state, frozen, batch, seed) -> (state, metrics) that does one update.
 
-    The seed, a uint32 scalar, is an argument and no constant: the seeds of a study share a program.
+    The seed, a uint32 scalar, is an argument rather than a constant, so that runs with different
+    seeds share one compiled program.
 
-    All randomness is drawn once, for the whole global batch, from the seed and the step, before
-    anything is split into micro-batches; what follows is deterministic. So the result depends
-    neither on the mesh nor on the host count nor on the accumulation, up to reduction order.
+    All random numbers are drawn from the seed and the step for the whole global batch, before it is
+    split into micro-batches. The rest is deterministic, so the result depends neither on the mesh
+    nor on the number of hosts nor on the accumulation, except for the order of reductions.
 
-    An update whose loss or gradient is not finite leaves parameters, moments and averages as they
-    were and is counted in the metric "nonfinite".
+    If the loss or a gradient is not finite, the update is skipped: parameters, moments and averages
+    stay as they were, and the metric "nonfinite" counts the step.
+
+    Args:
+      task: task that prepares the batch and computes the loss.
+      tx: optimizer.
+      accumulation: number of micro-batches that the global batch is split into.
+      ema_decay: decay of the moving average of the parameters; None for no average.
     """
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
     decay = ema_decay or 0.0
@@ -111,12 +118,12 @@ def make_train_step(
 
 
 def _accumulate(value_and_grad, micro_batches, params, extra, frozen, batch):
-    """Loss, aux and gradient of the whole batch, computed in `micro_batches` equal parts."""
+    """Computes loss, aux and gradient of the whole batch in `micro_batches` equal parts."""
     if micro_batches == 1:
         return value_and_grad(params, extra, frozen, batch)
 
     def split(leaf):
-        # Micro-batch j takes rows j, j + k, ...: every device keeps the rows it holds.
+        # Micro-batch j takes rows j, j + k, ..., so that no row has to move to another device.
         parts = leaf.reshape(-1, micro_batches, *leaf.shape[1:])
         return jnp.moveaxis(parts, 1, 0)
 

@@ -1,4 +1,4 @@
-"""The contract of a workdir: which config it belongs to, and where things lie in it."""
+"""Layout of a workdir, and the check that it belongs to the config of the run."""
 
 import json
 from typing import Any
@@ -14,30 +14,30 @@ CONFIG, CHECKPOINTS, PROFILE, MODEL = "config.json", "checkpoints", "profile", "
 
 
 def claim(workdir: epath.Path, config: Config, *, accept: bool) -> None:
-    """Writes config.json, or refuses a workdir that another config began.
+    """Writes config.json, or refuses a workdir that belongs to another config.
 
     Raises:
       CheckpointError: config.json differs and `accept` is not set; the message lists each field.
     """
     path = workdir / CONFIG
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    there = path.read_text() if path.exists() else None
-    if there is not None and not accept:
-        changed = differences(_flat(json.loads(there)), _flat(json.loads(text)))
+    existing = path.read_text() if path.exists() else None
+    if existing is not None and not accept:
+        changed = differences(_flat(json.loads(existing)), _flat(json.loads(text)))
         if changed:
             raise CheckpointError(
-                f"{workdir} was begun with another config:\n"
+                f"{workdir} was started with another config:\n"
                 + "\n".join(changed)
-                + "\nUse another workdir, or --accept_config to go on with the new values."
+                + "\nUse another workdir, or add --accept_config to continue with the new values."
             )
     sharding.barrier("workdir_checked")
-    if jax.process_index() == 0 and there != text:
+    if jax.process_index() == 0 and existing != text:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of nested dicts by its dotted name."""
+    """Returns the values of nested dicts by their dotted names."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat = {}

@@ -104,7 +104,7 @@ def test_overwriting_replaces_nothing_but_what_was_written_before(weights, tmp_p
     model, exported = tmp_path / "model", tmp_path / "exported"
     imported = ("import", "--source", NAME, "--input", weights, "--overwrite", "--output")
     assert run(*imported, mine) == 2
-    assert "mine is no model folder, so it is not overwritten" in capsys.readouterr().err
+    assert "mine is not a model folder, so it is not overwritten" in capsys.readouterr().err
     assert run(*imported, model) == run(*imported, model) == 0
     export = ("export", "--input", model, "--overwrite", "--output")
     assert run(*export, mine, "--format", "huggingface") == 2

@@ -30,7 +30,7 @@ def test_features_of_the_quickstart_teacher_equal_its_onnx_graph(tmp_path):
     command = ["import", "--source=dinov2_vits14_onnx", f"--input={file}"]
     assert cli.main([*command, f"--output={tmp_path / 'teacher'}"]) == 0
     model = fd_jax.load_model(tmp_path / "teacher", image_size=224)
-    picture = EvalTransform(224)(photos.load_picture("astronaut"))
+    picture = EvalTransform(224)(photos.load_photo("astronaut"))
     images = np.asarray(model.preprocess(picture[None]))
 
     graph = onnx.load(file)

@@ -1,4 +1,4 @@
-"""ImageNet as TFDS writes it, from tar files of the real layout with a few pictures in them."""
+"""ImageNet as TFDS writes it, from tar files with the real layout and a few images in them."""
 
 import io
 import tarfile
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-SYNSETS = ("n01440764", "n02487347")  # classes 0 and 373; the second has a picture to skip
+SYNSETS = ("n01440764", "n02487347")  # classes 0 and 373; the second has a file to skip
 PICTURES_EACH = 6
 SKIPPED = "n02487347_1956.JPEG"
 
@@ -29,12 +29,12 @@ def tar(path, files):
 
 @pytest.fixture(scope="session")
 def imagenet_tars(tmp_path_factory):
-    """A manual_dir, and the bytes of its training pictures by file name."""
+    """A manual_dir, and the bytes of its training images by file name."""
     folder, pictures = tmp_path_factory.mktemp("manual"), {}
-    for which, synset in enumerate(SYNSETS):
+    for position, synset in enumerate(SYNSETS):
         for number in range(PICTURES_EACH):
-            name = SKIPPED if which and not number else f"{synset}_{number}.JPEG"
-            pictures[name] = jpeg(10 * which + number)
+            name = SKIPPED if position and not number else f"{synset}_{number}.JPEG"
+            pictures[name] = jpeg(10 * position + number)
     inner = {}
     for synset in SYNSETS:
         tar(folder / synset, {k: v for k, v in pictures.items() if k.startswith(synset)})
@@ -47,7 +47,7 @@ def imagenet_tars(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def imagenet(imagenet_tars, tmp_path_factory):
-    """A data_dir with imagenet2012, prepared as its users do."""
+    """A data_dir with imagenet2012, prepared the way users prepare it."""
     from fd_jax.data import prepare
 
     folder = str(tmp_path_factory.mktemp("imagenet"))

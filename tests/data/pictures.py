@@ -14,7 +14,7 @@ SIDE = 4
 
 
 class Pictures:
-    """Pictures whose every pixel is their index."""
+    """Images in which every pixel is the index of the image."""
 
     name = "pictures"
     num_classes = 7
@@ -37,7 +37,7 @@ class Pictures:
 
 
 class Noise:
-    """Adds noise from the generator it is given, so that any other generator shows."""
+    """Adds noise from the generator it gets, so that a different generator changes the image."""
 
     image_size = SIDE
 
@@ -46,7 +46,7 @@ class Noise:
 
 
 class Large(Noise):
-    """Pictures large enough for JAX to leave them where they lie, on a CPU."""
+    """Images large enough that JAX on a CPU uses the host memory in place, without a copy."""
 
     image_size = 96
 
@@ -55,7 +55,7 @@ class Large(Noise):
 
 
 class Plain:
-    """Leaves pictures as they are."""
+    """Leaves images as they are."""
 
     image_size = SIDE
 
@@ -64,7 +64,7 @@ class Plain:
 
 
 class Hangs(Plain):
-    """Sleeps over one picture."""
+    """Sleeps when it gets one of the images."""
 
     def __init__(self, index, seconds=6):
         self.index, self.seconds = index, seconds
@@ -76,7 +76,7 @@ class Hangs(Plain):
 
 
 class Stops(Plain):
-    """Sends its own process a signal at one picture, once; tells its id first."""
+    """Sends its own process a signal at one image, after writing the process id to a file."""
 
     def __init__(self, index, number, pid_file):
         self.index, self.number, self.pid_file = index, number, pid_file
@@ -88,15 +88,15 @@ class Stops(Plain):
         return image
 
 
-class Wrong(Plain):
-    """Has a bug."""
+class Buggy(Plain):
+    """Raises an error that is not about the image."""
 
     def __call__(self, image, rng):
         raise TypeError("a bug, not a broken picture")
 
 
 class LabelMaps:
-    """Rows with a label per pixel and a box, as segmentation or stored targets need them."""
+    """Makes rows with a label per pixel and a box, as segmentation or stored targets need them."""
 
     elements = {
         "image": Element((SIDE, SIDE, 3), "uint8"),
@@ -108,7 +108,7 @@ class LabelMaps:
         return {"image": example.image, **self.of_index(int(example.image[0, 0, 0]))}
 
     def of_index(self, index):
-        """What the row of one picture holds beside the picture."""
+        """The elements of a row other than the image."""
         return {
             "label_map": np.arange(index, index + SIDE * SIDE, dtype=np.int32).reshape(SIDE, SIDE),
             "box": np.array([index, 0, 0.5, 1], np.float32),

@@ -1,4 +1,4 @@
-"""The embedded datasets against the packages they come from."""
+"""The datasets with builders of ours, compared with the packages they come from."""
 
 import collections
 import functools
@@ -16,63 +16,63 @@ from fd_jax.errors import DataError
 
 
 @functools.cache
-def picture_of(name):
-    return photos.load_picture(name)
+def photo_of(name):
+    return photos.load_photo(name)
 
 
 @pytest.fixture(scope="module")
 def tiles(embedded_data):
-    """All stored tiles: split -> (picture, top, left, pixels)."""
-    found = {}
+    """All stored tiles: split -> list of (photo, top, left, pixels)."""
+    stored = {}
     for split in ("train", "test"):
         dataset = datasets.open_dataset("photos", split, data_dir=embedded_data)
-        found[split] = []
+        stored[split] = []
         for index in range(len(dataset)):
             name = dataset.describe(index).split("(")[1].rstrip(")")
-            picture, top, left = name.rsplit("_", 2)
+            photo, top, left = name.rsplit("_", 2)
             example = dataset[index]
-            assert list(photos.PICTURES)[example.label] == picture
-            found[split].append((picture, int(top), int(left), transforms.decode(example.image)))
-    return found
+            assert list(photos.PHOTOS)[example.label] == photo
+            stored[split].append((photo, int(top), int(left), transforms.decode(example.image)))
+    return stored
 
 
-def test_tiles_are_pixels_of_the_pictures_at_the_stated_place(tiles):
+def test_tiles_hold_the_pixels_of_their_photo_at_the_position_in_their_name(tiles):
     for split, entries in tiles.items():
         side = photos.TILE[split]
-        for picture, top, left, pixels in entries:
-            wanted = picture_of(picture)[top : top + side, left : left + side]
+        for photo, top, left, pixels in entries:
+            wanted = photo_of(photo)[top : top + side, left : left + side]
             assert pixels.shape == (side, side, 3)
             np.testing.assert_array_equal(pixels, wanted)
 
 
 def test_no_pixel_is_in_both_splits(tiles):
-    for name in photos.PICTURES:
-        height, width, _ = picture_of(name).shape
+    for name in photos.PHOTOS:
+        height, width, _ = photo_of(name).shape
         covered = {}
         for split, entries in tiles.items():
             mask = covered[split] = np.zeros((height, width), bool)
-            for picture, top, left, pixels in entries:
-                if picture == name:
+            for photo, top, left, pixels in entries:
+                if photo == name:
                     mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = True
         assert not (covered["train"] & covered["test"]).any()
         columns = np.flatnonzero(covered["train"].any(axis=0))
         assert columns.max() + 1 == round(0.7 * width)
-        assert covered["train"][:, columns].all()  # every pixel of the side is in some tile
+        assert covered["train"][:, columns].all()  # every training pixel is in some tile
 
 
-def test_there_are_enough_tiles_and_no_picture_dominates(tiles):
+def test_there_are_enough_tiles_and_no_photo_dominates(tiles):
     counts = collections.Counter(entry[0] for entry in tiles["train"])
     assert sum(counts.values()) >= 1000
-    assert set(counts) == set(photos.PICTURES)
+    assert set(counts) == set(photos.PHOTOS)
     assert max(counts.values()) <= 1.2 * min(counts.values())
-    places = [entry[:3] for split in tiles.values() for entry in split]
-    assert len(set(places)) == len(places)
+    positions = [entry[:3] for split in tiles.values() for entry in split]
+    assert len(set(positions)) == len(positions)
 
 
-def test_overlap_is_what_the_docstring_says():
+def test_tiles_overlap_as_documented():
     shares = {}
-    for name in photos.PICTURES:
-        boxes = photos.tile_boxes(*picture_of(name).shape[:2])["train"]
+    for name in photos.PHOTOS:
+        boxes = photos.tile_boxes(*photo_of(name).shape[:2])["train"]
         strides = [np.diff(sorted({box[axis] for box in boxes})).max() for axis in (0, 1)]
         shares[name] = 1 - max(strides) / photos.TILE["train"]
     assert shares.pop("retina") == pytest.approx(0.26, abs=0.005)
@@ -80,13 +80,13 @@ def test_overlap_is_what_the_docstring_says():
     assert min(shares.values()) >= 0.73 and max(shares.values()) < 0.9
 
 
-def test_grey_pictures_become_rgb():
-    brick = photos.load_picture("brick")
+def test_grey_photos_become_rgb():
+    brick = photos.load_photo("brick")
     assert brick.shape == (512, 512, 3)
     np.testing.assert_array_equal(brick[..., 0], brick[..., 2])
 
 
-def test_digits_are_all_there_once_and_stratified(embedded_data):
+def test_every_digit_is_stored_once_and_splits_are_stratified(embedded_data):
     stored, counts = [], {}
     for split in ("train", "test"):
         dataset = datasets.open_dataset("digits", split, data_dir=embedded_data)
@@ -107,9 +107,9 @@ def test_digits_are_all_there_once_and_stratified(embedded_data):
 
 @pytest.fixture(scope="module")
 def fashion_mnist(tmp_path_factory):
-    """A data_dir with Debian's Fashion-MNIST; only outside CI may the package be absent."""
+    """A data_dir with Debian's Fashion-MNIST; the package may only be missing outside CI."""
     if not fashion_mnist_builder.FOLDER.exists() and not os.environ.get("CI"):
-        pytest.skip("apt-get install dataset-fashion-mnist brings what this test reads")
+        pytest.skip("needs the data of apt-get install dataset-fashion-mnist")
     folder = str(tmp_path_factory.mktemp("fashion_mnist"))
     line = prepare.prepare("fashion_mnist_debian", data_dir=folder)
     assert "60000 train" in line and "10000 test" in line
@@ -117,8 +117,8 @@ def fashion_mnist(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
-def test_fashion_mnist_is_what_the_package_holds(fashion_mnist, split, file):
-    """The oracle knows the files' headers: 16 and 8 bytes before pixels and labels."""
+def test_fashion_mnist_equals_the_files_of_the_package(fashion_mnist, split, file):
+    """The expected values skip the headers of the files: 16 bytes for pixels, 8 for labels."""
     folder = fashion_mnist_builder.FOLDER
     with gzip.open(folder / f"{file}-images-idx3-ubyte.gz") as stream:
         pixels = np.frombuffer(stream.read()[16:], np.uint8).reshape(-1, 28, 28)
@@ -130,13 +130,13 @@ def test_fashion_mnist_is_what_the_package_holds(fashion_mnist, split, file):
     for index in range(0, len(dataset), len(dataset) // 100):
         image = transforms.decode(dataset[index].image)
         assert image.shape == (28, 28, 3) and (image == image[..., :1]).all()
-        (place,) = np.flatnonzero((pixels == image[..., 0]).all(axis=(1, 2)))
-        assert dataset[index].label == labels[place]
-        seen.append(place)
+        (position,) = np.flatnonzero((pixels == image[..., 0]).all(axis=(1, 2)))
+        assert dataset[index].label == labels[position]
+        seen.append(position)
     assert len(set(seen)) == len(seen)
 
 
-def test_fashion_mnist_without_the_package_says_what_brings_it(monkeypatch, tmp_path):
+def test_the_error_for_missing_fashion_mnist_files_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(fashion_mnist_builder, "FOLDER", tmp_path / "nowhere")
     with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
         prepare.prepare("fashion_mnist_debian", data_dir=str(tmp_path / "data"))

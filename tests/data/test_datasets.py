@@ -1,4 +1,4 @@
-"""Sources as users name them: TFDS datasets, folders, and what is wrong with them."""
+"""Datasets as users name them: TFDS datasets, folders, and errors in both."""
 
 import collections
 import shutil
@@ -16,7 +16,7 @@ from tests.data.conftest import SKIPPED, SYNSETS, jpeg
 
 
 def file_names(dataset):
-    """File name of each example, read from what `describe` says."""
+    """The file name of each example, taken from `describe`."""
     return [dataset.describe(i).split("(")[1].rstrip(")") for i in range(len(dataset))]
 
 
@@ -35,7 +35,7 @@ def test_imagenet_by_name_gives_the_bytes_of_the_tar_files(imagenet, imagenet_ta
         assert label == {SYNSETS[0]: 0, SYNSETS[1]: 373}[name.split("_")[0]]
 
 
-def test_splits_are_tfds_own_language(imagenet):
+def test_splits_use_the_slice_syntax_of_tfds(imagenet):
     def names(split):
         return file_names(datasets.open_dataset("imagenet2012", split, data_dir=imagenet))
 
@@ -45,7 +45,7 @@ def test_splits_are_tfds_own_language(imagenet):
     assert len(names("validation")) == 5
 
 
-def test_official_skips_are_found_when_they_are_read(imagenet):
+def test_files_that_the_original_skips_raise_when_they_are_read(imagenet):
     dataset = datasets.open_dataset(
         "imagenet2012", "train", data_dir=imagenet, skip=datasets.OFFICIAL_SKIPPED
     )
@@ -58,7 +58,7 @@ def test_official_skips_are_found_when_they_are_read(imagenet):
     assert len(set(datasets.OFFICIAL_SKIPPED)) == 27 and skipped == [SKIPPED]
 
 
-def test_reading_needs_no_tensorflow(imagenet):
+def test_reading_imagenet_does_not_import_tensorflow(imagenet):
     script = (
         "import sys; from fd_jax.data import datasets, pipeline, transforms\n"
         f"dataset = datasets.open_dataset('imagenet2012', 'train', data_dir={imagenet!r})\n"
@@ -71,7 +71,7 @@ def test_reading_needs_no_tensorflow(imagenet):
     assert done.stdout.strip() == "(4, 32, 32, 3) False", done.stderr
 
 
-def test_a_damaged_record_is_a_broken_image(imagenet, tmp_path):
+def test_a_damaged_record_raises_broken_image_error(imagenet, tmp_path):
     shutil.copytree(imagenet, tmp_path, dirs_exist_ok=True)
     (file,) = tmp_path.glob("imagenet2012/*/*-train.array_record*")
     data = bytearray(file.read_bytes())
@@ -90,7 +90,7 @@ def test_a_damaged_record_is_a_broken_image(imagenet, tmp_path):
     assert outcome == {"read": 11, "broken": 1}
 
 
-def test_what_is_not_prepared_says_the_command(tmp_path):
+def test_the_error_for_an_unprepared_dataset_contains_the_command_that_prepares_it(tmp_path):
     with pytest.raises(DataError) as error:
         datasets.open_dataset("photos", "train", data_dir=str(tmp_path))
     command = f"python -m fd_jax.data.prepare --name=photos --data_dir={tmp_path}"
@@ -99,26 +99,30 @@ def test_what_is_not_prepared_says_the_command(tmp_path):
     assert len(datasets.open_dataset("photos", "train", data_dir=str(tmp_path))) >= 1000
 
 
-def test_imagenet_that_is_not_prepared_names_its_tar_files(tmp_path):
+def test_the_error_for_unprepared_imagenet_names_its_tar_files(tmp_path):
     with pytest.raises(DataError) as error:
         datasets.open_dataset("imagenet2012", "train", data_dir=str(tmp_path))
     for word in ("ILSVRC2012_img_train.tar", "--manual_dir=", "file_format='array_record'"):
         assert word in str(error.value)
 
 
-def test_a_tfrecord_copy_is_refused(imagenet_tars, tmp_path):
+def test_a_dataset_prepared_as_tfrecord_is_refused(imagenet_tars, tmp_path):
     builder = tfds.builder("imagenet2012", data_dir=str(tmp_path))
     config = tfds.download.DownloadConfig(manual_dir=str(imagenet_tars[0]))
     builder.download_and_prepare(download_config=config)
     assert builder.info.file_format == tfds.core.FileFormat.TFRECORD
-    with pytest.raises(DataError, match="(?s)tfrecord.*no random access.*fd_jax.data.prepare"):
+    with pytest.raises(
+        DataError, match="(?s)prepared as tfrecord, .*no random access.*fd_jax.data.prepare"
+    ):
         datasets.open_dataset("imagenet2012", "train", data_dir=str(tmp_path))
 
 
 def test_unknown_names_and_splits_are_refused(imagenet):
-    with pytest.raises(DataError, match="TFDS knows no dataset 'nonesuch'"):
+    with pytest.raises(DataError, match="TFDS has no dataset 'nonesuch'"):
         datasets.open_dataset("nonesuch", "train")
-    with pytest.raises(DataError, match=r"no split 'dev'; it has \['train', 'validation'\]"):
+    with pytest.raises(
+        DataError, match=r"no split 'dev'; its splits are \['train', 'validation'\]"
+    ):
         datasets.open_dataset("imagenet2012", "dev", data_dir=imagenet)
 
 
@@ -129,18 +133,17 @@ def test_splits_without_examples_are_refused(imagenet):
 
 def test_preparing_twice_changes_nothing(imagenet, capsys):
     arguments = ["--name=imagenet2012", f"--data_dir={imagenet}"]
-    assert prepare.main(arguments) == 0  # though the tar files are not named again
+    assert prepare.main(arguments) == 0  # although the tar files are not named again
     assert "12 train" in capsys.readouterr().out
 
 
-def test_preparing_without_the_tar_files_says_so(tmp_path, capsys):
+def test_preparing_imagenet_without_its_tar_files_is_refused(tmp_path, capsys):
     arguments = ["--name=imagenet2012", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"]
     assert prepare.main(arguments) == 2
-    assert f"ILSVRC2012_img_val.tar is not in {tmp_path}" in capsys.readouterr().err
+    files = "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"
+    assert f"{tmp_path} does not hold {files}" in capsys.readouterr().err
     assert prepare.main(arguments[:2]) == 2
-    assert "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar needs a --manual_dir" in (
-        capsys.readouterr().err
-    )
+    assert f"--manual_dir must name a folder with {files}" in capsys.readouterr().err
 
 
 # --- folders ---------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def test_preparing_without_the_tar_files_says_so(tmp_path, capsys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, one with a nested picture, and things that are no pictures."""
+    """Two classes, one with a nested image, and files that are not images."""
     for index, name in enumerate(("cat/b.JPEG", "cat/a.jpg", "dog/deep/c.jpeg", "dog/d.jpg")):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +161,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_folders_has_their_names_as_classes(folder):
+def test_the_sub_folders_of_a_folder_are_its_classes(folder):
     dataset = datasets.open_dataset(f"folder:{folder}", "ignored")
     assert dataset.num_classes == 2 and len(dataset) == 4
     ends = [dataset.describe(i).removeprefix(str(folder)) for i in range(4)]
@@ -172,28 +175,28 @@ def test_a_flat_folder_has_no_labels(folder):
     assert dataset.num_classes is None and [dataset[i].label for i in range(2)] == [-1, -1]
 
 
-def test_the_split_may_stand_in_the_path(folder):
+def test_the_split_replaces_its_placeholder_in_the_path(folder):
     assert len(datasets.open_dataset(f"folder:{folder}/{{split}}", "cat")) == 2
 
 
-def test_a_folder_leaves_out_what_is_to_be_skipped(folder):
+def test_a_folder_leaves_out_the_files_to_skip(folder):
     dataset = datasets.open_dataset(f"folder:{folder}", "train", skip=("b.JPEG",))
     assert len(dataset) == 3
 
 
-def test_pictures_beside_class_folders_are_refused(folder):
-    with pytest.raises(DataError, match="1 images .d.jpg.* beside its 1 class folders"):
+def test_images_next_to_class_folders_are_refused(folder):
+    with pytest.raises(DataError, match="1 images .d.jpg.* next to its 1 class folders"):
         datasets.open_dataset(f"folder:{folder}/dog", "train")
 
 
-def test_a_picture_that_went_away_is_broken(folder):
+def test_an_image_deleted_after_indexing_raises_broken_image_error(folder):
     dataset = datasets.open_dataset(f"folder:{folder}", "train")
     (folder / "cat" / "a.jpg").unlink()
     with pytest.raises(BrokenImageError, match="a.jpg"):
         dataset[0]
 
 
-def test_folders_without_pictures_are_refused(tmp_path):
+def test_missing_folders_and_folders_without_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="no folder of images at"):
         datasets.open_dataset(f"folder:{tmp_path}/none", "train")
     with pytest.raises(DataError, match="no images .*jpg.* under"):

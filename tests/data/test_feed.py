@@ -1,4 +1,4 @@
-"""What a run reads: labels that are there, and labels that only seem to be."""
+"""`Feed`: labels that can be used, and labels and splits that cannot."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from fd_jax.errors import DataError
 
 
 class HiddenLabels(tfds.core.GeneratorBasedBuilder):
-    """Grey squares; the test split keeps its labels to itself, as ImageNet's does."""
+    """Grey squares; the labels of the test split are hidden, like those of ImageNet."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -39,26 +39,26 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def feed(data_dir, **fields):
+def make_feed(data_dir, **fields):
     config = base.common().data
     config.update(name="hidden_labels", data_dir=data_dir, image_size=8, **fields)
     return Feed(**config)
 
 
-def test_labels_that_are_there_are_taken(data_dir):
+def test_splits_with_labels_are_accepted(data_dir):
     for eval_split in ("", "train[3:]"):
-        made = feed(data_dir, eval_split=eval_split)
-        made.check_labels()
-        assert made.classes == 3
+        feed = make_feed(data_dir, eval_split=eval_split)
+        feed.check_labels()
+        assert feed.classes == 3
 
 
-def test_hidden_labels_are_no_labels(data_dir):
+def test_a_split_with_hidden_labels_is_refused(data_dir):
     with pytest.raises(DataError, match=r"hidden_labels/test hides its class labels: .* is -1"):
-        feed(data_dir, eval_split="test").check_labels()
+        make_feed(data_dir, eval_split="test").check_labels()
 
 
-def test_splits_of_different_classes_are_refused(tmp_path):
-    """Labels of a folder are positions among its classes: one that is missing moves the others."""
+def test_splits_with_different_numbers_of_classes_are_refused(tmp_path):
+    """The label of a folder is its position among the classes: a missing class shifts the rest."""
     for split, classes in (("train", "abc"), ("val", "ac")):
         for name in classes:
             (tmp_path / split / name).mkdir(parents=True)

@@ -32,7 +32,7 @@ def test_smoothed_targets_have_the_published_values():
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
-def test_mixup_is_its_closed_form(lam):
+def test_mixup_matches_its_closed_form(lam):
     images, (target, _) = pictures(), targets()
     mixed, soft = mixing.mix(images, target, jnp.full((SIZE, SIZE), lam))
     np.testing.assert_allclose(mixed, lam * images + (1 - lam) * images[::-1], atol=1e-6)
@@ -40,8 +40,8 @@ def test_mixup_is_its_closed_form(lam):
     np.testing.assert_allclose(soft, want, atol=1e-6)
 
 
-def test_bytes_mix_as_floats_do():
-    """Pictures come as uint8, in which a weight below 1 would be 0."""
+def test_uint8_images_are_mixed_in_float():
+    """Images arrive as uint8, in which any weight below 1 would become 0."""
     bytes_ = np.random.default_rng(3).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
     target = jnp.eye(4)
     mixed, _ = mixing.mix(jnp.asarray(bytes_), target, jnp.full((SIZE, SIZE), 0.3))
@@ -50,7 +50,7 @@ def test_bytes_mix_as_floats_do():
     np.testing.assert_allclose(mixed, want, atol=1e-4)
 
 
-def test_partners_cross_devices_as_bytes():
+def test_images_cross_devices_as_uint8_when_they_are_mixed():
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:2]))
     images = jax.ShapeDtypeStruct((4, SIZE, SIZE, 3), jnp.uint8, sharding=split)
     target = jax.ShapeDtypeStruct((4, 7), jnp.float32, sharding=split)
@@ -64,8 +64,8 @@ def test_partners_cross_devices_as_bytes():
 
 @pytest.mark.parametrize("lam", [0.05, 0.37, 0.5, 0.96, 1.0])
 @pytest.mark.parametrize("centre", [(0, 0), (7, 12), (15, 3)])
-def test_cutmix_is_its_closed_form(lam, centre):
-    """The box of docs/reference.md#mixing, and lambda corrected to its true area."""
+def test_cutmix_matches_its_closed_form(lam, centre):
+    """The box is that of docs/reference.md#mixing; lambda is corrected to its clipped area."""
     images, (target, _) = pictures(), targets()
     mask = mixing.box_mask(SIZE, jnp.float32(lam), jnp.array(centre))
     mixed, soft = mixing.mix(images, target, 1 - mask)
@@ -80,7 +80,7 @@ def test_cutmix_is_its_closed_form(lam, centre):
     np.testing.assert_allclose(soft, want, atol=1e-6)
 
 
-def test_targets_stay_distributions():
+def test_mixed_targets_sum_to_one():
     mix = jax.jit(mixing.Mixing(mixup=0.8, cutmix=1.0, switch=0.5, batch_size=6))
     images, (target, _) = pictures(), targets()
     for seed in range(20):
@@ -88,8 +88,13 @@ def test_targets_stay_distributions():
         np.testing.assert_allclose(np.sum(soft, axis=1), 1, atol=1e-6)
 
 
-def kinds(mix, draws=300):
-    """How often a draw pasted a box, how often it blended, and the share each image kept."""
+def outcomes(mix, draws=300):
+    """Draws many mixings of two images, one black and one white.
+
+    Returns:
+      For each draw: whether a box was pasted, the target weight of the first image, and the share
+      of the second image in the pixels.
+    """
     images = jnp.concatenate([jnp.zeros((1, SIZE, SIZE, 3)), jnp.ones((1, SIZE, SIZE, 3))])
     target = jnp.eye(2)
     run = jax.jit(jax.vmap(lambda key: mix(key, images, target)))
@@ -99,8 +104,8 @@ def kinds(mix, draws=300):
     return boxed, np.asarray(soft[:, 0, 0]), values.mean(axis=1)
 
 
-def test_switch_and_lambda_have_their_distributions():
-    boxed, kept, other = kinds(mixing.Mixing(mixup=0.8, cutmix=1.0, switch=0.5, batch_size=2))
+def test_switch_and_lambda_follow_their_distributions():
+    boxed, kept, other = outcomes(mixing.Mixing(mixup=0.8, cutmix=1.0, switch=0.5, batch_size=2))
     assert 0.4 < boxed.mean() < 0.6
     np.testing.assert_allclose(kept, 1 - other, atol=1e-5)  # targets follow the pixels
     blended = kept[~boxed]
@@ -110,9 +115,9 @@ def test_switch_and_lambda_have_their_distributions():
 
 
 @pytest.mark.parametrize("alphas,boxes", [((0.8, 0.0), False), ((0.0, 1.0), True)])
-def test_one_of_both_alone(alphas, boxes):
+def test_only_mixup_or_only_cutmix_is_applied_if_the_other_is_off(alphas, boxes):
     mix = mixing.Mixing(mixup=alphas[0], cutmix=alphas[1], switch=0.5, batch_size=2)
-    boxed, _, _ = kinds(mix, draws=50)
+    boxed, _, _ = outcomes(mix, draws=50)
     assert boxed.mean() > 0.9 if boxes else boxed.mean() < 0.1
 
 
@@ -121,10 +126,10 @@ def test_one_of_both_alone(alphas, boxes):
     [
         ({"batch_size": 7}, "batch_size=7 is odd; use 8"),
         ({"mixup": -0.1}, "mixing.mixup=-0.1"),
-        ({"mixup": 0.0, "cutmix": 0.0}, "one of them is on"),
+        ({"mixup": 0.0, "cutmix": 0.0}, "at least one must be on"),
     ],
 )
-def test_impossible_settings_are_refused(values, message):
+def test_impossible_mixing_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         mixing.Mixing(**{"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "batch_size": 8, **values})
 
@@ -140,7 +145,7 @@ def erased_reference(uniform, size):
     return 0, 0, 0, 0, False
 
 
-def test_erased_boxes_equal_a_loop_over_tries():
+def test_erased_boxes_equal_those_of_a_loop_over_tries():
     uniform = np.random.default_rng(1).random((200, 10, 4)).astype(np.float32)
     uniform[:50, :3, 0], uniform[:50, :3, 1] = 0.999, 0.999  # tries that are too tall
     top, left, h, w, fits = (np.asarray(v) for v in mixing.erased_box(jnp.asarray(uniform), 32))
@@ -148,13 +153,13 @@ def test_erased_boxes_equal_a_loop_over_tries():
     for row in range(200):
         want = erased_reference(uniform[row].astype(float), 32)
         got = (top[row], left[row], h[row], w[row], bool(fits[row]))
-        # float32 may round a side the other way where it falls on a half
+        # float32 may round a side the other way if it lies at a half.
         agree += got == want
         assert np.abs(np.array(got[2:4]) - want[2:4]).max() <= 1
     assert agree >= 198
 
 
-def test_no_box_where_no_try_fits():
+def test_no_box_is_erased_if_no_try_fits():
     uniform = np.full((1, 10, 4), 0.9999, np.float32)
     assert not mixing.erased_box(jnp.asarray(uniform), 32)[-1][0]
 

@@ -1,4 +1,4 @@
-"""Each operation against its rule in numpy, or Pillow's documented function.
+"""Each operation against its rule in numpy, or against the documented function of Pillow.
 
 The rules are those of docs/reference.md#rand-augment.
 """
@@ -18,7 +18,7 @@ LEVELS = (0.0, 3.0, 9.0, 10.0)
 
 
 def picture(height=23, width=31, seed=0):
-    """Smooth colours with noise on top, so that every operation has something to do."""
+    """Smooth colours with noise on top, so that every operation changes some pixels."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)], -1)
@@ -48,11 +48,11 @@ def smoothed(pixels):
     return out.astype(np.uint8)
 
 
-def sampled(pixels, place):
-    """Bicubic (a = -0.5) at the input place of each output pixel, what lies outside filled."""
+def sampled(pixels, source):
+    """Samples each output pixel (x, y) at source(x, y), bicubic (a = -0.5), filled outside."""
     height, width = pixels.shape[:2]
     image = Image.fromarray(pixels)
-    corners = place(0.0, 0.0), place(1.0, 0.0), place(0.0, 1.0)
+    corners = source(0.0, 0.0), source(1.0, 0.0), source(0.0, 1.0)
     (c, f), (x1, y1), (x2, y2) = corners
     matrix = (x1 - c, x2 - c, c, y1 - f, y2 - f, f)
     return np.asarray(
@@ -75,7 +75,7 @@ def rotated(pixels, degrees):
 
 
 def reference(name, pixels, level, sign):
-    """What the table of docs/reference.md#rand-augment says, at L = level / 10."""
+    """The operation as defined in the table of docs/reference.md#rand-augment, L = level / 10."""
     L = level / 10  # noqa: N806
     height, width = pixels.shape[:2]
     image = Image.fromarray(pixels)
@@ -116,7 +116,7 @@ def reference(name, pixels, level, sign):
 
 
 class Draws:
-    """Stands in for a generator: the level as asked for, and a sign."""
+    """A generator without randomness: always the mean level, and a fixed sign."""
 
     def __init__(self, sign):
         self.sign = sign
@@ -136,14 +136,14 @@ def applied(name, pixels, level, sign):
     return np.asarray(image)
 
 
-def test_the_operations_are_the_fifteen():
+def test_there_are_fifteen_randaugment_operations():
     assert len(OPERATIONS) == 15
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_operation_follows_its_rule(name, level, sign):
+def test_each_randaugment_operation_follows_its_rule(name, level, sign):
     pixels = picture()
     sign = sign if OPERATIONS[name].signed else 1
     got = applied(name, pixels, level, sign)
@@ -151,8 +151,8 @@ def test_operation_follows_its_rule(name, level, sign):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_changes_the_picture_and_its_amount_counts(name):
-    """Negative control: the rules at another level are told apart."""
+def test_each_randaugment_operation_changes_the_image_and_depends_on_its_amount(name):
+    """Negative control: the rule at another level gives other pixels."""
     pixels = picture()
     got = applied(name, pixels, 9.0, 1)
     assert np.any(got != pixels)
@@ -162,12 +162,12 @@ def test_operation_changes_the_picture_and_its_amount_counts(name):
         assert np.any(got != reference(name, pixels, 9.0, -1))
 
 
-def test_full_posterisation_is_black():
+def test_posterize_at_the_maximum_level_is_black():
     assert not applied("PosterizeIncreasing", picture(), 10.0, 1).any()
 
 
 class Counting(RandAugment):
-    """Counts what is applied, and at which level."""
+    """Counts how often each operation is applied."""
 
     def __init__(self, **fields):
         super().__init__(**fields)
@@ -179,7 +179,7 @@ class Counting(RandAugment):
 
 
 def test_one_operation_is_applied_on_average_and_all_occur():
-    """Two drawn with replacement, each with probability one half."""
+    """Two operations are drawn with replacement, and each is applied with probability one half."""
     augment = Counting(magnitude=9.0, spread=0.5)
     rng = np.random.default_rng(0)
     for _ in range(1500):
@@ -190,7 +190,7 @@ def test_one_operation_is_applied_on_average_and_all_occur():
     assert max(counts.values()) / min(counts.values()) < 1.7
 
 
-def test_levels_are_normal_and_clipped():
+def test_levels_are_normally_distributed_and_clipped():
     rng = np.random.default_rng(0)
     levels = []
     probe = randaugment.Operation(lambda image, amount: levels.append(amount) or image, 10.0)
@@ -206,7 +206,7 @@ def test_levels_are_normal_and_clipped():
     assert abs(levels.std() - 0.5) < 0.03
 
 
-def test_same_generator_same_picture():
+def test_generators_with_the_same_seed_give_the_same_image():
     augment = RandAugment.parse("rand-m9-mstd0.5-inc1")
     pixels = picture()
     one, two, three = (augment(pixels, np.random.default_rng(seed)) for seed in (5, 5, 6))
@@ -216,7 +216,7 @@ def test_same_generator_same_picture():
     assert three.shape == pixels.shape
 
 
-def test_notation_is_read():
+def test_policies_in_timms_notation_are_parsed():
     assert RandAugment.parse("rand-m9-mstd0.5-inc1") == RandAugment(9.0, 0.5, 2, 0.5)
     assert RandAugment.parse("rand-n3-m7-p0.8-inc1") == RandAugment(7.0, 0.0, 3, 0.8)
 
@@ -233,13 +233,13 @@ def test_notation_is_read():
         ("rand-m9-p2-inc1", "probabilities from 0 to 1"),
     ],
 )
-def test_wrong_notation_is_refused(policy, message):
+def test_invalid_randaugment_policies_are_refused(policy, message):
     with pytest.raises(ConfigError, match=message):
         RandAugment.parse(policy)
 
 
-def test_a_rotation_is_about_the_centre():
-    """A bright point at the centre stays, and a corner is uncovered."""
+def test_rotate_turns_the_image_about_its_centre():
+    """A bright point at the centre stays in place, and a corner is uncovered and filled."""
     pixels = np.zeros((33, 33, 3), np.uint8)
     pixels[15:18, 15:18] = 255
     out = applied("Rotate", pixels, 10.0, 1)

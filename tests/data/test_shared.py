@@ -1,4 +1,4 @@
-"""Batches in shared memory: nothing that is still looked at is written over."""
+"""Batches in shared memory: a slot that is still in use is never overwritten."""
 
 import gc
 import os
@@ -19,13 +19,13 @@ ELEMENTS = {"image": Element((5, 5, 3), "uint8"), "label": Element((), "int32", 
 
 @pytest.fixture
 def shared():
-    made = SharedBatches(SLOTS, ELEMENTS, ROWS)
-    yield made
-    made.close()
+    memory = SharedBatches(SLOTS, ELEMENTS, ROWS)
+    yield memory
+    memory.close()
 
 
 def worker_of(shared):
-    """The object as a worker process gets it, with a mapping of its own."""
+    """The object as a worker process receives it, with its own mapping of the memory."""
     return pickle.loads(pickle.dumps(shared))
 
 
@@ -43,7 +43,7 @@ def assert_holds(batch, number):
     assert batch["label"].dtype == np.int32
 
 
-def test_batches_arrive_in_the_slots_of_their_turns(shared):
+def test_batches_go_into_the_slots_in_turn_and_arrive_unchanged(shared):
     worker = worker_of(shared)
     for number in range(3 * SLOTS):
         slot = worker.put(number, rows(pictures(number)))
@@ -51,13 +51,13 @@ def test_batches_arrive_in_the_slots_of_their_turns(shared):
         assert_holds(shared.take(slot), number)
 
 
-def test_a_slot_serves_again_when_nothing_looks_at_it(shared):
+def test_a_slot_is_free_again_once_no_view_of_it_is_left(shared):
     worker = worker_of(shared)
     taken = shared.take(worker.put(0, rows(pictures(0))))
     view = np.asarray(taken["image"])[1:, ::2]
     del taken
     gc.collect()
-    other = worker.put(SLOTS, rows(pictures(1)))  # the slot is used: it travels by itself
+    other = worker.put(SLOTS, rows(pictures(1)))  # the slot is in use
     assert isinstance(other, dict) and shared.take(other) is other
     assert_holds(other, 1)
     np.testing.assert_array_equal(view, np.stack(pictures(0))[1:, ::2])
@@ -66,7 +66,7 @@ def test_a_slot_serves_again_when_nothing_looks_at_it(shared):
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_a_slot_is_used_as_long_as_any_array_of_it_is(shared, name):
+def test_a_slot_stays_in_use_while_any_of_its_arrays_is_alive(shared, name):
     worker = worker_of(shared)
     kept = shared.take(worker.put(0, rows(pictures(0))))[name]
     gc.collect()
@@ -76,14 +76,14 @@ def test_a_slot_is_used_as_long_as_any_array_of_it_is(shared, name):
     assert worker.put(SLOTS, rows(pictures(1))) == 0
 
 
-def test_a_slot_is_used_before_its_batch_is_taken(shared):
+def test_a_slot_is_in_use_before_its_batch_is_taken(shared):
     worker = worker_of(shared)
     assert worker.put(0, rows(pictures(0))) == 0
     assert isinstance(worker.put(SLOTS, rows(pictures(1))), dict)
     assert_holds(shared.take(0), 0)
 
 
-def test_what_was_taken_outlives_the_rest():
+def test_a_batch_that_was_taken_outlives_the_shared_memory_object():
     shared = SharedBatches(SLOTS, ELEMENTS, ROWS)
     taken = shared.take(worker_of(shared).put(0, rows(pictures(0))))
     shared.close()
@@ -101,7 +101,9 @@ def test_what_was_taken_outlives_the_rest():
         ([np.zeros((5, 5, 3), np.float32)] * 2, TypeError),
     ],
 )
-def test_other_pictures_are_refused_whether_the_slot_is_free_or_not(shared, pictures_, error):
+def test_wrong_shapes_and_dtypes_are_refused_whether_the_slot_is_free_or_not(
+    shared, pictures_, error
+):
     worker = worker_of(shared)
     for _ in range(2):
         with pytest.raises(error):
@@ -109,8 +111,8 @@ def test_other_pictures_are_refused_whether_the_slot_is_free_or_not(shared, pict
         worker.put(0, rows(pictures(0)))
 
 
-def test_who_comes_after_the_end_writes_nowhere(shared, tmp_path):
-    """Not even where another file got the number of the memory's."""
+def test_a_worker_that_starts_after_close_writes_into_no_file(shared, tmp_path):
+    """Not even if another file got the descriptor number of the memory."""
     number, state = shared._file, pickle.dumps(shared)
     shared.close()
     target = tmp_path / "other"
@@ -126,7 +128,9 @@ def test_who_comes_after_the_end_writes_nowhere(shared, tmp_path):
     assert target.read_bytes() == bytes(10**6)
 
 
-def test_a_worker_that_may_not_look_into_the_main_process_says_so(shared, monkeypatch, caplog):
+def test_a_worker_without_permission_to_open_the_memory_warns_and_uses_the_pipe(
+    shared, monkeypatch, caplog
+):
     def refuse(path, *_):
         raise PermissionError(13, "Permission denied", path)
 
@@ -139,7 +143,7 @@ def test_a_worker_that_may_not_look_into_the_main_process_says_so(shared, monkey
     assert "slower" in caplog.text and "Permission denied" in caplog.text
 
 
-def test_batches_travel_by_themselves_where_memory_cannot_be_shared(monkeypatch):
+def test_without_memfd_batches_are_returned_as_ordinary_arrays(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     shared = SharedBatches(SLOTS, ELEMENTS, ROWS)
     batch = shared.take(worker_of(shared).put(0, rows(pictures(0))))
@@ -147,7 +151,7 @@ def test_batches_travel_by_themselves_where_memory_cannot_be_shared(monkeypatch)
     shared.close()
 
 
-def test_batches_travel_by_themselves_where_memory_is_refused():
+def test_when_memory_is_refused_batches_are_returned_as_ordinary_arrays():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, before[1]))
     try:

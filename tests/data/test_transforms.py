@@ -1,4 +1,4 @@
-"""Against Pillow, which is what torchvision's transforms call; crops against their distribution."""
+"""Transforms against Pillow, which torchvision calls; random crops against their distribution."""
 
 import io
 
@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from fd_jax.data import transforms
-from fd_jax.data.builders.photos import load_picture
+from fd_jax.data.builders.photos import load_photo
 from fd_jax.data.datasets import BrokenImageError
 from fd_jax.errors import ConfigError
 
@@ -23,21 +23,21 @@ def encode(pixels, kind="JPEG", mode=None, **options):
 
 
 def pillow(data):
-    """torchvision's loader."""
+    """Decodes as torchvision's loader does."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 @pytest.fixture(scope="module")
 def photo():
-    return load_picture("coffee")[:375, :500]
+    return load_photo("coffee")[:375, :500]
 
 
 @pytest.fixture(scope="module")
 def jpegs():
-    """Real-sized JPEGs: smooth ones, fine textures, a grey one."""
+    """JPEGs of realistic size: smooth images, fine textures and a grey image."""
     names = ("coffee", "china", "chelsea", "motorcycle_left", "brick")
-    made = [encode(load_picture(name)[:375, :500], quality=92) for name in names]
-    return [*made, encode(load_picture("grass")[:375, :500], mode="L", quality=92)]
+    colour = [encode(load_photo(name)[:375, :500], quality=92) for name in names]
+    return [*colour, encode(load_photo("grass")[:375, :500], mode="L", quality=92)]
 
 
 # --- decoding --------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def jpegs():
     ],
     ids=str,
 )
-def test_decoding_gives_the_pixels_that_pillow_gives(photo, options):
+def test_decoded_pixels_are_those_of_pillow(photo, options):
     data = encode(photo, **options)
     error = np.abs(transforms.decode(data).astype(int) - np.asarray(pillow(data)))
     assert error.max() <= 1 and error.mean() < 1e-3
@@ -68,31 +68,31 @@ def test_decoding_gives_the_pixels_that_pillow_gives(photo, options):
 
 def test_the_exif_orientation_is_not_applied(photo):
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter
+    exif[0x0112] = 6  # rotated by a quarter turn
     data = encode(photo, quality=95, exif=exif.tobytes())
     assert transforms.decode(data).shape == photo.shape
 
 
-def test_bytes_after_the_end_of_a_jpeg_do_no_harm(photo):
+def test_bytes_after_the_end_of_a_jpeg_are_ignored(photo):
     data = encode(photo)
     np.testing.assert_array_equal(transforms.decode(data + bytes(1000)), transforms.decode(data))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
-def test_a_picture_that_is_cut_off_is_broken(photo, kind, share):
+def test_a_truncated_image_raises_broken_image_error(photo, kind, share):
     data = encode(photo, kind)
     with pytest.raises(BrokenImageError, match="cannot decode"):
         transforms.decode(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff\xd9", bytes(5000)])
-def test_bytes_that_are_no_picture_are_broken(data):
+def test_bytes_that_are_not_an_image_raise_broken_image_error(data):
     with pytest.raises(BrokenImageError):
         transforms.decode(data)
 
 
-def test_pixels_pass_and_grey_ones_are_repeated():
+def test_decoded_pixels_are_returned_and_grey_ones_become_rgb():
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert transforms.decode(pixels) is pixels
     np.testing.assert_array_equal(
@@ -105,11 +105,13 @@ def test_pixels_pass_and_grey_ones_are_repeated():
 
 def boxes(count, height, width, **options):
     rng = np.random.default_rng(0)
-    made = [transforms.random_resized_crop_box(rng, height, width, **options) for _ in range(count)]
-    return np.array(made)
+    drawn = [
+        transforms.random_resized_crop_box(rng, height, width, **options) for _ in range(count)
+    ]
+    return np.array(drawn)
 
 
-def test_crop_area_aspect_and_place_are_uniform_where_every_draw_fits():
+def test_crop_area_aspect_and_position_are_uniform_if_every_draw_fits():
     top, left, h, w = boxes(4000, 4000, 4000, min_area=0.08, max_area=0.5).T
     uniform = {
         "area": ((h * w) / 4000**2, 0.08, 0.5),
@@ -122,8 +124,8 @@ def test_crop_area_aspect_and_place_are_uniform_where_every_draw_fits():
     assert abs(np.corrcoef(h * w, w / h)[0, 1]) < 0.05
 
 
-def test_draws_that_do_not_fit_are_drawn_again():
-    """Mean area and aspect given that the crop fits, by quadrature over the uniform square."""
+def test_crops_that_do_not_fit_are_drawn_again():
+    """Expected values given that the crop fits come from quadrature over the uniform square."""
     height, width, low = 375, 500, 0.08
     area, aspect = np.meshgrid(
         np.linspace(low, 1, 2001), np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 2001))
@@ -144,11 +146,11 @@ def test_draws_that_do_not_fit_are_drawn_again():
     [
         ((10, 1000), (0, 493, 10, 13)),  # 4/3 of the height, centred
         ((1000, 10), (493, 0, 13, 10)),
-        ((12, 15), (0, 0, 12, 15)),  # its own aspect is allowed: all of it
+        ((12, 15), (0, 0, 12, 15)),  # its own aspect is allowed: the whole image
     ],
 )
-def test_after_ten_misses_comes_the_largest_centred_crop(size, wanted):
-    miss = {"min_area": 4.0, "max_area": 4.0}  # more than there is
+def test_after_ten_draws_that_do_not_fit_the_largest_centred_crop_is_taken(size, wanted):
+    miss = {"min_area": 4.0, "max_area": 4.0}  # larger than the image
     np.testing.assert_array_equal(boxes(20, *size, **miss), [wanted] * 20)
 
 
@@ -175,8 +177,8 @@ def test_crops_match_torchvisions_pil_path(jpegs, method, size):
         wanted, flipped = torchvision_crop(data, size, method, seed=seed, min_area=0.08)
         error = np.abs(got.astype(int) - (wanted[:, ::-1] if flipped else wanted))
         assert got.shape == (size, size, 3) and got.dtype == np.uint8
-        assert error.mean() <= 2 and np.percentile(error, 99) <= 6  # what is promised
-        assert error.max() <= 2  # what is there: the same arithmetic, decoders within rounding
+        assert error.mean() <= 2 and np.percentile(error, 99) <= 6  # the documented bounds
+        assert error.max() <= 2  # measured: same arithmetic, decoders differ by rounding only
         flips.append(flipped)
     assert len(set(flips)) == 2
 
@@ -196,16 +198,16 @@ def test_a_resize_without_antialiasing_would_not_match(jpegs):
     assert worst > 12
 
 
-def test_without_flip_nothing_is_mirrored(photo):
+def test_without_flip_no_image_is_mirrored(photo):
     transform = transforms.TrainTransform(32, min_area=1.0, interpolation="bilinear", flip=False)
-    made = {transform(photo, np.random.default_rng(seed)).tobytes() for seed in range(8)}
-    assert len(made) == 1
+    results = {transform(photo, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    assert len(results) == 1
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("interpolation", "cubic"), ("min_area", 0.0), ("min_area", 1.5)]
 )
-def test_settings_that_do_not_exist_are_refused(field, value):
+def test_invalid_settings_of_the_training_transform_are_refused(field, value):
     options = {"min_area": 0.5, "interpolation": "bilinear", "flip": True, field: value}
     with pytest.raises(ConfigError, match=f"data.{field}="):
         transforms.TrainTransform(32, **options)
@@ -217,7 +219,7 @@ def test_settings_that_do_not_exist_are_refused(field, value):
 @pytest.mark.parametrize(
     ("size", "short"), [(224, 256), (336, 384), (384, 438), (448, 512), (512, 585)]
 )
-def test_the_short_side_is_that_of_the_reference(size, short):
+def test_the_evaluation_transform_resizes_to_the_short_side_of_the_reference(size, short):
     assert transforms.EvalTransform(size).short_side == short
 
 
@@ -233,7 +235,7 @@ def test_the_short_side_is_that_of_the_reference(size, short):
     ],
 )
 def test_evaluation_resizes_the_short_side_and_crops_the_centre(height, width, resized, corner):
-    picture = load_picture("astronaut")[:height, :width]
+    picture = load_photo("astronaut")[:height, :width]
     picture = np.asarray(Image.fromarray(picture).resize((width, height)))
     whole = Image.fromarray(picture).resize(resized[::-1], Image.Resampling.BICUBIC)
     top, left = corner

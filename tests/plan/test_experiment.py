@@ -147,7 +147,7 @@ def command(*flags):
             ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=docs"],
             "--output=docs is a folder",
         ),
-        (["--config=configs/nope.py", "--topology=v5e:2x2"], "--config names no config"),
+        (["--config=configs/nope.py", "--topology=v5e:2x2"], "--config: cannot read the config"),
         (["--config=configs/base.py", "--topology=v5e:2x2"], "a file without get_config()"),
         (
             [

@@ -1,4 +1,4 @@
-"""The loop as a user runs it: real data, real checkpoints, killed and resumed."""
+"""The training loop as users run it: real data, real checkpoints, kills and resumption."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def losses(workdir):
     return [row["loss"] for row in metric_writer.read(workdir) if "loss" in row]
 
 
-def test_workdir_holds_what_the_contract_says(finished):
+def test_workdir_has_the_documented_contents(finished):
     workdir, result = finished
     assert result.step == STEPS and not result.preempted
     assert set(result.evaluation) == {"eval_loss", "eval_cosine"}
@@ -47,13 +47,13 @@ def test_workdir_holds_what_the_contract_says(finished):
     names = {path.name for path in workdir.iterdir()}
     assert {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "model"} <= names
     assert list((workdir / "tensorboard").iterdir())
-    assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace of config.profile_steps"
+    assert list((workdir / "profile").rglob("*.xplane.pb")), "no trace of config.profile_steps"
     row = metric_writer.read(workdir)[0]
     wanted = {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", "input_wait"}
     assert wanted <= row.keys()
 
 
-def test_model_folder_opens_and_predicts(finished):
+def test_exported_model_folder_loads_and_returns_features(finished):
     workdir, _ = finished
     model = fd_jax.load_model(workdir / "model")
     assert set(model.params) == {"encoder", "projector"}
@@ -62,7 +62,7 @@ def test_model_folder_opens_and_predicts(finished):
     assert model.spec.arch["position"] == "shared_rpb"
 
 
-def test_checkpoint_holds_no_teacher(finished, teacher):
+def test_checkpoint_does_not_contain_the_teacher(finished, teacher):
     workdir, _ = finished
     saved = checkpoint.load_tree(
         fd_jax.model_folder.epath.Path(workdir) / "checkpoints" / str(STEPS) / "state"
@@ -73,7 +73,7 @@ def test_checkpoint_holds_no_teacher(finished, teacher):
     assert not sizes & teacher_only
 
 
-def test_finished_run_trains_no_further(finished, config):
+def test_running_a_finished_run_again_does_not_train(finished, config):
     workdir, _ = finished
     before = losses(workdir)
     assert fit(config, workdir).step == STEPS
@@ -102,7 +102,7 @@ sys.exit(loop.PREEMPTED if result.preempted else 0)
 """
 
 
-def start(teacher, data, workdir):
+def start_run(teacher, data, workdir):
     command = COMMAND.format(root=str(ROOT), teacher=teacher, data=data, workdir=str(workdir))
     return subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -117,44 +117,46 @@ def wait_for_step(process, step):
 
 
 def test_killed_run_resumes_bit_for_bit(finished, teacher, embedded_data, tmp_path):
-    """SIGKILL at a random step; the same command then gives the losses of an unbroken run."""
+    """SIGKILL after a random step; the same command then gives the losses of an unbroken run."""
     step = int(np.random.default_rng(time.time_ns()).integers(2, STEPS))
-    process = start(teacher, embedded_data, tmp_path)
-    wait_for_step(process, step)
-    process.kill()
-    process.wait()
-    again = start(teacher, embedded_data, tmp_path)
-    assert again.wait() == 0
+    killed = start_run(teacher, embedded_data, tmp_path)
+    wait_for_step(killed, step)
+    killed.kill()
+    killed.wait()
+    resumed = start_run(teacher, embedded_data, tmp_path)
+    assert resumed.wait() == 0
     assert losses(tmp_path) == losses(finished[0]), f"killed after step {step}"
 
 
-def test_sigterm_saves_and_says_so(finished, teacher, embedded_data, tmp_path):
-    process = start(teacher, embedded_data, tmp_path)
-    wait_for_step(process, 1)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait() == loop.PREEMPTED
+def test_sigterm_saves_the_run_and_sets_the_exit_status(finished, teacher, embedded_data, tmp_path):
+    stopped = start_run(teacher, embedded_data, tmp_path)
+    wait_for_step(stopped, 1)
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert stopped.wait() == loop.PREEMPTED
     assert not (tmp_path / "model").exists()
-    again = start(teacher, embedded_data, tmp_path)
-    assert again.wait() == 0
+    resumed = start_run(teacher, embedded_data, tmp_path)
+    assert resumed.wait() == 0
     assert losses(tmp_path) == losses(finished[0])
 
 
-def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkeypatch):
-    """Saved first, evaluated when it goes on; its log's means go on over the interruption."""
+def test_a_run_interrupted_during_evaluation_resumes_with_that_evaluation(
+    config, tmp_path, monkeypatch
+):
+    """The state was saved before, and the means in the log span the interruption."""
     config.update(log_every=4)
     config.checkpoint.every = 3
     config.eval.every = 3
     whole = fit(config, tmp_path / "whole")
 
-    class Cut(Exception):
+    class Interruption(Exception):
         pass
 
-    def cut(*args, **kwargs):
-        raise Cut
+    def interrupt(*args, **kwargs):
+        raise Interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluators.HeldOut, "__call__", cut)
-        with pytest.raises(Cut):
+        patch.setattr(evaluators.HeldOut, "__call__", interrupt)
+        with pytest.raises(Interruption):
             fit(config, tmp_path / "cut")
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
     kept = ("step", "loss", "grad_norm", "eval_loss", "eval_cosine")
@@ -164,7 +166,7 @@ def test_a_run_cut_off_while_it_evaluates_loses_nothing(config, tmp_path, monkey
     ]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [3, 4, 6, 6]
-    # A run that is complete tells its last evaluation without making it again.
+    # A finished run returns its last evaluation without repeating it.
     before = (tmp_path / "cut" / metric_writer.FILE_NAME).read_text()
     assert fit(config, tmp_path / "cut").evaluation == whole.evaluation
     assert (tmp_path / "cut" / metric_writer.FILE_NAME).read_text() == before
@@ -179,17 +181,20 @@ def test_damaged_checkpoint_is_named(config, finished, tmp_path):
         fit(config, tmp_path)
 
 
-def test_checkpoint_of_another_state_is_not_called_damaged(config, finished, tmp_path):
+def test_checkpoint_of_another_state_is_reported_as_such_and_not_as_damaged(
+    config, finished, tmp_path
+):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     config.ema_decay = 0.9
-    wanted = (
-        r"another state.*in \d+ arrays:\n  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
+    message = (
+        r"does not hold the state that this config trains; \d+ arrays differ:\n"
+        r"  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
     )
-    with pytest.raises(CheckpointError, match=wanted):
+    with pytest.raises(CheckpointError, match=message):
         fit(config, tmp_path, accept_config=True)
 
 
-def test_nan_stops_the_run_by_name(config, tmp_path):
+def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_path):
     config.optim.peak_lr = float("inf")
     config.max_nonfinite = 2
     with pytest.raises(loop.NonFiniteError, match=r"2 steps in a row.*examples are \[\d+"):
@@ -210,19 +215,19 @@ def test_unprepared_dataset_is_named_before_any_work(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_epoch_shorter_than_a_batch_is_refused(config, tmp_path):
+def test_dataset_smaller_than_one_batch_is_refused(config, tmp_path):
     config.batch_size = 4096
     with pytest.raises(DataError, match="fewer than one batch of 4096"):
         fit(config, tmp_path / "run")
 
 
-def test_seeds_that_are_no_uint32_are_refused(config, tmp_path):
+def test_seed_that_is_not_a_uint32_is_refused(config, tmp_path):
     config.seed = -1
-    with pytest.raises(ConfigError, match="seed=-1: a whole number from 0"):
+    with pytest.raises(ConfigError, match="seed=-1: expected a whole number from 0"):
         fit(config, tmp_path / "run")
 
 
-def test_batch_that_does_not_fit_the_mesh_is_refused(config, tmp_path):
+def test_batch_size_that_does_not_fit_the_mesh_is_refused(config, tmp_path):
     config.batch_size = 12
     with pytest.raises(ConfigError, match="batch_size 12"):
         fit(config, tmp_path / "run")

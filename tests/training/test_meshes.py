@@ -1,4 +1,4 @@
-"""The same losses on every mesh and micro-batching, with everything random switched on."""
+"""Every mesh and every number of micro-batches gives the same losses, with all randomness on."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ MESHES = {
 
 
 class DeviceLocalNoise(DistillTask):
-    """The control: drop path drawn anew by each shard of the batch, as a per-host key would."""
+    """Negative control: each shard of the batch draws its own drop path, as with a key per host."""
 
     def prepare(self, batch, key):
         batch = super().prepare(batch, key)
@@ -71,15 +71,15 @@ def reference():
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_meshes_agree(reference, name):
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, name):
     losses, state = train(MESHES[name])
     np.testing.assert_allclose(losses, reference[0], rtol=1e-6)
     assert state.step == STEPS
     for got, want in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True
     ):
-        # Adam divides by the root of the second moment: where a gradient is near zero its sign is
-        # rounding, so updates are compared against the largest parameter.
+        # Adam divides by the root of the second moment. The sign of a gradient near zero depends on
+        # rounding, so the tolerance is relative to the largest parameter.
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
 
 
@@ -87,13 +87,13 @@ def test_meshes_agree(reference, name):
     "mesh,accumulation",
     [("1x1x1", 2), ("1x1x1", 4), ("2x1x1", 2), ("1x1x2", 2), ("4x2x1", 2)],
 )
-def test_accumulation_agrees(reference, mesh, accumulation):
+def test_accumulation_gives_the_losses_of_the_whole_batch(reference, mesh, accumulation):
     losses, _ = train(MESHES[mesh], accumulation=accumulation)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
 
 
-def test_device_local_randomness_is_seen():
-    """Negative control: the same noise drawn by one shard and by each of two gives other losses."""
+def test_device_local_randomness_would_change_the_losses():
+    """Negative control: noise drawn once and noise drawn by each of two shards differ."""
 
     def losses(shards):
         def make(config, **kwargs):
@@ -113,8 +113,8 @@ GIANT = {
 
 
 @pytest.mark.slow
-def test_a_shrunken_giant_trains_alike_on_a_mesh_of_three_axes():
-    """Shifted and clipped windows, norms on the main branch; heads over the tensor axis."""
+def test_a_small_swin_giant_trains_the_same_on_a_mesh_of_three_axes():
+    """It has shifted and clipped windows and extra norms; heads are split over the tensor axis."""
     config = tiny.swin_config(**{"target.resample": "bilinear"})
     config.student.arch = tiny.swin_spec(2, **GIANT).arch
     losses = {}
@@ -128,19 +128,19 @@ def test_a_shrunken_giant_trains_alike_on_a_mesh_of_three_axes():
     assert "extra_norm" in state.params["encoder"]["stages"]["0"]["blocks"]["1"]
 
 
-def test_parameters_and_moments_are_sharded():
+def test_parameters_and_moments_are_split_over_fsdp():
     _, state = train((1, 8, 1))
     kernel = state.params["encoder"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (4, 64)
     moments = [
         leaf for leaf in jax.tree.leaves(state.opt_state) if getattr(leaf, "shape", ()) == (32, 64)
     ]
-    # fc1 of both blocks, first and second moment
+    # First and second moments of fc1 in both blocks.
     assert len(moments) == 4
     assert {leaf.addressable_shards[0].data.shape for leaf in moments} == {(4, 64)}
 
 
-def test_every_parameter_of_a_large_student_has_one_row():
+def test_every_parameter_matches_one_row_of_the_sharding_table():
     for position in ("ape", "rpb", "shared_rpb"):
         arch = {**tiny.TEACHER, "position": position, "layer_scale": 0.1, "qkv_bias": "qv"}
         params = tiny.teacher_spec(**arch).abstract()[1]
@@ -155,7 +155,7 @@ def test_every_parameter_of_a_large_student_has_one_row():
         ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
     ],
 )
-def test_resolve_mesh(sizes, expected):
+def test_minus_one_in_a_mesh_becomes_the_remaining_devices(sizes, expected):
     assert sharding.resolve_mesh(sizes, 8) == expected
 
 
@@ -175,7 +175,7 @@ def test_impossible_meshes_are_refused(sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What a mesh asks of a GPU; jax gives those of each machine a slice_index of their own."""
+    """The attributes of a GPU that a mesh uses; jax gives each machine its own slice_index."""
 
     id: int
     slice_index: int
@@ -195,12 +195,12 @@ def test_fsdp_spans_machines_of_gpus(fsdp):
     [
         (12, 1, r"batch_size 12 .* 8 batch shards.*use 8 or 16"),
         (4, 2, r"x 2 micro-batches; use 16$"),
-        (0, 1, "batch_size=0: a whole number above 0"),
+        (0, 1, "batch_size=0: expected a whole number above 0"),
         (-8, 1, "batch_size=-8"),
         (8, 0, "accumulation=0"),
     ],
 )
-def test_batch_that_does_not_split_is_refused(batch_size, accumulation, message):
+def test_batch_size_that_does_not_split_is_refused(batch_size, accumulation, message):
     mesh = sharding.make_mesh()
     with pytest.raises(ConfigError, match=message):
         sharding.check_batch(batch_size, accumulation, mesh)
@@ -210,14 +210,14 @@ def test_batch_that_does_not_split_is_refused(batch_size, accumulation, message)
     "field,value",
     [("attention", "flash"), ("grad_reduce_dtype", "int8"), ("optim.moments", "bf16")],
 )
-def test_a_setting_without_such_a_value_is_refused(field, value):
+def test_unknown_value_of_a_setting_is_refused(field, value):
     config = tiny.config(**{field: value})
     with pytest.raises(ConfigError, match=f"{field}='{value}' is unknown; expected one of"):
         task = DistillTask(config, teacher_spec=tiny.teacher_spec())
         program.build(task, config, sharding.make_mesh(), steps_per_epoch=10, total_steps=100)
 
 
-def test_tensor_axis_must_divide_a_dimension():
+def test_parameter_that_its_mesh_axis_does_not_divide_is_refused():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     params = tiny.teacher_spec(width=36, heads=4, mlp_width=64).abstract()[1]
     with pytest.raises(ConfigError, match="36 is not divisible by mesh.fsdp=8"):
@@ -230,7 +230,7 @@ def classifier(tmp_path_factory):
 
 
 def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, fsdp=1, tensor=1, **fields):
-    """Losses of a classification with mixup, cutmix, erasing and drop path on."""
+    """Losses of a classification with mixup, cutmix, erasing and drop path."""
     mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=jax.devices()[:devices])
     config = tiny.fine_tuning(folder, accumulation=accumulation, **fields)
     task = ClassifyTask(config)
@@ -254,14 +254,14 @@ PROBE = {"model.trains": "head", "model.untie_positions": False, "model.head_sca
 
 
 @pytest.mark.parametrize("fields", [{"model.head_scale": 1.0}, PROBE], ids=["all", "head"])
-def test_classification_agrees_on_meshes(classifier, fields):
+def test_classification_on_every_mesh_gives_the_losses_of_one_device(classifier, fields):
     want = fine_tune(classifier, 1, **fields)
     np.testing.assert_allclose(fine_tune(classifier, 8, **fields), want, rtol=3e-6)
-    cut = fine_tune(classifier, 8, fsdp=2, tensor=2, **fields)
-    np.testing.assert_allclose(cut, want, rtol=3e-6)
+    sharded = fine_tune(classifier, 8, fsdp=2, tensor=2, **fields)
+    np.testing.assert_allclose(sharded, want, rtol=3e-6)
 
 
-def test_classification_agrees_with_accumulation(classifier):
+def test_classification_with_accumulation_gives_the_losses_of_the_whole_batch(classifier):
     want = fine_tune(classifier, 1, **{"model.head_scale": 1.0})
     got = fine_tune(classifier, 2, accumulation=2, **{"model.head_scale": 1.0})
     np.testing.assert_allclose(got, want, rtol=3e-6)
@@ -269,8 +269,8 @@ def test_classification_agrees_with_accumulation(classifier):
     assert np.abs(other / want - 1).max() > 1e-4
 
 
-def test_seeds_share_a_program(classifier):
-    """That their losses differ is seen above."""
+def test_two_seeds_share_one_compiled_program(classifier):
+    """The test above shows that their losses differ."""
 
     def lowered(seed):
         config = tiny.fine_tuning(classifier, seed=seed)
@@ -282,8 +282,10 @@ def test_seeds_share_a_program(classifier):
 
 
 @pytest.mark.parametrize("devices,batch_size", [(1, 16), (3, 12), (8, 16)])
-def test_evaluation_equals_a_plain_loop(classifier, embedded_data, devices, batch_size):
-    """A prime number of examples on meshes that do not divide it."""
+def test_evaluation_gives_the_accuracy_of_a_plain_loop(
+    classifier, embedded_data, devices, batch_size
+):
+    """The number of examples is prime, so no mesh divides it."""
     fields = {
         "data.data_dir": embedded_data,
         "data.eval_split": "test[:97]",

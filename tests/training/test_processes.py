@@ -1,4 +1,4 @@
-"""Several real processes through `train.py`: the losses of one, one writer, stopping together."""
+"""Several real processes through `train.py`: same losses, one writer, and a common stop."""
 
 import json
 import os
@@ -54,13 +54,13 @@ def free_port():
 
 
 class Run:
-    """`count` processes of one training run; none of them outlives a failed wait."""
+    """`count` processes of one training run; `wait` kills those that are still running."""
 
     def __init__(self, config_file, workdir, count, *flags, devices=DEVICES, script="train.py"):
         env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "PYTHONFAULTHANDLER": "1",  # a process that dies of a signal says where it was
+            "PYTHONFAULTHANDLER": "1",  # prints a traceback if a signal kills the process
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0",
@@ -82,7 +82,7 @@ class Run:
         ]
 
     def wait(self, timeout=240):
-        """Exit statuses and outputs."""
+        """Returns exit statuses and outputs."""
         try:
             outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
         finally:
@@ -100,7 +100,7 @@ class Run:
 
     def kill(self):
         for process in self.processes:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # has no effect on a process that has ended
 
 
 def losses(workdir):
@@ -108,7 +108,7 @@ def losses(workdir):
 
 
 def evaluations(workdir):
-    """Every held-out figure of a run, as rows of name and value."""
+    """The evaluations of a run, each as a sorted list of (name, value)."""
     rows = [row for row in metric_writer.read(workdir) if "eval_loss" in row]
     return [sorted((k, v) for k, v in row.items() if k.startswith("eval_")) for row in rows]
 
@@ -139,7 +139,7 @@ def test_several_processes_give_the_losses_of_one(
     assert statuses == [0] * count, "\n".join(outputs)
     np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-6)
     assert_same_evaluations(tmp_path, one_process)
-    # One writer: a row per step, and one stream of progress lines.
+    # Only one process writes: one row per step, and progress lines from the first process only.
     rows = metric_writer.read(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "step 1/6" in outputs[0]
@@ -154,7 +154,7 @@ def test_several_processes_give_the_losses_of_one(
 
 @pytest.mark.slow
 def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_config_file, tmp_path):
-    """Mixing, accuracy and neighbours over a split that neither processes nor batches divide."""
+    """With mixing, accuracy and neighbours, over a split that no number of processes divides."""
     flags = ("--config.data.eval_split=test[:97]", "--config.eval.batches=0")
     for count, devices, folder in ((1, 4, "one"), (2, 2, "two")):
         run = Run(
@@ -170,8 +170,9 @@ def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_con
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
     assert_same_evaluations(tmp_path / "two", tmp_path / "one")
 
-    asked = (*flags, "--eval_only", "--throughput")  # both have to agree how often they run
-    run = Run(classifying_config_file, tmp_path / "two", 2, *asked, script="finetune.py")
+    # For --throughput both processes have to agree on the number of steps.
+    measuring = (*flags, "--eval_only", "--throughput")
+    run = Run(classifying_config_file, tmp_path / "two", 2, *measuring, script="finetune.py")
     statuses, outputs = run.wait()
     assert statuses == [0] * 2, "\n".join(outputs)
     measured = json.loads((tmp_path / "two" / "evaluation.json").read_text())
@@ -183,10 +184,10 @@ def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_con
 ACROSS = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")  # no process holds a whole parameter
 
 
-def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
+def test_sigterm_to_one_process_stops_all_at_one_step_and_one_process_can_resume(
     one_process, config_file, tmp_path
 ):
-    """And on another mesh, from a checkpoint that took both processes to write."""
+    """It resumes on another mesh, from a checkpoint of which each process wrote a part."""
     run = Run(config_file, tmp_path, 2, *ACROSS)
     run.wait_for_step(1)
     os.kill(run.processes[1].pid, signal.SIGTERM)
@@ -204,44 +205,44 @@ def test_sigterm_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
 
 
 @pytest.mark.slow
-def test_sigterm_before_the_first_step_and_the_same_command_goes_on_bit_for_bit(
+def test_run_stopped_by_sigterm_before_its_first_step_resumes_bit_for_bit(
     one_process, config_file, tmp_path
 ):
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     statuses, outputs = Run(config_file, unbroken, 2, *ACROSS).wait()
     assert statuses == [0] * 2, "\n".join(outputs)
     np.testing.assert_allclose(losses(unbroken), losses(one_process), rtol=1e-6)
 
-    run = Run(config_file, broken, 2, *ACROSS)
-    wait_for(broken / "config.json")  # before anything is compiled
+    run = Run(config_file, stopped, 2, *ACROSS)
+    wait_for(stopped / "config.json")  # before anything is compiled
     os.kill(run.processes[1].pid, signal.SIGTERM)
     statuses, outputs = run.wait()
     assert statuses == [loop.PREEMPTED] * 2, "\n".join(outputs)
     assert "stopped by SIGTERM at step 1;" in outputs[0]
-    statuses, outputs = Run(config_file, broken, 2, *ACROSS).wait()
+    statuses, outputs = Run(config_file, stopped, 2, *ACROSS).wait()
     assert statuses == [0] * 2, "\n".join(outputs)
-    assert losses(broken).tolist() == losses(unbroken).tolist()
-    assert evaluations(broken) == evaluations(unbroken)
-    ours, theirs = (fd_jax.load_model(folder / "model").params for folder in (broken, unbroken))
+    assert losses(stopped).tolist() == losses(unbroken).tolist()
+    assert evaluations(stopped) == evaluations(unbroken)
+    ours, theirs = (fd_jax.load_model(folder / "model").params for folder in (stopped, unbroken))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def wait_for(path, seconds=120):
     deadline = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
+        assert time.monotonic() < deadline, f"{path} did not appear within {seconds} s"
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_stops_the_other_with_a_message(config_file, tmp_path, victim):
-    """Soon after the heartbeat timeout, which is a flag; the default is 100 s."""
+def test_when_one_process_is_killed_the_other_stops_with_a_message(config_file, tmp_path, victim):
+    """It stops soon after the heartbeat timeout, a flag whose default is 100 s."""
     run = Run(config_file, tmp_path, 2, "--heartbeat_timeout=10", "--config.steps=100000")
     run.wait_for_step(2)
     run.processes[victim].kill()
-    statuses, outputs = run.wait(timeout=60)  # ten seconds, and what a busy machine adds
+    statuses, outputs = run.wait(timeout=60)  # ten seconds, plus some for a busy machine
     assert statuses[victim] == -signal.SIGKILL
     assert statuses[1 - victim] not in (0, loop.PREEMPTED)
-    said = outputs[1 - victim]
-    assert re.search(r"unhealthy|heartbeat|UNAVAILABLE|closed by peer|coordination", said, re.I)
+    output = outputs[1 - victim]
+    assert re.search(r"unhealthy|heartbeat|UNAVAILABLE|closed by peer|coordination", output, re.I)

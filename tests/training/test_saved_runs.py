@@ -1,9 +1,9 @@
 """Workdirs and model folders that an earlier version wrote still resume and load.
 
-`fixtures/saved_runs.tar.gz` was written by version 0.1 before its files were moved, on eight CPU
+`fixtures/saved_runs.tar.gz` was written by version 0.1 before its modules were moved, on eight CPU
 devices with the settings of `conftest.py`. It holds a toy teacher, the workdir of its distillation
-that SIGTERM stopped after 3 of 6 steps, the model folder that the same run left when nothing
-stopped it, and a fine-tuned model folder with a classifier head.
+that SIGTERM stopped after 3 of 6 steps, the model folder of the same run without interruption, and
+a fine-tuned model folder with a classifier head.
 """
 
 import json
@@ -31,7 +31,7 @@ def saved(tmp_path):
     return tmp_path / "saved_runs"
 
 
-def test_a_stopped_run_goes_on_to_the_weights_of_the_unbroken_one(
+def test_a_stopped_run_of_version_0_1_resumes_to_the_weights_of_the_unbroken_run(
     saved, embedded_data, monkeypatch
 ):
     (saved / "data").symlink_to(embedded_data)
@@ -45,12 +45,12 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_unbroken_one(
     spec, weights = model_folder.load("workdir/model")
     wanted_spec, wanted = model_folder.load("distilled")
     assert spec == wanted_spec
-    # Not bit for bit: another CPU's vector width changes the order in which sums are rounded.
+    # The weights are not equal bit for bit: the vector width of the CPU changes the order of sums.
     assert jax.tree.structure(weights) == jax.tree.structure(wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), weights, wanted)
 
 
-def test_model_folders_load(saved):
+def test_model_folders_of_version_0_1_load(saved):
     for name, parts in (("distilled", {"encoder", "projector"}), ("finetuned", {"head"})):
         model = fd_jax.load_model(saved / name)
         assert parts <= model.params.keys()

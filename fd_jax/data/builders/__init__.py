@@ -1,4 +1,4 @@
-"""TFDS builders of the datasets that come with packages; importing registers them."""
+"""TFDS builders for the datasets that come with packages; importing this module registers them."""
 
 from fd_jax.data.builders.digits import Digits
 from fd_jax.data.builders.fashion_mnist import FashionMnistDebian

@@ -8,11 +8,11 @@ import tensorflow_datasets as tfds
 
 from fd_jax.data.builders.photos import encode_png
 
-TEST_EVERY = 5  # of each class, every fifth digit is for testing
+TEST_EVERY = 5  # every fifth digit of each class is in the test split
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """8 x 8 pixels, ten classes; every fifth digit of each class is in the test split."""
+    """Digits of 8 x 8 pixels in ten classes; every fifth of each class is in the test split."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
@@ -38,11 +38,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         from sklearn import datasets
 
         digits: Any = datasets.load_digits()
-        seen = np.zeros(10, int)
+        seen = np.zeros(10, int)  # digits so far, by class
         for key, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
             seen[label] += 1
             if is_test == (split == "test"):
-                pixels = np.round(grey / 16 * 255).astype(np.uint8)  # stored as 0..16
+                pixels = np.round(grey / 16 * 255).astype(np.uint8)  # scikit-learn stores 0..16
                 image = encode_png(np.repeat(pixels[..., None], 3, axis=-1))
                 yield key, {"image": image, "label": int(label)}

@@ -10,12 +10,15 @@ import tensorflow_datasets as tfds
 
 from fd_jax.data.builders.photos import encode_png
 
-FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")  # where the package puts them
+FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")  # folder to which the package installs
 _FILES = {"train": "train", "test": "t10k"}
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """An array of bytes in MNIST's format: its rank in the fourth byte, then big-endian sizes."""
+    """Reads a gzipped array of bytes in MNIST's IDX format. -> uint8, of the stored shape
+
+    The fourth byte is the rank, followed by one big-endian 32-bit size per axis.
+    """
     data = gzip.decompress(path.read_bytes())
     rank = data[3]
     shape = np.frombuffer(data, ">u4", rank, offset=4)
@@ -23,11 +26,11 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 class FashionMnistDebian(tfds.core.GeneratorBasedBuilder):
-    """28 x 28 pixels, ten kinds of clothing; 60,000 and 10,000 pictures."""
+    """Ten kinds of clothing, 28 x 28 pixels; 60,000 training and 10,000 test images."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
-    name = "fashion_mnist_debian"  # TFDS's own fashion_mnist downloads the same pictures
+    name = "fashion_mnist_debian"  # TFDS's own fashion_mnist downloads the same images
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -44,7 +47,9 @@ class FashionMnistDebian(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing to download
         if not FOLDER.exists():
-            raise FileNotFoundError(f"no {FOLDER}; apt-get install dataset-fashion-mnist brings it")
+            raise FileNotFoundError(
+                f"{FOLDER} does not exist; install it with apt-get install dataset-fashion-mnist"
+            )
         return {split: self._generate_examples(split) for split in _FILES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

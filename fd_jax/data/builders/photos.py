@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-TRAIN_SHARE = 0.7  # left part of each picture; the rest, to the right, is held out
-TILE = {"train": 160, "test": 128}  # side in pixels; the narrowest held-out side has 135
-PER_PICTURE = {"train": 90, "test": 30}  # tiles wanted of each picture, so that none dominates
+TRAIN_SHARE = 0.7  # share of each photo, from the left, used for training; the rest is held out
+TILE = {"train": 160, "test": 128}  # side in pixels; the narrowest held-out part is 135 wide
+PER_PHOTO = {"train": 90, "test": 30}  # target number of tiles per photo, so that none dominates
 
-# Package and file of every picture; all of them come inside the wheels.
-PICTURES = {
+# Package and file of every photo; all of them are inside the wheels.
+PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
     "coffee": ("skimage", "data/coffee.png"),
@@ -33,34 +33,34 @@ PICTURES = {
 
 
 def tile_boxes(height: int, width: int) -> dict[str, list[tuple[int, int]]]:
-    """Top-left corners (top, left) of a picture's tiles, per split.
+    """Returns the top-left corners (top, left) of the tiles of a photo, for each split.
 
-    Training tiles lie in the left 70 % of the columns, held-out tiles in the rest; they share no
-    pixel. Corners stand on an even grid over their side. Neighbouring tiles overlap by however
-    much it takes to reach the wanted number: in training by 73 to 89 % of a tile, but 55 % in
-    hubble_deep_field and 26 % in retina, the largest.
+    Training tiles lie in the left 70 % of the columns and held-out tiles in the rest, so the splits
+    share no pixel. Corners form an even grid. Neighbouring tiles overlap by as much as the target
+    number requires: training tiles by 73 to 89 %, but by 55 % in hubble_deep_field and by 26 % in
+    retina, the largest photo.
     """
     cut = round(width * TRAIN_SHARE)
     return {
-        "train": _corners(height, 0, cut, TILE["train"], PER_PICTURE["train"]),
-        "test": _corners(height, cut, width, TILE["test"], PER_PICTURE["test"]),
+        "train": _corners(height, 0, cut, TILE["train"], PER_PHOTO["train"]),
+        "test": _corners(height, cut, width, TILE["test"], PER_PHOTO["test"]),
     }
 
 
-def _corners(height: int, left: int, right: int, tile: int, wanted: int) -> list[tuple[int, int]]:
-    tall, wide = height - tile, right - left - tile  # how far a tile can move
-    # As many rows to columns as there is room, rows x columns close to `wanted`.
-    rows = round(np.sqrt(wanted * (tall + 1) / (wide + 1)))
-    rows = int(np.clip(rows, 1, min(wanted, tall + 1)))
-    columns = int(np.clip(-(-wanted // rows), 1, wide + 1))
-    tops = np.linspace(0, tall, rows).round().astype(int)
-    lefts = np.linspace(left, left + wide, columns).round().astype(int)
+def _corners(height: int, left: int, right: int, tile: int, count: int) -> list[tuple[int, int]]:
+    y_range, x_range = height - tile, right - left - tile  # how far a tile can move
+    # The ratio of rows to columns follows that of the ranges; rows x columns is close to `count`.
+    rows = round(np.sqrt(count * (y_range + 1) / (x_range + 1)))
+    rows = int(np.clip(rows, 1, min(count, y_range + 1)))
+    columns = int(np.clip(-(-count // rows), 1, x_range + 1))
+    tops = np.linspace(0, y_range, rows).round().astype(int)
+    lefts = np.linspace(left, left + x_range, columns).round().astype(int)
     return [(int(top), int(column)) for top in tops for column in lefts]
 
 
-def load_picture(name: str) -> np.ndarray:
-    """Reads one picture from its package. -> uint8 [h, w, 3]; grey ones are repeated."""
-    package, file = PICTURES[name]
+def load_photo(name: str) -> np.ndarray:
+    """Reads one photo from its package. -> uint8 [h, w, 3]; grey photos are converted to RGB."""
+    package, file = PHOTOS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -71,9 +71,9 @@ def load_picture(name: str) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Lossless bytes of uint8 [h, w, 3], written fast rather than small.
+    """Encodes uint8 [h, w, 3] as PNG, optimised for speed rather than size.
 
-    TFDS would encode too, but by starting TensorFlow for it.
+    TFDS could encode the pixels itself, but it would start TensorFlow to do so.
     """
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
@@ -81,10 +81,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 class Photos(tfds.core.GeneratorBasedBuilder):
-    """Tiles of 13 photographs; train from the left of each, test from the right, no shared pixel.
+    """Tiles of 13 photos: training tiles from the left, test tiles from the right of each.
 
-    Tiles have 160 x 160 pixels for training and 128 x 128 held out. They are stored as PNG, so
-    that what is trained on is what the packages ship; JPEG would be a fifth of the size.
+    Training tiles have 160 x 160 pixels, held-out tiles 128 x 128; the splits share no pixel. Tiles
+    are stored as PNG, so that training sees exactly the pixels that the packages ship. JPEG would
+    take a fifth of the space.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -97,7 +98,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=list(PICTURES)),
+                    "label": tfds.features.ClassLabel(names=list(PHOTOS)),
                     "file_name": tfds.features.Text(),
                 }
             ),
@@ -109,9 +110,9 @@ class Photos(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name in PICTURES:
-            picture, side = load_picture(name), TILE[split]
-            for top, left in tile_boxes(*picture.shape[:2])[split]:
-                tile = picture[top : top + side, left : left + side]
+        for name in PHOTOS:
+            photo, side = load_photo(name), TILE[split]
+            for top, left in tile_boxes(*photo.shape[:2])[split]:
+                tile = photo[top : top + side, left : left + side]
                 key = f"{name}_{top}_{left}"
                 yield key, {"image": encode_png(tile), "label": name, "file_name": key}
