@@ -63,10 +63,10 @@ types: $(VENV)/test.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 tests-slow: $(VENV)/test.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .

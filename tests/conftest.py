@@ -27,6 +27,32 @@ import pytest  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files that take longest, so that the two workers of `make tests` end at about the same time.
+LONGEST_FIRST = (
+    "training/test_meshes.py",
+    "training/test_loop.py",
+    "training/test_processes.py",
+    "convert/families/test_sources.py",
+    "test_configs.py",
+    "test_finetune.py",
+    "plan/test_step.py",
+    "data/test_pipeline.py",
+    "models/test_swin.py",
+    "test_report.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Orders files, and leaves the tests of each file in their order."""
+
+    def rank(item):
+        path = item.path.as_posix()
+        matches = (i for i, name in enumerate(LONGEST_FIRST) if path.endswith(f"tests/{name}"))
+        return next(matches, len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def embedded_data(tmp_path_factory):
     """A data_dir in which photos and digits are prepared."""

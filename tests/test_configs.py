@@ -365,6 +365,7 @@ def test_a_linear_probe_of_a_swin_pools_the_mean_after_its_norm():
     assert set(params) == {"head"} and extra["mean"].shape == (1024,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["distill_swinv2_g", "finetune_swinv2_g"])
 def test_giant_configs_have_the_published_size(name):
     """3.0 billion parameters, as published by its authors, from shapes alone."""

@@ -145,7 +145,7 @@ def test_broken_images_are_refused_or_left_out(teacher, pictures, tmp_path):
     "flags,message",
     [
         ({"model": "missing"}, "no model folder at missing"),
-        ({"input": "digitz"}, "TFDS knows no dataset 'digitz'"),
+        ({"input": "digitz"}, "TFDS has no dataset 'digitz'"),
         ({"input": "./missing"}, "no folder of images at missing"),
         ({"input": "folder:missing"}, "no folder of images at missing"),
         ({"split": "tset"}, "no split 'tset'"),

@@ -159,6 +159,7 @@ def test_invalid_commands_print_one_message_and_no_traceback(tmp_path, flags, me
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_training_from_random_weights_exports_a_model_folder(embedded_data, tmp_path):
     """This is how the miniature pre-trains its teacher: an architecture instead of init_from."""
     fields = {"data.data_dir": embedded_data, "steps": 1, "eval.every": 0, "eval.epochs": 0.0}

@@ -45,6 +45,7 @@ def test_the_undamaged_fuzz_files_are_read(seeds, tmp_path):
     container=strategies.sampled_from([*fuzz.SEEDS, "misnested"]),
     rng=strategies.randoms(use_true_random=False),
 )
+@pytest.mark.slow
 def test_damaged_files_are_read_or_refused_with_one_error(seeds, container, rng):
     with tempfile.TemporaryDirectory() as folder:
         assert fuzz.one(container, seeds, rng, Path(folder)) in ("imported", "refused")

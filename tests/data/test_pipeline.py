@@ -279,6 +279,7 @@ def test_a_worker_that_dies_is_named(make_loader, tmp_path):
     assert f"data worker 1 of 2 (process {pid_file.read_text()})" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stuck_is_named_and_killed(make_loader, tmp_path):
     dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]

@@ -152,7 +152,7 @@ def expected_rows(arch, version):
     return rows | {"head/kernel": (last, True), "head/bias": (last, False)}
 
 
-@pytest.mark.parametrize("name", ["swin_b", "esvit", "giant"])
+@pytest.mark.parametrize("name", ["swin_b", "esvit", pytest.param("giant", marks=pytest.mark.slow)])
 def test_layer_ids_and_decay_of_every_parameter(name):
     version = 1 if name == "esvit" else 2
     shape = base.SWIN_G if name == "giant" else base.SWIN_B_W14

@@ -139,6 +139,7 @@ def test_sigterm_saves_the_run_and_sets_the_exit_status(finished, teacher, embed
     assert losses(tmp_path) == losses(finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_during_evaluation_resumes_with_that_evaluation(
     config, tmp_path, monkeypatch
 ):

@@ -261,6 +261,7 @@ def test_classification_on_every_mesh_gives_the_losses_of_one_device(classifier,
     np.testing.assert_allclose(sharded, want, rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_classification_with_accumulation_gives_the_losses_of_the_whole_batch(classifier):
     want = fine_tune(classifier, 1, **{"model.head_scale": 1.0})
     got = fine_tune(classifier, 2, accumulation=2, **{"model.head_scale": 1.0})

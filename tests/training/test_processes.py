@@ -184,6 +184,7 @@ def test_classifying_with_two_processes_gives_the_figures_of_one(classifying_con
 ACROSS = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")  # no process holds a whole parameter
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_one_step_and_one_process_can_resume(
     one_process, config_file, tmp_path
 ):
