@@ -75,6 +75,7 @@ def test_eval_only_gives_the_figures_that_training_reported(tuned, config):
     assert (workdir / "confusion.png").exists()
 
 
+@pytest.mark.slow
 def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
     """It stops after two of four steps; mixing, augmentation and drop path resume too."""
     half = ml_collections.ConfigDict(config.to_dict())

@@ -91,6 +91,7 @@ def test_the_report_has_plots_and_an_improved_agreement(finished):
     assert str(folder) in report.summary(folder)
 
 
+@pytest.mark.slow
 def test_training_and_held_out_agreement_use_their_own_split(finished):
     workdir, _ = finished
     scores = json.loads((report.write_report(workdir) / "agreement.json").read_text())

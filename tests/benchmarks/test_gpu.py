@@ -23,6 +23,7 @@ def rows_of(output, part):
     return {row.get("choice", ""): row for row in rows if row["part"] == part}
 
 
+@pytest.mark.slow
 def test_accuracy_of_every_choice_is_measured_or_refused_by_name(tmp_path):
     output = tmp_path / "toy.json"
     done = run(output, "--parts=accuracy")

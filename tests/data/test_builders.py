@@ -116,6 +116,7 @@ def fashion_mnist(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
 def test_fashion_mnist_equals_the_files_of_the_package(fashion_mnist, split, file):
     """The expected values skip the headers of the files: 16 bytes for pixels, 8 for labels."""

@@ -371,6 +371,7 @@ def script(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_read_that_hangs_ends_the_process_with_one_message(script):
     process = script(workers=0)
     _, stderr = process.communicate(timeout=120)

@@ -223,6 +223,7 @@ def test_feature_map_has_patches_only():
     assert swins.relative(raw, features.tokens) > 1e-2
 
 
+@pytest.mark.slow
 def test_parameter_counts():
     def count(family, arch):
         return sum(leaf.size for leaf in jax.tree.leaves(ModelSpec(family, arch).abstract()[1]))
@@ -298,6 +299,7 @@ def test_branches_drop_by_example():
     assert np.abs(out[1] - kept[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_recomputing_and_other_attention_change_nothing(cudnn_by_xla):
     made = swins.spec(2, depths=[2, 1], heads=[2, 4], pretrained_windows=[0, 0])
     params, images = swins.own_params(made), swins.pictures(made, 2)

@@ -128,6 +128,7 @@ def test_killed_run_resumes_bit_for_bit(finished, teacher, embedded_data, tmp_pa
     assert losses(tmp_path) == losses(finished[0]), f"killed after step {step}"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_run_and_sets_the_exit_status(finished, teacher, embedded_data, tmp_path):
     stopped = start_run(teacher, embedded_data, tmp_path)
     wait_for_step(stopped, 1)

@@ -70,7 +70,10 @@ def reference():
     return train((1, 1, 1))
 
 
-@pytest.mark.parametrize("name", list(MESHES)[1:])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[1:3]] + list(MESHES)[3:],
+)
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, name):
     losses, state = train(MESHES[name])
     np.testing.assert_allclose(losses, reference[0], rtol=1e-6)
@@ -85,7 +88,13 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, nam
 
 @pytest.mark.parametrize(
     "mesh,accumulation",
-    [("1x1x1", 2), ("1x1x1", 4), ("2x1x1", 2), ("1x1x2", 2), ("4x2x1", 2)],
+    [
+        ("1x1x1", 2),
+        pytest.param("1x1x1", 4, marks=pytest.mark.slow),
+        pytest.param("2x1x1", 2, marks=pytest.mark.slow),
+        pytest.param("1x1x2", 2, marks=pytest.mark.slow),
+        ("4x2x1", 2),
+    ],
 )
 def test_accumulation_gives_the_losses_of_the_whole_batch(reference, mesh, accumulation):
     losses, _ = train(MESHES[mesh], accumulation=accumulation)
@@ -253,6 +262,7 @@ def fine_tune(folder, devices, *, accumulation=1, steps=STEPS, fsdp=1, tensor=1,
 PROBE = {"model.trains": "head", "model.untie_positions": False, "model.head_scale": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"model.head_scale": 1.0}, PROBE], ids=["all", "head"])
 def test_classification_on_every_mesh_gives_the_losses_of_one_device(classifier, fields):
     want = fine_tune(classifier, 1, **fields)
