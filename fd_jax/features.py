@@ -24,8 +24,8 @@ from fd_jax import sharding
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
+from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.sizes import square_side
 
 # The features that can be extracted from a feature map, by name.
 TOKEN_KINDS: dict[str, Callable[[FeatureMap], jax.Array]] = {
@@ -67,8 +67,9 @@ def extract(
     """
     from fd_jax.data import pipeline, transforms
 
-    side = square_side(model.spec.arch["image_size"], network="extraction from a dataset")
-    layout = jax.eval_shape(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    image_size = model.spec.arch["image_size"]
+    shape = (1, *sizes.sides(image_size), 3)
+    layout = jax.eval_shape(model, jax.ShapeDtypeStruct(shape, jnp.float32))
     tokens = _check_tokens(tokens, layout)
     mesh = sharding.make_mesh(devices=jax.local_devices())
     if batch_size is None:
@@ -82,7 +83,7 @@ def extract(
     keep = jax.jit(lambda features: {kind: TOKEN_KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
         dataset,
-        transforms.LabelledImage(transforms.EvalTransform(side)),
+        transforms.LabelledImage(transforms.EvalTransform(image_size)),
         batch_size=batch_size,
         threads=threads,
         max_broken=max_broken,
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tokens", default="", help="comma-separated list of cls, mean, full; default: cls,mean"
     )
     parser.add_argument(
-        "--image_size", type=int, help="input size in pixels to resize the network to"
+        "--image_size", help="input size in pixels to resize the network to: 224, or 224x336"
     )
     parser.add_argument(
         "--batch_size", type=int, help="batch size over all devices; default: 32 per device"
@@ -178,7 +179,8 @@ def _run(args: argparse.Namespace) -> None:
     output = epath.Path(args.output)
     temporary = _create_temporary(output, overwrite=args.overwrite)
     try:
-        model = load_model(args.model, image_size=args.image_size)
+        image_size = sizes.parse(args.image_size) if args.image_size else None
+        model = load_model(args.model, image_size=image_size)
         name = _dataset_name(args.input)
         dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
         arrays = extract(

@@ -52,6 +52,23 @@ def run(*flags):
     return features.main([*flags])
 
 
+def test_features_of_another_shape_equal_the_model_called_by_hand(
+    teacher, digits, embedded_data, tmp_path
+):
+    output = tmp_path / "wide.npz"
+    flags = (f"--model={teacher}", "--input=digits", f"--split=test[:{COUNT}]")
+    flags += (f"--data_dir={embedded_data}", f"--output={output}", "--tokens=full")
+    assert run(*flags, "--image_size=24x40") == 0
+    with np.load(output) as file:
+        extracted = dict(file)
+    assert tuple(extracted["grid"]) == (3, 5)
+    tokens, _ = by_hand(teacher, digits, image_size=(24, 40))
+    np.testing.assert_allclose(extracted["full"], tokens, atol=2e-5)
+    # Negative control: the same area the other way round gives other features.
+    turned, _ = by_hand(teacher, digits, image_size=(40, 24))
+    assert np.abs(extracted["full"] - turned).max() > 0.1
+
+
 def test_digits_equal_the_model_called_by_hand(teacher, digits, embedded_data, tmp_path, capsys):
     output = tmp_path / "made" / "digits.npz"
     flags = (f"--model={teacher}", "--input=digits", f"--split=test[:{COUNT}]")

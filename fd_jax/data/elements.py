@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_jax.models.sizes import ImageSize, sides
 from fd_jax.typing import Config
 
 
@@ -46,10 +47,10 @@ Row = Mapping[str, Any]  # one example: element name -> array or number
 LOADED: Elements = {"weight": Element((), "float32"), "index": Element((), "int32", -1)}
 
 
-def labelled_image(image_size: int) -> dict[str, Element]:
-    """Returns the elements of an image, uint8 [S, S, 3], and its class, -1 if it has none."""
+def labelled_image(image_size: ImageSize) -> dict[str, Element]:
+    """Returns the elements of an image, uint8 [H, W, 3], and its class, -1 if it has none."""
     return {
-        "image": Element((image_size, image_size, 3), "uint8"),
+        "image": Element((*sides(image_size), 3), "uint8"),
         "label": Element((), "int32", -1),
     }
 

@@ -16,6 +16,8 @@ from fd_jax.data.datasets import BrokenImageError, Example
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.errors import ConfigError, check_choice
+from fd_jax.models import sizes
+from fd_jax.models.sizes import ImageSize
 
 Interpolation = Literal["bilinear", "bicubic"]
 Crop = Literal["retried", "single"]
@@ -200,48 +202,55 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resizes the short side to int(ratio * S), bicubic, and crops the centre S x S.
+    """Resizes, bicubic, until int(ratio * H) x int(ratio * W) is covered; crops the centre H x W.
 
-    See docs/reference.md#evaluation-transform.
+    For a square this resizes the short side, see docs/reference.md#evaluation-transform.
 
     Args:
-      image_size: side S of the result, in pixels.
-      ratio: ratio of the resized short side to S.
-      crop: whether to crop; if False, the whole image is squashed to S x S instead.
+      image_size: side of a square result in pixels, or its height H and width W.
+      ratio: ratio of the area that the resized image covers to the result, per side.
+      crop: whether to crop; if False, the whole image is squashed to H x W instead.
 
     Raises:
       ConfigError: the ratio is below 1, which would make the image smaller than the crop.
     """
 
-    def __init__(self, image_size: int, *, ratio: float = EVAL_RATIO, crop: bool = True):
+    def __init__(self, image_size: ImageSize, *, ratio: float = EVAL_RATIO, crop: bool = True):
         if ratio < 1:
             raise ConfigError(f"data.eval_resize={ratio}; expected 1 or more")
         self.image_size = image_size
-        self.short_side = int(ratio * image_size)
+        self.sides = sizes.sides(image_size)
+        self.covered = int(ratio * self.sides[0]), int(ratio * self.sides[1])
         self.crop = crop
+
+    @property
+    def short_side(self) -> int:
+        """Short side in pixels of what the resized image covers."""
+        return min(self.covered)
 
     def __call__(
         self, image: bytes | np.ndarray, rng: np.random.Generator | None = None
     ) -> np.ndarray:
-        """Transforms an encoded or decoded image. -> uint8 [S, S, 3]; `rng` is not used."""
+        """Transforms an encoded or decoded image. -> uint8 [H, W, 3]; `rng` is not used."""
         del rng
         pixels = decode(image)
+        (h, w), (rows, columns) = self.sides, self.covered
         if not self.crop:
-            return resize(pixels, self.image_size, self.image_size, "bicubic")
+            return resize(pixels, h, w, "bicubic")
         height, width = pixels.shape[:2]
-        if height < width:
-            height, width = self.short_side, int(self.short_side * width / height)
+        if height * columns < width * rows:  # flatter than the result: its height is what counts
+            height, width = rows, int(rows * width / height)
         else:
-            height, width = int(self.short_side * height / width), self.short_side
+            height, width = int(columns * height / width), columns
         pixels = resize(pixels, height, width, "bicubic")
-        top, left = (round((side - self.image_size) / 2) for side in (height, width))
-        return pixels[top : top + self.image_size, left : left + self.image_size]
+        top, left = round((height - h) / 2), round((width - w) / 2)
+        return pixels[top : top + h, left : left + w]
 
 
 class ImageTransform(Protocol):
-    """Turns an image, encoded or uint8 [h, w, 3], into uint8 [image_size, image_size, 3]."""
+    """Turns an image, encoded or uint8 [h, w, 3], into uint8 [H, W, 3] of its `image_size`."""
 
-    image_size: int
+    image_size: ImageSize
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         """Transforms one image.

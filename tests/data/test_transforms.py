@@ -241,3 +241,25 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre(height, width, r
     top, left = corner
     wanted = np.asarray(whole)[top : top + 224, left : left + 224]
     np.testing.assert_array_equal(transforms.EvalTransform(224)(picture), wanted)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resized", "corner"),
+    [
+        (375, 500, (288, 384), (60, 24)),  # less wide than the result: its width is what counts
+        (200, 800, (192, 768), (12, 216)),
+        (500, 375, (512, 384), (172, 24)),
+    ],
+)
+def test_evaluation_at_another_shape_covers_it_and_crops_the_centre(height, width, resized, corner):
+    """Of 168 x 336: 192 x 384 pixels have to be covered."""
+    picture = np.asarray(Image.fromarray(load_photo("astronaut")).resize((width, height)))
+    whole = Image.fromarray(picture).resize(resized[::-1], Image.Resampling.BICUBIC)
+    top, left = corner
+    wanted = np.asarray(whole)[top : top + 168, left : left + 336]
+    transform = transforms.EvalTransform((168, 336))
+    np.testing.assert_array_equal(transform(picture), wanted)
+    squashed = transforms.EvalTransform((168, 336), crop=False)(picture)
+    assert squashed.shape == (168, 336, 3)
+    elements = transforms.LabelledImage(transform).elements
+    assert elements["image"].shape == (168, 336, 3)
