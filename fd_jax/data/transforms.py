@@ -250,7 +250,10 @@ class EvalTransform:
 class ImageTransform(Protocol):
     """Turns an image, encoded or uint8 [h, w, 3], into uint8 [H, W, 3] of its `image_size`."""
 
-    image_size: ImageSize
+    @property
+    def image_size(self) -> ImageSize:
+        """Side of a square result in pixels, or its height and width."""
+        ...
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         """Transforms one image.
