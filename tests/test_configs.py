@@ -54,9 +54,16 @@ def task_for(config):
     return DistillTask(config, teacher_spec=spec)
 
 
+# Shapes of student and projector: tracing the initialisation of a ViT-L takes seconds.
+ABSTRACT_PARAMS = {}
+
+
 def schedule_of(config):
     task = task_for(config)
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    key = (config.student.arch.to_json(), task.goal.teacher.width)
+    if key not in ABSTRACT_PARAMS:
+        ABSTRACT_PARAMS[key] = jax.eval_shape(task.init, jax.random.key(0))[0]
+    params = ABSTRACT_PARAMS[key]
     total = round(config.epochs * STEPS_PER_EPOCH)
     _, schedule = task.optimizer(params, steps_per_epoch=STEPS_PER_EPOCH, total_steps=total)
     return schedule, total
