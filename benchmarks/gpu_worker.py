@@ -117,13 +117,17 @@ def accuracy(job: Job) -> Iterator[dict[str, Any]]:
 def _loss_and_gradients(job, images, choice, dtype) -> tuple[float, dict[str, np.ndarray]]:
     import jax
 
+    from benchmarks import jax_step
+
     task, _ = define(job, choice, dtype=dtype, depth=ACCURACY_DEPTH)
     params, extra = jax.jit(task.init)(jax.random.key(1))
     # Tables start at zero, where leaving the bias out would not be noticed.
     table = params["encoder"]["rel_pos_bias"]["table"]
     params["encoder"]["rel_pos_bias"]["table"] = jax.random.normal(jax.random.key(2), table.shape)
-    frozen = jax.tree.map(jax.numpy.asarray, random_weights(task.abstract_frozen()))
-    batch = jax.jit(task.prepare)(host_batch(images), jax.random.key(3))
+    frozen = jax.tree.map(jax.numpy.asarray, jax_step.random_weights(task.abstract_frozen()))
+    host_batch = jax_step.host_batch(images)
+    del host_batch["stop"]  # the loop's own
+    batch = jax.jit(task.prepare)(host_batch, jax.random.key(3))
     (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
         params, extra, frozen, batch
     )
@@ -232,22 +236,6 @@ def pictures(job: Job, batch: int) -> np.ndarray:
     """Random pictures. -> [B, H, W, 3] uint8"""
     side = 32 if job.toy else 224
     return np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
-
-
-def random_weights(shapes: Any) -> Any:
-    """See `jax_step.random_weights`; imported here, because PyTorch's process needs no jax."""
-    from benchmarks import jax_step
-
-    return jax_step.random_weights(shapes)
-
-
-def host_batch(images: np.ndarray) -> dict[str, np.ndarray]:
-    """See `jax_step.host_batch`."""
-    from benchmarks import jax_step
-
-    batch = jax_step.host_batch(images)
-    del batch["stop"]  # added by the loop
-    return batch
 
 
 def _run(step: Callable[[], Any], count: int, wait: Callable[[Any], Any]) -> None:
