@@ -189,7 +189,7 @@ def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "widths", "platform", "message"),
     [
-        ("flash", jnp.bfloat16, (64,), "gpu", "'flash' is unknown; .* auto, xla, cudnn"),
+        ("flash", jnp.bfloat16, (64,), "gpu", "'flash' is unknown; .* 'auto', 'xla', 'cudnn'"),
         ("dot_product", jnp.bfloat16, (64,), "gpu", "removed.*write 'xla'.*or 'cudnn'"),
         ("cudnn", jnp.float32, (64,), "gpu", "bfloat16 or float16, and dtype is float32"),
         ("cudnn", jnp.bfloat16, (64, 136), "gpu", "up to 128 channels .* network's have 136"),

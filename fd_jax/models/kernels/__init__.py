@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models.kernels import cudnn, xla
 from fd_jax.models.kernels.base import Implementation, compiling_for, platform, split_over
 
@@ -54,9 +54,7 @@ def choose(name: str, *, dtype: jnp.dtype, head_widths: Sequence[int]) -> str:
         )
     if name in REMOVED:
         raise ConfigError(f"attention={name!r} was removed, since {REMOVED[name]}")
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ConfigError(f"attention={name!r} is unknown; expected one of {known}")
+    check_choice("attention", name, ("auto", *IMPLEMENTATIONS))
     reason = IMPLEMENTATIONS[name].refuses(target, dtype, head_widths)
     if reason is not None:
         raise ConfigError(f"attention={name!r} {reason}; set attention='xla', which has no limits")
