@@ -1,4 +1,4 @@
-"""What a measurement is: sums over images, computed on the devices, and the figures made of them."""
+"""What a measurement is: sums over images, computed on the devices, and the figures from them."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
