@@ -2,6 +2,8 @@
 
 Attention on class token and registers is left out of the maps, without dividing by the rest, so
 that the sum of a map is the share of attention that goes to patches.
+
+The formulas are in docs/reference.md#representations.
 """
 
 from collections.abc import Collection, Sequence

@@ -7,6 +7,8 @@ Sums are taken of x - s instead of x, where the shift s is the same for all imag
 keeps its digits where a channel's mean is far larger than its deviation, as it often is in vision
 transformers. Covariances do not depend on s, except for rounding. After each block s is the mean
 patch token of a picture in the mean colour, that is, of zeros as the network's input.
+
+The formulas are in docs/reference.md#representations.
 """
 
 from collections.abc import Collection, Mapping, Sequence
