@@ -1,0 +1,65 @@
+"""Loss and accuracy along random directions, laid out as the paper's figures 5 and 6."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fd_jax.diagnose.draw import names, style
+
+# Li et al. cut the axis of the loss here (docs/reference.md#landscape).
+HIGHEST_LOSS = 5.0
+
+
+def landscape(record: Mapping[str, Any]) -> Any:
+    """A row for each model: the loss and the accuracy, a curve for each direction.
+
+    The axes of a column are shared. The axis of the loss ends at `HIGHEST_LOSS` if a curve goes
+    beyond it, and says so.
+    """
+    models = {name: model for name, model in record["models"].items() if "landscape" in model}
+    figure = style.new_figure(6.4, 2.2 * len(models) + 0.5)
+    grid = figure.subplots(len(models), 2, sharex=True, sharey="col", squeeze=False)
+    titles = names.titles(models, 44)
+    for row, (name, model) in zip(grid, models.items(), strict=True):
+        curves = model["landscape"]
+        _curves(row[0], curves["position"], curves["loss"])
+        _curves(row[1], curves["position"], curves["accuracy"])
+        row[0].set(title=titles[name], ylabel="cross entropy")
+        row[1].set_ylabel("top-1 accuracy")
+        row[1].set_title(_conditions(curves), fontsize=7, fontweight="normal")
+    _limits(grid[:, 0], models)
+    grid[0, 1].set_ylim(bottom=0)
+    figure.supxlabel("position along the direction (1 = as long as the weights)")
+    _legend(figure, grid[0, 0])
+    return figure
+
+
+def _curves(axes: Any, position: Any, curves: Any) -> None:
+    """Draws [direction][point]; markers are few, since there are many points."""
+    for values in curves:
+        axes.plot(position, np.array(values, dtype=float), markevery=max(1, len(position) // 8))
+
+
+def _conditions(curves: Mapping[str, Any]) -> str:
+    """How the landscape was measured, in two lines."""
+    known = [curves[key] for key in ("split", "augmentation") if curves.get(key)]
+    tables = f"class token, positions, bias tables: {curves.get('tables', 'zeroed')}"
+    return f"{tables}\n{', '.join(known)}".strip()
+
+
+def _limits(column: Any, models: Mapping[str, Any]) -> None:
+    losses = [np.array(model["landscape"]["loss"], dtype=float) for model in models.values()]
+    highest = max(float(np.nanmax(values)) for values in losses)
+    column[0].set_ylim(0, HIGHEST_LOSS if highest > HIGHEST_LOSS else None)
+    if highest <= HIGHEST_LOSS:
+        return
+    for axes, values in zip(column, losses, strict=True):
+        if np.nanmax(values) > HIGHEST_LOSS:
+            note = f"axis cut at {HIGHEST_LOSS:g}; highest loss {np.nanmax(values):.3g}"
+            axes.text(0.5, 0.97, note, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    labels = [f"direction {index}" for index in range(1, len(axes.lines) + 1)]
+    figure.legend(axes.lines, labels, loc="outside lower center", ncols=min(5, len(labels)))
