@@ -30,14 +30,15 @@ p { max-width: 44rem; }
 .quiet { color: var(--quiet); font-size: .875rem; }
 .wide { overflow-x: auto; }
 figure { margin: 1rem 0; }
-figure img { display: block; max-width: 100%; height: auto; background: white;
+figure img { display: block; max-width: max(100%, 40rem); height: auto; background: white;
              border-radius: 4px; }
 figure.pixels img { max-width: none; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
-         overflow-wrap: anywhere; vertical-align: top; }
+         vertical-align: top; }
 th:first-child, td:first-child, .words td, .words th { text-align: left; }
-.words td { min-width: 5rem; max-width: 30rem; }
+.words td { max-width: 40rem; overflow-wrap: break-word; }
+.words { margin: 1rem 0; }
 summary { cursor: pointer; margin: .5rem 0; }
 """
 

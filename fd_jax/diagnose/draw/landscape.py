@@ -10,6 +10,9 @@ from fd_jax.diagnose.draw import names, style
 # Li et al. cut the axis of the loss here (docs/reference.md#landscape).
 HIGHEST_LOSS = 5.0
 
+# Text that stays legible where a curve runs through it.
+NOTE = {"fontsize": 7, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+
 
 def landscape(record: Mapping[str, Any]) -> Any:
     """A row for each model: the loss and the accuracy, a curve for each direction.
@@ -20,7 +23,7 @@ def landscape(record: Mapping[str, Any]) -> Any:
     models = {name: model for name, model in record["models"].items() if "landscape" in model}
     figure = style.new_figure(6.4, 2.2 * len(models) + 0.5)
     grid = figure.subplots(len(models), 2, sharex=True, sharey="col", squeeze=False)
-    titles = names.titles(models, 44)
+    titles = names.titles(models, 36)
     for row, (name, model) in zip(grid, models.items(), strict=True):
         curves = model["landscape"]
         _curves(row[0], curves["position"], curves["loss"])
@@ -30,7 +33,8 @@ def landscape(record: Mapping[str, Any]) -> Any:
         row[1].set_title(_conditions(curves), fontsize=7, fontweight="normal")
     _limits(grid[:, 0], models)
     grid[0, 1].set_ylim(bottom=0)
-    figure.supxlabel("position along the direction (1 = as long as the weights)")
+    for axes in grid[-1]:
+        axes.set(xlabel="position (1: as far as the weights are long)", xticks=_ends(models))
     _legend(figure, grid[0, 0])
     return figure
 
@@ -38,14 +42,20 @@ def landscape(record: Mapping[str, Any]) -> Any:
 def _curves(axes: Any, position: Any, curves: Any) -> None:
     """Draws [direction][point]; markers are few, since there are many points."""
     for values in curves:
-        axes.plot(position, np.array(values, dtype=float), markevery=max(1, len(position) // 8))
+        values = np.array(values, dtype=float)
+        axes.plot(position, values, markersize=3, markevery=max(1, len(position) // 8))
 
 
 def _conditions(curves: Mapping[str, Any]) -> str:
     """How the landscape was measured, in two lines."""
-    known = [curves[key] for key in ("split", "augmentation") if curves.get(key)]
-    tables = f"class token, positions, bias tables: {curves.get('tables', 'zeroed')}"
-    return f"{tables}\n{', '.join(known)}".strip()
+    tables = f"class token, positions, bias tables: {curves['tables']}"
+    return f"{tables}\n{curves['split']}; augmentation: {curves['augmentation']}"
+
+
+def _ends(models: Mapping[str, Any]) -> list[float]:
+    """Both ends of the longest directions, the model itself, and the places half way."""
+    end = max(abs(value) for model in models.values() for value in model["landscape"]["position"])
+    return [-end, -end / 2, 0, end / 2, end]
 
 
 def _limits(column: Any, models: Mapping[str, Any]) -> None:
@@ -57,7 +67,7 @@ def _limits(column: Any, models: Mapping[str, Any]) -> None:
     for axes, values in zip(column, losses, strict=True):
         if np.nanmax(values) > HIGHEST_LOSS:
             note = f"axis cut at {HIGHEST_LOSS:g}; highest loss {np.nanmax(values):.3g}"
-            axes.text(0.5, 0.97, note, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+            axes.text(0.5, 0.97, note, transform=axes.transAxes, ha="center", va="top", **NOTE)
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -1,6 +1,6 @@
 """Figures over the layers: dots for heads, lines for models and for pairs of models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -57,12 +57,12 @@ def shares(record: Record) -> Any:
 def similarity(record: Record) -> Any:
     """Cosine between the heads of a layer: a line for each model."""
     what = record["settings"].get("compare", "rows")
-    return _lines(_of_models(record, "similarity"), f"cosine between heads ({what} of attention)")
+    return _lines(_of_models(record, "similarity"), f"cosine of heads ({what} of attention)")
 
 
 def divergence(record: Record) -> Any:
     """Mean KL divergence between the heads of a layer: a line for each model."""
-    return _lines(_of_models(record, "divergence"), "mean KL divergence between heads (nats)")
+    return _lines(_of_models(record, "divergence"), "mean KL divergence of heads (nats)")
 
 
 def rank(record: Record) -> Any:
@@ -86,23 +86,15 @@ def _panels(record: Record, key: str, label: str) -> tuple[Any, list[tuple[Any, 
     columns = min(len(models), ACROSS)
     rows = math.ceil(len(models) / columns)
     figure = style.new_figure(max(3.6, 2.5 * columns + 0.5), 2.7 * rows + 0.4)
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     titles = names.titles(models, TITLE)
-    for axes, name in _drawn(grid, list(models)):
-        axes.set_title(titles[name])
-        _layer_axis(axes, len(_layers(models[name][key])))
-    figure.supxlabel("layer")
+    for axes, (name, model) in zip(panels, models.items(), strict=False):
+        axes.set(title=titles[name], xlabel="layer")
+        _layer_axis(axes, len(_layers(model[key])))
+    for axes in panels[len(models) :]:
+        axes.remove()
     figure.supylabel(label)
-    return figure, list(zip(grid, models.values(), strict=False))
-
-
-def _drawn(grid: Any, items: Sequence[str]) -> Iterator[tuple[Any, str]]:
-    """Pairs panels with items and removes the panels that are left over."""
-    for index, axes in enumerate(grid):
-        if index < len(items):
-            yield axes, items[index]
-        else:
-            axes.remove()
+    return figure, list(zip(panels, models.values(), strict=False))
 
 
 def _layers(values: Any) -> Sequence[Any]:

@@ -66,10 +66,11 @@ def log_scale(values: np.ndarray) -> Any:
 
 
 def linear_scale(values: np.ndarray) -> Any:
-    """A linear colour scale from the 1st to the 99th percentile."""
+    """A linear colour scale for weights, from the 1st (or from 0) to the 99th percentile."""
     from matplotlib.colors import Normalize
 
     low, high = np.nanpercentile(values, [1, 99])
+    low = low if low > high / 10 else 0.0
     return Normalize(low, high if high > low else low + 1e-6, clip=True)
 
 
@@ -84,28 +85,27 @@ def draw(blocks: Blocks, caption: str, *, columns: int = 4, across: int = 2) -> 
     """
     columns = min(columns, max(len(panels) for panels in blocks.values()))
     across = min(across, len(blocks))
-    cell = _Cell.of([panel for panels in blocks.values() for panel in panels])
-    width = columns * (cell.width + GAP)
+    cells = {name: _Cell.of(panels) for name, panels in blocks.items()}
+    width = columns * (max(cell.width for cell in cells.values()) + GAP)
     titles = names.titles(blocks, width // CHARACTER)
     top = _height(titles.values())
-    total = across * width + (across - 1) * 2 * GAP + 2 * MARGIN - GAP
+    total = across * width + (across - 1) * GAP + 2 * MARGIN - GAP
     text = names.wrapped(caption, total // CHARACTER)
-    y = MARGIN + _height([text]) + GAP
-    rows = [list(blocks.items())[at : at + across] for at in range(0, len(blocks), across)]
-    starts = []
-    for row in rows:
-        starts.append(y)
-        y += top + max(math.ceil(len(panels) / columns) for _, panels in row) * cell.height + GAP
 
-    page = _Page(total, y)
+    rows = [list(blocks)[at : at + across] for at in range(0, len(blocks), across)]
+    heights = [
+        top + max(math.ceil(len(blocks[name]) / columns) * cells[name].height for name in row)
+        for row in rows
+    ]
+    start = MARGIN + _height([text]) + GAP
+    page = _Page(total, start + sum(heights))
     page.text(MARGIN, MARGIN, text, fontsize=8)
-    for start, row in zip(starts, rows, strict=True):
-        for index, (name, panels) in enumerate(row):
-            left = MARGIN + index * (width + 2 * GAP)
+    for row, height in zip(rows, heights, strict=True):
+        for index, name in enumerate(row):
+            left = MARGIN + index * (width + GAP)
             page.text(left, start, titles[name], fontsize=9, fontweight="bold")
-            for place, panel in enumerate(panels):
-                x = left + place % columns * (cell.width + GAP)
-                page.panel(x, start + top + place // columns * cell.height, panel, cell)
+            page.panels(left, start + top, blocks[name], cells[name], columns)
+        start += height
     return page.figure
 
 
@@ -143,6 +143,12 @@ class _Page:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         return axes
+
+    def panels(self, x: int, y: int, panels: Sequence[Panel], cell: _Cell, columns: int) -> None:
+        """Draws panels row by row; (x, y) is the top left corner of the first."""
+        for place, panel in enumerate(panels):
+            row, column = divmod(place, columns)
+            self.panel(x + column * (cell.width + GAP), y + row * cell.height, panel, cell)
 
     def panel(self, x: int, y: int, panel: Panel, cell: _Cell) -> None:
         """Draws a panel whose title begins at (x, y)."""
