@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from etils import epath
+import numpy as np
 
 from fd_jax.diagnose import tables
 from fd_jax.diagnose.draw import DRAWINGS, names, style
@@ -25,25 +26,28 @@ STYLE_SHEET = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; color: var(--text);
        background: var(--page); font: 1rem/1.5 system-ui, sans-serif; }
 h1, h2 { line-height: 1.2; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; }
 h2 { margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { max-width: 44rem; }
 .quiet { color: var(--quiet); font-size: .875rem; }
 .wide { overflow-x: auto; }
 figure { margin: 1rem 0; }
-figure img { display: block; max-width: max(100%, 40rem); height: auto; background: white;
-             border-radius: 4px; }
-figure.pixels img { max-width: none; }
+figure img { display: block; height: auto; background: white; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
          vertical-align: top; }
 th:first-child, td:first-child, .words td, .words th { text-align: left; }
-.words td { max-width: 40rem; overflow-wrap: break-word; }
+.words td, .words th { max-width: 40rem; overflow-wrap: break-word; }
 .words { margin: 1rem 0; }
+.models td, .models th { max-width: 16rem; }
 summary { cursor: pointer; margin: .5rem 0; }
 """
 
-# Figures whose entries are pixels. They are shown at their own size, and scroll if it is too large.
+# Figures whose entries are pixels, which a screen should show one by one.
 PIXELS = ("maps",)
+
+# On a narrow screen, other figures shrink to this share of their width, and scroll below it.
+SMALLEST = 0.75
 
 
 def page(record: Mapping[str, Any], drawings: Sequence[epath.Path]) -> str:
@@ -61,7 +65,7 @@ def page(record: Mapping[str, Any], drawings: Sequence[epath.Path]) -> str:
     body = SubElement(root, "body")
     _add(body, "h1", "Diagnostics of " + ", ".join(record["models"]))
     _table(body, tables.settings(record), kind="words")
-    _table(body, tables.models(record), kind="words")
+    _table(body, tables.models(record), kind="words models")
     pictures = {path.stem: path for path in drawings if path.suffix == ".png"}
     for name in DRAWINGS:
         if name in pictures:
@@ -87,8 +91,7 @@ def _section(body: Element, record: Mapping[str, Any], name: str, picture: bytes
     _add(section, "h2", explanation.title)
     _add(section, "p", explanation.shows)
     _add(section, "p", explanation.reading)
-    kind = "wide pixels" if name in PIXELS else "wide"
-    _picture(SubElement(section, "figure", {"class": kind}), name, explanation.title, picture)
+    _picture(SubElement(section, "figure", {"class": "wide"}), name, explanation.title, picture)
     formula = f"Formula: docs/reference.md#{explanation.formula}. Numbers: figures.json."
     _add(section, "p", formula, kind="quiet")
     table = tables.numbers(record, name)
@@ -100,11 +103,17 @@ def _section(body: Element, record: Mapping[str, Any], name: str, picture: bytes
 
 def _picture(figure: Element, name: str, title: str, content: bytes) -> None:
     """Adds a PNG file, at one pixel of the screen for each of its own or at its size in print."""
-    width, height = struct.unpack(">II", content[16:24])
-    scale = 1 if name in PIXELS else 96 / style.DPI
-    source = "data:image/png;base64," + base64.b64encode(content).decode()
-    size = {"width": str(round(width * scale)), "height": str(round(height * scale))}
-    SubElement(figure, "img", src=source, alt=f"Figure: {title}", **size)
+    pixels = np.array(struct.unpack(">II", content[16:24]))
+    size = pixels if name in PIXELS else pixels * 96 / style.DPI
+    smallest = size[0] if name in PIXELS else size[0] * SMALLEST
+    attributes = {
+        "src": "data:image/png;base64," + base64.b64encode(content).decode(),
+        "alt": f"Figure: {title}",
+        "width": f"{size[0]:.0f}",
+        "height": f"{size[1]:.0f}",
+        "style": f"max-width: max(100%, {smallest:.0f}px)",
+    }
+    SubElement(figure, "img", attributes)
 
 
 def _table(parent: Element, table: tables.Table, *, kind: str = "") -> None:

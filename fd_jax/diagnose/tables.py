@@ -1,6 +1,8 @@
 """The numbers behind the figures of a report, as short tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ class Table(NamedTuple):
 def settings(record: Record) -> Table:
     """How the record was measured."""
     entries = {
-        "command": record.get("command"),
+        "command": shlex.join(record.get("command", [])),
         "data": record.get("data"),
         "images": record.get("images"),
         "image size": record.get("image_size"),
@@ -32,21 +34,23 @@ def settings(record: Record) -> Table:
     }
     return Table(
         ("setting", "value"),
-        [(name, _text(value)) for name, value in entries.items() if value is not None],
+        [
+            (name, _text(value))
+            for name, value in entries.items()
+            if value is not None and value != ""
+        ],
     )
 
 
 def models(record: Record) -> Table:
-    """What is known about each model."""
+    """What is known about each model, a column for each."""
+    labels = {"prefix": "class token and registers", "patch": "patch (pixels)"}
     keys = ("family", "source", "layers", "heads", "grid", "patch", "prefix", "window")
-    head = ("model", *keys[:6], "class token and registers", "window")
-    return Table(
-        head,
-        [
-            (name, *(_alike(model["about"].get(key)) for key in keys))
-            for name, model in record["models"].items()
-        ],
-    )
+    abouts = [model["about"] for model in record["models"].values()]
+    rows = [
+        (labels.get(key, key), *(_by_layer(about.get(key)) for about in abouts)) for key in keys
+    ]
+    return Table(("", *record["models"]), rows)
 
 
 def numbers(record: Record, figure: str) -> Table | None:
@@ -111,18 +115,21 @@ def _number(values: Sequence[Any], layer: int) -> str:
     return f"{values[layer]:.4g}"
 
 
-def _alike(value: Any) -> str:
-    """A value for every layer, once if it is the same for all."""
-    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
-        value = value[0]
-    return _text(value)
+def _by_layer(value: Any) -> str:
+    """A value for every layer, with layers that are alike and follow each other taken together."""
+    if not isinstance(value, list):
+        return _text(value)
+    runs = [(_text(entry), len(list(run))) for entry, run in itertools.groupby(value)]
+    if len(runs) == 1:
+        return runs[0][0]
+    return ", ".join(
+        f"{entry} ({length} {'layer' if length == 1 else 'layers'})" for entry, length in runs
+    )
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, list):
-        if all(isinstance(entry, int) for entry in value) and len(value) == 2:
-            return " \N{MULTIPLICATION SIGN} ".join(map(str, value))
-        return ", ".join(map(_text, value))
+    if isinstance(value, list):  # Sides of an image or of a grid.
+        return "\N{MULTIPLICATION SIGN}".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

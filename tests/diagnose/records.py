@@ -50,8 +50,7 @@ def landscape(rng, directions=2, points=5):
         "loss": (0.5 + slopes * position**2).tolist(),
         "accuracy": (0.9 - 0.2 * slopes * position**2).tolist(),
         "tables": "zeroed",
-        "split": "digits/test",
-        "augmentation": "none",
+        "augmentation": "none (evaluation transform)",
     }
 
 
@@ -76,7 +75,7 @@ def swin(seed):
     rng = np.random.default_rng(seed)
     heads = [2, 2, 4]
     model = {
-        "about": about("swin", heads, [(8, 8), (8, 8), (4, 4)], prefix=0, window=[2, 2]),
+        "about": about("swin", heads, [(8, 8), (8, 8), (4, 4)], prefix=0, window=2),
         **statistics(rng, heads, [4, 4, 4]),
     }
     model["dropped"] = [[0.0] * count for count in heads]
@@ -93,16 +92,20 @@ def record(models=None):
         {
             "models": [first, second],
             "cka": rng.random(layers).tolist(),
+            "rows": "patches",
             "cosine": rng.random(layers).tolist(),
         },
         # Of different widths, so that there is no cosine.
-        *({"models": [first, other], "cka": rng.random(layers).tolist()} for other in others),
+        *(
+            {"models": [first, other], "cka": rng.random(layers).tolist(), "rows": "images"}
+            for other in others
+        ),
     ]
     pixels = rng.integers(0, 256, (24, 32, 3))
     return {
         "version": 1,
-        "command": "python -m fd_jax.diagnose --model=clip --model=student --data=digits:test",
-        "data": "digits:test",
+        "command": ["python", "-m", "fd_jax.diagnose", *(f"--model={name}" for name in models)],
+        "data": "digits/test",
         "images": 512,
         "image_size": [24, 32],
         "settings": {"normalize": "patches", "compare": "rows", "transform": "centre crop"},

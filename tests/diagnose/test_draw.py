@@ -101,11 +101,15 @@ def test_each_model_is_a_line(record, name):
 
 @pytest.mark.parametrize("name", ["cka", "cosine"])
 def test_each_pair_is_a_line(record, name):
-    lines = draw.figure(record, name).axes[0].lines
+    figure = draw.figure(record, name)
+    lines = figure.axes[0].lines
     pairs = [pair for pair in record["pairs"] if name in pair]
     assert len(pairs) == {"cka": 2, "cosine": 1}[name]
     for line, pair in zip(lines, pairs, strict=True):
         np.testing.assert_array_equal(line.get_ydata(), pair[name])
+    if name == "cka":
+        entries = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert entries == ["clip and\nstudent", "clip and\nswin\n(mean patch of each image)"]
 
 
 def test_shares_are_two_lines_in_a_panel_per_model(record):
@@ -124,10 +128,11 @@ def test_a_landscape_has_a_curve_for_each_direction(record):
             for line, values in zip(axes.lines, model["landscape"][key], strict=True):
                 np.testing.assert_array_equal(line.get_xdata(), model["landscape"]["position"])
                 np.testing.assert_array_equal(line.get_ydata(), values)
-        title = row[1].get_title("left")
-        assert "zeroed" in title and "digits/test; augmentation: none" in title
     assert len({axes.get_ylim() for axes in grid[:, 0]}) == 1
     assert len({axes.get_ylim() for axes in grid[:, 1]}) == 1
+    conditions = figure.get_suptitle().replace("\n", " ")
+    assert "512 images of digits/test" in conditions and "tables: zeroed" in conditions
+    assert conditions.count("augmentation: none") == 1  # The same for both models.
 
 
 def test_the_axis_of_the_loss_is_cut_only_if_a_curve_exceeds_it(record):

@@ -3,6 +3,7 @@
 import base64
 from html.parser import HTMLParser
 import re
+import shlex
 
 from etils import epath
 import numpy as np
@@ -45,8 +46,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def record():
     models = {NAME: records.vit(0), "student": records.vit(1), "swin": records.swin(2)}
-    record = records.record(models)
-    return {**record, "command": f"python -m fd_jax.diagnose --model='{NAME}'"}
+    return records.record(models)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_names_are_text_wherever_they_appear(record, drawings, page):
     text = html.page(record, drawings)
     assert "<script" not in text
     assert f"Diagnostics of {NAME}, student, swin" in page.text("h1")
-    assert NAME in page.text("td")
-    assert record["command"] in page.text("td")
+    assert NAME in page.text("th") and "\ufffd" not in text
+    assert shlex.join(record["command"]) in page.text("td")
     assert f"{NAME} and student" in page.text("th")
 
 
@@ -132,14 +132,15 @@ def test_maps_are_shown_pixel_by_pixel(page, drawings):
 
 def test_settings_and_models_are_listed(record):
     settings = dict(tables.settings(record).rows)
-    assert settings["images"] == "512" and settings["image size"] == "24 × 32"
+    assert settings["images"] == "512" and settings["image size"] == "24×32"
     assert settings["normalize"] == "patches" and settings["picture"] == "cat.jpg"
     table = tables.models(record)
-    vit = dict(zip(table.head, table.rows[0], strict=True))
-    assert vit["model"] == NAME and vit["heads"] == "4" and vit["grid"] == "3 × 4"
-    assert vit["window"] == "none"
-    swin = dict(zip(table.head, table.rows[2], strict=True))
-    assert swin["heads"] == "2, 2, 4" and swin["grid"] == "8 × 8, 8 × 8, 4 × 4"
+    assert list(table.head) == ["", *record["models"]]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["heads"] == ("4", "4", "2 (2 layers), 4 (1 layer)")
+    assert rows["grid"][::2] == ("3×4", "8×8 (2 layers), 4×4 (1 layer)")
+    assert rows["window"] == ("none", "none", "2")
+    assert rows["class token and registers"] == ("1", "1", "0")
 
 
 @pytest.mark.parametrize("name", draw.DRAWINGS)

@@ -21,7 +21,7 @@ def landscape(record: Mapping[str, Any]) -> Any:
     beyond it, and says so.
     """
     models = {name: model for name, model in record["models"].items() if "landscape" in model}
-    figure = style.new_figure(6.4, 2.2 * len(models) + 0.5)
+    figure = style.new_figure(6.4, 2.1 * len(models) + 0.8)
     grid = figure.subplots(len(models), 2, sharex=True, sharey="col", squeeze=False)
     titles = names.titles(models, 36)
     for row, (name, model) in zip(grid, models.items(), strict=True):
@@ -30,11 +30,11 @@ def landscape(record: Mapping[str, Any]) -> Any:
         _curves(row[1], curves["position"], curves["accuracy"])
         row[0].set(title=titles[name], ylabel="cross entropy")
         row[1].set_ylabel("top-1 accuracy")
-        row[1].set_title(_conditions(curves), fontsize=7, fontweight="normal")
     _limits(grid[:, 0], models)
     grid[0, 1].set_ylim(bottom=0)
     for axes in grid[-1]:
-        axes.set(xlabel="position (1: as far as the weights are long)", xticks=_ends(models))
+        axes.set(xlabel="position (1: the length of the weights)", xticks=_ends(models))
+    figure.suptitle(_conditions(record, models), x=0.01, ha="left", fontsize=7.5)
     _legend(figure, grid[0, 0])
     return figure
 
@@ -46,10 +46,16 @@ def _curves(axes: Any, position: Any, curves: Any) -> None:
         axes.plot(position, values, markersize=3, markevery=max(1, len(position) // 8))
 
 
-def _conditions(curves: Mapping[str, Any]) -> str:
-    """How the landscape was measured, in two lines."""
-    tables = f"class token, positions, bias tables: {curves['tables']}"
-    return f"{tables}\n{curves['split']}; augmentation: {curves['augmentation']}"
+def _conditions(record: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """How the landscapes were measured, on which their shape depends."""
+    curves = [model["landscape"] for model in models.values()]
+    ways = {
+        f"class token, positions and bias tables: {each['tables']}; augmentation: "
+        f"{each['augmentation']}"
+        for each in curves
+    }
+    data = names.printable(f"{record['images']:,} images of {record['data']}")
+    return names.wrapped("; ".join([data, *sorted(ways)]), 100)
 
 
 def _ends(models: Mapping[str, Any]) -> list[float]:

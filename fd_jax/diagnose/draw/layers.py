@@ -112,7 +112,16 @@ def _layer_axis(axes: Any, layers: int) -> None:
 def _dots(axes: Any, heads: Sequence[Sequence[float]]) -> None:
     """Draws values [layer][head] as dots, and their mean over the heads as a line."""
     layers = np.repeat(np.arange(len(heads)), [len(values) for values in heads])
-    axes.scatter(layers, _flat(heads), s=11, color="#0072B2", alpha=0.75, linewidths=0, zorder=3)
+    axes.scatter(
+        layers,
+        _flat(heads),
+        s=11,
+        color="#0072B2",
+        alpha=0.75,
+        linewidths=0,
+        zorder=3,
+        clip_on=False,
+    )
     means = [_numbers(values).mean() for values in heads]
     axes.plot(means, color="0.35", marker="", linestyle="-", linewidth=0.9)
 
@@ -151,11 +160,13 @@ def _of_models(record: Record, key: str) -> dict[str, Sequence[float]]:
 
 def _of_pairs(record: Record, key: str) -> dict[str, Sequence[float]]:
     titles = names.titles(record["models"], ENTRY)
-    return {
-        " and\n".join(titles[name] for name in pair["models"]): pair[key]
-        for pair in record["pairs"]
-        if key in pair
-    }
+
+    def entry(pair: Mapping[str, Any]) -> str:
+        entry = " and\n".join(titles[name] for name in pair["models"])
+        means = key == "cka" and pair.get("rows") == "images"
+        return entry + "\n(mean patch of each image)" * means
+
+    return {entry(pair): pair[key] for pair in record["pairs"] if key in pair}
 
 
 def _numbers(values: Sequence[float]) -> np.ndarray:
