@@ -333,7 +333,22 @@ def test_titles_are_short_and_different():
     assert titles["clip"] == "clip"
     assert all(len(line) <= 20 for title in titles.values() for line in title.split("\n"))
     assert all(title.count("\n") < names.LINES for title in titles.values())
+    assert len(set(names.titles(["a", " a", "a\u2003"], width=20).values())) == 3
     assert titles[odd] == "a\ufffdb\ufffd$1$\ufffd"
+
+
+def test_many_models_of_one_head_and_one_token():
+    """Ten models, whose lines still differ, and maps without any contrast."""
+    models = {
+        f"model {seed}": records.vit(seed, layers=1, heads=1, grid=(1, 1)) for seed in range(10)
+    }
+    record = records.record(models)
+    lines = draw.figure(record, "rank").axes[0].lines
+    assert (
+        len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 10
+    )
+    for name in ("distance", "maps", "cka"):
+        assert overlaps(draw.figure(record, name)) == []
 
 
 def test_every_name_gives_valid_files(record, tmp_path):

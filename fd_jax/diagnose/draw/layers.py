@@ -106,7 +106,7 @@ def _layer_axis(axes: Any, layers: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(-0.6, layers - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _dots(axes: Any, heads: Sequence[Sequence[float]]) -> None:

@@ -1,6 +1,6 @@
 """Names of models as figures show them: folders can have any name."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 import re
 import textwrap
 
@@ -24,20 +24,19 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(_Wrapper(width).wrap(text))
 
 
-def titles(names: Iterable[str], width: int) -> dict[str, str]:
+def titles(names: Collection[str], width: int) -> dict[str, str]:
     """Returns the title of each name: at most `LINES` lines of `width` characters, all different.
 
     Args:
       names: names of models.
       width: characters in a line.
     """
-    short = {name: _shortened(printable(name), LINES * width - 8) for name in names}
-    values = list(short.values())
-    numbered = {
-        name: f"{number}: {text}" if values.count(text) > 1 else text
-        for number, (name, text) in enumerate(short.items(), start=1)
-    }
-    return {name: wrapped(text, width) for name, text in numbered.items()}
+    short = [wrapped(_shortened(printable(name), LINES * width - 8), width) for name in names]
+    numbered = [
+        wrapped(f"{number}: {text}", width) if short.count(text) > 1 else text
+        for number, text in enumerate(short, start=1)
+    ]
+    return dict(zip(names, numbered, strict=True))
 
 
 def _shortened(name: str, length: int) -> str:

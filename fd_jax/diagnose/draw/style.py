@@ -10,12 +10,13 @@ from typing import Any
 
 DPI = 150
 
-# Seven lines that differ in colour (Okabe and Ito's palette, which colour-blind readers can tell
-# apart), in dashes and in marker, so that they differ in black and white too.
+# Lines differ in colour (Okabe and Ito's palette, which colour-blind readers can tell apart), in
+# dashes and in marker, so that they differ in black and white too. A colour comes back after seven
+# lines, with another marker and other dashes.
 _LINES = (
-    "cycler('color', ['000000', '0072B2', 'D55E00', '009E73', 'CC79A7', '56B4E9', 'E69F00'])"
-    " + cycler('linestyle', ['-', '--', '-.', ':', '-', '--', '-.'])"
-    " + cycler('marker', ['o', 's', '^', 'D', 'v', 'P', 'X'])"
+    "cycler('color', 2 * ['000000', '0072B2', 'D55E00', '009E73', 'CC79A7', '56B4E9', 'E69F00'])"
+    " + cycler('linestyle', 3 * ['-', '--', '-.', ':'] + ['-', '--'])"
+    " + cycler('marker', ['o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', '*', 'h', 'd', '8'])"
 )
 
 STYLE = {
