@@ -83,9 +83,9 @@ def test_a_panel_of_distances_states_what_was_dropped(record):
     for note, model in zip(notes, record["models"].values(), strict=True):
         share = np.mean(np.concatenate(model["dropped"]))
         assert f"{share:.1%}" in note if model["about"]["prefix"] else "nothing dropped" in note
-    assert "; renormalized" in notes[0]
+    assert "; renormalised" in notes[0]
     kept = {**record, "settings": {**record["settings"], "normalize": "none"}}
-    assert "not renormalized" in draw.figure(kept, "distance").axes[0].texts[0].get_text()
+    assert "not renormalised" in draw.figure(kept, "distance").axes[0].texts[0].get_text()
 
 
 @pytest.mark.parametrize("name", ["similarity", "divergence", "rank"])

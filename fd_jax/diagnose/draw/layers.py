@@ -23,10 +23,10 @@ def distance(record: Record) -> Any:
     """
     figure, panels = _panels(record, "distance", "mean attention distance (pixels)")
     highest = max(np.nanmax(_flat(model["distance"])) for _, model in panels)
-    renormalized = record["settings"].get("normalize", "patches") == "patches"
+    renormalised = record["settings"].get("normalize", "patches") == "patches"
     for axes, model in panels:
         _dots(axes, model["distance"])
-        note = _dropped(model, renormalized)
+        note = _dropped(model, renormalised)
         axes.text(0.02, 0.98, note, transform=axes.transAxes, va="top", fontsize=7)
         axes.set_ylim(0, 1.25 * highest or 1)  # The note has the top of the panel for itself.
     _legend_of_dots(figure, panels[0][0])
@@ -132,11 +132,11 @@ def _legend_of_dots(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
-def _dropped(model: Any, renormalized: bool) -> str:
+def _dropped(model: Any, renormalised: bool) -> str:
     if not model["about"]["prefix"]:
         return "no class token, nothing dropped"
     share = np.nanmean(_flat(model["dropped"]))
-    rows = "renormalized" if renormalized else "not renormalized"
+    rows = "renormalised" if renormalised else "not renormalised"
     return f"{share:.1%} of the attention dropped with\nclass token and registers; {rows}"
 
 
