@@ -94,10 +94,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    pipes, temporary = [], []
+    pipes, processes, temporary = [], [], []
     for make in (forward, diagnose):
         pipe, other = context.Pipe()
-        context.Process(target=serve, args=(make, arguments, other), daemon=True).start()
+        given = (make, arguments, other)
+        processes.append(context.Process(target=serve, args=given, daemon=True))
+        processes[-1].start()
         seconds, size = pipe.recv()
         print(f"{make.__name__}: compiled in {seconds:.1f} s", flush=True)
         pipes.append(pipe)
@@ -114,6 +116,9 @@ def main() -> None:
     rounds = [round_of_both() for _ in range(arguments.rounds)]
     seconds = [[answer[0] for answer in answers] for answers in rounds]
     peaks = [size for _, size in rounds[-1]]
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
     plain, ours = (arguments.batch / statistics.median(side) for side in zip(*seconds, strict=True))
     rate = statistics.median(forward / diagnose for forward, diagnose in seconds)
     print(f"forward {plain:.2f} images/s, {', '.join(arguments.figures)} {ours:.2f} images/s")

@@ -106,7 +106,11 @@ class AttentionStatistics:
         self._check_heads()
 
     def sums(self, params: PyTree, batch: Batch) -> Sums:
-        """Sums over images, named "figure/layer"; see `Measurement.sums`."""
+        """Sums over images, named "figure/layer"; see `Measurement.sums`.
+
+        An image's rows, heads, queries and, in maps, keys are kept apart, so that means over them
+        are taken in float64.
+        """
         maps = self._maps(params, batch["image"])
         return {
             f"{name}/{number}": value
@@ -123,17 +127,26 @@ class AttentionStatistics:
           [layer][key] and "class_column" [layer][query]; "shares" {"offset": [layer], "key":
           [layer]}.
         """
-        names = dict.fromkeys(key.rpartition("/")[0] for key in sums)
-        means = {
-            name: [sums[f"{name}/{number}"] / images for number in range(len(self._layers))]
-            for name in names
-        }
-        tokens = means.pop("tokens", [])
-        results = {name: [mean.tolist() for mean in layers] for name, layers in means.items()}
+
+        def means(name: str) -> list[np.ndarray]:
+            """What a layer's sums are in the mean over images and their rows."""
+            layers = range(len(self._layers))
+            return [np.mean(sums[f"{name}/{number}"], axis=0) / images for number in layers]
+
+        results: Figures = {}
+        if "distance" in self._wanted:
+            for name in ("distance", "dropped"):
+                results[name] = [
+                    mean[:, layer.prefix :].mean(axis=-1).tolist()
+                    for layer, mean in zip(self._layers, means(name), strict=True)
+                ]
+        for name in ("similarity", "entropy", "divergence"):
+            if name in self._wanted:
+                results[name] = [mean.mean(axis=-1).tolist() for mean in means(name)]
         if "maps" in self._wanted:
-            results |= self._pictures(tokens)
+            results |= self._pictures(means("maps"))
         if "shares" in self._wanted:
-            results["shares"] = self._shares(tokens)
+            results["shares"] = self._shares(means("maps"))
         return results
 
     def _describe(self) -> list[Layer]:
@@ -179,35 +192,36 @@ class AttentionStatistics:
         """The sums of one layer over the images of a batch. weight: [B]."""
         weights = attention.weights()
         rows: dict[str, jax.Array] = {}
-        if "distance" in self._wanted:
-            normalize = self._normalize == "patches"
-            rows |= distance(weights, layer.distances, layer.prefix, normalize=normalize)
         if "similarity" in self._wanted:
             rows["similarity"] = similarity(weights, axis=-1 if self._compare == "rows" else -2)
         if self._wanted & {"entropy", "divergence"}:
             logs = jax.nn.log_softmax(attention.logits(), axis=-1)
             if "entropy" in self._wanted:
-                rows["entropy"] = -jnp.mean(jnp.sum(weights * logs, axis=-1), axis=-1)
+                rows["entropy"] = -jnp.sum(weights * logs, axis=-1)
             if "divergence" in self._wanted:
                 rows["divergence"] = divergence(weights, logs)
-        sums = {name: _sum_over_images(value, weight) for name, value in rows.items()}
         if self._wanted & {"maps", "shares"}:
-            sums["tokens"] = _sum_of_maps(weights, weight)
+            # Heads first, which leaves little to be weighted.
+            rows["maps"] = jnp.sum(weights, axis=1) / layer.heads
+        sums = {name: sum_over_images(value, weight) for name, value in rows.items()}
+        if "distance" in self._wanted:
+            normalize = self._normalize == "patches"
+            sums |= distance(weights, weight, layer.distances, layer.prefix, normalize=normalize)
         return sums
 
-    def _pictures(self, tokens: list[np.ndarray]) -> Figures:
+    def _pictures(self, maps: list[np.ndarray]) -> Figures:
         """Maps of patches, and the rows and columns of the class token where there is one."""
-        pairs = list(zip(self._layers, tokens, strict=True))
+        pairs = list(zip(self._layers, maps, strict=True))
         found = {"maps": [_patches(layer, mean).tolist() for layer, mean in pairs]}
         if all(layer.cls for layer in self._layers):
             found["class_row"] = [mean[0, layer.prefix :].tolist() for layer, mean in pairs]
             found["class_column"] = [mean[layer.prefix :, 0].tolist() for layer, mean in pairs]
         return found
 
-    def _shares(self, tokens: list[np.ndarray]) -> Figures:
+    def _shares(self, maps: list[np.ndarray]) -> Figures:
         shares = [
             explained_shares(_patches(layer, mean), layer.grid)
-            for layer, mean in zip(self._layers, tokens, strict=True)
+            for layer, mean in zip(self._layers, maps, strict=True)
         ]
         return {name: [share[name] for share in shares] for name in ("offset", "key")}
 
@@ -229,29 +243,42 @@ def distance_table(attention: AttentionMap, *, patch: float) -> np.ndarray:
 
 
 def distance(
-    weights: jax.Array, distances: np.ndarray, prefix: int, *, normalize: bool
+    weights: jax.Array,
+    weight: jax.Array,
+    distances: np.ndarray,
+    prefix: int,
+    *,
+    normalize: bool,
 ) -> dict[str, jax.Array]:
-    """Mean distance from a patch to what it attends to (docs/reference.md#attention-distance).
+    """Distance from a query to what it attends to (docs/reference.md#attention-distance).
 
     Args:
       weights: [R, A, N, N] float32.
+      weight: [B], of the images.
       distances: [G, N, N] pixels, 0 where one of the tokens is no patch.
       prefix: number of tokens in front of the patches.
       normalize: whether the weights of patches are divided by their sum. A query that has no weight
         on patches at all counts with a distance of 0.
 
     Returns:
-      "distance" [R, A] in pixels, and "dropped" [R, A], the share of weight that class token and
-      registers have; both are means over the patches as queries.
+      "distance" in pixels, and "dropped", the share of weight that class token and registers have;
+      both [G, A, N], sums over images for each query. Only those of patches have a meaning.
     """
-    grouped = weights.reshape(-1, len(distances), *weights.shape[1:])
-    moved = jnp.sum(grouped * distances[:, None], axis=-1).reshape(weights.shape[:3])[..., prefix:]
-    if normalize:
-        # Not 1 minus the rest, of which nothing would be left where patches have little weight.
-        kept = jnp.sum(weights[..., prefix:, prefix:], axis=-1)
-        moved = moved / jnp.where(kept > 0, kept, 1)
-    dropped = jnp.sum(weights[..., prefix:, :prefix], axis=-1)
-    return {"distance": jnp.mean(moved, axis=-1), "dropped": jnp.mean(dropped, axis=-1)}
+    is_patch = np.arange(weights.shape[-1]) >= prefix
+    kinds = np.stack([is_patch, ~is_patch], axis=-1).astype(np.float32)
+    # A matmul, since compilers sum parts of rows by copying them. The share of patches is not taken
+    # as 1 minus the rest, of which nothing would be left where it is small.
+    shares = jnp.einsum("raqk,kc->raqc", weights, kinds, precision="highest")
+    kept, dropped = shares[..., 0], shares[..., 1]
+    scale = jnp.repeat(weight, len(weights) // len(weight))[:, None, None]
+    scale = scale / _nonzero(kept) if normalize else scale
+    # The distance of the average map is the average of distances, and takes far less to compute.
+    maps = weights * scale[..., None]
+    maps = jnp.sum(maps.reshape(len(weight), -1, *maps.shape[1:]), axis=0)  # [G, A, N, N]
+    return {
+        "distance": jnp.sum(maps * distances[:, None], axis=-1),
+        "dropped": sum_over_images(dropped, weight),
+    }
 
 
 def similarity(weights: jax.Array, *, axis: int) -> jax.Array:
@@ -266,7 +293,7 @@ def similarity(weights: jax.Array, *, axis: int) -> jax.Array:
         tokens count.
 
     Returns:
-      [R], means over pairs of heads and over queries (or keys).
+      [R, N], means over pairs of heads for each query (or key).
     """
     if (
         axis == -2
@@ -275,10 +302,9 @@ def similarity(weights: jax.Array, *, axis: int) -> jax.Array:
     squares = jnp.sum(weights * weights, axis=axis, keepdims=True)
     inverse = 1 / jnp.sqrt(_nonzero(squares))
     together = jnp.sum(weights * inverse, axis=1)  # [R, N, N]
-    alone = jnp.sum(squares * inverse * inverse, axis=1)
-    twice = jnp.sum(together * together, axis=axis, keepdims=True) - alone
+    alone = jnp.sum(jnp.squeeze(squares * inverse * inverse, axis), axis=1)
     heads = weights.shape[1]
-    return jnp.mean(twice, axis=(1, 2)) / (heads * (heads - 1))
+    return (jnp.sum(together * together, axis=axis) - alone) / (heads * (heads - 1))
 
 
 def divergence(weights: jax.Array, logs: jax.Array) -> jax.Array:
@@ -292,11 +318,16 @@ def divergence(weights: jax.Array, logs: jax.Array) -> jax.Array:
       logs: their logarithms.
 
     Returns:
-      [R], means over ordered pairs of heads and over queries.
+      [R, N], means over ordered pairs of heads for each query.
     """
     apart = logs - jnp.mean(logs, axis=1, keepdims=True)
-    per_query = jnp.sum(jnp.sum(weights * apart, axis=-1), axis=1)  # [R, N]
-    return jnp.mean(per_query, axis=-1) / (weights.shape[1] - 1)
+    return jnp.sum(jnp.sum(weights * apart, axis=-1), axis=1) / (weights.shape[1] - 1)
+
+
+def sum_over_images(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """Weighted sum over images; their rows stay apart. [R, ...], [B] -> [G, ...]."""
+    images = values.reshape(len(weight), -1, *values.shape[1:])
+    return jnp.sum(images * weight.reshape(-1, *(1,) * (images.ndim - 1)), axis=0)
 
 
 def explained_shares(average: np.ndarray, grid: tuple[int, int]) -> dict[str, float]:
@@ -336,17 +367,3 @@ def _patches(layer: Layer, tokens: np.ndarray) -> np.ndarray:
 
 def _nonzero(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, 1)
-
-
-def _sum_over_images(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """Weighted sum over images, each of which is the mean of its rows. [R, ...], [B] -> [...]."""
-    images = jnp.mean(values.reshape(len(weight), -1, *values.shape[1:]), axis=1)
-    return jnp.sum(images * weight.reshape(-1, *(1,) * (images.ndim - 1)), axis=0)
-
-
-def _sum_of_maps(weights: jax.Array, weight: jax.Array) -> jax.Array:
-    """Weighted sum over images of the mean over their rows and heads. -> [N, N]."""
-    rows, heads = weights.shape[:2]
-    per_image = rows // len(weight)
-    scaled = weights * jnp.repeat(weight, per_image)[:, None, None, None]
-    return jnp.sum(scaled, axis=(0, 1)) / (per_image * heads)
