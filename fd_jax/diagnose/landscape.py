@@ -61,7 +61,7 @@ class Landscape:
     Attributes:
       subject: name of the network.
       params: its weights, see `ImageClassifier`.
-      positions: the steps a, [points] float32.
+      positions: the steps a, [points] float64; on the devices they are float32.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Landscape:
 
 
 def symmetric_steps(points: int, radius: float) -> np.ndarray:
-    """Equal steps from -radius to radius; the middle one is exactly 0. -> [points] float32.
+    """Equal steps from -radius to radius; the middle one is exactly 0. -> [points] float64.
 
     Raises:
       ConfigError: there is no middle, or the radius is not positive.
@@ -187,7 +187,7 @@ def symmetric_steps(points: int, radius: float) -> np.ndarray:
     if not 0 < radius < np.inf:
         raise ConfigError(f"radius={radius}: expected a number above 0")
     steps = np.arange(points) - points // 2
-    return (radius * steps / (points // 2)).astype(np.float32)
+    return radius * steps / (points // 2)
 
 
 def curve(
@@ -208,7 +208,7 @@ def curve(
     def at(position):
         return function(jax.tree.map(lambda p, d: p + position * d, params, direction))
 
-    return jax.lax.map(at, jnp.asarray(positions))
+    return jax.lax.map(at, jnp.asarray(positions, jnp.float32))
 
 
 def random_direction(params: PyTree, key: jax.Array, *, tables: Tables) -> PyTree:
