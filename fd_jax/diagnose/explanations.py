@@ -10,7 +10,7 @@ class Explanation(NamedTuple):
       title: its heading.
       shows: what is drawn.
       reading: how to read it, and what the paper claims, where it has the figure.
-      formula: the section of docs/reference.md with the formula.
+      formula: the section with the formula.
     """
 
     title: str
@@ -26,7 +26,7 @@ EXPLANATIONS = {
         "of the input. Each dot is a head; the line is the mean of a layer's heads.",
         "Dots that lie apart are heads that look at different ranges. The paper's claim: after "
         "distillation, the distances of the heads in deep layers spread out.",
-        "attention-distance",
+        "docs/reference.md#attention-distance",
     ),
     "similarity": Explanation(
         "Similarity of the heads",
@@ -34,7 +34,7 @@ EXPLANATIONS = {
         "of heads, queries and images.",
         "1 means that all heads of a layer do the same; lower is more diverse. The paper's claim: "
         "after distillation, the cosine falls in deep layers.",
-        "head-similarity",
+        "docs/reference.md#head-similarity",
     ),
     "maps": Explanation(
         "Average attention maps",
@@ -44,21 +44,21 @@ EXPLANATIONS = {
         "A diagonal means that patches attend to a fixed offset, wherever they are; a column means "
         "that all of them attend to the same place. The paper's claim: after distillation, there "
         "are more diagonals.",
-        "attention-maps",
+        "docs/reference.md#attention-maps",
     ),
     "class_row": Explanation(
         "Attention of the class token",
         "How much the class token attends to each patch, averaged over images and heads, at the "
         "patches' places in the picture.",
         "Bright places contribute most to the class token.",
-        "attention-maps",
+        "docs/reference.md#attention-maps",
     ),
     "class_column": Explanation(
         "Attention to the class token",
         "How much each patch attends to the class token, averaged over images and heads, at the "
         "patches' places in the picture.",
         "Bright patches read most from the class token.",
-        "attention-maps",
+        "docs/reference.md#attention-maps",
     ),
     "shares": Explanation(
         "Diagonals and columns as numbers",
@@ -66,7 +66,7 @@ EXPLANATIONS = {
         "and the one that the means by key explain.",
         "A map of pure diagonals has an offset share of 1, a map of pure columns a key share of 1. "
         "More diagonals after distillation means a higher offset share.",
-        "attention-maps",
+        "docs/reference.md#attention-maps",
     ),
     "entropy": Explanation(
         "Entropy of the attention",
@@ -74,14 +74,14 @@ EXPLANATIONS = {
         "is a head; the line is the mean of a layer's heads.",
         "0 means that a query attends to one token. The most that is possible, the logarithm of "
         "the number of tokens, means that it attends to all of them equally.",
-        "head-similarity",
+        "docs/reference.md#head-similarity",
     ),
     "divergence": Explanation(
         "Divergence of the heads",
         "The mean Kullback-Leibler divergence between the attention of two heads of a layer, in "
         "nats.",
         "0 means that the heads of a layer do the same; higher is more diverse.",
-        "head-similarity",
+        "docs/reference.md#head-similarity",
     ),
     "landscape": Explanation(
         "Landscape of loss and accuracy",
@@ -90,44 +90,44 @@ EXPLANATIONS = {
         "part of the loss.",
         "The flatter the curves, the less a change of the weights hurts. The paper's claim: after "
         "distillation, the landscapes of the fine-tuned models are flatter.",
-        "landscape",
+        "docs/reference.md#landscape",
     ),
     "rank": Explanation(
         "Effective rank",
         "The effective rank of the features after each block.",
         "A low rank means that the features vary in few directions.",
-        "diagnostics",
+        "docs/reference.md#representations",
     ),
     "cka": Explanation(
         "Linear CKA between models",
         "How alike the features of two models are after the same block, up to rotation and scale.",
         "1 means that the features are the same up to rotation and scale, 0 that they are "
         "unrelated.",
-        "diagnostics",
+        "docs/reference.md#representations",
     ),
     "cosine": Explanation(
         "Cosine between models",
         "The mean cosine between the features of two models after the same block, token by token.",
         "1 means that the features point in the same direction, without any rotation.",
-        "diagnostics",
+        "docs/reference.md#representations",
     ),
     "pca": Explanation(
         "Principal components of one picture",
         "The first three principal components of the patch features of one picture, as red, green "
         "and blue.",
         "Patches of one colour have similar features. Colours are not comparable between models.",
-        "diagnostics",
+        "docs/reference.md#representations",
     ),
     "rollout": Explanation(
         "Attention rollout of one picture",
         "The attention of all layers multiplied, with the residual connections taken into account.",
         "Bright patches contribute most to the output.",
-        "diagnostics",
+        "docs/reference.md#representations",
     ),
     "heads": Explanation(
         "Heads of one picture",
         "The attention of each head of one layer to the patches of one picture.",
         "Heads that look alike do the same. Compare them with the similarity of the heads.",
-        "attention-maps",
+        "docs/reference.md#attention-maps",
     ),
 }

@@ -92,7 +92,7 @@ def _section(body: Element, record: Mapping[str, Any], name: str, picture: bytes
     _add(section, "p", explanation.shows)
     _add(section, "p", explanation.reading)
     _picture(SubElement(section, "figure", {"class": "wide"}), name, explanation.title, picture)
-    formula = f"Formula: docs/reference.md#{explanation.formula}. Numbers: figures.json."
+    formula = f"Formula: {explanation.formula}. Numbers: figures.json."
     _add(section, "p", formula, kind="quiet")
     table = tables.numbers(record, name)
     if table:
