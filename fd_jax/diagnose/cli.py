@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="landscape: seed of the directions")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the networks")
     add("--batch_size", type=int, help="batch size over all devices; default: 32 per device")
+    add(
+        "--save_every",
+        type=float,
+        default=30.0,
+        help="seconds between two versions of the partial sums, from which a killed pass goes on",
+    )
     add("--threads", type=int, default=16, help="number of decoding threads per process")
     add(
         "--max_broken", type=int, default=0, help="number of unreadable images that may be left out"
@@ -175,6 +181,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> None:
             batch_size=batch_size,
             partial=folder / output.PARTIAL,
             identity=json.dumps(identity, sort_keys=True),
+            save_every=args.save_every,
             threads=args.threads,
             max_broken=args.max_broken,
         )

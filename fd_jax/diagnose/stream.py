@@ -22,7 +22,6 @@ from fd_jax.diagnose.measurement import Measurement
 from fd_jax.errors import DataError, UserError
 from fd_jax.typing import Batch, PyTree
 
-SAVE_EVERY = 30.0  # seconds between two versions of the partial sums
 REPORT_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -49,6 +48,7 @@ def accumulate(
     batch_size: int,
     partial: epath.Path,
     identity: str,
+    save_every: float = 30.0,
     threads: int = 16,
     max_broken: int = 0,
 ) -> Totals:
@@ -67,6 +67,7 @@ def accumulate(
       batch_size: size of the global batch.
       partial: file of the partial sums; read if it exists.
       identity: text that names everything on which the sums depend.
+      save_every: seconds between two versions of the partial sums.
       threads: number of decoding threads per process.
       max_broken: number of unreadable images that may be left out.
 
@@ -86,7 +87,7 @@ def accumulate(
         totals = current
         _check_finite(totals, measurements)
         clock.report(totals.batches * batch_size)
-        if clock.wants_save():
+        if clock.wants_save(save_every):
             _write(partial, totals, identity)
     if not totals.images:
         raise DataError(f"{dataset.name} has no readable image")
@@ -221,8 +222,8 @@ class _Clock:
         left = datetime.timedelta(seconds=round((self._total - done) / rate))
         say(f"{done} of {self._total} images  {rate:.1f} images/s  {left} left")
 
-    def wants_save(self) -> bool:
-        if time.monotonic() - self._saved < SAVE_EVERY:
+    def wants_save(self, every: float) -> bool:
+        if time.monotonic() - self._saved < every:
             return False
         self._saved = time.monotonic()
         return True

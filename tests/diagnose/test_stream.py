@@ -104,12 +104,11 @@ def test_sums_equal_numpy_for_any_batch_and_mesh(digits, tmp_path, batch_size, d
             np.testing.assert_allclose(sums[name], expected[name], rtol=1e-6)
 
 
-def test_a_killed_pass_goes_on_with_the_same_result(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "SAVE_EVERY", 0.0)
+def test_a_killed_pass_goes_on_with_the_same_result(digits, tmp_path):
     (tmp_path / "whole").mkdir()
     whole = run(digits, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="storage is gone"):
-        run(Failing(digits, 30, RuntimeError("storage is gone")), tmp_path)
+        run(Failing(digits, 30, RuntimeError("storage is gone")), tmp_path, save_every=0.0)
     rest = Failing(digits, None, None)
     assert_same(run(rest, tmp_path), whole)
     assert min(rest.read) >= 8, "the images of finished batches are not read again"
