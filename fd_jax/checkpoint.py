@@ -119,6 +119,11 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
+def _kind(dtype: str, shape: tuple[int, ...]) -> str:
+    """The kind of an array's numbers and its shape; floats of any width are one kind."""
+    return f"{'float' if 'float' in dtype else dtype} {list(shape)}"
+
+
 class Checkpoints:
     """The numbered checkpoints of one workdir.
 
@@ -190,10 +195,14 @@ class Checkpoints:
     def _refuse_another_state(self, step: int, like: PyTree) -> None:
         path = self._folder / str(step)
         try:
-            saved = {name: shape for name, (shape, _) in describe_tree(path / "state").items()}
+            described = describe_tree(path / "state")
         except (ValueError, KeyError, OSError):
             return  # damaged: `restore` will raise
-        expected = {name: tuple(leaf.shape) for name, leaf in _by_path(like).items()}
+        # Orbax casts to the expected dtype without a word, from floats to integers too.
+        saved = {name: _kind(dtype, shape) for name, (shape, dtype) in described.items()}
+        expected = {
+            name: _kind(str(leaf.dtype), tuple(leaf.shape)) for name, leaf in _by_path(like).items()
+        }
         differing = differences(saved, expected)
         if differing:
             shown = "\n".join(differing[:10] + ["  ..."] * (len(differing) > 10))
