@@ -20,6 +20,7 @@ from fd_jax.model_folder import Model
 from fd_jax.models import sizes
 from fd_jax.models.attention import relative_position_index
 from fd_jax.models.attention_map import AttentionMap
+from fd_jax.models.backbone import Backbone
 from fd_jax.typing import Batch, PyTree
 
 FIGURES = ("distance", "similarity", "entropy", "divergence", "maps", "shares")
@@ -111,11 +112,15 @@ class AttentionStatistics:
         An image's rows, heads, queries and, in maps, keys are kept apart, so that means over them
         are taken in float64.
         """
-        maps = self._maps(params, batch["image"])
+
+        def measure(number: int, attention: AttentionMap) -> dict[str, jax.Array]:
+            return self._statistics(self._layers[number], attention, batch["weight"])
+
+        network, images = self._network(params, batch["image"])
         return {
             f"{name}/{number}": value
-            for number, (layer, attention) in enumerate(zip(self._layers, maps, strict=True))
-            for name, value in self._statistics(layer, attention, batch["weight"]).items()
+            for number, layer in enumerate(network.measure_attention(images, measure))
+            for name, value in layer.items()
         }
 
     def figures(self, sums: Mapping[str, np.ndarray], images: int) -> Figures:
@@ -151,12 +156,16 @@ class AttentionStatistics:
 
     def _describe(self) -> list[Layer]:
         """The layers of the network, without running it."""
+
+        def maps(params: PyTree, images: jax.Array) -> list[AttentionMap]:
+            network, pixels = self._network(params, images)
+            return network.attention_maps(pixels, range(network.depth))
+
         size = sizes.sides(self._spec.arch["image_size"])
         images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-        maps = jax.eval_shape(self._maps, self.params, images)
         tables: dict[tuple, np.ndarray] = {}  # one for all layers that are alike
         layers = []
-        for attention in maps:
+        for attention in jax.eval_shape(maps, self.params, images):
             alike = (attention.grid, attention.window, attention.shift)
             if alike not in tables:
                 tables[alike] = distance_table(attention, patch=size[0] / attention.grid[0])
@@ -180,11 +189,9 @@ class AttentionStatistics:
                 f"layers {single} have one head each; leave {' and '.join(asked)} out of --figures"
             )
 
-    def _maps(self, params: PyTree, images: jax.Array) -> list[AttentionMap]:
-        """The attention of all blocks. images: uint8 [B, H, W, 3]."""
-        network = nnx.merge(self._definition, params)
-        pixels = self._spec.normalize(images, self._dtype)
-        return network.attention_maps(pixels, range(network.depth))
+    def _network(self, params: PyTree, images: jax.Array) -> tuple[Backbone, jax.Array]:
+        """The network, and what it sees of uint8 images."""
+        return nnx.merge(self._definition, params), self._spec.normalize(images, self._dtype)
 
     def _statistics(
         self, layer: Layer, attention: AttentionMap, weight: jax.Array
