@@ -353,9 +353,9 @@ def test_uniform_attention(patch):
     made = Model(spec, {"encoder": params})
     got, without = (
         run(
-            AttentionStatistics("uniform", made, FIGURES, normalize=kind), pictures(spec, 1), size=1
+            AttentionStatistics("uniform", made, figures, normalize=kind), pictures(spec, 1), size=1
         )
-        for kind in ("patches", "none")
+        for figures, kind in ((FIGURES, "patches"), (["distance"], "none"))
     )
     patches = (224 // patch) ** 2
     tokens = patches + 3
@@ -486,6 +486,19 @@ def temporary_bytes(depth):
 def test_one_blocks_weights_at_a_time():
     one_block = 2 * 4 * 257**2 * 4  # images, heads, pairs of tokens, bytes
     assert temporary_bytes(4) - temporary_bytes(2) < one_block
+
+
+@pytest.mark.parametrize("name", ["class token", "swin"])
+def test_every_block_waits_for_the_statistics_of_the_one_before(name):
+    """Else the compiler for TPUs computes the weights of several blocks before it uses them."""
+    statistics = AttentionStatistics(name, model(name), ["similarity"])
+    (batch,) = batches(pictures(SPECS[name], 2), 2)
+    jaxpr = jax.make_jaxpr(statistics.sums)(statistics.params, batch)
+    waits = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+    assert len(waits) == len(statistics._layers) - 1
+    for tokens, similarity in (eqn.outvars for eqn in waits):
+        assert similarity in jaxpr.jaxpr.outvars
+        assert any(tokens in eqn.invars for eqn in jaxpr.eqns)
 
 
 def test_heads_need_a_partner():
