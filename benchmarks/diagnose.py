@@ -3,7 +3,8 @@ r"""Statistics of attention compared with a plain forward pass: rate and memory.
     python -m benchmarks.diagnose --figures=distance,similarity,maps --batch=16 --rounds=7
 
 A ViT-B/16 at 224 pixels with random weights in float32. The forward pass returns the feature map;
-the statistics are those of all blocks together. Each has a process of its own, so that their peak
+the statistics are those of all blocks together, which need the weights of the last block but not
+its output, so that a rate above 1 is possible. Each has a process of its own, so that their peak
 memory can be compared: that of the whole process, with weights, compiler and Python, and what the
 compiled function allocates beside its arguments. In every round each runs once, so that other load
 on the machine affects both. The command prints medians, and the median of the rounds' ratios.

@@ -20,6 +20,7 @@ from fd_jax.model_folder import Model
 from fd_jax.models import sizes
 from fd_jax.models.attention import relative_position_index
 from fd_jax.models.attention_map import AttentionMap
+from fd_jax.models.backbone import Backbone
 from fd_jax.typing import Batch, PyTree
 
 FIGURES = ("distance", "similarity", "entropy", "divergence", "maps", "shares")
@@ -51,6 +52,18 @@ class Layer:
     prefix: int
     grid: tuple[int, int]
     distances: np.ndarray
+
+    @classmethod
+    def of(cls, attention: AttentionMap, distances: np.ndarray) -> "Layer":
+        """The layer that has this attention, of any batch."""
+        window = attention.window
+        return cls(
+            heads=attention.inputs.q.shape[2],
+            cls=attention.cls,
+            prefix=attention.prefix,
+            grid=attention.grid if window is None else (window, window),
+            distances=distances,
+        )
 
 
 class AttentionStatistics:
@@ -111,11 +124,15 @@ class AttentionStatistics:
         An image's rows, heads, queries and, in maps, keys are kept apart, so that means over them
         are taken in float64.
         """
-        maps = self._maps(params, batch["image"])
+
+        def measure(number: int, attention: AttentionMap) -> dict[str, jax.Array]:
+            return self._statistics(self._layers[number], attention, batch["weight"])
+
+        network, images = self._network(params, batch["image"])
         return {
             f"{name}/{number}": value
-            for number, (layer, attention) in enumerate(zip(self._layers, maps, strict=True))
-            for name, value in self._statistics(layer, attention, batch["weight"]).items()
+            for number, layer in enumerate(network.measure_attention(images, measure))
+            for name, value in layer.items()
         }
 
     def figures(self, sums: Mapping[str, np.ndarray], images: int) -> Figures:
@@ -151,24 +168,20 @@ class AttentionStatistics:
 
     def _describe(self) -> list[Layer]:
         """The layers of the network, without running it."""
+
+        def maps(params: PyTree, images: jax.Array) -> list[AttentionMap]:
+            network, pixels = self._network(params, images)
+            return network.attention_maps(pixels, range(network.depth))
+
         size = sizes.sides(self._spec.arch["image_size"])
         images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-        maps = jax.eval_shape(self._maps, self.params, images)
         tables: dict[tuple, np.ndarray] = {}  # one for all layers that are alike
         layers = []
-        for attention in maps:
+        for attention in jax.eval_shape(maps, self.params, images):
             alike = (attention.grid, attention.window, attention.shift)
             if alike not in tables:
                 tables[alike] = distance_table(attention, patch=size[0] / attention.grid[0])
-            layers.append(
-                Layer(
-                    heads=attention.inputs.q.shape[2],
-                    cls=attention.cls,
-                    prefix=attention.prefix,
-                    grid=(attention.window,) * 2 if attention.window else attention.grid,
-                    distances=tables[alike],
-                )
-            )
+            layers.append(Layer.of(attention, tables[alike]))
         return layers
 
     def _check_heads(self) -> None:
@@ -180,11 +193,9 @@ class AttentionStatistics:
                 f"layers {single} have one head each; leave {' and '.join(asked)} out of --figures"
             )
 
-    def _maps(self, params: PyTree, images: jax.Array) -> list[AttentionMap]:
-        """The attention of all blocks. images: uint8 [B, H, W, 3]."""
-        network = nnx.merge(self._definition, params)
-        pixels = self._spec.normalize(images, self._dtype)
-        return network.attention_maps(pixels, range(network.depth))
+    def _network(self, params: PyTree, images: jax.Array) -> tuple[Backbone, jax.Array]:
+        """The network, and what it sees of uint8 images."""
+        return nnx.merge(self._definition, params), self._spec.normalize(images, self._dtype)
 
     def _statistics(
         self, layer: Layer, attention: AttentionMap, weight: jax.Array
@@ -195,13 +206,13 @@ class AttentionStatistics:
         if "similarity" in self._wanted:
             rows["similarity"] = similarity(weights, axis=-1 if self._compare == "rows" else -2)
         if self._wanted & {"entropy", "divergence"}:
-            logs = jax.nn.log_softmax(attention.logits(), axis=-1)
+            logarithms = jax.nn.log_softmax(attention.logits(), axis=-1)
             if "entropy" in self._wanted:
-                rows["entropy"] = -jnp.sum(weights * logs, axis=-1)
+                rows["entropy"] = -jnp.sum(weights * logarithms, axis=-1)
             if "divergence" in self._wanted:
-                rows["divergence"] = divergence(weights, logs)
+                rows["divergence"] = divergence(weights, logarithms)
         if self._wanted & {"maps", "shares"}:
-            # Heads first, which leaves little to be weighted.
+            # Heads first, so that the weights of images multiply the smaller array.
             rows["maps"] = jnp.sum(weights, axis=1) / layer.heads
         sums = {name: sum_over_images(value, weight) for name, value in rows.items()}
         if "distance" in self._wanted:
@@ -266,13 +277,14 @@ def distance(
     """
     is_patch = np.arange(weights.shape[-1]) >= prefix
     kinds = np.stack([is_patch, ~is_patch], axis=-1).astype(np.float32)
-    # A matmul, since compilers sum parts of rows by copying them. The share of patches is not taken
-    # as 1 minus the rest, of which nothing would be left where it is small.
+    # A matmul, since a sum over some of the keys makes XLA copy them. The share of patches is no
+    # difference to 1, which would have few correct digits where patches have little weight.
     shares = jnp.einsum("raqk,kc->raqc", weights, kinds, precision="highest")
     kept, dropped = shares[..., 0], shares[..., 1]
     scale = jnp.repeat(weight, len(weights) // len(weight))[:, None, None]
     scale = scale / _nonzero(kept) if normalize else scale
-    # The distance of the average map is the average of distances, and takes far less to compute.
+    # The average of distances is the distance of the average map, so that the table of distances
+    # does not have to be multiplied with every image's weights.
     maps = weights * scale[..., None]
     maps = jnp.sum(maps.reshape(len(weight), -1, *maps.shape[1:]), axis=0)  # [G, A, N, N]
     return {
@@ -307,7 +319,7 @@ def similarity(weights: jax.Array, *, axis: int) -> jax.Array:
     return (jnp.sum(together * together, axis=axis) - alone) / (heads * (heads - 1))
 
 
-def divergence(weights: jax.Array, logs: jax.Array) -> jax.Array:
+def divergence(weights: jax.Array, logarithms: jax.Array) -> jax.Array:
     """Mean Kullback-Leibler divergence between the heads of a layer, in nats.
 
     The divergences of all ordered pairs, sum_ab KL(p_a || p_b), are A sum_a <p_a, log p_a - m> with
@@ -315,12 +327,12 @@ def divergence(weights: jax.Array, logs: jax.Array) -> jax.Array:
 
     Args:
       weights: [R, A, N, N] float32, A > 1; all tokens count as queries and keys.
-      logs: their logarithms.
+      logarithms: those of the weights.
 
     Returns:
       [R, N], means over ordered pairs of heads for each query.
     """
-    apart = logs - jnp.mean(logs, axis=1, keepdims=True)
+    apart = logarithms - jnp.mean(logarithms, axis=1, keepdims=True)
     return jnp.sum(jnp.sum(weights * apart, axis=-1), axis=1) / (weights.shape[1] - 1)
 
 

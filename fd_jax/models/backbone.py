@@ -1,7 +1,7 @@
 """What all networks offer: their feature map, those of their blocks, and the blocks' attention."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -11,6 +11,7 @@ from fd_jax.errors import check_choice
 from fd_jax.models import sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
+from fd_jax.typing import PyTree
 
 REMAT_POLICIES = {
     "full": None,  # recompute the whole block
@@ -116,23 +117,43 @@ class Backbone(nnx.Module):
           keep: as in `__call__`.
         """
         kept = {
-            number: AttentionMap(
-                visit.block.attention_inputs(visit.before, *visit.positions),
-                cls=self.cls,
-                registers=self.registers,
-                grid=visit.grid,
-                window=visit.window,
-                shift=visit.shift,
-                indices=visit.indices,
-            )
+            number: self._attention_map(visit)
             for number, visit in self._visits_of(blocks, images, keep)
         }
         return [kept[number] for number in blocks]
 
+    def measure_attention(
+        self, images: jax.Array, measure: Callable[[int, AttentionMap], PyTree]
+    ) -> list[PyTree]:
+        """What a function makes of the attention of each block, without drop path.
+
+        Every block's attention is measured before the next block runs. So no more than one block's
+        weights take memory at a time, while a compiler may compute the weights of all blocks of
+        `attention_maps` before it uses any.
+
+        Args:
+          images: [B, H, W, 3] normalised float.
+          measure: from the number of a block and its attention to arrays.
+
+        Returns:
+          The results of `measure`, by block.
+        """
+        visits, x, results = self._visits(images, None, None), None, []
+        for number in range(self.depth):
+            if results:
+                x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
+            visit = visits.send(x)
+            results.append(measure(number, self._attention_map(visit)))
+            x = visit.after
+        return results
+
     def _visits(
         self, images: jax.Array, drops: jax.Array | None, keep: jax.Array | None
-    ) -> Iterator[Visit]:
-        """Runs the blocks in their order; arguments as in `__call__`."""
+    ) -> Generator[Visit, jax.Array | None, None]:
+        """Runs the blocks in their order; arguments as in `__call__`.
+
+        Tokens that are sent to the generator go on in the place of those that left the last block.
+        """
         raise NotImplementedError
 
     def _visits_of(
@@ -165,6 +186,17 @@ class Backbone(nnx.Module):
             policy = None if name is None else getattr(jax.checkpoint_policies, name)
             run = jax.checkpoint(run, policy=policy)
         return run(block, x, drops, shared_bias)
+
+    def _attention_map(self, visit: Visit) -> AttentionMap:
+        return AttentionMap(
+            visit.block.attention_inputs(visit.before, *visit.positions),
+            cls=self.cls,
+            registers=self.registers,
+            grid=visit.grid,
+            window=visit.window,
+            shift=visit.shift,
+            indices=visit.indices,
+        )
 
     def _feature_map(self, tokens: jax.Array, visit: Visit) -> FeatureMap:
         return FeatureMap(

@@ -328,7 +328,7 @@ class Swin(Backbone):
                 before, block_drops = x, None if drops is None else drops[:, number]
                 x = self._run_block(block, x, block_drops, shared_bias)
                 number += 1
-                yield Visit(
+                sent = yield Visit(
                     block,
                     before,
                     x,
@@ -337,6 +337,7 @@ class Swin(Backbone):
                     window=block.window,
                     shift=block.shift,
                 )
+                x = x if sent is None else sent
             if stage.downsample is not None:
                 x = stage.downsample(x, side)
 

@@ -346,7 +346,8 @@ class ViT(Backbone):
             block = self.blocks[str(index)]
             before, block_drops = x, None if drops is None else drops[:, index]
             x = self._run_block(block, x, block_drops, *positions)
-            yield Visit(block, before, x, positions, self.grid, keep)
+            sent = yield Visit(block, before, x, positions, self.grid, keep)
+            x = x if sent is None else sent
 
 
 def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
