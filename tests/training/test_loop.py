@@ -222,7 +222,7 @@ def test_unprepared_dataset_is_named_before_any_work(config, tmp_path):
     [
         ({"optim.peak_lr": float("nan")}, "optim.peak_lr=nan: expected"),
         ({"epochs": 0.01, "steps": 0}, "optim.warmup_epochs=0.01, epochs=0.01"),
-        ({"epochs": 0.02, "steps": 0}, "epochs=0.02 are 0 steps"),
+        ({"epochs": 1e-4, "steps": 0, "optim.warmup_epochs": 0.0}, "epochs=0.0001 are 0 steps"),
         ({"optim.warmup_epochs": 1e6}, "but the run has 6"),
         ({"eval.knn": 100_000}, "eval.knn=100000, but photos/train has only"),
         ({"init_from": "nowhere"}, "no model folder at nowhere"),
