@@ -1,7 +1,7 @@
 """The settings of a run: type, range and unit of every field of a config, and their relations.
 
-A config of `configs/` is plain data. This table says which values of it make sense, and `check`
-compares the two, so that a wrong setting is refused before a run has read, built or written
+A config of `configs/` is plain data. The tables here say which values of it make sense, and `check`
+compares them, so that a wrong setting is refused before a run has read, built or written
 anything. configs/base.py says what the fields mean. A new field needs a row here.
 
 What depends on more than the config is checked where it is known: the devices by `sharding`, a

@@ -101,8 +101,6 @@ def fit(
         )
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
-        # What a user can get wrong has been read and checked; from here on, the run writes.
-        workdirs.claim(workdir, recorded, accept=accept_config)
         checkpoints = Checkpoints(
             workdir / workdirs.CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -111,6 +109,8 @@ def fit(
         resources.callback(checkpoints.close)
         state, start, record = initial_state(task, program, checkpoints, config.seed, initial)
         del initial  # host memory that the run does not need
+        # Comes after all that a user can get wrong, so a refused command claims no workdir.
+        workdirs.claim(workdir, recorded, accept=accept_config)
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         placement = Placement(mesh, config.batch_size)

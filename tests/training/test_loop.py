@@ -192,8 +192,10 @@ def test_checkpoint_of_another_state_is_reported_as_such_and_not_as_damaged(
         r"does not hold the state that this config trains; \d+ arrays differ:\n"
         r"  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
     )
+    before = (tmp_path / "config.json").read_text()
     with pytest.raises(CheckpointError, match=message):
         fit(config, tmp_path, accept_config=True)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_path):
