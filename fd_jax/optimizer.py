@@ -64,7 +64,7 @@ def from_config(
     """The optimizer of `config.optim` and its schedule, for a tree of arrays or shapes.
 
     Learning rates in the config are per `optim.lr_batch` images (512 in the original); only this
-    function scales them to the global batch.
+    function scales them to the global batch. The config is one that `settings.check` accepts.
     """
     optim = config.optim
     scale = config.batch_size / optim.lr_batch

@@ -46,7 +46,7 @@ class ClassifyTask:
         """Checks the config and defines the network; reads no weights.
 
         Args:
-          config: see configs/base.py for the fields.
+          config: see configs/base.py for the fields; one that `settings.check` accepts.
           init_spec: replaces the spec in the folder `config.init_from`, for planning without
             weights.
 

@@ -78,7 +78,7 @@ def build(
 
     Args:
       task: task to train.
-      config: config of the run.
+      config: config of the run, which `settings.check` accepts.
       mesh: device mesh.
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of updates.
