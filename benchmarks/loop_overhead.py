@@ -64,6 +64,7 @@ def config(steps: int, data_dir: str, workers: int) -> Config:
     made.data.update(name="digits", eval_split="", data_dir=data_dir, rand_augment="")
     made.data.update(threads=1, workers=workers)
     made.eval.update(every=10**6, epochs=0.0)
+    made.optim.warmup_epochs = 0.0
     made.checkpoint.every = 10**6
     return made
 

@@ -26,6 +26,7 @@ FLAGS = (
     "--config=configs/quickstart.py",
     "--config.steps=2",
     "--config.log_every=1",
+    "--config.optim.warmup_epochs=0",
     "--config.eval.every=0",
     "--config.checkpoint.every=0",
 )

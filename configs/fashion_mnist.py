@@ -35,4 +35,5 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 500
     if base.arguments(arg)["smoke"]:
         config.steps = 3
+        config.optim.warmup_epochs = 0.0
     return config

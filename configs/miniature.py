@@ -55,6 +55,7 @@ def get_config(arg: str = ""):
     config.optim.update(lr_batch=config.batch_size)
     if given["smoke"]:
         config.steps = 3
+        config.optim.warmup_epochs = 0.0
     return config
 
 

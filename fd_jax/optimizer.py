@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fd_jax.errors import ConfigError, check_choice
 from fd_jax.typing import Config, PyTree
 
+Optimizer = Literal["adamw", "lars"]
 Moments = Literal["float32", "bfloat16", "factored"]
 
 
@@ -64,13 +64,9 @@ def from_config(
     """The optimizer of `config.optim` and its schedule, for a tree of arrays or shapes.
 
     Learning rates in the config are per `optim.lr_batch` images (512 in the original); only this
-    function scales them to the global batch.
-
-    Raises:
-      ConfigError: the optimizer is unknown, or LARS is asked to decay vectors.
+    function scales them to the global batch. The config is one that `settings.check` accepts.
     """
     optim = config.optim
-    check_choice("optim.name", optim.name, ("adamw", "lars"))
     scale = config.batch_size / optim.lr_batch
     schedule = Schedule(
         start=optim.start_lr * scale,
@@ -82,11 +78,6 @@ def from_config(
         scale_floors=optim.scale_floors,
     )
     if optim.name == "lars":
-        if optim.decay_vectors:
-            raise ConfigError(
-                "optim.decay_vectors=True, but LARS leaves biases and other vectors without weight "
-                "decay by definition; set it to False or use optim.name='adamw'"
-            )
         tx = lars(
             schedule,
             momentum=optim.momentum,

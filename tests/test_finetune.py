@@ -113,6 +113,7 @@ def test_eval_only_without_a_head_measures_only_the_neighbours(config, tmp_path)
     probe.model.update(trains="head", pooling="cls", final_norm=True, untie_positions=False)
     probe.ema_decay = 0.0
     probe.steps = 1
+    probe.optim.warmup_epochs = 0.0
     reported = loop.fit(ClassifyTask(probe), probe, tmp_path / "probe").evaluation
     figures = measure.measure(probe, tmp_path / "alone")
     assert figures.keys() == {"knn_top1", "knn_top5"}
@@ -167,6 +168,7 @@ def test_training_from_random_weights_exports_a_model_folder(embedded_data, tmp_
     config = tiny.fine_tuning("", **fields)
     config.model.family = "vit"
     config.model.arch = tiny.TEACHER
+    config.optim.warmup_epochs = 0.0
     loop.fit(ClassifyTask(config), config, tmp_path)
     spec, _ = model_folder.load(tmp_path / "model")
     assert spec.arch["position"] == "ape"

@@ -7,10 +7,8 @@ import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
-import ml_collections
 
-from fd_jax.errors import ConfigError, HangError, UserError
-from fd_jax.typing import Config
+from fd_jax.errors import HangError, UserError
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -36,21 +34,6 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     app.run(guarded, flags_parser=parse)
-
-
-def read_config(flag: flags.FlagHolder) -> Config:
-    """Returns the config that a flag of config_flags names.
-
-    Raises:
-      ConfigError: the file does not exist or cannot be read.
-    """
-    try:
-        return ml_collections.FrozenConfigDict(flag.value)
-    except OSError as error:  # raised when a field is read for the first time
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"--{flag.name}: cannot read the config ({reason}); name a file such as configs/NAME.py"
-        ) from None
 
 
 def _unknown_field(message: str) -> str:

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import files, model_folder, sharding
+from fd_jax import files, model_folder, settings, sharding
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
@@ -59,6 +59,7 @@ def measure(
     split = config.data.split if config.eval.knn else config.data.eval_split
     feed = Feed(**{**config.data.to_dict(), "split": split})
     task.check_data(feed)
+    settings.check_neighbours(config, feed.examples("train"))
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
     state = program.create(jax.random.key(0), task.load_initial())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from fd_jax.cli import application, processes
+from fd_jax.cli import application, config_flag, processes
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
@@ -46,7 +46,7 @@ def run(action: Action) -> None:
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
         assert WORKDIR.value is not None
-        config = application.read_config(_CONFIG)
+        config = config_flag.read(_CONFIG)
         processes.start(
             distributed=_DISTRIBUTED.value,
             coordinator=_COORDINATOR.value,

@@ -1,12 +1,16 @@
 """The interface through which tasks and evaluation read data. `feed.Feed` implements it."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from fd_jax.data.elements import Elements
 from fd_jax.typing import Batch
+
+# Settings of `transforms.TrainTransform`; they are here because that module needs OpenCV.
+Interpolation = Literal["bilinear", "bicubic"]
+Crop = Literal["retried", "single"]
 
 
 class Data(Protocol):

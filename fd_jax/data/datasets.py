@@ -187,7 +187,7 @@ class TfdsDataset:
             raise DataError(
                 f"{name} has no split {split!r}; its splits are {sorted(sizes)}"
             ) from error
-        if not examples:
+        if examples < 1:  # TFDS counts a slice that ends before it begins as negative
             raise DataError(
                 f"{name} has no examples in {split!r}; the sizes of its splits are {sizes}"
             )

@@ -7,20 +7,18 @@ depends on the seed, the epoch and its position in the dataset alone.
 import io
 import math
 import struct
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.datasets import BrokenImageError, Example
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import sizes
 from fd_jax.models.sizes import ImageSize
-
-Interpolation = Literal["bilinear", "bicubic"]
-Crop = Literal["retried", "single"]
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,

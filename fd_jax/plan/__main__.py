@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from fd_jax.cli import application
+from fd_jax.cli import application, config_flag
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.plan import experiment, planning, table, topology
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     for flag in (_CONFIG, _TOPOLOGY):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing; see python -m fd_jax.plan --help")
-    config = application.read_config(_CONFIG)
+    config = config_flag.read(_CONFIG)
     output, hlo_file = _file(_OUTPUT), _file(_HLO)
     assert _TOPOLOGY.value is not None
     target = topology.describe(_TOPOLOGY.value)

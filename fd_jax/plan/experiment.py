@@ -12,10 +12,10 @@ import pathlib
 from etils import epath
 import ml_collections
 
-from fd_jax import model_folder
+from fd_jax import model_folder, settings
 from fd_jax.convert import families
 from fd_jax.cost.flops import Flops
-from fd_jax.errors import ConfigError, check_positive
+from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks import registry
@@ -91,7 +91,6 @@ def define(config: Config, *, start: str = "", examples: int | None = None) -> E
 
 def _run_length(config: Config, examples: int | None) -> tuple[int, int, int | None]:
     """(steps per epoch, total steps, images per epoch or None)."""
-    check_positive("batch_size", config.batch_size)
     if examples is None:
         examples = EXAMPLES.get((config.data.name, config.data.split))
     if examples is None and not config.steps:
@@ -103,8 +102,10 @@ def _run_length(config: Config, examples: int | None) -> tuple[int, int, int | N
         raise ConfigError(
             f"batch_size {config.batch_size} is more than the {examples} images of an epoch"
         )
-    per_epoch = 1 if examples is None else examples // config.batch_size
-    return per_epoch, config.steps or round(config.epochs * per_epoch), examples
+    if examples is None:
+        return 1, config.steps, examples
+    per_epoch = examples // config.batch_size
+    return per_epoch, settings.total_steps(config, per_epoch), examples
 
 
 def _resolve(network: registry.Network, start: str) -> tuple[ModelSpec | None, str]:

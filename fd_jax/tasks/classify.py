@@ -5,7 +5,7 @@ outside the training state.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from etils import epath
 from flax import nnx
@@ -18,7 +18,7 @@ from fd_jax.console import say
 from fd_jax.cost import flops
 from fd_jax.data import mixing
 from fd_jax.data.base import Data
-from fd_jax.errors import ConfigError, DataError, check_choice
+from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import classification, evaluators
 from fd_jax.metrics import weighted
 from fd_jax.models import layers, transfer
@@ -46,7 +46,7 @@ class ClassifyTask:
         """Checks the config and defines the network; reads no weights.
 
         Args:
-          config: see configs/base.py for the fields.
+          config: see configs/base.py for the fields; one that `settings.check` accepts.
           init_spec: replaces the spec in the folder `config.init_from`, for planning without
             weights.
 
@@ -55,14 +55,6 @@ class ClassifyTask:
           ModelFolderError: there is no model at `config.init_from`.
         """
         model = config.model
-        check_choice("model.trains", model.trains, get_args(Trains))
-        check_choice("model.head", model.head, get_args(Head))
-        if model.trains == "head" and config.accumulation > 1:
-            raise ConfigError(
-                f"accumulation={config.accumulation} with model.trains='head': the probe's "
-                "BatchNorm is over the whole batch; set accumulation=1 (the frozen encoder has no "
-                "backward pass, so that the whole batch needs little memory)"
-            )
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         self.probe = model.trains == "head"
@@ -305,12 +297,8 @@ class ClassifyTask:
 
     def _check_initial_spec(self, start: ModelSpec) -> None:
         model, folder = self.config.model, self.config.init_from
-        if model.classes < 2:
-            raise ConfigError(f"model.classes={model.classes}; a classifier needs at least 2")
         if not self.changes.keep_head:
             return
-        if self.probe:
-            raise ConfigError("model.trains='head' trains a fresh head; set model.head='fresh'")
         if start.classes != model.classes or start.pooling != model.pooling:
             raise ConfigError(
                 f"model.head='keep', but init_from={folder} has a head of {start.classes} classes "

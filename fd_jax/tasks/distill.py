@@ -53,7 +53,7 @@ class DistillTask:
         """Checks the config and defines all networks; reads no weights.
 
         Args:
-          config: see configs/base.py for the fields.
+          config: see configs/base.py for the fields; one that `settings.check` accepts.
           teacher_spec: replaces the spec in the folder `config.teacher.path`, for planning without
             weights.
           teachers: several teachers by name, in place of `config.teacher`.

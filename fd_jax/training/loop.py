@@ -13,14 +13,13 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import model_folder, sharding
+from fd_jax import model_folder, settings, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.feed import Feed
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
-from fd_jax.errors import ConfigError
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
 from fd_jax.training import metric_writer, signals
@@ -78,14 +77,18 @@ def fit(
         # This comes first because restoring and compiling take minutes, and because
         # jax.distributed installs a handler that would swallow the signal.
         stop_requested = resources.enter_context(signals.on_sigterm())
+        settings.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(config.batch_size, config.accumulation, mesh)
-        _check_seed(config.seed)
         feed = Feed(**config.data)
         task.check_data(feed)
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
-        total_steps = config.steps or round(config.epochs * steps_per_epoch)
-        workdirs.claim(workdir, _with_chosen_attention(config, task), accept=accept_config)
+        total_steps = settings.total_steps(config, steps_per_epoch)
+        settings.check_neighbours(config, feed.examples("train"))
+        if config.data.eval_split == config.data.split:
+            say("note: data.eval_split is the training split, so its figures are not held out")
+        recorded = _with_chosen_attention(config, task)
+        workdirs.check(workdir, recorded, accept=accept_config)
         say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
         program = build(
@@ -96,16 +99,20 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
+        frozen = program.place_frozen(task.load_frozen())
+        initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
         checkpoints = Checkpoints(
             workdir / workdirs.CHECKPOINTS,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every or None,
         )
         resources.callback(checkpoints.close)
-        state, start, record = initial_state(task, program, checkpoints, config.seed)
+        state, start, record = initial_state(task, program, checkpoints, config.seed, initial)
+        del initial  # host memory that the run does not need
+        # Comes after all that a user can get wrong, so a refused command claims no workdir.
+        workdirs.claim(workdir, recorded, accept=accept_config)
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
-        frozen = program.place_frozen(task.load_frozen())
         placement = Placement(mesh, config.batch_size)
         # This comes last because it starts threads and fills devices: nothing after it may fail.
         loader = feed.train(
@@ -131,23 +138,29 @@ def fit(
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
-            eval_every=config.eval.every or round(config.eval.epochs * steps_per_epoch),
+            eval_every=settings.eval_every(config, steps_per_epoch),
         ).train(state, stop_requested)
 
 
 def initial_state(
-    task: Task, program: Program, checkpoints: Checkpoints, seed: int
+    task: Task,
+    program: Program,
+    checkpoints: Checkpoints,
+    seed: int,
+    initial: PyTree | None = None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """Returns the state that a run starts from, its step and the record of its checkpoint.
 
-    The docstring of `fit` lists where the state comes from.
+    The docstring of `fit` lists where the state comes from. `initial` is the result of
+    `task.load_initial`, which is called if it is None and needed.
     """
     latest = checkpoints.latest_step()
     if latest is not None:
         tree, record = checkpoints.restore(latest, program.state.to_dict())
         logging.info("resuming at step %d", latest)
         return TrainState.from_dict(tree), latest, record
-    return program.create(jax.random.key(seed), task.load_initial()), 0, {}
+    initial = task.load_initial() if initial is None else initial
+    return program.create(jax.random.key(seed), initial), 0, {}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -325,9 +338,3 @@ def _with_chosen_attention(config: Config, task: Task) -> Config:
     resolved = ml_collections.ConfigDict(config.to_dict())
     resolved.attention = next(iter(task.attention.values()))
     return resolved
-
-
-def _check_seed(seed: int) -> None:
-    """Refuses a seed that is not a uint32, the type that the step takes."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")

@@ -6,7 +6,7 @@ The loop runs a program; the planner compiles the same program ahead of time, wi
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ import numpy as np
 
 from fd_jax import sharding
 from fd_jax.data.elements import Element, Elements, of_config
-from fd_jax.errors import check_choice
 from fd_jax.models import kernels
-from fd_jax.optimizer import Moments, Schedule
+from fd_jax.optimizer import Schedule
 from fd_jax.tasks.base import Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
@@ -79,16 +78,15 @@ def build(
 
     Args:
       task: task to train.
-      config: config of the run.
+      config: config of the run, which `settings.check` accepts.
       mesh: device mesh.
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of updates.
       elements: specification of the batches; derived from `config.data` if None.
 
     Raises:
-      ConfigError: the batch does not split over the mesh, or a setting has an unknown value.
+      ConfigError: the batch does not split over the mesh.
     """
-    _check_choices(config)
     if elements is None:
         elements = of_config(config.data)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
@@ -140,14 +138,6 @@ def build(
         eval_step=jax.jit(on_mesh(task.evaluate), out_shardings=whole),
         features=jax.jit(on_mesh(task.features), out_shardings=sharding.batch_sharding(mesh)),
     )
-
-
-def _check_choices(config: Config) -> None:
-    for name, value, known in (
-        ("grad_reduce_dtype", config.grad_reduce_dtype, ("float32", "bfloat16")),
-        ("optim.moments", config.optim.moments, get_args(Moments)),
-    ):
-        check_choice(name, value, known)
 
 
 def overlay(params: PyTree, initial: PyTree) -> PyTree:

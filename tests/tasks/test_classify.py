@@ -327,9 +327,7 @@ def test_unlabelled_or_too_many_classes_are_refused(student, embedded_data, tmp_
     [
         ({"data.image_size": 36}, "36 is not divisible by patch_size 8; use 32 or 40"),
         ({"model.pooling": "max"}, "model.pooling='max'|pooling='max'"),
-        ({"model.trains": "neck"}, "model.trains='neck'"),
         ({"model.head": "keep"}, "has a head of 0 classes"),
-        ({"model.classes": 1}, "model.classes=1"),
         ({"batch_size": 15}, "batch_size=15 is odd; use 16"),
         ({"mixing.mixup": -1.0}, "mixing.mixup=-1.0"),
         ({"init_from": "nowhere"}, "no model folder at nowhere"),
@@ -355,20 +353,6 @@ def test_keeping_a_missing_final_norm_is_refused(tmp_path):
     folder = tiny.save_teacher(tmp_path / "plain", final_norm=False)
     with pytest.raises(ConfigError, match="ends without one"):
         ClassifyTask(tiny.fine_tuning(folder, **{"model.final_norm": True}))
-
-
-def test_a_probe_refuses_accumulation(student):
-    """BatchNorm statistics of micro-batches would define another probe."""
-    config = tiny.fine_tuning(student, **{"model.trains": "head", "accumulation": 2})
-    with pytest.raises(ConfigError, match="accumulation=2 with model.trains='head'"):
-        ClassifyTask(config)
-
-
-def test_lars_refuses_to_decay_vectors(student):
-    task = ClassifyTask(tiny.fine_tuning(student, **probe_fields(**{"optim.decay_vectors": True})))
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    with pytest.raises(ConfigError, match="LARS leaves biases"):
-        task.optimizer(params, steps_per_epoch=10, total_steps=10)
 
 
 def test_fine_tuning_keeps_pre_norm_and_absolute_positions(tmp_path):

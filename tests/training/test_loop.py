@@ -15,7 +15,7 @@ import pytest
 
 import fd_jax
 from fd_jax import checkpoint
-from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError
+from fd_jax.errors import CheckpointError, ConfigError, DataError, ModelFolderError, UserError
 from fd_jax.evaluation import evaluators
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import loop, metric_writer
@@ -192,12 +192,14 @@ def test_checkpoint_of_another_state_is_reported_as_such_and_not_as_damaged(
         r"does not hold the state that this config trains; \d+ arrays differ:\n"
         r"  ema/.*: \(absent\) -> .*\n(.*\n)+Go back to the config"
     )
+    before = (tmp_path / "config.json").read_text()
     with pytest.raises(CheckpointError, match=message):
         fit(config, tmp_path, accept_config=True)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_path):
-    config.optim.peak_lr = float("inf")
+    config.optim.update(peak_lr=1e35, weight_decay=0.0)
     config.max_nonfinite = 2
     with pytest.raises(loop.NonFiniteError, match=r"2 steps in a row.*examples are \[\d+"):
         fit(config, tmp_path)
@@ -213,6 +215,31 @@ def test_missing_teacher_is_named_before_any_work(config, tmp_path):
 def test_unprepared_dataset_is_named_before_any_work(config, tmp_path):
     config.data.data_dir = str(tmp_path / "empty")
     with pytest.raises(DataError, match=r"python -m fd_jax.data.prepare --name=photos"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"optim.peak_lr": float("nan")}, "optim.peak_lr=nan: expected"),
+        ({"epochs": 0.01, "steps": 0}, "optim.warmup_epochs=0.01, epochs=0.01"),
+        ({"epochs": 1e-4, "steps": 0, "optim.warmup_epochs": 0.0}, "epochs=0.0001 are 0 steps"),
+        ({"optim.warmup_epochs": 1e6}, "but the run has 6"),
+        ({"eval.knn": 100_000}, "eval.knn=100000, but photos/train has only"),
+        ({"init_from": "nowhere"}, "no model folder at nowhere"),
+        ({"data.split": "train[5:3]"}, r"train\[5:3\]"),
+        ({"data.rand_augment": "rand-m99"}, "rand_augment='rand-m99'"),
+        ({"mesh.tensor": 3}, "does not fit"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused_before_the_workdir_is_claimed(
+    config, tmp_path, changes, message
+):
+    """The right command can then use the same workdir."""
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
         fit(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -215,17 +215,6 @@ def test_batch_size_that_does_not_split_is_refused(batch_size, accumulation, mes
         sharding.check_batch(batch_size, accumulation, mesh)
 
 
-@pytest.mark.parametrize(
-    "field,value",
-    [("attention", "flash"), ("grad_reduce_dtype", "int8"), ("optim.moments", "bf16")],
-)
-def test_unknown_value_of_a_setting_is_refused(field, value):
-    config = tiny.config(**{field: value})
-    with pytest.raises(ConfigError, match=f"{field}='{value}' is unknown; expected one of"):
-        task = DistillTask(config, teacher_spec=tiny.teacher_spec())
-        program.build(task, config, sharding.make_mesh(), steps_per_epoch=10, total_steps=100)
-
-
 def test_parameter_that_its_mesh_axis_does_not_divide_is_refused():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     params = tiny.teacher_spec(width=36, heads=4, mlp_width=64).abstract()[1]

@@ -215,7 +215,7 @@ def test_run_stopped_by_sigterm_before_its_first_step_resumes_bit_for_bit(
     np.testing.assert_allclose(losses(unbroken), losses(one_process), rtol=1e-6)
 
     run = Run(config_file, stopped, 2, *ACROSS)
-    wait_for(stopped / "config.json")  # before anything is compiled
+    wait_for(stopped / "config.json")  # before the step is compiled
     os.kill(run.processes[1].pid, signal.SIGTERM)
     statuses, outputs = run.wait()
     assert statuses == [loop.PREEMPTED] * 2, "\n".join(outputs)

@@ -1,0 +1,555 @@
+"""The settings of a run: type, range and unit of every field of a config, and their relations.
+
+A config of `configs/` is plain data. The tables here say which values of it make sense, and `check`
+compares them, so that a wrong setting is refused before a run has read, built or written
+anything. configs/base.py says what the fields mean. A new field needs a row here.
+
+What depends on more than the config is checked where it is known: the devices by `sharding`, a
+network's sizes by its class, and the length of the data by `total_steps` and `check_neighbours`.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import difflib
+import math
+from typing import Any, Protocol, get_args
+
+import numpy as np
+
+from fd_jax import losses
+from fd_jax.data.base import Crop, Interpolation
+from fd_jax.errors import ConfigError
+from fd_jax.models import attention, heads, kernels, layers, swin_v2, vit
+from fd_jax.models.backbone import REMAT_POLICIES
+from fd_jax.models.spec import FAMILIES
+from fd_jax.optimizer import Moments, Optimizer
+from fd_jax.precision import DTYPES
+from fd_jax.tasks import classify, goal, registry
+from fd_jax.typing import Config
+
+# Devices count in int32 and compute in float32.
+LARGEST_WHOLE = 2**31 - 1
+LARGEST = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+class Rule(Protocol):
+    """What the value of one field has to be."""
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, as the end of a line that begins with it; None if nothing."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Number:
+    """A finite number within bounds. True and False are no numbers.
+
+    A number that is not whole is compared as a float32, which is what devices hold: a decay of
+    0.999999999 is 1 there, and 1e-60 is 0.
+
+    Attributes:
+      whole: whether it has to be a whole number.
+      least, most: bounds that are allowed themselves, or None.
+      above, below: bounds that are not allowed themselves, or None.
+      special: a value outside of the bounds that is allowed, or None.
+      unit: unit or meaning, which follows "a number" in messages.
+      hint: what to do instead.
+    """
+
+    whole: bool = False
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    special: float | None = None
+    unit: str = ""
+    hint: str = ""
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        kinds = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return self._expected(self.most)
+        if value == self.special or self._allows(value):
+            return None
+        too_large = self.most is None and self._limit < abs(value) < math.inf
+        return self._expected(self._limit if too_large else self.most)
+
+    @property
+    def _limit(self) -> float:
+        """The largest value, which is that of its dtype if there is no bound."""
+        if self.most is not None:
+            return self.most
+        return LARGEST_WHOLE if self.whole else LARGEST
+
+    def _allows(self, value: float) -> bool:
+        if not self.whole:
+            if not abs(value) <= LARGEST:  # NaN and infinities too
+                return False
+            value = _as_float32(value)
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and value <= self._limit
+        )
+
+    def _expected(self, most: float | None) -> str:
+        if self.least is not None and most is not None:
+            bounds = f" from {self.least:.10g} to {most:.10g}"
+        else:
+            words = {"of at least": self.least, "above": self.above}
+            words |= {"of at most": most, "below": self.below}
+            named = [f"{word} {bound:.10g}" for word, bound in words.items() if bound is not None]
+            bounds = f" {' and '.join(named)}" if named else ""
+        kind = "a whole number" if self.whole else "a finite number"
+        special = "" if self.special is None else f", or {self.special:g}"
+        unit = f" ({self.unit})" if self.unit else ""
+        hint = f"; {self.hint}" if self.hint else ""
+        return f": expected {kind}{bounds}{special}{unit}{hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several names; `removed` maps names of earlier versions to what to write instead."""
+
+    names: tuple[str, ...]
+    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        if isinstance(value, str) and value in self.names:
+            return None
+        if isinstance(value, str) and value in self.removed:
+            return f" was removed, since {self.removed[value]}"
+        return f" is unknown; expected one of {', '.join(map(repr, self.names))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text; it may be empty if `optional`."""
+
+    what: str
+    optional: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        if isinstance(value, str) and (value.strip() or (self.optional and not value)):
+            return None
+        return f": expected {self.what}" + (", or '' for none" if self.optional else "")
+
+
+class Flag:
+    """True or False."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        return None if isinstance(value, bool) else ": expected True or False"
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A tuple or list of values that all follow one rule.
+
+    Attributes:
+      each: rule of the values.
+      length: number of values; 0 for any number above 0.
+      single: whether a value alone is allowed in place of the tuple.
+    """
+
+    each: Rule
+    length: int = 0
+    single: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        if self.single and not isinstance(value, tuple | list):
+            return self.each.problem(value)
+        if not isinstance(value, tuple | list) or len(value) != (self.length or len(value) or 1):
+            number = self.length or "one or more"
+            return f": expected {number} values in parentheses, such as (a, b)"
+        problems = (self.each.problem(item) for item in value)
+        return next((f"{problem}, for each value" for problem in problems if problem), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrNone:
+    """A rule that None also follows."""
+
+    rule: Rule
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        problem = None if value is None else self.rule.problem(value)
+        return problem and f"{problem}, or None"
+
+
+def whole(least: int, unit: str = "", *, most: int | None = None, **kwargs: Any) -> Number:
+    """A whole number of at least `least`."""
+    return Number(whole=True, least=least, most=most, unit=unit, **kwargs)
+
+
+def choice(literal: Any, *more: str) -> Choice:
+    """One of the names of a `Literal`, or of `more`."""
+    return Choice((*more, *get_args(literal)))
+
+
+FLAG = Flag()
+RATE = "learning rate for optim.lr_batch images"
+SHARE = Number(least=0, most=1, unit="probability")
+DECAY = Number(least=0, below=1, unit="share that is kept at every step")
+DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
+EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
+AXIS = whole(1, "devices", special=-1, hint="-1 takes all devices that remain")
+
+# The fields of every run (configs/base.py, `common`).
+COMMON: dict[str, Rule] = {
+    "seed": whole(0, most=2**32 - 1),
+    "epochs": Number(above=0, unit="epochs"),
+    "steps": whole(0, "steps; 0 to train for `epochs`"),
+    "batch_size": whole(1, "images, over all devices"),
+    "accumulation": whole(1, "micro-batches per update"),
+    "dtype": Choice(("auto", *DTYPES)),
+    "grad_reduce_dtype": Choice(tuple(DTYPES)),
+    "attention": Choice(("auto", *kernels.IMPLEMENTATIONS), kernels.REMOVED),
+    "remat": Choice(("", *REMAT_POLICIES)),
+    "mesh.data": AXIS,
+    "mesh.fsdp": AXIS,
+    "mesh.tensor": AXIS,
+    "ema_decay": dataclasses.replace(DECAY, hint="0 keeps no average, 0.9998 is usual"),
+    "init_from": Text("the path of a model folder", optional=True),
+    "max_nonfinite": whole(1, "steps in a row"),
+    "log_every": whole(1, "steps"),
+    "profile_steps": whole(0, "steps; 0 is off"),
+    "checkpoint.every": whole(0, "steps; 0 saves only when the run is stopped"),
+    "checkpoint.keep": whole(1, "checkpoints", hint="a run cannot resume without one"),
+    "checkpoint.keep_every": whole(0, "steps; 0 is off"),
+    "eval.every": whole(0, "steps; 0 to count `eval.epochs`"),
+    "eval.epochs": Number(least=0, unit="epochs; 0 is off"),
+    "eval.batches": whole(0, "batches; 0 takes the whole split"),
+    "eval.knn": whole(0, "neighbours; 0 is off"),
+    "data.name": Text("the name of a TFDS dataset, or folder:/path"),
+    "data.split": Text("the name of a split, such as train"),
+    "data.eval_split": Text("the name of a split, such as validation", optional=True),
+    "data.data_dir": Text("the path of a folder", optional=True),
+    "data.image_size": whole(1, "pixels on a side"),
+    "data.min_area": Number(above=0, most=1, unit="share of the picture"),
+    "data.interpolation": choice(Interpolation),
+    "data.crop": choice(Crop),
+    "data.flip": FLAG,
+    "data.rand_augment": Text("a policy such as rand-m9-mstd0.5-inc1", optional=True),
+    "data.eval_resize": Number(least=1, most=4, unit="side of the picture / side of its crop"),
+    "data.eval_crop": FLAG,
+    "data.skip_official": FLAG,
+    "data.threads": whole(1, "threads per process", most=1024),
+    "data.workers": whole(0, "processes; 0 decodes in this one", most=1024),
+    "data.max_broken": whole(0, "images"),
+    "optim.name": choice(Optimizer),
+    "optim.peak_lr": Number(above=0, unit=RATE),
+    "optim.start_lr": Number(least=0, unit=RATE),
+    "optim.min_lr": Number(least=0, unit=RATE),
+    "optim.lr_batch": whole(1, "images"),
+    "optim.warmup_epochs": Number(least=0, unit="epochs"),
+    "optim.lag": whole(0, "steps", most=1),
+    "optim.scale_floors": FLAG,
+    "optim.betas": Several(DECAY, length=2),
+    "optim.eps": Number(above=0, unit="added to the root of the second moment"),
+    "optim.momentum": DECAY,
+    "optim.weight_decay": Number(least=0, unit="times the learning rate; 0 is off"),
+    "optim.decay_vectors": FLAG,
+    "optim.layer_decay": Number(above=0, most=1, unit="factor per layer; 1 is off"),
+    "optim.clip_norm": Number(least=0, unit="norm of all gradients; 0 is off"),
+    "optim.moments": choice(Moments),
+}
+
+# The further fields of each task, by the section that selects it (`registry.KINDS`).
+TASKS: dict[str, dict[str, Rule]] = {
+    registry.DISTILLATION.section: {
+        "student.family": Choice(tuple(FAMILIES)),
+        "student.drop_path": DROP_PATH,
+        "teacher.path": Text("the path of the teacher's model folder"),
+        "teacher.source": Text("a converter source", optional=True),
+        "teacher.image_size": whole(0, "pixels on a side; 0 takes the teacher's own"),
+        "teacher.drop_path": DROP_PATH,
+        "teacher.stages": whole(0, "stages; 0 takes all"),
+        "target.kind": choice(goal.TargetKind),
+        "target.normalize": choice(losses.TargetNorm),
+        "target.after_norm": FLAG,
+        "target.resample": choice(goal.Resample),
+        "loss_beta": Number(
+            above=0,
+            unit="difference at which the loss turns from square to linear",
+            hint="for an L1 loss set a small one, such as 0.01",
+        ),
+    },
+    registry.CLASSIFICATION.section: {
+        "model.family": Choice(("", *FAMILIES)),
+        "model.classes": whole(2, "classes"),
+        "model.trains": choice(classify.Trains),
+        "model.head": choice(classify.Head),
+        "model.head_scale": Number(least=0, unit="factor of the head's initial weights"),
+        "model.pooling": choice(heads.Pooling),
+        "model.final_norm": FLAG,
+        "model.untie_positions": FLAG,
+        "model.drop_path": DROP_PATH,
+        "mixing.mixup": Number(least=0, unit="alpha of a Beta distribution; 0 is off"),
+        "mixing.cutmix": Number(least=0, unit="alpha of a Beta distribution; 0 is off"),
+        "mixing.switch": SHARE,
+        "mixing.smoothing": Number(least=0, below=1, unit="share of the target"),
+        "mixing.erasing": SHARE,
+        "reference_quirks": FLAG,
+    },
+}
+
+_SWIN: dict[str, Rule] = {
+    "image_size": Several(whole(1, "pixels"), length=2, single=True),
+    "patch_size": whole(1, "pixels"),
+    "embed_width": whole(1, "channels"),
+    "depths": Several(whole(1, "blocks")),
+    "heads": Several(whole(1, "heads")),
+    "window": whole(1, "tokens on a side"),
+    "mlp_ratio": whole(1, "channels per channel"),
+    "activation": Choice(tuple(layers.ACTIVATIONS)),
+    "norm_eps": EPS,
+    "final_norm": FLAG,
+}
+
+# The fields of `student.arch` and `model.arch`, by family.
+ARCHITECTURES: dict[str, dict[str, Rule]] = {
+    "vit": {
+        "image_size": Several(whole(1, "pixels"), length=2, single=True),
+        "patch_size": whole(1, "pixels"),
+        "width": whole(1, "channels"),
+        "depth": whole(1, "blocks"),
+        "heads": whole(1, "heads"),
+        "mlp_width": whole(1, "channels"),
+        "position": choice(vit.Position),
+        "cls_token": FLAG,
+        "registers": whole(0, "tokens"),
+        "ln_pre": FLAG,
+        "final_norm": FLAG,
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        "layer_scale": OrNone(Number(unit="start of the factor of each branch")),
+        "qkv_bias": choice(attention.QkvBias),
+        "patch_bias": FLAG,
+        "rope_theta": Number(above=0, unit="base of the rotary frequencies"),
+    },
+    "swin": _SWIN,
+    "swin_v2": {
+        **_SWIN,
+        "position": choice(swin_v2.Position),
+        "pretrained_windows": Several(whole(0, "tokens on a side; 0 takes the stage's own")),
+        "residual_scale": Number(unit="start of the factor of each branch"),
+        "extra_norm_every": whole(0, "blocks; 0 is off"),
+    },
+}
+
+NETWORKS = ("student", "model")  # sections that have a family and an architecture
+# The size of `model.arch` is that of the data, and other networks have no rotary frequencies.
+OPTIONAL = ("model.arch.image_size", "student.arch.rope_theta", "model.arch.rope_theta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """What has to hold between fields whose own values are allowed.
+
+    Attributes:
+      fields: fields that are compared.
+      holds: (value of each field) -> whether the values fit together.
+      remedy: what is expected, and what to do.
+      section: only configs with this section are checked; "" for all.
+    """
+
+    fields: tuple[str, ...]
+    holds: Callable[..., bool]
+    remedy: str
+    section: str = ""
+
+
+RELATIONS = (
+    Relation(
+        ("optim.start_lr", "optim.peak_lr"),
+        lambda start, peak: start <= peak,
+        "the warm-up rises from start_lr to peak_lr; lower start_lr",
+    ),
+    Relation(
+        ("optim.min_lr", "optim.peak_lr"),
+        lambda minimum, peak: minimum <= peak,
+        "the rate falls from peak_lr to min_lr; lower min_lr",
+    ),
+    Relation(
+        ("optim.warmup_epochs", "epochs", "steps"),
+        lambda warmup, epochs, steps: steps > 0 or warmup < epochs,
+        "the warm-up has to end before the run does; lower warmup_epochs",
+    ),
+    Relation(
+        ("optim.name", "optim.decay_vectors"),
+        lambda name, vectors: name != "lars" or not vectors,
+        "LARS leaves biases and other vectors without weight decay by definition; set "
+        "decay_vectors=False, or name='adamw'",
+    ),
+    Relation(
+        ("optim.name", "optim.layer_decay"),
+        lambda name, decay: name != "lars" or decay == 1,
+        "LARS has one learning rate for all layers; set layer_decay=1, or name='adamw'",
+    ),
+    Relation(
+        ("optim.name", "optim.weight_decay", "optim.peak_lr", "batch_size", "optim.lr_batch"),
+        lambda name, decay, peak, batch, per: name != "adamw" or decay * peak * batch / per < 1,
+        "weight_decay times the peak rate of this batch has to be below 1, or every step would "
+        "change the sign of the weights; lower one of them",
+    ),
+    Relation(
+        ("eval.knn", "data.eval_split"),
+        lambda knn, split: not knn or bool(split),
+        "nearest neighbours are measured on a held-out split; set data.eval_split, or eval.knn=0",
+    ),
+    Relation(
+        ("optim.layer_decay",),
+        lambda decay: decay == 1,
+        "a student has one learning rate for all layers; set it to 1",
+        section=registry.DISTILLATION.section,
+    ),
+    Relation(
+        ("model.trains", "accumulation"),
+        lambda trains, parts: trains != "head" or parts == 1,
+        "the probe's BatchNorm is over the whole batch; set accumulation=1 (the frozen encoder has "
+        "no backward pass, so that the whole batch needs little memory)",
+    ),
+    Relation(
+        ("model.trains", "model.head"),
+        lambda trains, head: trains != "head" or head == "fresh",
+        "a probe trains a fresh head; set model.head='fresh'",
+    ),
+)
+
+
+def check(config: Config) -> None:
+    """Refuses a config with a wrong value, an unknown field, or without a field.
+
+    Raises:
+      ConfigError: the message has one line for each problem.
+    """
+    found = problems(config)
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(f"{len(found)} settings are wrong:\n{listed}")
+
+
+def problems(config: Config) -> list[str]:
+    """One line for each problem of a config: the fields, their values, and what was expected."""
+    rows = rules(config)
+    values = {
+        n: v for n, v in _flat(config.to_dict()).items() if n in rows or _has_rules(n, config)
+    }
+    found = {}
+    for name in rows.keys() | values.keys():
+        if name not in values:
+            found[name] = f"{name} is missing; configs/base.py has a value for it"
+        elif name not in rows:
+            found[name] = f"{name}: there is no such field{_suggestion(name, rows)}"
+        elif problem := rows[name].problem(values[name]):
+            found[name] = f"{name}={values[name]!r}{problem}"
+    lines = [found[name] for name in sorted(found)]
+    for relation in RELATIONS:
+        compared = {name: values[name] for name in relation.fields if name in values}
+        comparable = len(compared) == len(relation.fields) and not compared.keys() & found.keys()
+        applies = comparable and (not relation.section or relation.section in config)
+        if applies and not relation.holds(*compared.values()):
+            shown = ", ".join(f"{name}={value!r}" for name, value in compared.items())
+            lines.append(f"{shown}: {relation.remedy}")
+    return lines
+
+
+def rules(config: Config) -> dict[str, Rule]:
+    """The rule of each field that a config has to have, and of the optional fields that it has.
+
+    Raises:
+      ConfigError: the config selects no task.
+    """
+    values = _flat(config.to_dict())
+    rows = {**COMMON, **TASKS[registry.kind_of(config).section]}
+    for network in NETWORKS:
+        family = values.get(f"{network}.family")
+        for name, rule in ARCHITECTURES.get(str(family), {}).items():
+            rows[f"{network}.arch.{name}"] = rule
+    return {name: rule for name, rule in rows.items() if name in values or name not in OPTIONAL}
+
+
+def _has_rules(name: str, config: Config) -> bool:
+    """Whether the rules of a field are known: those of an architecture depend on its family."""
+    network, _, rest = name.partition(".")
+    if network not in NETWORKS or not rest.startswith("arch."):
+        return True
+    return config[network].get("family") in ("", *ARCHITECTURES)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Number of updates of a run on data of a known length.
+
+    Raises:
+      ConfigError: there is none, or there are too many; or the warm-up does not end within them;
+        or evaluations are less than a step apart.
+    """
+    total = config.steps or round(config.epochs * steps_per_epoch)
+    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    epoch = f"an epoch has {steps_per_epoch} steps"
+    if not 1 <= total <= LARGEST_WHOLE:
+        raise ConfigError(
+            f"epochs={config.epochs} are {total} steps, since {epoch}; expected 1 to "
+            f"{LARGEST_WHOLE}: change epochs, or set steps"
+        )
+    if warmup >= total:
+        raise ConfigError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} are {warmup} steps, since {epoch}, "
+            f"but the run has {total}; the warm-up has to end before the run does: lower "
+            "warmup_epochs, or train for longer"
+        )
+    if not config.eval.every and config.eval.epochs and not eval_every(config, steps_per_epoch):
+        raise ConfigError(
+            f"eval.epochs={config.eval.epochs} is less than a step, since {epoch}; set eval.every "
+            "to a number of steps, or eval.epochs=0 for no evaluation"
+        )
+    return total
+
+
+def eval_every(config: Config, steps_per_epoch: int) -> int:
+    """Number of updates between evaluations; 0 for none."""
+    return config.eval.every or round(config.eval.epochs * steps_per_epoch)
+
+
+def check_neighbours(config: Config, examples: int) -> None:
+    """Refuses more nearest neighbours than there are training images.
+
+    Raises:
+      ConfigError: `eval.knn` is above `examples`.
+    """
+    if config.eval.knn > examples:
+        raise ConfigError(
+            f"eval.knn={config.eval.knn}, but {config.data.name}/{config.data.split} has only "
+            f"{examples} images; expected at most {examples} (neighbours), or 0 for off"
+        )
+
+
+def _as_float32(value: float) -> float:
+    """The value that a device computes with; it takes the smallest numbers for 0."""
+    held = float(np.float32(value))
+    return held if abs(held) >= SMALLEST else 0.0
+
+
+def _suggestion(name: str, rows: Mapping[str, Rule]) -> str:
+    close = difflib.get_close_matches(name, rows, n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else "; configs/base.py lists all fields"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
