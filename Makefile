@@ -57,7 +57,7 @@ $(RUN)/model/model.json:
 DIGITS  := runs/miniature/digits/0
 FIGURES := $(BIN)/python -m fd_jax.diagnose --data_dir=$(DATA) --overwrite
 
-figures: $(RUN)/model/model.json $(DIGITS)/student/finetune/model/model.json
+figures: $(TEACHER)/model.json $(RUN)/model/model.json $(DIGITS)/student/finetune/model/model.json
 	$(FIGURES) --model=teacher=$(TEACHER) --model=student=$(RUN)/model --data=photos:test \
 	  --num_images=64 --output=runs/figures/quickstart \
 	  --figures=distance,similarity,maps,shares,entropy,divergence,rank,cka,cosine,pca,rollout,heads
@@ -65,7 +65,7 @@ figures: $(RUN)/model/model.json $(DIGITS)/student/finetune/model/model.json
 	  --model=after=$(DIGITS)/student/finetune/model --data=digits:test --output=runs/figures/digits \
 	  --figures=distance,similarity,maps,shares,entropy,divergence,landscape,rank,cka,cosine,pca,rollout,heads
 
-$(DIGITS)/student/finetune/model/model.json: $(VENV)/quickstart.installed
+$(DIGITS)/student/finetune/model/model.json: | $(VENV)/quickstart.installed
 	$(BIN)/python -m fd_jax.data.prepare --name=digits --data_dir=$(DATA)
 	$(BIN)/python -m benchmarks.miniature --data digits --seeds 1
 

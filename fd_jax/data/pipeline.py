@@ -393,7 +393,7 @@ def _too_many_broken(
         "\n  ".join(
             [
                 f"{len(listing)} broken images in {dataset.name}, more than "
-                f"data.max_broken={allowed}; repair or remove them, or raise that limit:",
+                f"max_broken={allowed}; repair or remove them, or raise that limit:",
                 *listing,
             ]
         )

@@ -146,7 +146,7 @@ class AttentionStatistics:
         """
 
         def means(name: str) -> list[np.ndarray]:
-            """What a layer's sums are in the mean over images and their rows."""
+            """Each layer's sums, averaged over images and their rows."""
             layers = range(len(self._layers))
             return [np.mean(sums[f"{name}/{number}"], axis=0) / images for number in layers]
 
@@ -307,9 +307,8 @@ def similarity(weights: jax.Array, *, axis: int) -> jax.Array:
     Returns:
       [R, N], means over pairs of heads for each query (or key).
     """
-    if (
-        axis == -2
-    ):  # a column's squares can be too small for float32; a row's can't, as it sums to 1
+    if axis == -2:
+        # The squares of a column can be too small for float32; a row's cannot, as it sums to 1.
         weights = weights / _nonzero(jnp.max(weights, axis=axis, keepdims=True))
     squares = jnp.sum(weights * weights, axis=axis, keepdims=True)
     inverse = 1 / jnp.sqrt(_nonzero(squares))

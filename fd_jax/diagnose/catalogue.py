@@ -61,11 +61,24 @@ def of_kind(figures: Collection[str], kind: str) -> list[str]:
     return [name for name in figures if FIGURES[name].kind == kind]
 
 
-def check(figures: Sequence[str], models: dict[str, Model]) -> None:
-    """Refuses figures that are not defined for the models.
+def check_number(figures: Sequence[str], models: int) -> None:
+    """Refuses figures that compare two models if there is only one.
 
     Raises:
-      ConfigError: a figure is undefined for a network, or needs two models.
+      ConfigError: a figure needs two models.
+    """
+    pairs = of_kind(figures, "pair")
+    if pairs and models < 2:
+        raise ConfigError(
+            f"--figures={','.join(pairs)} compares two models; name a second one with --model"
+        )
+
+
+def check_networks(figures: Sequence[str], models: dict[str, Model]) -> None:
+    """Refuses figures that are not defined for a network.
+
+    Raises:
+      ConfigError: a figure is undefined for a network.
     """
     for name in figures:
         for subject, model in models.items():
@@ -75,8 +88,3 @@ def check(figures: Sequence[str], models: dict[str, Model]) -> None:
                     f"--figures={name} is not defined for {subject}, a Swin network: {defined}; "
                     "leave the figure or the model out"
                 )
-    pairs = of_kind(figures, "pair")
-    if pairs and len(models) < 2:
-        raise ConfigError(
-            f"--figures={','.join(pairs)} compares two models; name a second one with --model"
-        )

@@ -9,6 +9,7 @@ import numpy as np
 from fd_jax import model_folder
 from fd_jax.errors import ModelFolderError
 from fd_jax.models import heads
+from fd_jax.models.keys import param_keys
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec, split
 from fd_jax.typing import PyTree
@@ -81,7 +82,7 @@ def _head(spec: ModelSpec, width: int) -> heads.Classifier:
         pooling=spec.pooling,
         norm_eps=spec.arch["norm_eps"],
         kernel_init=nnx.initializers.zeros,
-        rngs=nnx.Rngs(0),
+        rngs=param_keys(0),
     )
 
 

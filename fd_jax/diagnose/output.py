@@ -1,12 +1,15 @@
 """The output folder: which command it belongs to, and what is written into it."""
 
+from collections.abc import Callable, Mapping
 import json
 from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
-from fd_jax import files, sharding
+from fd_jax import files
 from fd_jax.console import say
 from fd_jax.diagnose import draw, html, record
 from fd_jax.errors import ConfigError, differences
@@ -26,40 +29,97 @@ def check(output: epath.Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise ConfigError(f"--output={output} is a file; name a folder")
-    if any(output.iterdir()) and not (output / COMMAND).exists():
+    names = {path.name for path in output.iterdir()}
+    if names - {f"{COMMAND}.new"} and COMMAND not in names:  # the former may be left by a kill
         raise ConfigError(
             f"--output={output} holds files that python -m fd_jax.diagnose did not write; name a "
             "new or an empty folder" + (" (--overwrite replaces only results)" * overwrite)
         )
 
 
-def claim(output: epath.Path, identity: dict[str, Any], *, overwrite: bool) -> bool:
-    """Takes the output folder for this command; returns whether its numbers are already there.
+def is_complete(output: epath.Path, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Returns whether the folder already holds the numbers of this command.
+
+    The first process decides for all, since others may read different versions of the files.
+
+    Args:
+      output: the folder.
+      identity: everything on which the numbers depend.
+      overwrite: whether results of another command may be replaced.
 
     Raises:
-      ConfigError: the folder belongs to another command, or it cannot be written.
+      ConfigError: the folder holds results of another command, and `overwrite` is not set.
     """
-    path = output / COMMAND
-    text = json.dumps(identity, indent=2) + "\n"
-    old = json.loads(path.read_text()) if path.exists() else None
-    if old is not None and old != json.loads(text):
+
+    def decide() -> bool:
+        old = _read_identity(output)
+        if old is None:
+            return False
+        if old == _plain(identity):
+            return (output / record.FILE).exists()
         if not overwrite:
             raise ConfigError(
                 f"--output={output} holds the results of another command:\n"
-                + "\n".join(differences(old, json.loads(text)))
+                + "\n".join(differences(old, _plain(identity)))
                 + "\nname another folder, or add --overwrite to replace them"
             )
-        old = None
-    sharding.barrier("the output folder was read")
-    if old is None and jax.process_index() == 0:
-        _clear(output)
+        return False
+
+    return _first_process(decide)
+
+
+def claim(output: epath.Path, identity: Mapping[str, Any]) -> None:
+    """Takes the folder for this command: removes results of another one, and names this one.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+
+    def take() -> bool:
+        if _read_identity(output) == _plain(identity):
+            return True
         try:
+            _clear(output)
             output.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, text)
+            files.write_text(output / COMMAND, json.dumps(identity, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"cannot write to --output={output}: {error}") from error
-    sharding.barrier("the output folder is claimed")
-    return old is not None and (output / record.FILE).exists()
+        return True
+
+    _first_process(take)
+
+
+def _first_process(action: Callable[[], bool]) -> bool:
+    """Runs an action in the first process; all processes return its result, or raise."""
+    result, error = 0, None
+    if jax.process_index() == 0:
+        try:
+            result = int(action())
+        except ConfigError as raised:
+            result, error = 2, raised
+    if jax.process_count() > 1:
+        result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
+    if result == 2:
+        raise error or ConfigError("the first process refused the output folder, see its message")
+    return bool(result)
+
+
+def _read_identity(output: epath.Path) -> dict[str, Any] | None:
+    path = output / COMMAND
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), so that nobody can say what the results in "
+            f"--output={output} belong to; delete the folder, or name another one"
+        ) from error
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity as JSON gives it back."""
+    return json.loads(json.dumps(identity))
 
 
 def _clear(output: epath.Path) -> None:
@@ -70,10 +130,17 @@ def _clear(output: epath.Path) -> None:
 
 
 def write(result: record.Record, output: epath.Path) -> None:
-    """Writes figures.json, the drawings and the report; then partial sums are no longer needed."""
-    record.write(result, output)
-    result = record.read(output)  # rounded, so that drawing it again gives the same bytes
-    drawings = draw.draw_all(result, output)
-    files.write_text(output / REPORT, html.page(result, drawings))
-    (output / PARTIAL).unlink(missing_ok=True)
+    """Writes figures.json, the drawings and the report; then partial sums are no longer needed.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    try:
+        record.write(result, output)
+        result = record.read(output)  # rounded, so that drawing it again gives the same bytes
+        drawings = draw.draw_all(result, output)
+        files.write_text(output / REPORT, html.page(result, drawings))
+        (output / PARTIAL).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output={output}: {error}") from error
     say(f"{len(drawings)} drawings, {record.FILE} and {REPORT} are in {output}")

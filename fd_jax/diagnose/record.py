@@ -72,9 +72,14 @@ def read(folder: epath.Path) -> Record:
         record = json.loads(path.read_text())
         version = record["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); measure again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); delete it and give the command again"
+        ) from error
     if version != VERSION:
-        raise UserError(f"{path} has version {version}; this fd_jax reads {VERSION}")
+        raise UserError(
+            f"{path} has version {version}, and this fd_jax reads {VERSION}; delete it and give "
+            "the command again"
+        )
     return record
 
 

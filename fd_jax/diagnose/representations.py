@@ -132,8 +132,8 @@ class Comparison:
         self._same_grids = self._a.grids == self._b.grids
         same_tokens = self._same_grids and self._a.widths == self._b.widths
         self._cka = "cka" in figures
-        self._cosine = "cosine" in figures and same_tokens
-        if "cosine" in figures and not (self._cosine or self._cka):
+        self.has_cosine = "cosine" in figures and same_tokens
+        if "cosine" in figures and not (self.has_cosine or self._cka):
             raise ConfigError(
                 f"cosine of {subject[0]} and {subject[1]}: their tokens differ in number or width "
                 f"(grids {self._a.grids[-1]} and {self._b.grids[-1]}, widths {self._a.widths[-1]} "
@@ -152,7 +152,7 @@ class Comparison:
         tokens_a = self._a.patches(params["a"], batch["image"])
         tokens_b = self._b.patches(params["b"], batch["image"])
         for block, (a, b) in enumerate(zip(tokens_a, tokens_b, strict=True)):
-            if self._cosine:
+            if self.has_cosine:
                 sums[f"cosine_{block}"] = jnp.sum(weight * _mean_cosine(a, b))
             if self._cka:
                 a = self._rows(a) - params["a"]["shift"][block]
@@ -179,7 +179,7 @@ class Comparison:
         if self._cka:
             figures["cka"] = [self._cka_of(sums, block, images) for block in blocks]
             figures["rows"] = "patches" if self._same_grids else "images"
-        if self._cosine:
+        if self.has_cosine:
             figures["cosine"] = [float(sums[f"cosine_{block}"]) / images for block in blocks]
         return figures
 

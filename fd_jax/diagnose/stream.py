@@ -9,6 +9,7 @@ import zipfile
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
@@ -55,9 +56,9 @@ def accumulate(
     """Sums all measurements over every image of a dataset.
 
     Each batch is computed on all devices of the mesh, and each measurement before the next, so that
-    the memory is that of one. The first process writes the partial sums; with several processes,
-    `partial` has to be on a file system that all of them read. The result is the same, bit for bit,
-    whether or not a pass was killed in between, as long as the mesh is the same.
+    the activations in memory are those of one. The first process writes the partial sums; with
+    several processes, `partial` has to be on a file system that all of them read. The result is the
+    same, bit for bit, whether or not a pass was killed in between, as long as the mesh is the same.
 
     Args:
       measurements: what is measured.
@@ -76,13 +77,14 @@ def accumulate(
       UserError: a sum is not finite, or the partial sums belong to another pass.
     """
     totals = _read(partial, identity) or Totals(0, 0, [{} for _ in measurements])
+    _check_agreement(totals, partial)
     if totals.batches:
         say(f"going on after {totals.images} images, from {partial}")
     steps = _compiled(measurements, mesh)
-    batches = _batches(
-        dataset, transform, mesh, batch_size, totals.batches * batch_size, threads, max_broken
-    )
-    clock = _Clock(len(dataset), totals.batches * batch_size)
+    start = totals.batches * batch_size
+    left_out = min(start, len(dataset)) - totals.images
+    batches = _batches(dataset, transform, mesh, batch_size, start, threads, max_broken - left_out)
+    clock = _Clock(len(dataset), start)
     for current in _added(totals, steps, batches):
         totals = current
         _check_finite(totals, measurements)
@@ -96,32 +98,55 @@ def accumulate(
     return totals
 
 
+def _check_agreement(totals: Totals, partial: epath.Path) -> None:
+    """Refuses processes that would start at different batches, in all of them.
+
+    Raises:
+      UserError: the processes do not read the same partial sums.
+    """
+    if jax.process_count() == 1:
+        return
+    starts = multihost_utils.process_allgather(np.int32(totals.batches))
+    if np.ptp(starts):
+        raise UserError(
+            f"the processes read different versions of {partial}; --output has to be a folder that "
+            "all of them share"
+        )
+
+
 Step = Callable[[Batch], Any]
 
 
 def _compiled(measurements: Sequence[Measurement], mesh: Mesh) -> list[Step]:
     """A function of a batch for each measurement, and first one that counts images."""
     whole = sharding.replicated(mesh)
+    placed: dict[int, jax.Array] = {}  # networks that several measurements share exist once
     count = jax.jit(lambda batch: {"images": jnp.sum(batch["weight"])}, out_shardings=whole)
 
     def step(measurement: Measurement) -> Step:
-        params = _replicated(measurement.params, mesh)
+        params = _replicated(measurement.params, mesh, placed)
         compute = jax.jit(measurement.sums, out_shardings=whole)
         return lambda batch: compute(params, batch)
 
     return [count, *map(step, measurements)]
 
 
-def _replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+def _replicated(tree: PyTree, mesh: Mesh, placed: dict[int, jax.Array]) -> PyTree:
+    """Puts a tree on all devices; `placed` has what is there already, by the id of its source."""
     whole = sharding.replicated(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(tree, whole)
 
     def put(leaf):
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, whole)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+    def put_once(leaf):
+        if id(leaf) not in placed:
+            placed[id(leaf)] = put(leaf)
+        return placed[id(leaf)]
+
+    return jax.tree.map(put_once, tree)
 
 
 def _batches(dataset, transform, mesh, batch_size, start, threads, max_broken) -> Iterator[Batch]:
@@ -160,9 +185,11 @@ def _check_finite(totals: Totals, measurements: Sequence[Measurement]) -> None:
     for measurement, sums in zip(measurements, totals.sums, strict=True):
         for name, value in sums.items():
             if not np.all(np.isfinite(value)):
+                subject = measurement.subject
                 raise UserError(
-                    f"{measurement.subject}: the sum of {name!r} is not finite after "
-                    f"{totals.images} images; check its weights, or use --dtype=float32"
+                    f"{subject if isinstance(subject, str) else ' and '.join(subject)}: the sum of "
+                    f"{name!r} is not finite after {totals.images} images, so that its weights or "
+                    "its input statistics are damaged, or a --radius is too large"
                 )
 
 
@@ -177,9 +204,12 @@ def _write(partial: epath.Path, totals: Totals, identity: str) -> None:
         for name, value in sums.items()
     }
     staging = partial.with_name(f"{partial.name}.new")
-    with staging.open("wb") as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
-    staging.replace(partial)
+    try:
+        with staging.open("wb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+        staging.replace(partial)
+    except OSError as error:
+        raise UserError(f"cannot write the partial sums {partial}: {error}") from error
 
 
 def _read(partial: epath.Path, identity: str) -> Totals | None:
@@ -189,7 +219,7 @@ def _read(partial: epath.Path, identity: str) -> Totals | None:
         with partial.open("rb") as file, np.load(file) as stored:
             header = json.loads(str(stored["header"]))
             arrays = {name: stored[name] for name in stored.files if name != "header"}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"the partial sums {partial} cannot be read ({error}); delete that file to start again"
         ) from error

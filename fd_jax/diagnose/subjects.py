@@ -14,7 +14,6 @@ from fd_jax.errors import ConfigError
 from fd_jax.model_folder import Model, load_model
 from fd_jax.models import sizes
 from fd_jax.models.sizes import ImageSize
-from fd_jax.typing import PyTree
 
 
 def folders(arguments: Sequence[str]) -> dict[str, str]:
@@ -59,10 +58,10 @@ def load(named: dict[str, str], *, image_size: ImageSize | None) -> dict[str, Mo
     return models
 
 
-def digest(params: PyTree) -> str:
-    """A fingerprint of all weights."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+def digest(model: Model) -> str:
+    """A fingerprint of a network's description and of all its weights."""
+    hashed = hashlib.blake2b(model.spec.to_json().encode(), digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         hashed.update(jax.tree_util.keystr(path).encode())
         hashed.update(np.ascontiguousarray(leaf).data)
     return hashed.hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -69,7 +70,7 @@ def test_two_models_side_by_side_give_every_figure(run, tmp_path):
     assert "report.html" in out
 
 
-def test_another_batch_size_and_fewer_devices_give_the_same_numbers(run, tmp_path):
+def test_another_batch_size_gives_the_same_numbers(run, tmp_path):
     run("teacher", figures=ATTENTION, batch_size=8, output="a")
     run("teacher", figures=ATTENTION, batch_size=24, output="b")
     first, second = (figures(tmp_path, name)["models"]["teacher"] for name in "ab")
@@ -116,6 +117,56 @@ def test_other_weights_under_the_same_name_are_another_command(run, folders, tmp
     argv = [f"--model={changed}", f"--output={tmp_path / 'out'}", "--figures=distance"]
     argv += [f"--data={datasets.FOLDER_PREFIX}{_pictures(tmp_path)}"]
     assert cli.main(argv) == 2
+
+
+def test_another_picture_of_the_same_name_is_another_command(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "x.png")
+    status, _, err = run("teacher", figures="heads", picture=tmp_path / "a" / "x.png")
+    assert status == 0, err
+    status, _, err = run("teacher", figures="heads", picture=tmp_path / "b" / "x.png")
+    assert status == 2 and "picture:" in err
+
+
+def test_another_description_of_the_same_weights_is_another_command(run, folders, tmp_path):
+    folders["copy"] = str(tmp_path / "teacher")
+    shutil.copytree(folders["teacher"], folders["copy"])
+    try:
+        status, _, err = run("copy", figures="distance")
+        assert status == 0, err
+        path = tmp_path / "teacher" / "model.json"
+        description = json.loads(path.read_text())
+        path.write_text(json.dumps({**description, "mean": [0.1, 0.2, 0.3]}))
+        status, _, err = run("copy", figures="distance")
+        assert status == 2 and "model teacher" in err
+    finally:
+        del folders["copy"]
+
+
+def test_a_pair_without_a_cosine_is_named(run):
+    status, out, err = run("teacher", "student", figures="cka,cosine")
+    assert status == 0, err
+    assert "teacher and student have no cosine" in out
+
+
+@pytest.mark.parametrize("name", ["figures.json", "command.json"])
+def test_damaged_results_are_one_error_that_says_what_to_delete(run, tmp_path, name):
+    run("teacher", figures="distance")
+    path = tmp_path / "out" / name
+    path.write_text(path.read_text()[:40])
+    status, _, err = run("teacher", figures="distance")
+    assert status == 2 and "delete" in err and str(path) in err
+
+
+def test_a_broken_first_picture_is_passed_over(run, tmp_path):
+    folder = _pictures(tmp_path)
+    (folder / "a" / "0.png").write_bytes(b"not a picture")
+    status, _, err = run("teacher", data=folder, figures="heads,distance", max_broken=1)
+    assert status == 0, err
+    assert figures(tmp_path)["picture"]["name"] == "1.png"
 
 
 def test_a_landscape_has_a_curve_for_each_direction(run, tmp_path):
@@ -169,6 +220,9 @@ REFUSALS = {
     "one model": (("teacher",), {"figures": "cka"}, "compares two models"),
     "batch": (("teacher",), {"batch_size": 3}, "not divisible by 8 batch shards"),
     "picture": (("teacher",), {"figures": "pca", "picture": "none.png"}, "cannot be read"),
+    "directions": (("teacher",), {"figures": "landscape", "directions": 0}, "--directions=0"),
+    "radius": (("teacher",), {"figures": "landscape", "radius": "nan"}, "radius=nan"),
+    "max_broken": (("teacher",), {"max_broken": -1}, "--max_broken=-1"),
     "size": (("teacher",), {"image_size": 30}, "30"),
 }
 
