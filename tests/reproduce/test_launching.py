@@ -1,0 +1,216 @@
+"""Refusals before the first command, commands that fail, and a real grid, killed and continued."""
+
+import fcntl
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from etils import epath
+import pytest
+
+from fd_jax.errors import CheckpointError, ConfigError, ModelFolderError
+from fd_jax.reproduce import __main__ as command_line
+from fd_jax.reproduce import cells, launching, results, small
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def one(scale, **given):
+    return cells.commands(command_line.select(scale, everything=False, seeds=1, **given))
+
+
+def test_commands_are_printed_as_users_type_them(capsys):
+    flags = ["--scale=full", "--table=3", "--teacher=dino", "--workdir=W", "--print"]
+    assert command_line.main([*flags, "--", "--config.data.data_dir=my data"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6
+    assert printed[2] == (
+        "python train.py --config=configs/ablations.py:table=3,row=l2,teacher=dino "
+        "--config.seed=0 '--config.data.data_dir=my data' "
+        "--workdir=W/dino/table3_l2/seed0/distill"
+    )
+    assert printed[3] == (
+        "python finetune.py --config=configs/finetune_dino_vit_b16.py "
+        "--config.init_from=W/dino/table3_l2/seed0/distill/model --config.seed=0 "
+        "'--config.data.data_dir=my data' --workdir=W/dino/table3_l2/seed0/finetune"
+    )
+
+
+def test_missing_teachers_are_listed_once_with_the_commands_that_make_them(tmp_path, monkeypatch):
+    chosen = [*one("full", teacher="clip"), *one("full", teacher="dino,esvit")]
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "train.py", "finetune.py"):
+        os.symlink(ROOT / name, tmp_path / name)
+    with pytest.raises(ModelFolderError) as error:
+        launching.check(chosen, epath.Path(tmp_path / "W"))
+    message = str(error.value)
+    for source in ("openai_clip_vit_b16", "dino_vitb16", "esvit_swin_base_w14"):
+        assert message.count(f"import --source={source} --input=FILE") == 1
+    assert message.startswith("3 teachers are missing") and "--teacher" in message
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_workdir_of_another_run_is_refused(tmp_path):
+    chosen = one("cpu", teacher="contrastive_100", table="3")
+    workdir = chosen[0].workdir(tmp_path)
+    workdir.mkdir(parents=True)
+    config = launching.read_config(chosen[0], tmp_path).to_dict()
+    (workdir / "config.json").write_text(json.dumps({**config, "attention": "xla"}))
+    launching.check(chosen, epath.Path(tmp_path))
+    config["contrast"]["temperature"] = 0.5
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="another config:\n  contrast.temperature: 0.5 -> 0.2"
+    ):
+        launching.check(chosen, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "extra,message",
+    [
+        ("--config.colour=red", "does not accept .*--config.colour=red.*colour"),
+        ("--config.batch_size=many", "does not accept .*batch_size=many"),
+    ],
+)
+def test_flags_that_a_config_does_not_have_are_refused(tmp_path, extra, message):
+    chosen = one("cpu", teacher="contrastive_100", table="3")
+    with pytest.raises(ConfigError, match=message):
+        launching.check(chosen, epath.Path(tmp_path), [extra])
+
+
+def test_buckets_and_folders_without_the_scripts_are_refused(tmp_path, monkeypatch):
+    chosen = one("cpu", teacher="contrastive_100", table="3")
+    with pytest.raises(ConfigError, match="--workdir=gs://x: .* --print"):
+        launching.check(chosen, epath.Path("gs://x"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="there is no train.py and no configs/base.py in"):
+        launching.check(chosen, epath.Path(tmp_path))
+
+
+def test_distances_need_the_diagnostics(tmp_path):
+    chosen = one("cpu", table=small.HEADS)
+    if launching.importlib.util.find_spec("fd_jax.diagnose.__main__"):
+        launching.check(chosen, epath.Path(tmp_path))
+    else:
+        with pytest.raises(ConfigError, match="fd_jax.diagnose.*--table=1,2,3,4,5"):
+            launching.check(chosen, epath.Path(tmp_path))
+
+
+def test_a_second_launcher_is_refused(tmp_path):
+    chosen = one("cpu", teacher="contrastive_100", table="3")
+    with (tmp_path / launching.LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process works in"):
+            next(launching.launch(chosen, epath.Path(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ([], "--scale is missing"),
+        (["--scale=cpu"], "--workdir is missing"),
+        (["--scale=full", "--table=6", "--print"], "--table='6' is unknown"),
+    ],
+)
+def test_wrong_flags_give_one_clear_error(flags, message, capsys):
+    assert command_line.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_named_with_its_log(tmp_path):
+    chosen = one("cpu", teacher="contrastive_100", table="3")
+    extra = ["--config.data.data_dir=/nonexistent"]
+    with pytest.raises(launching.CommandError) as error:
+        next(launching.launch(chosen, epath.Path(tmp_path), extra))
+    message = str(error.value)
+    assert message.startswith("contrastive/teacher ended with status 2. Its command was\n  python")
+    assert f"{tmp_path}/contrastive/teacher/log.txt" in message
+    assert "fashion_mnist_debian is not prepared" in message
+    assert not chosen[1].workdir(tmp_path).exists()
+
+
+# Ten pictures of digits instead of Fashion-MNIST, and a few steps.
+TOY = (
+    "--config.data.name=digits",
+    "--config.data.eval_split=test[:32]",
+    "--config.batch_size=16",
+    "--config.steps=3",
+    "--config.checkpoint.every=1",
+)
+
+
+def start(workdir, data, *flags):
+    """The command as users start it: two cells that share their teacher."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    scale = ["--scale=cpu", "--teacher=contrastive_100", "--table=1", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "fd_jax.reproduce", *scale, "--seeds=2", *flags]
+        + ["--", *TOY, f"--config.data.data_dir={data}"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_cells_are_killed_and_continued(embedded_data, tmp_path):
+    """SIGTERM in the first command, SIGKILL in a later one, then to the end."""
+    chosen = cells.commands(
+        command_line.select("cpu", table="1", teacher="contrastive_100", seeds=2, everything=False)
+    )
+    teacher, others = chosen[0], chosen[1:]
+    process = start(tmp_path, embedded_data)
+    wait_for(lambda: (teacher.workdir(tmp_path) / "config.json").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert "contrastive/teacher was stopped by SIGTERM" in output
+    assert not teacher.finished(tmp_path)
+
+    process = start(tmp_path, embedded_data)
+    wait_for(lambda: (others[0].workdir(tmp_path) / "config.json").exists(), process)
+    process.kill()  # its child goes on alone, and holds the workdir
+    process.communicate()
+    second = start(tmp_path, embedded_data)
+    output, _ = second.communicate()
+    if second.returncode:  # unless the child was already done
+        assert "another process works in" in output and second.returncode == 2
+    made = (teacher.model(tmp_path) / "model.json").stat().mtime
+
+    deadline = time.monotonic() + 400
+    while True:
+        process = start(tmp_path, embedded_data)
+        output, _ = process.communicate()
+        if "another process works in" not in output or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert process.returncode == 0, output
+    assert (teacher.model(tmp_path) / "model.json").stat().mtime == made
+    found = results.read(epath.Path(tmp_path) / results.JSON)
+    values = [value for cell in found["cells"] for value in cell["figures"].values()]
+    assert len(values) == 10 and all(0 <= value <= 100 for value in values)
+    assert re.search(r"`after` \| student, fine-tuned \| [\d.]+ ± [\d.]+ \| [+-]", output)
+    launches = (tmp_path / launching.LAUNCHES).read_text().splitlines()
+    assert [json.loads(line)["status"] for line in launches].count(0) >= len(chosen) - 2
