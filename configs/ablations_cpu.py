@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
     config.data.update(name="fashion_mnist_debian", eval_split="test", data_dir="data", threads=2)
     # Views are cropped in the step, from the whole picture.
     config.data.update(rand_augment="", min_area=1.0 if stage == "contrastive" else 0.5)
-    config.update(log_every=100)
+    config.update(log_every=50)
     config.checkpoint.update(every=500, keep=1)
     config.eval.update(every=10**6, epochs=0.0, batches=0)
     config.optim.lr_batch = config.batch_size

@@ -34,8 +34,9 @@ class ContrastiveTask:
     """The network and the contrast that a config describes.
 
     Two random crops of each image, with random brightness and contrast, have to be recognised as
-    views of the same image among all views in the batch. A two-layer projector maps the class token
-    to the vectors that are compared; it is not part of the trained network.
+    views of the same image among all views in the batch. A projector, two layers that each end with
+    a BatchNorm, maps the class token to the vectors that are compared; it is not part of the
+    trained network.
     """
 
     trains_encoder = True
@@ -149,17 +150,23 @@ class ContrastiveTask:
         return self.spec, {"encoder": params["encoder"]}
 
     def _contrast(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        vectors = [self._vector(params, batch[name]) for name in ("first", "second")]
         weight = batch["weight"]
-        each = contrast(*vectors, weight, temperature=self.config.contrast.temperature)
+        views = jnp.concatenate([batch["first"], batch["second"]])
+        vectors = self._vectors(params, views, jnp.tile(weight, 2))
+        first, second = jnp.split(vectors, 2)
+        each = contrast(first, second, weight, temperature=self.config.contrast.temperature)
         return weighted(each, weight)
 
-    def _vector(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """The projected class token, unit length. -> [B, D_p] float32."""
-        hidden, out = self._definitions()
-        token = nnx.merge(hidden, params["projector"]["hidden"])(self._class_token(params, images))
-        projected = nnx.merge(out, params["projector"]["out"])(jax.nn.gelu(token))
-        return losses.l2_normalize(projected)
+    def _vectors(self, params: PyTree, images: jax.Array, weight: jax.Array) -> jax.Array:
+        """The projected class tokens, unit length. [B, S, S, 3], [B] -> [B, D_p] float32."""
+        vectors = self._class_token(params, images)
+        for (name, definition), last in zip(
+            self._definitions().items(), (False, True), strict=True
+        ):
+            vectors = nnx.merge(definition, params["projector"][name])(vectors)
+            vectors = standardize(vectors, weight)
+            vectors = vectors if last else jax.nn.gelu(vectors)
+        return losses.l2_normalize(vectors)
 
     def _class_token(self, params: PyTree, images: jax.Array) -> jax.Array:
         encoder = nnx.merge(self.encoder_def, params["encoder"])
@@ -175,11 +182,11 @@ class ContrastiveTask:
             for name, out in widths.items()
         }
 
-    def _definitions(self) -> list[nnx.GraphDef]:
-        return [
-            split(nnx.eval_shape(lambda layer=layer: layer(nnx.Rngs(0))))[0]
-            for layer in self._layers().values()
-        ]
+    def _definitions(self) -> dict[str, nnx.GraphDef]:
+        return {
+            name: split(nnx.eval_shape(lambda layer=layer: layer(nnx.Rngs(0))))[0]
+            for name, layer in self._layers().items()
+        }
 
     def _runtime(self) -> dict[str, Any]:
         return {
@@ -211,6 +218,18 @@ def contrast(
     other = jnp.sum(first * second, axis=-1) / temperature
     each = jax.nn.logsumexp(logits, axis=-1) - jnp.tile(other, 2)
     return jnp.mean(each.reshape(2, count), axis=0)
+
+
+def standardize(vectors: jax.Array, weight: jax.Array, *, eps: float = 1e-5) -> jax.Array:
+    """BatchNorm over the global batch, without scale and bias; weight 0 does not count.
+
+    At first the class tokens of all images are almost equal. Without this, their projections would
+    be almost equal unit vectors, from which training hardly gets away. [B, D], [B] -> [B, D]
+    """
+    share = (weight / jnp.sum(weight))[:, None]
+    centred = vectors - jnp.sum(share * vectors, axis=0)
+    variance = jnp.sum(share * jnp.square(centred), axis=0)
+    return centred * jax.lax.rsqrt(variance + eps)
 
 
 def random_view(image: jax.Array, key: jax.Array, *, settings: Config) -> jax.Array:

@@ -19,7 +19,6 @@ from flax import traverse_util
 import ml_collections
 from ml_collections import config_flags
 
-from fd_jax.console import say
 from fd_jax.errors import CheckpointError, ConfigError, ModelFolderError, UserError, differences
 from fd_jax.reproduce.cells import Command, Diagnosis
 from fd_jax.training import loop
@@ -99,7 +98,7 @@ def launch(
     with _locked(root) as lock, _stopped_with_us() as children:
         for number, command in enumerate(commands, start=1):
             if not command.finished(root):
-                say(f"[{number}/{len(commands)}] {lines([command], root, extra)[0]}")
+                _report(f"[{number}/{len(commands)}] {lines([command], root, extra)[0]}")
                 _run(command, root, extra, lock, children, environment or {})
             yield command
 
@@ -113,10 +112,11 @@ def read_config(
       ConfigError: the config does not exist, or has no such field.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
     given = [flag for flag in command.config_flags(root, extra) if flag.startswith("--config")]
+    argv = [command.script[-1], *given]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        values([command.script[-1], *given])
+        values(argv)
         return values["config"].value
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
         reason = str(error).strip().splitlines()[-1]
@@ -179,6 +179,11 @@ def _flat(tree: dict) -> dict:
     return traverse_util.flatten_dict(tree, sep=".", keep_empty_nodes=True)
 
 
+def _report(line: str) -> None:
+    """Prints a line. `console.say` would start JAX, which takes the chips from our commands."""
+    print(line, flush=True)
+
+
 def _run(
     command: Command,
     root: epath.Path,
@@ -209,7 +214,7 @@ def _run(
         record = {"where": command.where, "status": status, "seconds": round(took, 1)}
         file.write(json.dumps(record) + "\n")
     if status in (loop.PREEMPTED, -signal.SIGTERM):  # the latter before its loop began
-        say(f"{command.where} was stopped by SIGTERM; the same command continues")
+        _report(f"{command.where} was stopped by SIGTERM; the same command continues")
         raise SystemExit(loop.PREEMPTED)
     if status or not command.finished(root):
         raise CommandError(_failure(command, root, extra, status))

@@ -1,5 +1,7 @@
 """docs/results.md, generated from committed results."""
 
+from typing import Any
+
 from etils import epath
 
 from fd_jax import files
@@ -18,28 +20,28 @@ What this project measured for the cells of the paper's tables, beside the
 
 Figures are top-1 accuracy in percent: the mean over seeds ± the sample standard deviation. "Minus
 default" is the mean paired difference from the default row, over the seeds that both rows have,
-with the 95 % interval of Student's t in brackets. With three seeds such an interval is wide, and among
-many intervals some exclude 0 by chance. The sentence below each table compares signs: where the
-interval excludes 0, the paper's order holds or is reversed; where it contains 0, the order is open.
+with the 95 % interval of Student's t in brackets. With three seeds such an interval is wide, and
+among many intervals some exclude 0 by chance. The sentence below each table compares signs: where
+the interval excludes 0, the paper's order holds or is reversed; where it contains 0, it is open.
 
 `python -m fd_jax.reproduce --scale=cpu --workdir=W` (or `--scale=full`) runs all commands, one
-after the other, and writes W/results.json. The same call continues after an interruption. `--print` shows
-the commands. `python -m fd_jax.reproduce --render` writes this page from `benchmarks/reproduce`.
+after the other, and writes W/results.json. The same call continues after an interruption. The flag
+`--print` shows the commands. `python -m fd_jax.reproduce --render` writes this page from
+`benchmarks/reproduce`.
 """
 CPU = """\
 ## On two CPU cores
 
-The same grid with small networks, in several settings; the runs below took {hours} hours. Networks
-have 4 blocks of width 64 and see 28 x 28 pixels in patches of 7, except with DINOv2. One teacher
-serves all seeds of a setting, so the intervals do not include the chance in its own training.
-`fd_jax/reproduce/small.py` and `configs/ablations_cpu.py` have all values. The paper's figures are
-those of other teachers, networks and pictures, so that only the order of rows can be compared.
+The same grid with small networks, in several settings. {took} Networks have 4 blocks of width 64
+and see 28 x 28 pixels in patches of 7, except with DINOv2. One teacher serves all seeds of a
+setting, so the intervals do not include the chance in its own training. All values are in
+`fd_jax/reproduce/small.py` and `configs/ablations_cpu.py`. The paper's figures are those of other
+teachers, networks and pictures, so that only the order of rows can be compared.
 """
 FULL = """\
 ## At full scale
 
-The paper's runs on ImageNet-1K; the runs below took {hours} hours. Tables 2 to 5 start from 100
-epochs of distillation.
+The paper's runs on ImageNet-1K. {took} Tables 2 to 5 start from 100 epochs of distillation.
 """
 SECTIONS = {"cpu": CPU, "full": FULL}
 
@@ -56,8 +58,13 @@ def render(folder: epath.Path) -> str:
     found.sort(key=lambda record: list(SECTIONS).index(record["scale"]))
     parts = [HEAD]
     for record in found:
-        parts += [SECTIONS[record["scale"]].format(**record), results.markdown(record)]
+        parts += [SECTIONS[record["scale"]].format(took=_took(record)), results.markdown(record)]
     return "\n".join(parts)
+
+
+def _took(record: dict[str, Any]) -> str:
+    hours = record["hours"]
+    return f"The runs took {hours} hours of wall clock." if hours else "None has been run yet."
 
 
 def write(folder: epath.Path, page: epath.Path) -> None:

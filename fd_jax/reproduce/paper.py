@@ -143,11 +143,11 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
     ]
     others = [
         _ablation_cell(row, name, seeds)
-        for row in ROWS
         for name, teacher in TEACHERS.items()
+        for row in ROWS
         if teacher.ablation and name in row.paper
     ]
-    return first + others
+    return first + sorted(others, key=lambda cell: cell.table)
 
 
 def _first_table_cell(name: str, row: str, seeds: tuple[int, ...]) -> Cell:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import json
 import statistics
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -17,6 +18,15 @@ VERSION = 1
 JSON, MARKDOWN = "results.json", "results.md"
 NOT_RUN = "not yet run"
 METRIC = "eval_top1"
+TITLES = {
+    "1": "Table 1, before and after distillation",
+    "2": "Table 2, the target",
+    "3": "Table 3, normalisation of the target",
+    "4": "Table 4, positions of the student",
+    "5": "Table 5, drop path",
+    # What Hybrid Distill asks: does the diversity of heads come from the student's position bias?
+    "heads": "How much the attention distances of heads differ, in pixels (arXiv 2306.15876)",
+}
 
 
 def collect(
@@ -70,12 +80,15 @@ def markdown(results: dict[str, Any]) -> str:
     """
     if results["scale"] == "full":
         groups = _grouped(results["cells"], "table")
-        return "\n".join(f"### Table {table}\n\n{_part(group)}" for table, group in groups.items())
+        return "\n".join(
+            f"### {TITLES[table]}\n\n{_part(group)}" for table, group in groups.items()
+        )
     parts = []
     for setting, cells in _grouped(results["cells"], "teacher").items():
-        parts.append(f"### `{setting}`\n\n{results['settings'][setting]}\n")
+        about = textwrap.fill(results["settings"][setting], 100)
+        parts.append(f"### Setting `{setting}`\n\n{about}\n")
         groups = _grouped(cells, "table")
-        parts += [f"Table {table}:\n\n{_part(group)}" for table, group in groups.items()]
+        parts += [f"{TITLES[table]}:\n\n{_part(group)}" for table, group in groups.items()]
     return "\n".join(parts)
 
 
@@ -88,6 +101,8 @@ def verdict(cells: Sequence[Mapping[str, Any]]) -> str:
         name = f"`{cell['row']}`" + (f" of {cell['teacher']}" if len(teachers) > 1 else "")
         if outcome:
             found.setdefault(outcome, []).append(name)
+    if not any(cell["paper"] for cell in cells):
+        return "The paper has no such table."
     if not found:
         return f"The paper's order: {NOT_RUN}."
     listed = "; ".join(f"{outcome} for {', '.join(rows)}" for outcome, rows in found.items())
@@ -196,7 +211,8 @@ def _part(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(cells: Sequence[Mapping[str, Any]]) -> str:
     teachers = list(dict.fromkeys(cell["teacher"] for cell in cells))
-    names = list(dict.fromkeys(name for cell in cells for name in cell["paper"]))
+    by_length = sorted(cells, key=lambda cell: -len(cell["paper"]))
+    names = list(dict.fromkeys(name for cell in by_length for name in cell["paper"]))
     of_teacher = set(names) <= set(teachers)  # else those that ours stands for
     paper = "paper" if of_teacher else f"paper: {' / '.join(names)}"
     head = ["teacher", "row", "what changes", "ours", "minus default", "runs", paper]
@@ -204,6 +220,7 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> str:
     for cell in cells:
         columns = [cell["teacher"]] if of_teacher else names
         figures = " / ".join(str(cell["paper"].get(name, "-")) for name in columns)
+        figures = figures if cell["paper"] else "-"
         ours = _shown(cell, _default(cell, cells))
         body.append([cell["teacher"], f"`{cell['row']}`", cell["change"], *ours, figures])
     rows = [head, ["---"] * len(head), *body]
@@ -215,7 +232,7 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> str:
 def _shown(cell: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, str, str]:
     """(mean and spread, paired difference with its interval, number of runs) as text."""
     values = list(_figures(cell).values())
-    runs = f"{len(values)} of {len(cell['top1'])}"
+    runs = f"{len(values)} of {len(cell['figures'])}"
     if not values:
         return NOT_RUN, "-", runs
     deviation = paired.spread(values)

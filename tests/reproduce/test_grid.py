@@ -182,7 +182,9 @@ def build(commands):
 
 
 def test_small_commands_define_tasks_that_fit_each_other(in_checkout):
-    made = build(COMMANDS["cpu"])
+    # The networks of contrastive_1000 are those of contrastive_100.
+    chosen = [cell for cell in GRIDS["cpu"] if cell.teacher != "contrastive_1000"]
+    made = build(cells.commands(chosen))
     positions = {
         command.where: spec.arch["position"]
         for command, spec in made.items()

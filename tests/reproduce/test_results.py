@@ -106,7 +106,7 @@ def test_tables_at_full_scale_have_all_teachers():
         cell("full", [83.0], paper={"dino": 83.6}, teacher="dino"),
     ]
     text = results.markdown({"scale": "full", "cells": grid})
-    assert text.startswith("### Table 2\n\n| teacher | row |")
+    assert text.startswith("### Table 2, the target\n\n| teacher | row |")
     assert "| clip | `cls` | change of cls | not yet run | - | 0 of 1 | 81.7 |" in text
     assert "| dino | `full` | change of full | 83.00 | default | 1 of 1 | 83.6 |" in text
 
