@@ -46,6 +46,8 @@ def get_config(arg: str = ""):
     config.checkpoint.update(every=500, keep=1)
     config.eval.update(every=10**6, epochs=0.0, batches=0)
     config.optim.lr_batch = config.batch_size
+    if stage == "distill":  # only the accuracy of what follows is compared
+        config.eval.batches = 10
     if given["network"] == "student":
         config.contrast.arch = base.student(SHAPE, image_size=SIZE)
     if pictures == "dinov2":
@@ -88,7 +90,7 @@ def distill():
     """A teacher's map into a student with a shared position bias."""
     config = base.distillation(teacher="", shape=SHAPE, image_size=SIZE, drop_path=0.0)
     config.batch_size = 128
-    config.steps = 800
+    config.steps = 400
     config.optim.update(peak_lr=2e-3, start_lr=1e-5, min_lr=1e-5, warmup_epochs=0.2)
     return config
 
@@ -140,11 +142,13 @@ def _use_dinov2(config):
     """Larger pictures, fewer of them, and students with DINOv2's grid."""
     config.data.update(image_size=DINOV2_SIZE, eval_split="test[:2000]")
     if "teacher" in config:
-        config.data.split = "train[:20000]"
+        config.data.split = "train[:10000]"
         config.teacher.update(source="dinov2_vits14_onnx", image_size=DINOV2_SIZE)
         config.student.arch = base.student(DINOV2_STUDENT, image_size=DINOV2_SIZE)
-        config.steps = 300
+        config.steps = 100
     elif config.model.trains == "all":
         config.model.arch = base.student(DINOV2_STUDENT, image_size=DINOV2_SIZE)
         config.optim.peak_lr = 5e-4
-        config.steps = 150
+        config.steps = 100
+    else:
+        config.steps = 50

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import IO
+from typing import IO, cast
 
 from absl import flags
 from etils import epath
@@ -117,7 +117,7 @@ def read_config(
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        return values["config"].value
+        return cast(ml_collections.ConfigDict, values["config"].value)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(

@@ -182,8 +182,8 @@ def build(commands):
 
 
 def test_small_commands_define_tasks_that_fit_each_other(in_checkout):
-    # The networks of contrastive_1000 are those of contrastive_100.
-    chosen = [cell for cell in GRIDS["cpu"] if cell.teacher != "contrastive_1000"]
+    # The networks of contrastive_100 are those of contrastive_1000.
+    chosen = [cell for cell in GRIDS["cpu"] if cell.teacher != "contrastive_100"]
     made = build(cells.commands(chosen))
     positions = {
         command.where: spec.arch["position"]
@@ -192,7 +192,7 @@ def test_small_commands_define_tasks_that_fit_each_other(in_checkout):
     }
     assert positions["contrastive/table4_ape/seed0/distill"] == "ape"
     assert positions["contrastive/default/seed0/distill"] == "shared_rpb"
-    assert made[small._tuned_student("contrastive_100", 0)].arch["position"] == "rpb"
+    assert made[small._tuned_student("contrastive_1000", 0)].arch["position"] == "rpb"
 
 
 @pytest.mark.slow
@@ -215,10 +215,10 @@ def test_teachers_that_are_not_public_run_only_if_named():
 def test_labelled_pictures_differ_between_seeds_and_not_between_rows(in_checkout):
     splits = collections.defaultdict(set)
     for cell in small.cells([0, 1, 2]):
-        if cell.measure == "top1" and cell.teacher == "contrastive_100":
+        if cell.measure == "top1" and cell.teacher == "contrastive_1000":
             for seed, run in zip(cell.seeds, cell.runs, strict=True):
                 splits[seed].add(dict(run.fields)["data.split"])
-    assert splits == {0: {"train[0:100]"}, 1: {"train[100:200]"}, 2: {"train[200:300]"}}
+    assert splits == {0: {"train[0:1000]"}, 1: {"train[1000:2000]"}, 2: {"train[2000:3000]"}}
 
 
 @pytest.mark.parametrize(

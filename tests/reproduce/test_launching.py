@@ -61,7 +61,7 @@ def test_missing_teachers_are_listed_once_with_the_commands_that_make_them(tmp_p
 
 
 def test_a_workdir_of_another_run_is_refused(tmp_path):
-    chosen = one("cpu", teacher="contrastive_100", table="3")
+    chosen = one("cpu", teacher="contrastive_1000", table="3")
     workdir = chosen[0].workdir(tmp_path)
     workdir.mkdir(parents=True)
     config = launching.read_config(chosen[0], tmp_path).to_dict()
@@ -83,13 +83,13 @@ def test_a_workdir_of_another_run_is_refused(tmp_path):
     ],
 )
 def test_flags_that_a_config_does_not_have_are_refused(tmp_path, extra, message):
-    chosen = one("cpu", teacher="contrastive_100", table="3")
+    chosen = one("cpu", teacher="contrastive_1000", table="3")
     with pytest.raises(ConfigError, match=message):
         launching.check(chosen, epath.Path(tmp_path), [extra])
 
 
 def test_buckets_and_folders_without_the_scripts_are_refused(tmp_path, monkeypatch):
-    chosen = one("cpu", teacher="contrastive_100", table="3")
+    chosen = one("cpu", teacher="contrastive_1000", table="3")
     with pytest.raises(ConfigError, match="--workdir=gs://x: .* --print"):
         launching.check(chosen, epath.Path("gs://x"))
     monkeypatch.chdir(tmp_path)
@@ -107,7 +107,7 @@ def test_distances_need_the_diagnostics(tmp_path):
 
 
 def test_a_second_launcher_is_refused(tmp_path):
-    chosen = one("cpu", teacher="contrastive_100", table="3")
+    chosen = one("cpu", teacher="contrastive_1000", table="3")
     with (tmp_path / launching.LOCK).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="another process works in"):
@@ -130,7 +130,7 @@ def test_wrong_flags_give_one_clear_error(flags, message, capsys):
 
 @pytest.mark.slow
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    chosen = one("cpu", teacher="contrastive_100", table="3")
+    chosen = one("cpu", teacher="contrastive_1000", table="3")
     extra = ["--config.data.data_dir=/nonexistent"]
     with pytest.raises(launching.CommandError) as error:
         next(launching.launch(chosen, epath.Path(tmp_path), extra))

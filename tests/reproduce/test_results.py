@@ -22,7 +22,7 @@ def finish(command, root, top1):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def cell(row, figures, *, default="full", paper=None, table="2", teacher="contrastive_100"):
+def cell(row, figures, *, default="full", paper=None, table="2", teacher="contrastive_1000"):
     return {
         "table": table,
         "row": row,
@@ -39,7 +39,7 @@ def cell(row, figures, *, default="full", paper=None, table="2", teacher="contra
 def collected(tmp_path):
     root = epath.Path(tmp_path)
     grid = command_line.select(
-        "cpu", table="3", teacher="contrastive_100", seeds=3, everything=False
+        "cpu", table="3", teacher="contrastive_1000", seeds=3, everything=False
     )
     for run, top1 in zip(grid[2].runs, (0.7, 0.71, 0.72), strict=True):
         finish(run, root, top1)
@@ -59,7 +59,7 @@ def test_the_last_evaluations_of_finished_runs_are_collected(collected):
         "l2": {"0": 65.0, "1": None, "2": None},
         "whiten": {"0": 70.0, "1": 71.0, "2": 72.0},
     }
-    assert list(found["settings"]) == ["contrastive_100"]
+    assert list(found["settings"]) == ["contrastive_1000"]
     text = (collected / results.MARKDOWN).read_text()
     assert "| `none` | target as it is | not yet run | - | 0 of 3 | 83.5 / 83.4 / 81.7 |" in text
     assert "| 65.00 | -5.00 | 1 of 3 |" in text
@@ -94,7 +94,7 @@ def test_seeds_are_paired_and_not_counted_off():
     default = cell("full", [10.0, 71.0, 72.0], paper={"CLIP": 84.3})
     row = cell("cls", [None, 70.0, 71.0], paper={"CLIP": 81.7})
     text = results.markdown(
-        {"scale": "cpu", "settings": {"contrastive_100": "About."}, "cells": [row, default]}
+        {"scale": "cpu", "settings": {"contrastive_1000": "About."}, "cells": [row, default]}
     )
     assert "| 70.50 ± 0.71 | -1.00 [-1.00, -1.00] | 2 of 3 |" in text
 
