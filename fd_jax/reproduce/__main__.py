@@ -72,8 +72,14 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def run(scale: str, chosen: Sequence[Cell], workdir: epath.Path, extra: Sequence[str]) -> None:
-    """Launches all commands of the cells, and writes the results after each.
+def run(
+    scale: str,
+    chosen: Sequence[Cell],
+    everything: Sequence[Cell],
+    workdir: epath.Path,
+    extra: Sequence[str],
+) -> None:
+    """Launches the commands of the chosen cells; after each, writes the results of everything.
 
     Raises:
       UserError: something is missing or does not fit, or a command failed.
@@ -87,13 +93,9 @@ def run(scale: str, chosen: Sequence[Cell], workdir: epath.Path, extra: Sequence
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     for _ in launching.launch(commands, workdir, extra, environment=environment):
-        collect(scale, chosen, workdir)
-    print((workdir / results.MARKDOWN).read_text())
-
-
-def collect(scale: str, chosen: Sequence[Cell], workdir: epath.Path) -> None:
-    """Writes the results that the workdir has so far."""
-    results.write(results.collect(scale, chosen, workdir, SETTINGS[scale]), workdir)
+        results.write(results.collect(scale, everything, workdir, SETTINGS[scale]), workdir)
+    print(results.markdown(results.collect(scale, chosen, workdir, SETTINGS[scale])))
+    print(f"These and all other figures are in {workdir / results.MARKDOWN}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,21 +117,18 @@ def _act(args: argparse.Namespace, extra: Sequence[str]) -> None:
         raise ConfigError(f"--scale is missing; expected one of {', '.join(SCALES)}")
     if not (args.workdir or args.print):
         raise ConfigError("--workdir is missing: the folder of all runs, such as runs/reproduce")
-    chosen = select(
-        args.scale,
-        table=args.table,
-        teacher=args.teacher,
-        seeds=args.seeds,
-        everything=args.print or args.collect,
-    )
+    everything = select(args.scale, seeds=args.seeds, everything=True)
+    names = {"table": args.table, "teacher": args.teacher}
+    chosen = select(args.scale, **names, seeds=args.seeds, everything=args.print)
     workdir = epath.Path(args.workdir or f"runs/{args.scale}")
     if args.print:
         print("\n".join(launching.lines(cells.commands(chosen), workdir, extra)))
     elif args.collect:
         workdir.mkdir(parents=True, exist_ok=True)
-        collect(args.scale, chosen, workdir)
+        found = results.collect(args.scale, everything, workdir, SETTINGS[args.scale])
+        results.write(found, workdir)
     else:
-        run(args.scale, chosen, workdir, extra)
+        run(args.scale, chosen, everything, workdir, extra)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -149,7 +148,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, help="number of seeds; 3 with cpu, 1 with full")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--print", action="store_true", help="print the commands, launch none")
-    mode.add_argument("--collect", action="store_true", help="write the results, launch nothing")
+    mode.add_argument("--collect", action="store_true", help="write all results, launch nothing")
     mode.add_argument("--render", action="store_true", help=f"write {page.PAGE}")
     return parser.parse_args(argv[:split]), argv[split + 1 :]
 

@@ -28,7 +28,7 @@ class Teacher:
       figures: the paper's figures of Table 1 by row.
       ablation: config with which the students of Tables 2 to 5 are fine-tuned; "" for none.
       drop_path: the student's best drop path in Table 5, which Tables 2 to 4 use.
-      by_name: whether the teacher has to be selected by name, and why; "" if not.
+      by_name: why the teacher runs only if it is selected by name; "" if it always does.
     """
 
     title: str

@@ -101,8 +101,8 @@ def verdict(cells: Sequence[Mapping[str, Any]]) -> str:
         name = f"`{cell['row']}`" + (f" of {cell['teacher']}" if len(teachers) > 1 else "")
         if outcome:
             found.setdefault(outcome, []).append(name)
-    if not any(cell["paper"] for cell in cells):
-        return "The paper has no such table."
+    if not any(_paper_signs(cell, _default(cell, cells)) for cell in cells):
+        return "The paper has no figures that order these rows."
     if not found:
         return f"The paper's order: {NOT_RUN}."
     listed = "; ".join(f"{outcome} for {', '.join(rows)}" for outcome, rows in found.items())
@@ -163,23 +163,20 @@ def _default(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Map
     return next((other for other in cells if (other["teacher"], other["row"]) == wanted), cell)
 
 
-def _difference(
-    cell: Mapping[str, Any], default: Mapping[str, Any]
-) -> tuple[paired.Difference, int] | None:
-    """(difference from the default row, number of pairs) over the seeds that both rows have."""
+def _difference(cell: Mapping[str, Any], default: Mapping[str, Any]) -> paired.Difference | None:
+    """Difference from the default row over the seeds that both have; None if there are none."""
     figures, others = _figures(cell), _figures(default)
     seeds = [seed for seed in figures if seed in others]
     if cell is default or not seeds:
         return None
     values = [[table[seed] for seed in seeds] for table in (figures, others)]
-    return paired.difference(*values), len(seeds)
+    return paired.difference(*values)
 
 
-def _paper_sign(cell: Mapping[str, Any], default: Mapping[str, Any]) -> int:
-    """1 or -1 if the paper's difference has this sign for each of its teachers, else 0."""
+def _paper_signs(cell: Mapping[str, Any], default: Mapping[str, Any]) -> set[int]:
+    """Signs of the paper's differences for its teachers; those that are 0 do not count."""
     shared = [name for name in cell["paper"] if name in default["paper"]]
-    signs = {_sign(cell["paper"][name] - default["paper"][name]) for name in shared}
-    return signs.pop() if len(signs) == 1 else 0
+    return {_sign(cell["paper"][name] - default["paper"][name]) for name in shared} - {0}
 
 
 def _sign(value: float) -> int:
@@ -188,14 +185,17 @@ def _sign(value: float) -> int:
 
 def _outcome(cell: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """What the figures say about the paper's difference, or "" if nothing can be said."""
-    compared, paper = _difference(cell, default), _paper_sign(cell, default)
-    if compared is None or not cell["paper"]:
+    found, paper = _difference(cell, default), _paper_signs(cell, default)
+    if found is None or not paper:
         return ""
-    if not paper:
+    if len(paper) > 1:
         return "differs between its teachers"
-    if not compared[0].sign:
+    if found.low is None:
+        same = _sign(found.mean) in paper
+        return f"has {'the same' if same else 'another'} sign (one seed, no interval)"
+    if not found.sign:
         return "is open (the interval contains 0)"
-    return "holds" if compared[0].sign == paper else "is reversed"
+    return "holds" if found.sign in paper else "is reversed"
 
 
 def _grouped(cells: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -238,10 +238,9 @@ def _shown(cell: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, st
     deviation = paired.spread(values)
     ours = f"{statistics.fmean(values):.2f}"
     ours += f" ± {deviation:.2f}" if deviation is not None else ""
-    compared = _difference(cell, default)
-    if compared is None:
+    gain = _difference(cell, default)
+    if gain is None:
         return ours, "default" if cell is default else "-", runs
-    gain = compared[0]
     minus = f"{gain.mean:+.2f}"
     minus += f" [{gain.low:+.2f}, {gain.high:+.2f}]" if gain.low is not None else ""
     return ours, minus, runs

@@ -155,6 +155,8 @@ def _ablation_cell(row: Row, name: str, seeds: tuple[int, ...], default: str) ->
     )
 
 
+TRAINED = {"distilled": "distilled student", "contrasted": "the same network by SimCLR"}
+POSITIONS = {"shared_rpb": "a shared position bias", "ape": "absolute positions"}
 # row: (how the student was trained, its positions, row that it is compared with)
 HEADS_ROWS = {
     "distilled, shared_rpb": ("distilled", "shared_rpb", "contrasted, shared_rpb"),
@@ -171,7 +173,7 @@ def _heads_cell(row: str, name: str, seeds: tuple[int, ...]) -> Cell:
         table=HEADS,
         row=row,
         teacher=name,
-        change=f"student with {position}, {how}",
+        change=f"{TRAINED[how]} with {POSITIONS[position]}",
         default=default,
         paper=(),
         seeds=seeds,

@@ -209,7 +209,12 @@ def test_two_cells_are_killed_and_continued(embedded_data, tmp_path):
     assert process.returncode == 0, output
     assert (teacher.model(tmp_path) / "model.json").stat().mtime == made
     found = results.read(epath.Path(tmp_path) / results.JSON)
-    values = [value for cell in found["cells"] for value in cell["figures"].values()]
+    measured = [
+        cell
+        for cell in found["cells"]
+        if (cell["teacher"], cell["table"]) == ("contrastive_100", "1")
+    ]
+    values = [value for cell in measured for value in cell["figures"].values()]
     assert len(values) == 10 and all(0 <= value <= 100 for value in values)
     assert re.search(r"`after` \| student, fine-tuned \| [\d.]+ ± [\d.]+ \| [+-]", output)
     launches = (tmp_path / launching.LAUNCHES).read_text().splitlines()

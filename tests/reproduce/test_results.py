@@ -47,7 +47,7 @@ def collected(tmp_path):
     unfinished = grid[1].runs[1].workdir(root)
     unfinished.mkdir(parents=True)
     (unfinished / "metrics.jsonl").write_text('{"step": 1, "eval_top1": 0.9}\n')
-    command_line.collect("cpu", grid, root)
+    results.write(results.collect("cpu", grid, root, command_line.SETTINGS["cpu"]), root)
     return root
 
 
@@ -73,7 +73,9 @@ def test_the_last_evaluations_of_finished_runs_are_collected(collected):
         ([72.0, 73.1, 74.2], {"CLIP": 81.7}, "is reversed"),
         ([66.0, 72.0, 73.0], {"CLIP": 81.7}, "is open (the interval contains 0)"),
         ([68.0, 69.1, 70.2], {"CLIP": 81.7, "DINO": 84.9}, "differs between its teachers"),
-        ([68.0, None, None], {"CLIP": 81.7}, "is open (the interval contains 0)"),
+        ([68.0, 69.1, 70.2], {"CLIP": 81.7, "DINO": 83.6}, "holds"),  # DINO's is equal
+        ([68.0, None, None], {"CLIP": 81.7}, "has the same sign (one seed, no interval)"),
+        ([None, 74.0, None], {"CLIP": 81.7}, "has another sign (one seed, no interval)"),
     ],
 )
 def test_the_sentence_says_whether_the_papers_order_holds(figures, papers, outcome):
@@ -83,10 +85,16 @@ def test_the_sentence_says_whether_the_papers_order_holds(figures, papers, outco
 
 
 def test_rows_without_runs_are_not_judged():
-    rows = [cell("cls", [None, None]), cell("full", [None, None])]
+    paper = {"CLIP": 81.7}
+    rows = [cell("cls", [None, None]), cell("full", [None, None], paper=paper)]
     assert results.verdict(rows) == "The paper's order: not yet run."
     rows[0] = cell("cls", [60.0, None])  # nothing to compare it with
     assert results.verdict(rows) == "The paper's order: not yet run."
+
+
+def test_tables_that_the_paper_does_not_order_are_not_judged():
+    rows = [cell("cls", [60.0, 61.0]), cell("full", [70.0, 71.0], paper={})]
+    assert results.verdict(rows) == "The paper has no figures that order these rows."
 
 
 def test_seeds_are_paired_and_not_counted_off():
