@@ -128,20 +128,7 @@ def test_wrong_flags_give_one_clear_error(flags, message, capsys):
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_command_that_fails_is_named_with_its_log(tmp_path):
-    chosen = one("cpu", teacher="contrastive_1000", table="3")
-    extra = ["--config.data.data_dir=/nonexistent"]
-    with pytest.raises(launching.CommandError) as error:
-        next(launching.launch(chosen, epath.Path(tmp_path), extra))
-    message = str(error.value)
-    assert message.startswith("contrastive/teacher ended with status 2. Its command was\n  python")
-    assert f"{tmp_path}/contrastive/teacher/log.txt" in message
-    assert "fashion_mnist_debian is not prepared" in message
-    assert not chosen[1].workdir(tmp_path).exists()
-
-
-# Ten pictures of digits instead of Fashion-MNIST, and a few steps.
+# Digits instead of Fashion-MNIST, small batches and a few steps.
 TOY = (
     "--config.data.name=digits",
     "--config.data.eval_split=test[:32]",
@@ -149,73 +136,96 @@ TOY = (
     "--config.steps=3",
     "--config.checkpoint.every=1",
 )
+# Two cells of Table 1, with what the command does once it has read its flags.
+TWO_CELLS = """
+import sys
+from etils import epath
+from fd_jax.reproduce import __main__ as command_line
+
+cells = command_line.select("cpu", teacher="contrastive_100", seeds=2, everything=False)
+cells = [cell for cell in cells if cell.row in ("before", "after")]
+command_line.run("cpu", cells, cells, epath.Path(sys.argv[1]), sys.argv[2:])
+"""
 
 
-def start(workdir, data, *flags):
-    """The command as users start it: two cells that share their teacher."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    scale = ["--scale=cpu", "--teacher=contrastive_100", "--table=1", f"--workdir={workdir}"]
+def start(*arguments, **environment):
+    """Starts Python in the checkout, with this machine's devices."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
-        [sys.executable, "-m", "fd_jax.reproduce", *scale, "--seeds=2", *flags]
-        + ["--", *TOY, f"--config.data.data_dir={data}"],
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment,
+        env={**inherited, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
 
 
-def wait_for(condition, process):
-    deadline = time.monotonic() + 200
+def wait_for(condition, process=None):
+    deadline = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 @pytest.mark.slow
+def test_a_command_that_fails_is_named_with_its_log(tmp_path):
+    """The launcher itself never starts JAX, which would take the chips from its commands."""
+    flags = ["--scale=cpu", "--teacher=contrastive_100", "--table=1", f"--workdir={tmp_path}"]
+    process = start("-m", "fd_jax.reproduce", *flags, JAX_PLATFORMS="nosuch")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output.startswith("[1/19] python -m fd_jax.reproduce.contrastive --config=")
+    assert "error: contrastive/teacher ended with status 1. Its command was\n  python" in output
+    assert f"the end of its log {tmp_path}/contrastive/teacher/log.txt is\n" in output
+    assert "Unable to initialize backend 'nosuch'" in output
+    assert [path.name for path in (tmp_path / "contrastive").iterdir()] == ["teacher"]
+
+
+@pytest.mark.slow
 def test_two_cells_are_killed_and_continued(embedded_data, tmp_path):
     """SIGTERM in the first command, SIGKILL in a later one, then to the end."""
-    chosen = cells.commands(
-        command_line.select("cpu", table="1", teacher="contrastive_100", seeds=2, everything=False)
-    )
-    teacher, others = chosen[0], chosen[1:]
-    process = start(tmp_path, embedded_data)
-    wait_for(lambda: (teacher.workdir(tmp_path) / "config.json").exists(), process)
+    root = epath.Path(tmp_path)
+    chosen = command_line.select("cpu", teacher="contrastive_100", seeds=2, everything=False)
+    chosen = [cell for cell in chosen if cell.row in ("before", "after")]
+    teacher, tuned, *others = cells.commands(chosen)
+    assert len(others) == 5
+    arguments = ["-c", TWO_CELLS, str(root), *TOY, f"--config.data.data_dir={embedded_data}"]
+
+    process = start(*arguments)
+    wait_for(lambda: (teacher.workdir(root) / "config.json").exists(), process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 75, output
     assert "contrastive/teacher was stopped by SIGTERM" in output
-    assert not teacher.finished(tmp_path)
+    assert not teacher.finished(root)
 
-    process = start(tmp_path, embedded_data)
-    wait_for(lambda: (others[0].workdir(tmp_path) / "config.json").exists(), process)
-    process.kill()  # its child goes on alone, and holds the workdir
+    process = start(*arguments)
+    wait_for(lambda: (tuned.workdir(root) / "config.json").exists(), process)
+    process.kill()  # the running command goes on alone, and holds the workdir
     process.communicate()
-    second = start(tmp_path, embedded_data)
-    output, _ = second.communicate()
-    if second.returncode:  # unless the child was already done
-        assert "another process works in" in output and second.returncode == 2
-    made = (teacher.model(tmp_path) / "model.json").stat().mtime
+    made = (teacher.model(root) / "model.json").stat().mtime
+    with pytest.raises(CheckpointError, match="another process works in"):
+        next(launching.launch([tuned], root))
+    wait_for(lambda: not locked(root))
 
-    deadline = time.monotonic() + 400
-    while True:
-        process = start(tmp_path, embedded_data)
-        output, _ = process.communicate()
-        if "another process works in" not in output or time.monotonic() > deadline:
-            break
-        time.sleep(0.5)
+    process = start(*arguments)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert (teacher.model(tmp_path) / "model.json").stat().mtime == made
-    found = results.read(epath.Path(tmp_path) / results.JSON)
-    measured = [
-        cell
-        for cell in found["cells"]
-        if (cell["teacher"], cell["table"]) == ("contrastive_100", "1")
-    ]
-    values = [value for cell in measured for value in cell["figures"].values()]
-    assert len(values) == 10 and all(0 <= value <= 100 for value in values)
+    assert (teacher.model(root) / "model.json").stat().mtime == made
+    found = results.read(root / results.JSON)
+    values = [value for cell in found["cells"] for value in cell["figures"].values()]
+    assert len(values) == 4 and all(0 <= value <= 100 for value in values)
     assert re.search(r"`after` \| student, fine-tuned \| [\d.]+ ± [\d.]+ \| [+-]", output)
-    launches = (tmp_path / launching.LAUNCHES).read_text().splitlines()
-    assert [json.loads(line)["status"] for line in launches].count(0) >= len(chosen) - 2
+    launches = (root / launching.LAUNCHES).read_text().splitlines()
+    assert [json.loads(line)["status"] for line in launches] == [75, 0, 0, 0, 0, 0, 0]
+
+
+def locked(root):
+    with (root / launching.LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
