@@ -14,7 +14,7 @@ RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 test lint types tests tests-slow core format clean
+.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 figures test lint types tests tests-slow core format clean
 
 # --- quickstart, on a laptop -----------------------------------------------------------------
 
@@ -49,6 +49,25 @@ miniature-dinov2: $(RUN)/model/model.json
 
 $(RUN)/model/model.json:
 	$(MAKE) quickstart
+
+# --- the paper's figures ---------------------------------------------------------------------
+
+# Of the quickstart's teacher and student, and of the miniature's classifiers of the first seed,
+# which are trained first if they are not there.
+DIGITS  := runs/miniature/digits/0
+FIGURES := $(BIN)/python -m fd_jax.diagnose --data_dir=$(DATA) --overwrite
+
+figures: $(RUN)/model/model.json $(DIGITS)/student/finetune/model/model.json
+	$(FIGURES) --model=teacher=$(TEACHER) --model=student=$(RUN)/model --data=photos:test \
+	  --num_images=64 --output=runs/figures/quickstart \
+	  --figures=distance,similarity,maps,shares,entropy,divergence,rank,cka,cosine,pca,rollout,heads
+	$(FIGURES) --model=before=$(DIGITS)/teacher/finetune/model \
+	  --model=after=$(DIGITS)/student/finetune/model --data=digits:test --output=runs/figures/digits \
+	  --figures=distance,similarity,maps,shares,entropy,divergence,landscape,rank,cka,cosine,pca,rollout,heads
+
+$(DIGITS)/student/finetune/model/model.json: $(VENV)/quickstart.installed
+	$(BIN)/python -m fd_jax.data.prepare --name=digits --data_dir=$(DATA)
+	$(BIN)/python -m benchmarks.miniature --data digits --seeds 1
 
 # --- checks ----------------------------------------------------------------------------------
 

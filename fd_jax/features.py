@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         image_size = sizes.parse(args.image_size) if args.image_size else None
         model = load_model(args.model, image_size=image_size)
-        name = _dataset_name(args.input)
+        name = datasets.name_of(args.input)
         dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
         arrays = extract(
             model,
@@ -195,16 +195,6 @@ def _run(args: argparse.Namespace) -> None:
         temporary.unlink(missing_ok=True)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
     say(f"{dataset.name} through {args.model} ({model.spec.source}): {shapes} in {output}")
-
-
-def _dataset_name(text: str) -> str:
-    """The name for `open_dataset`; adds the prefix to the path of a folder."""
-    from fd_jax.data import datasets
-
-    is_path = text.startswith(("/", ".", "~", "gs://")) or "{split}" in text
-    if text.startswith(datasets.FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
-        return text
-    return f"{datasets.FOLDER_PREFIX}{epath.Path(text).expanduser()}"
 
 
 def _create_temporary(output: epath.Path, *, overwrite: bool) -> epath.Path:

@@ -21,7 +21,8 @@ class Mean:
     """
 
     def __init__(self, totals: Mapping[str, list[float]] | None = None):
-        self._totals = collections.defaultdict(lambda: [0.0, 0.0], totals or {})
+        copies = {name: list(pair) for name, pair in (totals or {}).items()}
+        self._totals = collections.defaultdict(lambda: [0.0, 0.0], copies)
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         """Reads the metrics of one step from the device and adds them."""
@@ -30,8 +31,11 @@ class Mean:
             self._totals[name][1] += float(count)
 
     def totals(self) -> dict[str, list[float]]:
-        """Returns [sum, count] by name, JSON-serializable."""
-        return dict(self._totals)
+        """Returns [sum, count] by name, JSON-serializable.
+
+        They are copies: a checkpoint writes them in the background, while `add` continues.
+        """
+        return {name: list(pair) for name, pair in self._totals.items()}
 
     def result(self) -> dict[str, float]:
         """Returns the weighted means by name; names whose count is 0 are left out."""

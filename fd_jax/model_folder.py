@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from fd_jax import checkpoint, sharding
-from fd_jax.errors import ModelFolderError
+from fd_jax.errors import DataError, ModelFolderError
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
@@ -192,11 +192,37 @@ class Model:
         return self._forward(self.params["encoder"], images)
 
     def preprocess(self, images: np.ndarray) -> jax.Array:
-        """Normalises images with the mean and std of the network. uint8 [B, H, W, 3] -> float32."""
+        """Normalises images with the mean and std of the network. uint8 [B, H, W, 3] -> float32.
+
+        Raises:
+          DataError: the images have another dtype or shape, which would give other features
+            without a sign of it.
+        """
+        check_images(images)
         return self.spec.normalize(images)
 
     def _apply(self, params, images):
         return nnx.merge(self._definition, params)(images)
+
+
+def check_images(images: np.ndarray) -> None:
+    """Refuses everything but uint8 [B, H, W, 3].
+
+    Raises:
+      DataError: the images have another dtype or shape; the message says how to convert them.
+    """
+    found = f"{getattr(images, 'dtype', type(images).__name__)} {list(np.shape(images))}"
+    if getattr(images, "dtype", None) != np.uint8:
+        raise DataError(
+            f"images are {found}; expected uint8 [B, H, W, 3] with RGB values from 0 to 255. "
+            "Convert floats from 0 to 1 by np.round(255 * images).astype(np.uint8), and 16-bit "
+            "images by (images >> 8).astype(np.uint8)"
+        )
+    if np.ndim(images) != 4 or np.shape(images)[-1] != 3:
+        raise DataError(
+            f"images are {found}; expected uint8 [B, H, W, 3], channels last. Use image[None] for "
+            "a single image, and np.moveaxis(images, 1, -1) if channels come first"
+        )
 
 
 def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -> Model:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 import fd_jax
 from fd_jax import model_folder
-from fd_jax.errors import ModelFolderError
+from fd_jax.errors import DataError, ModelFolderError
 from fd_jax.models.spec import split
 from tests import tiny
 
@@ -170,3 +171,21 @@ def test_damaged_weights_are_named(folder):
 def test_unknown_part_is_refused(tmp_path, parts):
     with pytest.raises(ModelFolderError, match="no part \\['decoder'\\]"):
         model_folder.save(tmp_path / "model", tiny.teacher_spec(), {**parts, "decoder": {}})
+
+
+@pytest.mark.parametrize(
+    "images, remedy",
+    [
+        (np.zeros((1, 32, 32, 3), np.float32), "np.round(255 * images)"),
+        (np.zeros((1, 32, 32, 3), np.uint16), "images >> 8"),
+        (np.zeros((1, 32, 32, 3), np.int64), "int64 [1, 32, 32, 3]"),
+        (np.zeros((32, 32, 3), np.uint8), "image[None]"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "np.moveaxis"),
+        ([[0, 1]], "list"),
+    ],
+    ids=["float", "16 bit", "int", "single image", "channels first", "list"],
+)
+def test_preprocess_refuses_what_would_give_other_features(teacher, images, remedy):
+    model = fd_jax.load_model(teacher)
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        model.preprocess(images)

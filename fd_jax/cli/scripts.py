@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from absl import flags
-import jax
 from ml_collections import config_flags
 
-from fd_jax.cli import application
+from fd_jax.cli import application, processes
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
@@ -48,7 +47,13 @@ def run(action: Action) -> None:
                 raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
         assert WORKDIR.value is not None
         config = application.read_config(_CONFIG)
-        _start_processes()
+        processes.start(
+            distributed=_DISTRIBUTED.value,
+            coordinator=_COORDINATOR.value,
+            num_processes=_PROCESSES.value,
+            process_id=_PROCESS.value,
+            heartbeat_timeout=_HEARTBEAT.value,
+        )
         return action(config, WORKDIR.value)
 
     application.run_app(main)
@@ -65,33 +70,3 @@ def train(make_task: Callable[[Config], Task]) -> Action:
         return 0
 
     return action
-
-
-def _start_processes() -> None:
-    if not (_DISTRIBUTED.value or _COORDINATOR.value):
-        if _PROCESSES.value is not None or _PROCESS.value is not None:
-            raise UserError(
-                "--num_processes and --process_id are for several processes, which need a way to "
-                "find each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
-            )
-        return
-    if _COORDINATOR.value and not _DISTRIBUTED.value:
-        process, count = _PROCESS.value, _PROCESSES.value
-        if process is None or count is None or not 0 <= process < count:
-            raise UserError(
-                f"--coordinator={_COORDINATOR.value} needs --num_processes=N and a --process_id "
-                f"from 0 to N - 1, but they are {count} and {process}; if a launcher provides "
-                "them, add --distributed"
-            )
-    try:
-        jax.distributed.initialize(
-            coordinator_address=_COORDINATOR.value,
-            num_processes=_PROCESSES.value,
-            process_id=_PROCESS.value,
-            heartbeat_timeout_seconds=_HEARTBEAT.value,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"jax.distributed cannot detect the other processes ({error}); set "
-            "--coordinator=HOST:PORT, --num_processes and --process_id"
-        ) from None

@@ -99,6 +99,14 @@ def open_dataset(
     return TfdsDataset(name, split, data_dir=data_dir, skip=skip)
 
 
+def name_of(text: str) -> str:
+    """Returns the name for `open_dataset`; the path of a folder gets the prefix that it needs."""
+    is_path = text.startswith(("/", ".", "~", "gs://")) or _SPLIT in text
+    if text.startswith(FOLDER_PREFIX) or not (is_path or epath.Path(text).is_dir()):
+        return text
+    return f"{FOLDER_PREFIX}{epath.Path(text).expanduser()}"
+
+
 def is_one_folder(name: str) -> bool:
     """Returns whether every split of a dataset would read the same folder of images."""
     return name.startswith(FOLDER_PREFIX) and _SPLIT not in name
@@ -210,6 +218,24 @@ class TfdsDataset:
             return self._records[int(index)]
         except RuntimeError as error:  # how ArrayRecord reports a checksum that does not match
             raise BrokenImageError(str(error)) from error
+
+
+class Subset:
+    """Some examples of a dataset, in a given order."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]):
+        self._dataset, self._indices = dataset, indices
+        self.name, self.num_classes = dataset.name, dataset.num_classes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._dataset[self._indices[index]]
+
+    def describe(self, index: int) -> str:
+        """Returns the description of the example in the whole dataset."""
+        return self._dataset.describe(self._indices[index])
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:

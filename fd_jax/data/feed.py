@@ -176,14 +176,7 @@ class Feed:
         """
         numbers = {}
         for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
-            if dataset.num_classes is None:
-                raise DataError(f"{dataset.name} has no class labels")
-            index, label = _first_label(dataset)
-            if label is not None and label < 0:
-                raise DataError(
-                    f"{dataset.name} hides its class labels: the label of "
-                    f"{dataset.describe(index)} is {label}; use another split"
-                )
+            check_labelled(dataset)
             numbers[dataset.name] = dataset.num_classes
         if len(set(numbers.values())) > 1:
             listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
@@ -207,6 +200,25 @@ class Feed:
         if dataset is None:
             raise DataError("this run has no held-out split; set data.eval_split")
         return dataset
+
+
+def check_labelled(dataset: datasets.Dataset) -> None:
+    """Checks that a dataset has classes, and the label of its first readable example.
+
+    Raises:
+      DataError: there are no labels, or the split hides them.
+    """
+    if dataset.num_classes is None:
+        raise DataError(
+            f"{dataset.name} has no class labels; use a dataset that has them, or a folder with a "
+            "sub-folder for each class"
+        )
+    index, label = _first_label(dataset)
+    if label is not None and label < 0:
+        raise DataError(
+            f"{dataset.name} hides its class labels: the label of "
+            f"{dataset.describe(index)} is {label}; use another split"
+        )
 
 
 def _first_label(dataset: datasets.Dataset) -> tuple[int, int | None]:

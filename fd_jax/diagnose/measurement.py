@@ -24,13 +24,16 @@ class Measurement(Protocol):
     processes or on the order of the images, except for rounding.
 
     Attributes:
-      subject: the name of the network that is measured, or the names of the two that are compared.
       params: arrays that `sums` needs, such as the weights; an argument of the compiled function,
         so that they are no constants in it.
     """
 
-    subject: str | tuple[str, str]
     params: PyTree
+
+    @property
+    def subject(self) -> str | tuple[str, str]:
+        """The name of the network that is measured, or the names of the two that are compared."""
+        ...
 
     def sums(self, params: PyTree, batch: Batch) -> Sums:
         """Sums over one batch; it is traced by jax.jit.

@@ -11,8 +11,9 @@ from fd_jax.typing import Metrics
 def accuracy_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> Metrics:
     """Cross entropy, top-1 and top-5 accuracy as (sum, count).
 
-    A label is among the top k if fewer than k classes have a higher logit, so that ties do not
-    depend on a sorting order. With five classes or fewer, top-5 accuracy is always 1.
+    A label is among the top k if all but fewer than k classes have a logit that is not higher, so
+    that ties do not depend on a sorting order, and logits that are NaN make the answer wrong. With
+    five classes or fewer, top-5 accuracy is 1 unless there are such logits.
 
     Args:
       logits: [B, K].
@@ -21,12 +22,13 @@ def accuracy_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> 
     """
     logits = logits.astype(jnp.float32)
     target = jax.nn.one_hot(label, logits.shape[-1])
-    own = jnp.sum(logits * target, axis=-1, keepdims=True)
-    better = jnp.sum(logits > own, axis=-1)
+    own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=-1)
+    better = jnp.sum(~(logits <= own), axis=-1)
+    known = ~jnp.isnan(own[:, 0])
     return {
         "loss": weighted(losses.cross_entropy(logits, target), weight),
-        "top1": weighted((better < 1).astype(jnp.float32), weight),
-        "top5": weighted((better < 5).astype(jnp.float32), weight),
+        "top1": weighted((known & (better < 1)).astype(jnp.float32), weight),
+        "top5": weighted((known & (better < 5)).astype(jnp.float32), weight),
     }
 
 

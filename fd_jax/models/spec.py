@@ -12,6 +12,7 @@ import numpy as np
 from fd_jax.errors import ModelFolderError
 from fd_jax.models import kernels, resize, sizes
 from fd_jax.models.heads import Pooling
+from fd_jax.models.keys import param_keys
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
 from fd_jax.models.swin_v2 import SwinV2
@@ -75,7 +76,7 @@ class ModelSpec:
         Returns:
           The graph definition for `nnx.merge`, and a nested dict of `jax.ShapeDtypeStruct`.
         """
-        return split(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0), **runtime)))
+        return split(nnx.eval_shape(lambda: self.build(rngs=param_keys(0), **runtime)))
 
     def normalize(
         self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32

@@ -23,6 +23,7 @@ from fd_jax.evaluation import classification, evaluators
 from fd_jax.metrics import weighted
 from fd_jax.models import layers, transfer
 from fd_jax.models.heads import Classifier
+from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
@@ -87,7 +88,7 @@ class ClassifyTask:
         self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
         if model.pooling == "cls" and not self.encoder.cls:
             raise ConfigError("model.pooling='cls', but the network has no class token; use 'mean'")
-        self.classifier_def, _ = split(nnx.eval_shape(lambda: self._classifier(nnx.Rngs(0))))
+        self.classifier_def, _ = split(nnx.eval_shape(lambda: self._classifier(param_keys(0))))
         self.mixing = None
         if not self.probe and (config.mixing.mixup or config.mixing.cutmix):
             self.mixing = mixing.Mixing(
@@ -116,13 +117,13 @@ class ClassifyTask:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters; only the head has any where the encoder is frozen."""
         encoder_key, head_key = jax.random.split(key)
-        params = split(self._classifier(nnx.Rngs(head_key)))[1]
+        params = split(self._classifier(param_keys(head_key)))[1]
         if self.probe:
             return params, {
                 "mean": jnp.zeros(self.encoder.width),
                 "var": jnp.ones(self.encoder.width),
             }
-        encoder = self.spec.build(rngs=nnx.Rngs(encoder_key), **self._runtime())
+        encoder = self.spec.build(rngs=param_keys(encoder_key), **self._runtime())
         return {"encoder": split(encoder)[1], **params}, {}
 
     def load_initial(self) -> PyTree:

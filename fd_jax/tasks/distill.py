@@ -18,6 +18,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.goal import Goal, Target
@@ -117,7 +118,7 @@ class DistillTask:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random student and a random projector for each teacher."""
         encoder_key, *projector_keys = jax.random.split(key, 1 + len(self.goals))
-        encoder = self.student_spec.build(rngs=nnx.Rngs(encoder_key), **self._student_runtime())
+        encoder = self.student_spec.build(rngs=param_keys(encoder_key), **self._student_runtime())
         keys = zip(self.goals.items(), projector_keys, strict=True)
         projectors = _nest_by_teacher({name: goal.init(key) for (name, goal), key in keys})
         return {"encoder": split(encoder)[1], "projector": projectors}, {}

@@ -13,6 +13,7 @@ from fd_jax.errors import ConfigError, check_choice
 from fd_jax.metrics import weighted
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Projector
+from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
 from fd_jax.tasks.teacher import Teacher, resize_map
 from fd_jax.typing import Metrics, PyTree
@@ -100,11 +101,11 @@ class Goal:
         self._beta, self._dtype, self._grad_dtype = beta, dtype, grad_dtype
         self._student_width, self._grid = student.width, student.grid
         self._check_match(student)
-        self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(nnx.Rngs(0))))
+        self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(param_keys(0))))
 
     def init(self, key: jax.Array) -> PyTree:
         """Random initial parameters of the projector."""
-        return split(self._projector(nnx.Rngs(key)))[1]
+        return split(self._projector(param_keys(key)))[1]
 
     def teacher_target(
         self, weights: PyTree, images: jax.Array, drops: jax.Array | None

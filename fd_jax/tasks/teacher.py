@@ -14,6 +14,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.models import resize, sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Classifier
+from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
@@ -71,7 +72,7 @@ class Teacher:
         self._head, self._head_shapes = None, {}
         if head:
             self._head, self._head_shapes = split(
-                nnx.eval_shape(lambda: self._classifier(nnx.Rngs(0)))
+                nnx.eval_shape(lambda: self._classifier(param_keys(0)))
             )
 
     @property

@@ -50,6 +50,19 @@ def test_padding_with_label_minus_one_does_not_change_the_metrics():
     assert jax.device_get(plain) == jax.device_get(with_padding)
 
 
+def test_logits_that_are_not_numbers_are_wrong_answers():
+    logits = np.zeros((4, CLASSES), np.float32)
+    logits[:, 2] = 1
+    logits[1] = np.nan  # the whole row
+    logits[2, 2] = np.nan  # the label's own
+    logits[3, 0] = -np.inf  # another class, which is no reason to doubt the answer
+    labels = np.full(4, 2, np.int32)
+    got = classification.accuracy_metrics(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.ones(4, jnp.float32)
+    )
+    assert got["top1"] == (2, 4) and got["top5"] == (2, 4)
+
+
 def test_confusion_matrix_equals_a_loop(tmp_path):
     logits, labels, weight = data()
     want = np.zeros((CLASSES, CLASSES))

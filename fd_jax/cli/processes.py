@@ -1,0 +1,54 @@
+"""Start of several processes that compute together."""
+
+import jax
+
+from fd_jax.errors import UserError
+
+
+def start(
+    *,
+    distributed: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Joins the other processes of this command, if there are any.
+
+    Args:
+      distributed: whether to start jax.distributed, which detects Cloud TPU pods and Slurm.
+      coordinator: host:port of process 0, if no launcher provides it.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      heartbeat_timeout: seconds after which a silent process counts as dead.
+
+    Raises:
+      UserError: the settings do not fit together, or the other processes are not found.
+    """
+    if not (distributed or coordinator):
+        if num_processes is not None or process_id is not None:
+            raise UserError(
+                "--num_processes and --process_id are for several processes, which need a way to "
+                "find each other: add --coordinator=HOST:PORT, or --distributed under a launcher"
+            )
+        return
+    if coordinator and not distributed:
+        process, count = process_id, num_processes
+        if process is None or count is None or not 0 <= process < count:
+            raise UserError(
+                f"--coordinator={coordinator} needs --num_processes=N and a --process_id "
+                f"from 0 to N - 1, but they are {count} and {process}; if a launcher provides "
+                "them, add --distributed"
+            )
+    try:
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"jax.distributed cannot detect the other processes ({error}); set "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        ) from None
