@@ -26,9 +26,8 @@ SETTINGS = {
     "full": {name: teacher.title for name, teacher in paper.TEACHERS.items()},
 }
 SEEDS = {"cpu": 3, "full": 1}
-# What runs only if it is named: teachers that few people have, and a table of diagnostics.
+# Teachers that few people have run only if they are named.
 BY_NAME = {name for name, teacher in paper.TEACHERS.items() if teacher.by_name}
-TABLES_BY_NAME = {small.HEADS}
 
 
 def select(
@@ -57,7 +56,7 @@ def select(
     chosen = [
         cell
         for cell in found
-        if (cell.table in tables if tables else everything or cell.table not in TABLES_BY_NAME)
+        if (not tables or cell.table in tables)
         and (cell.teacher in teachers if teachers else everything or cell.teacher not in BY_NAME)
     ]
     if not chosen:

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 TRAIN, FINETUNE = ("train.py",), ("finetune.py",)
+DATA_DIR = "--config.data.data_dir="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis(Command):
-    """One run of `fd_jax.diagnose` on the model of another command: attention distances.
+    """One run of `python -m fd_jax.diagnose` on the model of another command.
+
+    It measures attention distances, on the device or devices that training used.
 
     Attributes:
       data: dataset and split, as that command names them.
@@ -77,26 +80,26 @@ class Diagnosis(Command):
     data: str = ""
     images: int = 0
 
-    @property
-    def figures(self) -> str:
-        """Name of the file that it writes into its workdir."""
-        return "figures.json"
+    def figures(self, root: epath.PathLike) -> epath.Path:
+        """The file with all numbers. Its folder is not the workdir, where the log is."""
+        return self.workdir(root) / "figures" / "figures.json"
 
     def finished(self, root: epath.PathLike) -> bool:
         """Whether it has written its figures."""
-        return (self.workdir(root) / self.figures).exists()
+        return self.figures(root).exists()
 
     def arguments(self, root: epath.PathLike, extra: Sequence[str] = ()) -> list[str]:
-        """All arguments of the Python interpreter; the user's flags are for training scripts."""
-        del extra
+        """All arguments of the Python interpreter; of the user's flags, the data's folder."""
         (diagnosed,) = self.needs
+        given = [flag for flag in extra if flag.startswith(DATA_DIR)]
         return [
             *self.script,
-            f"--model={diagnosed.model(root)}",
+            f"--model=network={diagnosed.model(root)}",
             f"--data={self.data}",
+            f"--data_dir={given[-1].removeprefix(DATA_DIR) if given else 'data'}",
             f"--num_images={self.images}",
             "--figures=distance",
-            f"--output={self.workdir(root)}",
+            f"--output={self.figures(root).parent}",
         ]
 
 

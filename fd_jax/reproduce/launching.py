@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import shlex
@@ -70,7 +69,6 @@ def check(commands: Sequence[Command], root: epath.Path, extra: Sequence[str] = 
             f"there is no {' and no '.join(missing)} in {os.getcwd()}; start the command in a "
             "checkout of fd_jax"
         )
-    _check_diagnose(commands)
     trained = [command for command in commands if not isinstance(command, Diagnosis)]
     configs = [read_config(command, root, extra) for command in trained]
     _check_teachers([command for command in trained if not command.finished(root)])
@@ -131,15 +129,6 @@ def seconds(root: epath.Path) -> float:
     if not path.exists():
         return 0.0
     return sum(json.loads(line)["seconds"] for line in path.read_text().splitlines())
-
-
-def _check_diagnose(commands: Sequence[Command]) -> None:
-    module = "fd_jax.diagnose.__main__"
-    if any(isinstance(c, Diagnosis) for c in commands) and not importlib.util.find_spec(module):
-        raise ConfigError(
-            "attention distances need `python -m fd_jax.diagnose`, which this version does not "
-            "have; select other tables with --table=1,2,3,4,5"
-        )
 
 
 def _check_teachers(commands: Sequence[Command]) -> None:

@@ -147,7 +147,7 @@ def _top1(run: Command, root: epath.Path) -> float | None:
 
 def _spread(run: Command, root: epath.Path) -> float:
     assert isinstance(run, Diagnosis)
-    record = json.loads((run.workdir(root) / run.figures).read_text())
+    record = json.loads(run.figures(root).read_text())
     (model,) = record["models"].values()
     return round(head_spread(model["distance"]), 4)
 

@@ -24,6 +24,7 @@ from fd_jax.reproduce.paper import AFTER, BEFORE, LINEAR_AFTER, LINEAR_BEFORE, T
 
 CONFIG = "configs/ablations_cpu.py"
 CONTRASTIVE = ("-m", "fd_jax.reproduce.contrastive")
+DIAGNOSE = ("-m", "fd_jax.diagnose")
 RANDOM = "random weights"  # row of Table 1: the student without distillation
 NO_DROP_PATH = "0"  # default row of Table 5
 HEADS = "heads"  # table of the comparison that Hybrid Distill asks for (arXiv 2306.15876)
@@ -188,12 +189,13 @@ def _diagnosed(how: str, position: str, name: str, seed: int) -> Diagnosis:
         trained = _student(name, seed, rows[position] if position != "shared_rpb" else None)
     else:
         where = f"{SETTINGS[name].teacher}/contrasted_{position}/seed{seed}/pretrain"
-        fields = (("contrast.arch.position", position), ("seed", seed))
+        # As many updates as distillation has.
+        fields = (("contrast.arch.position", position), ("steps", 400), ("seed", seed))
         config = f"{CONFIG}:stage=contrastive,network=student"
         trained = Command(where, CONTRASTIVE, config, fields)
     return Diagnosis(
         trained.where.rpartition("/")[0] + "/diagnose",
-        ("-m", "fd_jax.diagnose"),
+        DIAGNOSE,
         config="",
         fields=(("model", trained),),
         data=HEADS_DATA,

@@ -8,6 +8,8 @@ import pytest
 
 from configs import ablations, finetune_teacher
 from fd_jax.convert import families
+from fd_jax.diagnose import catalogue, subjects
+from fd_jax.diagnose import cli as diagnose
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
 from fd_jax.reproduce import __main__ as command_line
@@ -200,6 +202,20 @@ def test_full_commands_define_tasks_that_fit_each_other(in_checkout):
     names = [name for name in paper.TEACHERS if name not in command_line.BY_NAME]
     chosen = [cell for cell in GRIDS["full"] if cell.teacher in names]
     assert len(build(cells.commands(chosen))) == len(cells.commands(chosen))
+
+
+def test_diagnoses_are_commands_that_the_diagnostics_accept():
+    diagnosed = [c for c in COMMANDS["cpu"] if isinstance(c, cells.Diagnosis)]
+    assert len(diagnosed) == 4
+    for command in diagnosed:
+        arguments = command.arguments("W", ["--config.data.data_dir=/elsewhere"])
+        assert arguments[:2] == ["-m", "fd_jax.diagnose"]
+        args = diagnose._parser().parse_args(arguments[2:])
+        folder = f"W/{command.needs[0].where}/model"
+        assert subjects.folders(args.model) == {"network": folder}
+        assert catalogue.parse(args.figures) == ["distance"]
+        assert args.data_dir == "/elsewhere"
+        assert args.output == f"W/{command.where}/figures"
 
 
 def test_teachers_that_are_not_public_run_only_if_named():

@@ -1,5 +1,6 @@
 """Refusals before the first command, commands that fail, and a real grid, killed and continued."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -11,11 +12,13 @@ import sys
 import time
 
 from etils import epath
+import numpy as np
 import pytest
 
 from fd_jax.errors import CheckpointError, ConfigError, ModelFolderError
 from fd_jax.reproduce import __main__ as command_line
 from fd_jax.reproduce import cells, launching, results, small
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -95,15 +98,6 @@ def test_buckets_and_folders_without_the_scripts_are_refused(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="there is no train.py and no configs/base.py in"):
         launching.check(chosen, epath.Path(tmp_path))
-
-
-def test_distances_need_the_diagnostics(tmp_path):
-    chosen = one("cpu", table=small.HEADS)
-    if launching.importlib.util.find_spec("fd_jax.diagnose.__main__"):
-        launching.check(chosen, epath.Path(tmp_path))
-    else:
-        with pytest.raises(ConfigError, match="fd_jax.diagnose.*--table=1,2,3,4,5"):
-            launching.check(chosen, epath.Path(tmp_path))
 
 
 def test_a_second_launcher_is_refused(tmp_path):
@@ -220,6 +214,22 @@ def test_two_cells_are_killed_and_continued(embedded_data, tmp_path):
     assert re.search(r"`after` \| student, fine-tuned \| [\d.]+ ± [\d.]+ \| [+-]", output)
     launches = (root / launching.LAUNCHES).read_text().splitlines()
     assert [json.loads(line)["status"] for line in launches] == [75, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_attention_distances_are_measured_and_collected(embedded_data, tmp_path):
+    root = epath.Path(tmp_path)
+    grid = [cell for cell in small.cells([0]) if cell.table == small.HEADS]
+    run = dataclasses.replace(grid[0].runs[0], data="digits:test", images=16)
+    (diagnosed,) = run.needs
+    tiny.save_student(diagnosed.model(root))
+    extra = [f"--config.data.data_dir={embedded_data}"]
+    assert list(launching.launch([run], root, extra)) == [run]
+    grid = [dataclasses.replace(grid[0], runs=(run,))]
+    (cell,) = results.collect("cpu", grid, root, command_line.SETTINGS["cpu"])["cells"]
+    distances = json.loads(run.figures(root).read_text())["models"]["network"]["distance"]
+    assert np.shape(distances) == (tiny.STUDENT["depth"], tiny.STUDENT["heads"])
+    assert cell["figures"]["0"] == pytest.approx(np.std(distances[1], ddof=1), abs=1e-4) > 0
 
 
 def locked(root):

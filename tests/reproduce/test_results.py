@@ -130,13 +130,12 @@ def test_the_spread_is_read_from_the_figures_of_a_diagnosis(tmp_path):
     root = epath.Path(tmp_path)
     grid = [cell for cell in small.cells([0]) if cell.table == small.HEADS]
     run = grid[0].runs[0]
-    run.workdir(root).mkdir(parents=True)
-    record = {"version": 1, "models": {"model": {"distance": [[1.0, 2.0], [3.0, 5.0]]}}}
-    (run.workdir(root) / "figures.json").write_text(json.dumps(record))
+    run.figures(root).parent.mkdir(parents=True)
+    record = {"version": 1, "models": {"network": {"distance": [[1.0, 2.0], [3.0, 5.0]]}}}
+    run.figures(root).write_text(json.dumps(record))
     found = results.collect("cpu", grid, root, command_line.SETTINGS["cpu"])
     figures = [cell["figures"]["0"] for cell in found["cells"]]
     assert figures == [pytest.approx(2**0.5, abs=1e-4), None, None, None]
-    assert run.arguments("W")[2] == f"--model=W/{run.needs[0].where}/model"
 
 
 def test_damaged_results_are_refused(tmp_path):
