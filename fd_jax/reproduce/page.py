@@ -41,7 +41,8 @@ teachers, networks and pictures, so that only the order of rows can be compared.
 FULL = """\
 ## At full scale
 
-The paper's runs on ImageNet-1K. {took} Tables 2 to 5 start from 100 epochs of distillation.
+The paper's runs on ImageNet-1K. {took} Tables 2 to 5 start from 100 epochs of distillation; their
+students are fine-tuned with the recipe of the teacher's published run, as the paper names no other.
 """
 SECTIONS = {"cpu": CPU, "full": FULL}
 
