@@ -90,8 +90,10 @@ def distill():
     """A teacher's map into a student with a shared position bias."""
     config = base.distillation(teacher="", shape=SHAPE, image_size=SIZE, drop_path=0.0)
     config.batch_size = 128
-    config.steps = 400
-    config.optim.update(peak_lr=2e-3, start_lr=1e-5, min_lr=1e-5, warmup_epochs=0.2)
+    # In a trial of one seed, a student after 400 steps at half this rate was 5 points behind its
+    # teacher in fine-tuning, and one after these steps was equal to it.
+    config.steps = 600
+    config.optim.update(peak_lr=4e-3, start_lr=1e-5, min_lr=1e-5, warmup_epochs=0.1)
     return config
 
 
@@ -101,7 +103,7 @@ def finetune():
     config.model.update(family="vit", arch=base.student(SHAPE, image_size=SIZE))
     config.batch_size = 50
     config.steps = 300
-    config.optim.warmup_epochs = 2.0
+    config.optim.update(peak_lr=4e-3, warmup_epochs=2.0)
     return config
 
 

@@ -189,7 +189,6 @@ def _diagnosed(how: str, position: str, name: str, seed: int) -> Diagnosis:
         trained = _student(name, seed, rows[position] if position != "shared_rpb" else None)
     else:
         where = f"{SETTINGS[name].teacher}/contrasted_{position}/seed{seed}/pretrain"
-        # As many updates as distillation has.
         fields = (("contrast.arch.position", position), ("steps", 400), ("seed", seed))
         config = f"{CONFIG}:stage=contrastive,network=student"
         trained = Command(where, CONTRASTIVE, config, fields)
