@@ -1,6 +1,7 @@
 """The cells of both scales against docs/reference.md and the configs that their commands name."""
 
 import collections
+import dataclasses
 import pathlib
 import re
 
@@ -11,7 +12,6 @@ from fd_jax.convert import families
 from fd_jax.diagnose import catalogue, subjects
 from fd_jax.diagnose import cli as diagnose
 from fd_jax.errors import ConfigError
-from fd_jax.models import spec as specs
 from fd_jax.reproduce import __main__ as command_line
 from fd_jax.reproduce import cells, launching, paper, small
 from fd_jax.reproduce.contrastive import ContrastiveTask
@@ -168,7 +168,9 @@ def task_of(command, made):
     if command.source:
         source = families.get(command.source)
         spec = source.parts[source.default_part].spec
-        given = [specs.dataclasses.replace(spec, source=command.source)]
+        # DeiT's file has a head of ImageNet's classes, which only the file itself tells.
+        head = {"classes": 1000} if "target" in config and config.target.kind == "logits" else {}
+        given = [dataclasses.replace(spec, source=command.source, **head)]
     roles = {registry.TEACHER: given[0], registry.INIT_FROM: given[0]} if given else {}
     return registry.make(config, roles)
 
