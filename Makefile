@@ -58,7 +58,7 @@ DIGITS  := runs/miniature/digits/0
 FIGURES := $(BIN)/python -m fd_jax.diagnose --data_dir=$(DATA) --overwrite
 
 figures: $(TEACHER)/model.json $(RUN)/model/model.json $(DIGITS)/student/finetune/model/model.json
-	$(FIGURES) --model=teacher=$(TEACHER) --model=student=$(RUN)/model --data=photos:test \
+	$(FIGURES) --model=teacher=$(TEACHER) --model=student=$(RUN)/model --data=photos:test --image_size=98 \
 	  --num_images=64 --output=runs/figures/quickstart \
 	  --figures=distance,similarity,maps,shares,entropy,divergence,rank,cka,cosine,pca,rollout,heads
 	$(FIGURES) --model=before=$(DIGITS)/teacher/finetune/model \
