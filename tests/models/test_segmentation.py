@@ -18,6 +18,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.models import segmenter as segmenters
 from fd_jax.models import spec as specs
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.keys import param_keys
 from fd_jax.models.segmenter import convolution, decoders, necks, normalization, resampling
 from tests.models import swins, vits
 from tests.models.arrays import rand
@@ -39,7 +40,6 @@ UPERNET = transformers.UperNetConfig(
     auxiliary_channels=AUXILIARY,
     auxiliary_in_channels=STAGE_WIDTHS[2],
 )
-RUN = {"rngs": nnx.Rngs(0), "dtype": jnp.float32}
 
 
 def relative(got, want):
@@ -128,15 +128,28 @@ def tensors(module, field):
     return params, {k: v[1] for k, v in parts.items()}
 
 
+def abstract(network, *args, **kwargs):
+    """A module with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: network(*args, **kwargs, rngs=param_keys(0)))
+
+
 def own(kind):
     """Our module and transformers' of one kind, and the widths of the maps that it takes."""
     if kind == "neck":
-        return necks.Pyramid(WIDTH, **RUN), modeling_beit.BeitFPNNeck(BEIT), (WIDTH,) * 4
+        return (
+            abstract(necks.Pyramid, WIDTH, dtype=jnp.float32),
+            modeling_beit.BeitFPNNeck(BEIT),
+            (WIDTH,) * 4,
+        )
     if kind == "fcn":
-        ours = decoders.FCN(WIDTH, CLASSES, channels=AUXILIARY, dropout=0.0, **RUN)
+        ours = abstract(
+            decoders.FCN, WIDTH, CLASSES, channels=AUXILIARY, dropout=0.0, dtype=jnp.float32
+        )
         return ours, modeling_beit.BeitFCNHead(BEIT), (WIDTH,) * 4
     widths = (WIDTH,) * 4 if kind == "beit" else STAGE_WIDTHS
-    ours = decoders.UPerNet(widths, CLASSES, channels=WIDTH, dropout=0.0, **RUN)
+    ours = abstract(
+        decoders.UPerNet, widths, CLASSES, channels=WIDTH, dropout=0.0, dtype=jnp.float32
+    )
     if kind == "beit":
         return ours, modeling_beit.BeitUperHead(BEIT), widths
     return ours, modeling_upernet.UperNetHead(UPERNET, widths), widths
@@ -171,7 +184,7 @@ def flat(outputs):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("kind", ["neck", "beit", "upernet", "fcn"])
-def test_modules_equal_transformers(kind, training):
+def test_modules_equal_transformers(kind, training, monkeypatch):
     ours, theirs, widths = own(kind)
     theirs = randomized(theirs).train(training)
     definition, shapes = specs.split(ours)
@@ -202,6 +215,12 @@ def test_modules_equal_transformers(kind, training):
     assert relative(got, want.detach().numpy()) < 1e-5
     assert worst(new, tensors(theirs, "data")[1]) < 1e-5
     if not training:
+        if kind in ("beit", "upernet"):
+            resize = functional.interpolate
+            monkeypatch.setattr(
+                functional, "interpolate", lambda *a, **k: resize(*a, **k | {"align_corners": True})
+            )
+            assert relative(got, theirs(inputs).detach().numpy()) > 1e-2
         return
 
     expected, _ = tensors(theirs, "grad")
@@ -220,7 +239,9 @@ def test_modules_equal_transformers(kind, training):
 
 def test_whole_channels_are_dropped_before_the_classifier():
     _, theirs, widths = own("beit")
-    ours = decoders.UPerNet(widths, CLASSES, channels=WIDTH, dropout=0.3, **RUN)
+    ours = abstract(
+        decoders.UPerNet, widths, CLASSES, channels=WIDTH, dropout=0.3, dtype=jnp.float32
+    )
     theirs = randomized(theirs).train()
     params, running = jax.tree.map(np.array, tensors(theirs, "data"))
     maps = maps_for("beit", widths)
@@ -262,7 +283,9 @@ def test_a_norm_in_the_wrong_place_would_be_seen():
 
 def test_auxiliary_head_of_upernet_equals_transformers():
     theirs = randomized(modeling_upernet.UperNetFCNHead(UPERNET, STAGE_WIDTHS)).eval()
-    ours = decoders.FCN(STAGE_WIDTHS[2], CLASSES, channels=AUXILIARY, dropout=0.1, **RUN)
+    ours = abstract(
+        decoders.FCN, STAGE_WIDTHS[2], CLASSES, channels=AUXILIARY, dropout=0.1, dtype=jnp.float32
+    )
     params, running = tensors(theirs, "data")
     maps = maps_for("upernet", STAGE_WIDTHS)
     definition = nnx.split(ours)[0]
@@ -275,13 +298,13 @@ def test_linear_head_equals_torch():
     # SyncBatchNorm itself runs on GPUs only; it is BatchNorm2d over the global batch.
     bn = torch.nn.BatchNorm2d(WIDTH, eps=bn.eps, momentum=bn.momentum)
     theirs = randomized(torch.nn.Sequential(bn, conv)).train()
-    ours = segmenters.Segmenter(
+    ours = abstract(
+        segmenters.Segmenter,
         widths=(WIDTH,),
         classes=CLASSES,
         neck="none",
         decoder="linear",
         auxiliary_channels=0,
-        rngs=nnx.Rngs(0),
     )
     running = jax.tree.map(jnp.asarray, ours.fresh_statistics())
     norm = running["decoder"]["norm"]
@@ -331,7 +354,8 @@ def test_logits_on_a_vit_equal_transformers(tmp_path):
         "auxiliary": modeling_beit.BeitFCNHead(BEIT),
     }
     parts = {name: randomized(module).eval() for name, module in parts.items()}
-    ours = segmenters.Segmenter(
+    ours = abstract(
+        segmenters.Segmenter,
         widths=where.widths,
         classes=CLASSES,
         neck=where.neck,
@@ -339,7 +363,6 @@ def test_logits_on_a_vit_equal_transformers(tmp_path):
         channels=WIDTH,
         auxiliary_channels=AUXILIARY,
         dropout=0.0,
-        rngs=nnx.Rngs(0),
     )
     both = {name: jax.tree.map(np.array, tensors(m, "data")) for name, m in parts.items()}
     params = {name: value[0] for name, value in both.items()}
@@ -416,14 +439,14 @@ def test_logits_on_a_swin_equal_transformers(tmp_path):
     encoder = swins.bind(made, encoder_params)
     where = segmenters.levels(encoder)
     assert where == segmenters.Levels((0, 2, 3, 4), (8, 16, 32, 64), "stage_norms")
-    ours = segmenters.Segmenter(
+    ours = abstract(
+        segmenters.Segmenter,
         widths=where.widths,
         classes=CLASSES,
         neck=where.neck,
         decoder="upernet",
         channels=WIDTH,
         auxiliary_channels=AUXILIARY,
-        rngs=nnx.Rngs(0),
     )
     head, running = jax.tree.map(np.array, tensors(theirs.decode_head, "data"))
     side, side_running = jax.tree.map(np.array, tensors(theirs.auxiliary_head, "data"))
@@ -451,7 +474,7 @@ def test_logits_on_a_swin_equal_transformers(tmp_path):
     assert relative(logits(wrong), from_torch(want)) > 1e-3
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4), (18, 18), (16, 7)])
+@pytest.mark.parametrize("size", [(1, 2), (5, 4), (18, 16)])
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
 def test_adaptive_pooling_equals_torch(size, bins):
     x = rand(2, *size, 3)

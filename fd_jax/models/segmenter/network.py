@@ -154,7 +154,8 @@ class Segmenter(nnx.Module):
         """Logits for every class at every place of the finest level.
 
         Args:
-          maps: of the encoder's blocks, without its final norm (see `levels`).
+          maps: of the encoder's blocks; those of a UPerNet without the encoder's final norm (see
+            `levels`).
           running: running statistics of the BatchNorms, as `fresh_statistics` or an earlier pass
             gave them.
           drops: [B, droppable] uniform numbers in [0, 1) in training, also where `droppable` is 0;
