@@ -294,9 +294,7 @@ def test_auxiliary_head_of_upernet_equals_transformers():
 
 
 def test_linear_head_equals_torch():
-    bn, conv = torch.nn.SyncBatchNorm(WIDTH), torch.nn.Conv2d(WIDTH, CLASSES, 1)
-    # SyncBatchNorm itself runs on GPUs only; it is BatchNorm2d over the global batch.
-    bn = torch.nn.BatchNorm2d(WIDTH, eps=bn.eps, momentum=bn.momentum)
+    bn, conv = torch.nn.BatchNorm2d(WIDTH), torch.nn.Conv2d(WIDTH, CLASSES, 1)
     theirs = randomized(torch.nn.Sequential(bn, conv)).train()
     ours = abstract(
         segmenters.Segmenter,
@@ -468,8 +466,7 @@ def test_logits_on_a_swin_equal_transformers(tmp_path):
     with torch.no_grad():
         want = theirs(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).logits
     assert relative(logits(params), from_torch(want)) < 2e-5
-    swapped = dict(zip("0123", [stage_norms[i] for i in "0123"], strict=True))
-    swapped["3"] = jax.tree.map(lambda x: x[::-1], swapped["3"])
+    swapped = stage_norms | {"3": jax.tree.map(lambda x: x[::-1], stage_norms["3"])}
     wrong = params | {"neck": {"norms": swapped}}
     assert relative(logits(wrong), from_torch(want)) > 1e-3
 
@@ -640,11 +637,11 @@ def test_refusals():
     swin = nnx.merge(*swins.spec(1).abstract())
     with pytest.raises(ConfigError, match="a Swin of 3 stages has no four levels"):
         segmenters.levels(swin)
-    flat = {"image_size": [8, 32], "patch_size": 8, "width": 8, "heads": 1, "mlp_width": 8}
-    wide = nnx.merge(*vits.student_spec({**flat, "depth": 3}, "ape").abstract())
+    shape = {"image_size": [8, 32], "patch_size": 8, "width": 8, "heads": 1, "mlp_width": 8}
+    wide = nnx.merge(*vits.student_spec({**shape, "depth": 3}, "ape").abstract())
     with pytest.raises(ConfigError, match="a grid of 1 x 4 patches has no four levels"):
         segmenters.levels(wide)
-    shallow = {**flat, "image_size": 32, "depth": 2}
+    shallow = {**shape, "image_size": 32, "depth": 2}
     with pytest.raises(ConfigError, match="a ViT of 2 blocks"):
         segmenters.levels(nnx.merge(*vits.student_spec(shallow, "ape").abstract()))
     maps = [FeatureMap(rand(1, 24, 8), cls=0, registers=0, grid=GRID)] * 4
