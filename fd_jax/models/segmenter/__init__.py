@@ -1,0 +1,9 @@
+"""Semantic segmentation: from the maps of an encoder's blocks to logits for every class.
+
+`network.Segmenter` holds all of it. `necks.py` makes the four levels of a pyramid, `decoders.py`
+turns levels into logits; `convolution.py`, `normalization.py` and `resampling.py` have their parts.
+"""
+
+from fd_jax.models.segmenter.network import Levels, Segmentation, Segmenter, levels
+
+__all__ = ["Levels", "Segmentation", "Segmenter", "levels"]
