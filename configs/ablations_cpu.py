@@ -5,8 +5,7 @@ r"""The paper's ablations on Fashion-MNIST, at a scale for two CPU cores.
 runs every stage of every cell in its settings (fd_jax/reproduce/small.py). To run one stage by
 hand, for example:
 
-    python -m fd_jax.reproduce.contrastive --config=configs/ablations_cpu.py:stage=contrastive \
-      --workdir=runs/contrastive
+    python train.py --config=configs/ablations_cpu.py:stage=contrastive --workdir=runs/contrastive
 """
 
 from configs import base
@@ -54,12 +53,13 @@ def get_config(arg: str = ""):
         _use_dinov2(config)
     if given["smoke"]:
         config.steps = 3
+        config.optim.warmup_epochs = 0.0
         config.checkpoint.every = 2
     return config
 
 
 def contrastive():
-    """A teacher without labels: SimCLR, see fd_jax/reproduce/contrastive.py."""
+    """A teacher without labels: SimCLR, see fd_jax/tasks/contrast.py."""
     config = base.common()
     config.contrast = {
         "family": "vit",

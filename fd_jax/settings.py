@@ -300,6 +300,13 @@ TASKS: dict[str, dict[str, Rule]] = {
         "mixing.erasing": SHARE,
         "reference_quirks": FLAG,
     },
+    registry.CONTRAST.section: {
+        "contrast.family": Choice(tuple(FAMILIES)),
+        "contrast.width": whole(1, "channels of the vectors that are compared"),
+        "contrast.temperature": Number(above=0, unit="divisor of the cosines"),
+        "contrast.min_area": Number(above=0, most=1, unit="share of the image that a view covers"),
+        "contrast.jitter": SHARE,
+    },
 }
 
 _SWIN: dict[str, Rule] = {
@@ -315,7 +322,7 @@ _SWIN: dict[str, Rule] = {
     "final_norm": FLAG,
 }
 
-# The fields of `student.arch` and `model.arch`, by family.
+# The fields of `student.arch`, `model.arch` and `contrast.arch`, by family.
 ARCHITECTURES: dict[str, dict[str, Rule]] = {
     "vit": {
         "image_size": Several(whole(1, "pixels"), length=2, single=True),
@@ -346,9 +353,9 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
     },
 }
 
-NETWORKS = ("student", "model")  # sections that have a family and an architecture
+NETWORKS = ("student", "model", "contrast")  # sections that have a family and an architecture
 # The size of `model.arch` is that of the data, and other networks have no rotary frequencies.
-OPTIONAL = ("model.arch.image_size", "student.arch.rope_theta", "model.arch.rope_theta")
+OPTIONAL = ("model.arch.image_size", *(f"{name}.arch.rope_theta" for name in NETWORKS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ LONGEST_FIRST = (
     "convert/families/test_sources.py",
     "test_configs.py",
     "test_finetune.py",
-    "plan/test_step.py",
+    "diagnose/test_landscape.py",
     "data/test_pipeline.py",
     "models/test_swin.py",
     "test_report.py",

@@ -107,6 +107,7 @@ def test_resumed_fine_tuning_is_bit_for_bit(tuned, config, tmp_path):
     assert len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_eval_only_without_a_head_measures_only_the_neighbours(config, tmp_path):
     """The figures are those that a probe of the same folder reports."""
     probe = ml_collections.ConfigDict(config.to_dict())

@@ -102,7 +102,14 @@ print("saved", flush=True)
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize(
+    "delay",
+    [
+        pytest.param(0.0, marks=pytest.mark.slow),
+        0.05,
+        pytest.param(0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_leaves_the_old_folder_or_the_new_one(folder, delay):
     before, _ = model_folder.load(folder)
     code = SAVE.format(root=str(ROOT), folder=str(folder))

@@ -10,7 +10,7 @@ import sys
 import ml_collections
 import pytest
 
-from configs import ablations, base, finetune_teacher, miniature
+from configs import ablations, ablations_cpu, base, finetune_teacher, miniature
 from fd_jax import settings
 from fd_jax.data import transforms
 from fd_jax.errors import ConfigError
@@ -30,6 +30,11 @@ ARGUMENTS = {
         for table, rows in ablations.TABLES.items()
         for row in rows
     ],
+    "ablations_cpu": [
+        *(f"stage={stage}" for stage in ablations_cpu.STAGES),
+        "stage=contrastive,network=student",
+        "stage=distill,pictures=dinov2",
+    ],
     "finetune_clip_vit_l14_336": ["stage=22k", "stage=1k"],
     "finetune_teacher": [f"teacher={name}" for name in finetune_teacher.TEACHERS],
     "linear_vit_b16": ["", "official"],
@@ -44,6 +49,7 @@ DISTILLATION = {
     for family, shape in (("vit", base.VIT_B16), ("swin_v2", base.SWIN_B_W14))
 }
 CLASSIFICATION = base.fine_tuning(drop_path=0.1, layer_decay=0.7, peak_lr=1e-3, floor_lr=1e-6)
+CONTRAST = ablations_cpu.get_config("stage=contrastive")
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 
 
@@ -68,8 +74,9 @@ def every_row():
     swin = copy_of(CLASSIFICATION, **{"model.family": "swin"})
     swin.model.arch = base.swin_v1(base.SWIN_B_W14, image_size=224)
     seen = set()
-    for config in (*DISTILLATION.values(), CLASSIFICATION, swin):
-        family = config.get("student", config.get("model")).family
+    for config in (*DISTILLATION.values(), CLASSIFICATION, CONTRAST, swin):
+        (network,) = (config[name] for name in settings.NETWORKS if name in config)
+        family = network.family
         for name, rule in settings.rules(config).items():
             key = (family if ".arch." in name else "", name)
             if key not in seen:
@@ -87,7 +94,7 @@ def test_every_published_config_and_its_smoke_version_pass(name):
             settings.check(load(name, given))
 
 
-@pytest.mark.parametrize("config", [*DISTILLATION.values(), CLASSIFICATION])
+@pytest.mark.parametrize("config", [*DISTILLATION.values(), CLASSIFICATION, CONTRAST])
 def test_a_field_without_a_row_and_a_row_without_a_field_are_refused(config):
     assert settings.problems(config) == []
     more = copy_of(config)

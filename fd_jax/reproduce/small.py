@@ -23,7 +23,6 @@ from fd_jax.reproduce.cells import (
 from fd_jax.reproduce.paper import AFTER, BEFORE, LINEAR_AFTER, LINEAR_BEFORE, TEACHERS
 
 CONFIG = "configs/ablations_cpu.py"
-CONTRASTIVE = ("-m", "fd_jax.reproduce.contrastive")
 DIAGNOSE = ("-m", "fd_jax.diagnose")
 RANDOM = "random weights"  # row of Table 1: the student without distillation
 NO_DROP_PATH = "0"  # default row of Table 5
@@ -191,7 +190,7 @@ def _diagnosed(how: str, position: str, name: str, seed: int) -> Diagnosis:
         where = f"{SETTINGS[name].teacher}/contrasted_{position}/seed{seed}/pretrain"
         fields = (("contrast.arch.position", position), ("steps", 400), ("seed", seed))
         config = f"{CONFIG}:stage=contrastive,network=student"
-        trained = Command(where, CONTRASTIVE, config, fields)
+        trained = Command(where, TRAIN, config, fields)
     return Diagnosis(
         trained.where.rpartition("/")[0] + "/diagnose",
         DIAGNOSE,
@@ -206,7 +205,7 @@ def _teacher(name: str) -> tuple[Any, str]:
     """(command that makes the teacher or its folder, its converter source or "")."""
     teacher = SETTINGS[name].teacher
     if teacher == "contrastive":
-        return Command(f"{teacher}/teacher", CONTRASTIVE, f"{CONFIG}:stage={teacher}"), ""
+        return Command(f"{teacher}/teacher", TRAIN, f"{CONFIG}:stage={teacher}"), ""
     if teacher == "supervised":
         return Command(f"{teacher}/teacher", FINETUNE, f"{CONFIG}:stage={teacher}"), ""
     return f"teachers/{teacher}", teacher

@@ -1,7 +1,7 @@
 """Creates the task that a config selects; the only place that lists all kinds of task.
 
 A config selects a task by the section it has: `teacher` for distillation, `model` for
-classification. A new task is a new `Kind` in `KINDS`.
+classification, `contrast` for contrastive training. A new task is a new `Kind` in `KINDS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks.contrast import ContrastiveTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.typing import Config
 
@@ -79,7 +80,13 @@ CLASSIFICATION = Kind(
     lambda config, specs: ClassifyTask(config, init_spec=specs.get(INIT_FROM)),
     _initial_networks,
 )
-KINDS = (DISTILLATION, CLASSIFICATION)
+CONTRAST = Kind(
+    "contrastive training",
+    "contrast",
+    lambda config, specs: ContrastiveTask(config),
+    lambda config: [],
+)
+KINDS = (DISTILLATION, CLASSIFICATION, CONTRAST)
 
 
 def kind_of(config: Config) -> Kind:

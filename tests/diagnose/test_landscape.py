@@ -320,6 +320,7 @@ def measurement(student):
     return Landscape("student", student, directions=2, points=3)
 
 
+@pytest.mark.slow
 def test_figures_depend_on_neither_batch_size_nor_mesh(measurement):
     batch = labelled(24)
     whole = measured(measurement, [batch])
@@ -390,6 +391,7 @@ def trained(folder, images, label, steps=150):
     model_folder.save(folder, network.spec, params, overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_in_a_valley_of_its_training_loss(tmp_path):
     spec = dataclasses.replace(SPECS["rpb"], classes=CLASSES, pooling="mean_norm")
     encoder = specs.split(spec.build(rngs=nnx.Rngs(0)))[1]

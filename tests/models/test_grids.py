@@ -225,7 +225,10 @@ def test_some_patches_equal_the_whole_with_all_others_hidden(name):
     assert relative(whole(name).at(keep).tokens, want) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["ape", "rpb", "shared_rpb", "rope"])
+@pytest.mark.parametrize(
+    "name",
+    ["shared_rpb", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ape", "rpb", "rope"))],
+)
 def test_gradients_and_recomputation(name):
     """With every patch named, gradients are those of the whole; also where blocks recompute."""
     spec = SPECS[name]

@@ -188,7 +188,7 @@ def test_branches_drop_apart_and_by_example():
     assert np.abs(all_kept - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_recomputing_changes_nothing(remat):
     spec = student_spec({**SMALL, "depth": 2}, "shared_rpb")
     params, images = random_params(spec), pictures(spec, 2)

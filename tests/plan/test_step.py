@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 MESH = {"data": 1, "fsdp": 16, "tensor": 1}
 TOKENS = 197
 MARGIN = 1.03
+pytestmark = pytest.mark.slow  # two compilations for 16 chips
 
 
 class Step:

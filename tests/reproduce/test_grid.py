@@ -14,7 +14,6 @@ from fd_jax.diagnose import cli as diagnose
 from fd_jax.errors import ConfigError
 from fd_jax.reproduce import __main__ as command_line
 from fd_jax.reproduce import cells, launching, paper, small
-from fd_jax.reproduce.contrastive import ContrastiveTask
 from fd_jax.tasks import registry
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -162,8 +161,6 @@ def test_distillations_of_the_ablations_differ_in_their_row_alone(in_checkout):
 def task_of(command, made):
     """The task of a command, built without weights; `made` are the specs of other commands."""
     config = config_of(command)
-    if "contrast" in config:
-        return ContrastiveTask(config)
     given = [made[needed] for needed in command.needs]
     if command.source:
         source = families.get(command.source)

@@ -170,7 +170,7 @@ def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     process = start("-m", "fd_jax.reproduce", *flags, JAX_PLATFORMS="nosuch")
     output, _ = process.communicate()
     assert process.returncode == 2
-    assert output.startswith("[1/19] python -m fd_jax.reproduce.contrastive --config=")
+    assert output.startswith("[1/19] python train.py --config=")
     assert "error: contrastive/teacher ended with status 1. Its command was\n  python" in output
     assert f"the end of its log {tmp_path}/contrastive/teacher/log.txt is\n" in output
     assert "Unable to initialize backend 'nosuch'" in output

@@ -250,6 +250,7 @@ def test_a_distilled_student_can_be_a_teacher(folder, tmp_path):
 # --- several teachers ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_of_two_teachers_is_the_sum_of_the_single_losses(teacher, tmp_path):
     """Each teacher has its own input size, drop path, weights and projector."""
     config = tiny.config(teacher, **{"target.kind": "cls"})

@@ -19,7 +19,7 @@ def test_the_section_of_a_config_selects_its_task():
 def test_a_config_without_a_task_section_is_refused():
     config = tiny.config()
     del config.teacher
-    with pytest.raises(ConfigError, match="neither a teacher nor a model: no task"):
+    with pytest.raises(ConfigError, match="neither a teacher nor a model nor a contrast: no task"):
         registry.make(config)
 
 

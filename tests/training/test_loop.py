@@ -116,6 +116,7 @@ def wait_for_step(process, step):
     raise AssertionError(f"the run ended before step {step}: {process.wait()}")
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(finished, teacher, embedded_data, tmp_path):
     """SIGKILL after a random step; the same command then gives the losses of an unbroken run."""
     step = int(np.random.default_rng(time.time_ns()).integers(2, STEPS))

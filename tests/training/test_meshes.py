@@ -89,7 +89,7 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, nam
 @pytest.mark.parametrize(
     "mesh,accumulation",
     [
-        ("1x1x1", 2),
+        pytest.param("1x1x1", 2, marks=pytest.mark.slow),
         pytest.param("1x1x1", 4, marks=pytest.mark.slow),
         pytest.param("2x1x1", 2, marks=pytest.mark.slow),
         pytest.param("1x1x2", 2, marks=pytest.mark.slow),
@@ -101,6 +101,7 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(reference, mesh, accum
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_device_local_randomness_would_change_the_losses():
     """Negative control: noise drawn once and noise drawn by each of two shards differ."""
 
@@ -281,7 +282,14 @@ def test_two_seeds_share_one_compiled_program(classifier):
     assert lowered(0) == lowered(1)
 
 
-@pytest.mark.parametrize("devices,batch_size", [(1, 16), (3, 12), (8, 16)])
+@pytest.mark.parametrize(
+    "devices,batch_size",
+    [
+        pytest.param(1, 16, marks=pytest.mark.slow),
+        (3, 12),
+        pytest.param(8, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_evaluation_gives_the_accuracy_of_a_plain_loop(
     classifier, embedded_data, devices, batch_size
 ):

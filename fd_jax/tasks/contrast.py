@@ -1,10 +1,7 @@
-r"""Trains a network without labels by contrasting views of images (SimCLR, arXiv 2002.05709).
+"""Contrastive training without labels: two views of an image have to find each other (SimCLR).
 
-    python -m fd_jax.reproduce.contrastive \
-      --config=configs/ablations_cpu.py:stage=contrastive --workdir=runs/contrastive
-
-The ablations at CPU scale need a teacher that has not seen the labels on which it is fine-tuned.
-The flags and the workdir are those of train.py.
+The method is that of arXiv 2002.05709. The ablations at CPU scale need a teacher that has not seen
+the labels on which it is fine-tuned: configs/ablations_cpu.py.
 """
 
 import functools
@@ -16,13 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from fd_jax import losses, optimizer
-from fd_jax.cli import scripts
 from fd_jax.cost import flops
 from fd_jax.data.base import Data
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
 from fd_jax.models.heads import Projector
+from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.typing import Batch, Config, Metrics, PyTree
@@ -75,9 +72,9 @@ class ContrastiveTask:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random network and a random projector."""
         encoder_key, *projector_keys = jax.random.split(key, 3)
-        encoder = self.spec.build(rngs=nnx.Rngs(encoder_key), **self._runtime())
+        encoder = self.spec.build(rngs=param_keys(encoder_key), **self._runtime())
         layers = {
-            name: split(layer(nnx.Rngs(layer_key)))[1]
+            name: split(layer(param_keys(layer_key)))[1]
             for (name, layer), layer_key in zip(self._layers().items(), projector_keys, strict=True)
         }
         return {"encoder": split(encoder)[1], "projector": layers}, {}
@@ -258,7 +255,3 @@ def random_view(image: jax.Array, key: jax.Array, *, settings: Config) -> jax.Ar
     contrast_, brightness = jax.random.uniform(colour_key, (2,), minval=low, maxval=high)
     mean = jnp.mean(view)
     return (view - mean) * contrast_ + mean * brightness
-
-
-if __name__ == "__main__":
-    scripts.run(scripts.train(ContrastiveTask))

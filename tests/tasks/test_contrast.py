@@ -9,7 +9,7 @@ import pytest
 from configs import ablations_cpu
 from fd_jax import model_folder
 from fd_jax.errors import ConfigError
-from fd_jax.reproduce import contrastive
+from fd_jax.tasks import contrast
 from fd_jax.training import loop
 from tests import tiny
 
@@ -38,7 +38,7 @@ def looped(first, second, weight, temperature, *, itself=False):
 def test_the_loss_equals_its_definition(weight):
     rng = np.random.default_rng(0)
     first, second, weight = unit(rng, 5), unit(rng, 5), np.array(weight, float)
-    found = contrastive.contrast(
+    found = contrast.contrast(
         *map(jnp.float32, (first, second, weight)), temperature=jnp.float32(0.2)
     )
     counted = weight > 0
@@ -51,7 +51,7 @@ def test_the_loss_equals_its_definition(weight):
 def test_batches_are_standardized_over_their_weights():
     rng = np.random.default_rng(1)
     vectors, weight = rng.normal(3, 5, (6, 4)), np.array([1, 1, 0, 1, 0, 1.0])
-    found = contrastive.standardize(jnp.float32(vectors), jnp.float32(weight), eps=0.0)
+    found = contrast.standardize(jnp.float32(vectors), jnp.float32(weight), eps=0.0)
     kept = vectors[weight > 0]
     np.testing.assert_allclose(found, (vectors - kept.mean(0)) / kept.std(0), rtol=1e-5, atol=1e-6)
     everything = (vectors - vectors.mean(0)) / vectors.std(0)
@@ -66,7 +66,7 @@ def test_a_view_of_a_ramp_is_a_ramp_with_a_smaller_slope():
     """A crop that is resized to the whole image: linear interpolation keeps straight lines."""
     ramp = np.broadcast_to(np.arange(28.0)[None, :, None] * 9, (28, 28, 3))
     slopes = []
-    draw = jax.jit(jax.vmap(lambda key: contrastive.random_view(ramp, key, settings=settings())))
+    draw = jax.jit(jax.vmap(lambda key: contrast.random_view(ramp, key, settings=settings())))
     for view in np.asarray(draw(jax.random.split(jax.random.key(0), 50))):
         inner = view[14, 3:-3, 0]
         np.testing.assert_allclose(np.diff(inner, n=2), 0, atol=2e-3)
@@ -79,15 +79,15 @@ def test_a_view_of_a_ramp_is_a_ramp_with_a_smaller_slope():
 def test_jitter_changes_contrast_and_brightness_alone():
     image = np.random.default_rng(0).uniform(0, 255, (28, 28, 3))
     key = jax.random.key(3)
-    plain = np.asarray(contrastive.random_view(image, key, settings=settings()))
-    other = np.asarray(contrastive.random_view(image, key, settings=settings(jitter=0.4)))
+    plain = np.asarray(contrast.random_view(image, key, settings=settings()))
+    other = np.asarray(contrast.random_view(image, key, settings=settings(jitter=0.4)))
     slope, offset = np.polyfit(plain.ravel(), other.ravel(), 1)
     np.testing.assert_allclose(other, slope * plain + offset, atol=1e-2)
     assert 0.6 <= slope <= 1.4 and abs(slope - 1) > 0.01
 
 
 def test_the_two_views_of_an_image_differ_and_those_of_a_seed_do_not():
-    prepare = jax.jit(contrastive.ContrastiveTask(ablations_cpu.get_config()).prepare)
+    prepare = jax.jit(contrast.ContrastiveTask(ablations_cpu.get_config()).prepare)
     batch = tiny.batch(8, side=28)
     once, again = (prepare(batch, jax.random.key(1)) for _ in range(2))
     np.testing.assert_array_equal(once["first"], again["first"])
@@ -99,7 +99,7 @@ def test_micro_batches_are_refused():
     config = ablations_cpu.get_config()
     config.accumulation = 2
     with pytest.raises(ConfigError, match="accumulation=2.*set it to 1"):
-        contrastive.ContrastiveTask(config)
+        contrast.ContrastiveTask(config)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_training_lowers_the_loss_and_writes_the_network_alone(embedded_data, tm
     config.data.update(name="digits", data_dir=embedded_data, eval_split="test[:64]")
     config.update(batch_size=64, steps=20, log_every=1)
     config.optim.update(lr_batch=64, warmup_epochs=0.1)
-    result = loop.fit(contrastive.ContrastiveTask(config), config, tmp_path)
+    result = loop.fit(contrast.ContrastiveTask(config), config, tmp_path)
     rows = [row["loss"] for row in loop.metric_writer.read(tmp_path) if "loss" in row]
     assert np.mean(rows[-3:]) < rows[0] - 0.3
     assert result.step == 20
