@@ -231,6 +231,7 @@ def test_the_command_from_end_to_end(teacher, tmp_path):
         *flags,
         f"--output={tmp_path / 'big.json'}",
         "--config.batch_size=1048576",
+        "--config.optim.lr_batch=1048576",
         "--config.data.image_size=256",
         "--config.student.arch.image_size=256",
         "--config.teacher.image_size=256",

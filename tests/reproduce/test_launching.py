@@ -128,6 +128,7 @@ TOY = (
     "--config.data.eval_split=test[:32]",
     "--config.batch_size=16",
     "--config.steps=3",
+    "--config.optim.warmup_epochs=0.0",
     "--config.checkpoint.every=1",
 )
 # Two cells of Table 1, with what the command does once it has read its flags.
