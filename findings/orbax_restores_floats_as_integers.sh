@@ -3,9 +3,8 @@
 #
 # A tree is saved with a float32 array and an int32 counter, and restored with abstract arrays whose
 # dtypes are int32 and int8, as happens when the state that a program expects has changed. Neither
-# an error nor a warning appears: fractions are cut off, and 70000
-# wraps to 112. Shapes are compared, dtypes are not. A program has to compare dtypes itself, with
-# the metadata of the checkpoint, before it restores.
+# an error nor a warning appears: fractions are cut off, and 70000 wraps to 112. A program has to
+# compare dtypes itself, with the metadata of the checkpoint, before it restores.
 #
 # Observed: [0 0 1] int32 and 112 int8, no warning.
 set -euo pipefail
