@@ -450,9 +450,7 @@ def check(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """One line for each problem of a config: the fields, their values, and what was expected."""
     rows = rules(config)
-    values = {
-        n: v for n, v in _flat(config.to_dict()).items() if n in rows or _has_rules(n, config)
-    }
+    values = {n: v for n, v in flat(config.to_dict()).items() if n in rows or _has_rules(n, config)}
     found = {}
     for name in rows.keys() | values.keys():
         if name not in values:
@@ -478,7 +476,7 @@ def rules(config: Config) -> dict[str, Rule]:
     Raises:
       ConfigError: the config selects no task.
     """
-    values = _flat(config.to_dict())
+    values = flat(config.to_dict())
     rows = {**COMMON, **TASKS[registry.kind_of(config).section]}
     for network in NETWORKS:
         family = values.get(f"{network}.family")
@@ -553,10 +551,11 @@ def _suggestion(name: str, rows: Mapping[str, Rule]) -> str:
     return f"; did you mean {close[0]}?" if close else "; configs/base.py lists all fields"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The values of nested dicts by their dotted names."""
-    flat: dict[str, Any] = {}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
+        values |= flat(value, f"{prefix}.{name}" if prefix else name)
+    return values

@@ -153,6 +153,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts an array that all processes hold onto the devices of all of them."""
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     """Returns the sharding of every parameter in a tree of arrays or shapes.
 

@@ -135,18 +135,12 @@ def _replicated(tree: PyTree, mesh: Mesh, placed: dict[int, jax.Array]) -> PyTre
     """Puts a tree on all devices; `placed` has what is there already, by the id of its source."""
     whole = sharding.replicated(mesh)
 
-    def put(leaf):
-        if jax.process_count() == 1:
-            return jax.device_put(leaf, whole)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
-
-    def put_once(leaf):
+    def place_once(leaf):
         if id(leaf) not in placed:
-            placed[id(leaf)] = put(leaf)
+            placed[id(leaf)] = sharding.place(np.asarray(leaf), whole)
         return placed[id(leaf)]
 
-    return jax.tree.map(put_once, tree)
+    return jax.tree.map(place_once, tree)
 
 
 def _batches(dataset, transform, mesh, batch_size, start, threads, max_broken) -> Iterator[Batch]:

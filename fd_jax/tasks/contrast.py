@@ -63,6 +63,10 @@ class ContrastiveTask:
         self.attention = {"encoder": chosen}
         self.encoder_def, shapes = self.spec.abstract(**self._runtime())
         self.encoder: Any = nnx.merge(self.encoder_def, shapes)
+        self.projector_defs = {
+            name: split(nnx.eval_shape(lambda layer=layer: layer(param_keys(0))))[0]
+            for name, layer in self._layers().items()
+        }
 
     def check_data(self, data: Data) -> None:
         """Checks that there are labels if `eval.knn` needs them; training reads none."""
@@ -158,7 +162,7 @@ class ContrastiveTask:
         """The projected class tokens, unit length. [B, S, S, 3], [B] -> [B, D_p] float32."""
         vectors = self._class_token(params, images)
         for (name, definition), last in zip(
-            self._definitions().items(), (False, True), strict=True
+            self.projector_defs.items(), (False, True), strict=True
         ):
             vectors = nnx.merge(definition, params["projector"][name])(vectors)
             vectors = standardize(vectors, weight)
@@ -177,12 +181,6 @@ class ContrastiveTask:
         return {
             name: lambda rngs, out=out: Projector(width, out, grad_dtype=grad_dtype, rngs=rngs)
             for name, out in widths.items()
-        }
-
-    def _definitions(self) -> dict[str, nnx.GraphDef]:
-        return {
-            name: split(nnx.eval_shape(lambda layer=layer: layer(nnx.Rngs(0))))[0]
-            for name, layer in self._layers().items()
         }
 
     def _runtime(self) -> dict[str, Any]:

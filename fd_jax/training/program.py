@@ -156,8 +156,7 @@ def overlay(params: PyTree, initial: PyTree) -> PyTree:
 def _put(host: Any, like: Any) -> jax.Array:
     if host.shape != like.shape:
         raise ValueError(f"an array has shape {host.shape}, expected {like.shape}")
-    host = host.astype(like.dtype)
-    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+    return sharding.place(host.astype(like.dtype), like.sharding)
 
 
 def _abstract_batch(elements: Elements, rows: int, mesh: Mesh) -> PyTree:

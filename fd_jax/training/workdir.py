@@ -1,13 +1,13 @@
 """Layout of a workdir, and the check that it belongs to the config of the run."""
 
 import json
-from typing import Any
 
 from etils import epath
 import jax
 
 from fd_jax import files, sharding
 from fd_jax.errors import CheckpointError, differences
+from fd_jax.settings import flat
 from fd_jax.typing import Config
 
 CONFIG, CHECKPOINTS, PROFILE, MODEL = "config.json", "checkpoints", "profile", "model"
@@ -21,7 +21,7 @@ def check(workdir: epath.Path, config: Config, *, accept: bool) -> None:
     """
     _, text, existing = _read(workdir, config)
     if existing is not None and not accept:
-        changed = differences(_flat(json.loads(existing)), _flat(json.loads(text)))
+        changed = differences(flat(json.loads(existing)), flat(json.loads(text)))
         if changed:
             raise CheckpointError(
                 f"{workdir} was started with another config:\n"
@@ -55,13 +55,3 @@ def _read(workdir: epath.Path, config: Config) -> tuple[epath.Path, str, str | N
     path = workdir / CONFIG
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     return path, text, path.read_text() if path.exists() else None
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested dicts by their dotted names."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat
