@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 
 from fd_jax.errors import check_choice
-from fd_jax.models import sizes
+from fd_jax.models import layers, sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
 from fd_jax.typing import PyTree
@@ -64,7 +64,7 @@ class Backbone(nnx.Module):
     depth: int
     cls: int
     registers: int
-    norm: nnx.LayerNorm | None
+    norm: layers.LayerNorm | None
     remat: str | None
 
     def __call__(

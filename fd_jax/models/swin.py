@@ -36,7 +36,7 @@ class PatchMerging(nnx.Module):
         self,
         width: int,
         *,
-        norm: nnx.LayerNorm,
+        norm: layers.LayerNorm,
         norm_first: bool,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype,
@@ -76,12 +76,12 @@ class Block(nnx.Module):
         grid: int,
         window: int,
         shift: int,
-        norm1: nnx.LayerNorm,
+        norm1: layers.LayerNorm,
         attn: Attention,
-        norm2: nnx.LayerNorm,
+        norm2: layers.LayerNorm,
         mlp: layers.Mlp,
         norm_first: bool,
-        extra_norm: nnx.LayerNorm | None,
+        extra_norm: layers.LayerNorm | None,
         drop_path: float,
     ):
         self.grid, self.window, self.shift = grid, window, shift
@@ -203,7 +203,7 @@ class Swin(Backbone):
         self.dtype = dtype
         dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
 
-        def norm(width: int) -> nnx.LayerNorm:
+        def norm(width: int) -> layers.LayerNorm:
             return layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
 
         def block(stage: int, index: int) -> Block:
@@ -344,7 +344,7 @@ class Swin(Backbone):
     def _attention(self, stage: int, width: int, heads: int, **kwargs) -> Attention:
         raise NotImplementedError
 
-    def _branch_norm(self, norm: nnx.LayerNorm) -> nnx.LayerNorm:
+    def _branch_norm(self, norm: layers.LayerNorm) -> layers.LayerNorm:
         """The norm of a residual branch as it starts."""
         return norm
 

@@ -111,7 +111,7 @@ class SwinV2(Swin):
         )
 
     def _branch_norm(self, norm):
-        norm.scale = nnx.Param(jnp.full((norm.num_features,), self.residual_scale, jnp.float32))
+        norm.scale = nnx.Param(jnp.full((norm.scale.shape[0],), self.residual_scale, jnp.float32))
         return norm
 
     def _ends_with_norm(self, index):

@@ -59,6 +59,67 @@ def test_gradients_of_activations_are_torchs(name, reference):
     assert np.abs(grad(other) - tensor.grad.numpy()).max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(("name", "reference"), ACTIVATIONS.items())
+def test_activations_in_bfloat16_are_rounded_once(name, reference):
+    """Value and gradient are those of float64 within half a unit in the last place, or 5e-6.
+
+    GELU in bfloat16 throughout, as jax.nn.gelu computes it, is off by several.
+    """
+    x = jnp.asarray(rand(50, D, scale=2.0)).astype(jnp.bfloat16)
+    tensor = t(x.astype(jnp.float32)).double().requires_grad_()
+    out = reference(tensor)
+    out.sum().backward()
+    value, grads = jax.vjp(lambda x: layers.activate(x, name), x)
+    for got, want in ((value, out.detach()), (grads(jnp.ones_like(x))[0], tensor.grad)):
+        assert got.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(got, np.float64) - want.numpy())
+        assert np.all(error <= 2.0**-8 * (1 + 1e-3) * np.abs(want.numpy()) + 5e-6)
+    if name == "gelu_erf":
+        rough = np.asarray(jax.nn.gelu(x, approximate=False), np.float64)
+        error = np.abs(rough - out.detach().numpy())
+        assert np.any(error > 2.0**-7 * np.abs(out.detach().numpy()) + 5e-6)
+
+
+def test_gradients_of_layer_norm_are_torchs():
+    arrays = rand(B, N, D, scale=3.0) + 2, rand(D, seed=1), rand(D, seed=2)
+    weights = rand(B, N, D, seed=3)
+
+    def gradients(function):
+        return jax.grad(lambda *args: jnp.sum(function(*args) * weights), argnums=(0, 1, 2))(
+            *map(jnp.asarray, arrays)
+        )
+
+    tensors = [t(a).double().requires_grad_() for a in arrays]
+    out = torch.nn.functional.layer_norm(tensors[0], (D,), tensors[1], tensors[2], 1e-5)
+    (out * t(weights)).sum().backward()
+    want = [tensor.grad.numpy() for tensor in tensors]
+    got = gradients(lambda x, s, b: layers.layer_norm(x, s, b, 1e-5, jnp.float32))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=TOLERANCE)
+    # Control: statistics that are taken for constants.
+    stop = jax.lax.stop_gradient
+
+    def constant(x, s, b):
+        mean = stop(x.mean(-1, keepdims=True))
+        return (x - mean) * stop(jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)) * s + b
+
+    assert np.abs(gradients(constant)[0] - want[0]).max() > 100 * TOLERANCE
+
+
+def test_layer_norm_of_bfloat16_sums_the_gradients_of_its_parameters_in_float32():
+    x = jnp.asarray(rand(4096, D)).astype(jnp.bfloat16)
+    g = jnp.asarray(rand(4096, D, seed=1) + 1).astype(jnp.bfloat16)
+    scale, bias = jnp.ones(D), jnp.zeros(D)
+    _, vjp = jax.vjp(lambda s, b: layers.layer_norm(x, s, b, 1e-5, jnp.bfloat16), scale, bias)
+    dscale, dbias = vjp(g)
+    wide, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    normalized = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(dbias, g.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(dscale, (g * normalized).sum(0), atol=1e-6 * np.abs(g).sum(0).max())
+    rough = np.asarray(jnp.sum(jnp.asarray(g, jnp.bfloat16), axis=0, dtype=jnp.bfloat16), float)
+    assert np.abs(rough - g.sum(0)).max() > 1e-4 * np.abs(g.sum(0)).max()
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_layer_norm(eps):
     module = layers.LayerNorm(D, eps=eps, dtype=jnp.float32, rngs=nnx.Rngs(0))
