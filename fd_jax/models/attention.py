@@ -17,7 +17,7 @@ import numpy as np
 
 from fd_jax.models import kernels
 from fd_jax.models.kernels.xla import attention_logits
-from fd_jax.models.layers import Dense, add_parameter, linear, zeros
+from fd_jax.models.layers import Dense, linear, zeros
 
 QkvBias = Literal["qkv", "qv", "none"]
 
@@ -128,9 +128,12 @@ class Attention(nnx.Module):
         parts = []
         for index, bias in enumerate((self.q_bias, self.k_bias, self.v_bias)):
             part: jax.Array = linear(
-                rows, kernel[:, index], None, self.qkv.dtype, self.qkv.grad_dtype
+                rows,
+                kernel[:, index],
+                None if bias is None else bias[...],
+                self.qkv.dtype,
+                self.qkv.grad_dtype,
             )
-            part = part if bias is None else add_parameter(part, bias[...])
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts
 
@@ -148,15 +151,21 @@ class Attention(nnx.Module):
         indices: jax.Array | None = None,
     ) -> AttentionInputs:
         """What attention is computed from; arguments as in `__call__`."""
+        return self._inputs(x, self._bias(shared_bias, mask, indices), rotate)
+
+    def _inputs(self, x, bias, rotate) -> AttentionInputs:
         q, k, v = self.qkv_heads(x, rotate)
-        bias = shared_bias
+        q, k, scale = self.scaled(q, k)
+        return AttentionInputs(q, k, v, bias, scale)
+
+    def _bias(self, shared, mask, indices) -> jax.Array | None:
+        bias = shared
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias() if indices is None else self.rel_pos_bias(indices)
         if mask is not None:
             bias = jnp.zeros((self.heads, 1, 1)) if bias is None else bias
             bias = bias + mask[:, None]
-        q, k, scale = self.scaled(q, k)
-        return AttentionInputs(q, k, v, bias, scale)
+        return bias
 
     def __call__(
         self,
@@ -177,9 +186,14 @@ class Attention(nnx.Module):
           indices: [B, P] int32, the places of patches on the grid of the bias table, where rows
             have patches of their own; None where every row has all of them.
         """
-        return self.output(
-            self.inputs(x, shared_bias=shared_bias, rotate=rotate, mask=mask, indices=indices)
-        )
+        tokens, bias = x.shape[1], self._bias(shared_bias, mask, indices)
+        added = kernels.IMPLEMENTATIONS[self.implementation].padding(tokens, bias is not None)
+        if bias is None or not added or rotate is not None:
+            return self.output(self._inputs(x, bias, rotate))
+        # What a kernel needs beside the real tokens is added before there are queries, keys and
+        # values, and taken off after the projection: two copies instead of eight.
+        x = jnp.pad(x, ((0, 0), (0, added), (0, 0)))
+        return self.output(self._inputs(x, kernels.mask_keys(bias, added), None))[:, :tokens]
 
     def output(self, inputs: AttentionInputs) -> jax.Array:
         """Weighted averages of values through the output projection. -> [B, N, D]."""

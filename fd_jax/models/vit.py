@@ -87,8 +87,9 @@ class Block(nnx.Module):
         # to a multiple of eight and [B * N, D] not, so that a change between them is a copy.
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        inputs = self._attention_inputs(x, shape, shared_bias, rotate, indices)
-        branch = self.attn.output(inputs).reshape(x.shape)
+        branch = self.attn(
+            self.norm1(x).reshape(shape), shared_bias=shared_bias, rotate=rotate, indices=indices
+        ).reshape(x.shape)
         x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
         branch = self.mlp(self.norm2(x))
         x = x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
@@ -102,11 +103,7 @@ class Block(nnx.Module):
         indices: jax.Array | None = None,
     ) -> AttentionInputs:
         """What this block's attention is computed from; arguments as in `__call__`."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self._attention_inputs(rows, x.shape, shared_bias, rotate, indices)
-
-    def _attention_inputs(self, rows, shape, shared_bias, rotate, indices):
-        tokens = self.norm1(rows).reshape(shape)
+        tokens = self.norm1(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         return self.attn.inputs(tokens, shared_bias=shared_bias, rotate=rotate, indices=indices)
 
 

@@ -4,9 +4,11 @@ The GPU kernels cannot run here. What is ours around them runs with XLA inside; 
 lowered for CUDA as far as that goes without a card, so that a choice is seen to hold its kernel.
 """
 
+import dataclasses
 import functools
 import re
 
+from flax import nnx
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 import jax.numpy as jnp
@@ -16,9 +18,9 @@ import pytest
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
-from fd_jax.models.attention import attend
+from fd_jax.models.attention import Attention, RelativePositionBias, attend
 from fd_jax.models.kernels import base, cudnn, xla
-from tests.models.arrays import rand
+from tests.models.arrays import init, rand
 
 HEADS, WIDTH = 2, 16
 TOLERANCE = 5e-6  # of the largest value; float32
@@ -77,9 +79,59 @@ def test_attention_without_a_bias_is_that_of_xla():
 
 def test_a_key_that_is_padded_but_not_masked_would_be_seen(monkeypatch):
     arrays = inputs(197)
-    monkeypatch.setattr(cudnn, "MASKED", 0.0)
+    monkeypatch.setattr(base, "MASKED", 0.0)
     got = with_gradients(CUDNN_BY_XLA, arrays)
     assert worst(got, with_gradients(xla.attend, arrays)) > 50 * TOLERANCE
+
+
+def layer_with_gradients(implementation, monkeypatch, seen=None):
+    """Output of an attention layer of 9 tokens; its gradients for the tokens and all parameters."""
+
+    def by_xla(q, k, v, *, bias, scale):
+        if seen is not None:
+            seen.append(q.shape[1])
+        return CUDNN_BY_XLA(q, k, v, bias=bias, scale=scale)
+
+    replaced = dataclasses.replace(cudnn.IMPLEMENTATION, attend=by_xla)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "cudnn", replaced)
+    table = RelativePositionBias((2, 4), HEADS, cls_token=True)
+    layer = Attention(
+        HEADS * WIDTH,
+        HEADS,
+        qkv_bias="qkv",
+        rel_pos_bias=table,
+        implementation=implementation,
+        dtype=jnp.float32,
+        kernel_init=init,
+        out_init=init,
+        rngs=nnx.Rngs(0),
+    )
+    for seed, bias in enumerate((layer.q_bias, layer.k_bias, layer.v_bias, table.table)):
+        bias[...] = jnp.asarray(rand(*bias.shape, seed=seed))
+    graph, params = nnx.split(layer)
+    x, weights = rand(2, 9, HEADS * WIDTH), rand(2, 9, HEADS * WIDTH, seed=1)
+
+    def loss(params, x):
+        out = nnx.merge(graph, params)(x, shared_bias=None)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, jnp.asarray(x))
+    return [out, *jax.tree.leaves(grads)]
+
+
+def test_a_token_that_a_layer_adds_before_its_kernel_changes_nothing(monkeypatch):
+    seen = []
+    got = layer_with_gradients("cudnn", monkeypatch, seen)
+    want = layer_with_gradients("xla", monkeypatch)
+    assert seen == [10]
+    assert len(got) == 9  # output, tokens, two kernels, four biases and the table
+    # The keys' bias adds the same to all logits of a query: its gradient is zero but for rounding.
+    errors = [
+        np.abs(g - w).max() / max(np.abs(w).max(), 1.0) for g, w in zip(got, want, strict=True)
+    ]
+    assert max(errors) < TOLERANCE
+    monkeypatch.setattr(base, "MASKED", 0.0)
+    assert worst(layer_with_gradients("cudnn", monkeypatch)[:2], want[:2]) > 50 * TOLERANCE
 
 
 def test_biases_in_another_order_than_their_groups_would_be_seen(monkeypatch):
@@ -171,19 +223,32 @@ def test_each_device_computes_its_own_examples_and_heads(groups):
     assert {shape for shape, _ in seen} == {(32, 17, HEADS, WIDTH)}
 
 
-def test_auto_is_xla_until_another_was_measured_to_be_faster():
-    for platform in ("cpu", "gpu", "tpu"):
-        for dtype in (jnp.float32, jnp.bfloat16):
-            with kernels.compiling_for(platform):
-                assert kernels.choose("auto", dtype=dtype, head_widths=(64,)) == "xla"
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_auto_is_what_was_measured_to_be_fastest(platform, dtype):
+    """docs/performance.md has the figures: cuDNN's won on a GPU, in the dtype that it computes."""
+    want = "cudnn" if platform == "gpu" and dtype == jnp.bfloat16 else "xla"
+    with kernels.compiling_for(platform):
+        assert kernels.choose("auto", dtype=dtype, head_widths=(64,)) == want
 
 
-def test_auto_passes_over_what_a_network_cannot_use(monkeypatch):
-    monkeypatch.setitem(kernels.PREFERRED, "gpu", ("cudnn", "xla"))
-    choose = functools.partial(kernels.choose, "auto", head_widths=(64,))
+def test_auto_passes_over_what_a_network_cannot_use():
     with kernels.compiling_for("gpu"):
-        assert choose(dtype=jnp.bfloat16) == "cudnn"
-        assert choose(dtype=jnp.float32) == "xla"
+        assert kernels.choose("auto", dtype=jnp.bfloat16, head_widths=(64, 36)) == "xla"
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942", "8.0", "9.0", ""])
+def test_only_gpus_that_cudnns_attention_knows_get_it(monkeypatch, capability):
+    """An empty one is that of ahead-of-time compilation, where there is no GPU to ask."""
+    monkeypatch.setattr(cudnn, "_capability", lambda: capability)
+    settle = functools.partial(kernels.choose, dtype=jnp.bfloat16, head_widths=(64,))
+    with kernels.compiling_for("gpu"):
+        if capability in ("7.5", "gfx942"):
+            assert settle("auto") == "xla"
+            with pytest.raises(ConfigError, match=f"8.0 .Ampere. or later.*{capability}"):
+                settle("cudnn")
+        else:
+            assert settle("auto") == settle("cudnn") == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +268,7 @@ def test_what_an_implementation_cannot_do_is_refused(name, dtype, widths, platfo
 
 
 def test_wide_heads_are_taken_on_hopper(monkeypatch):
-    monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9.0)
+    monkeypatch.setattr(cudnn, "_capability", lambda: "9.0")
     wide = functools.partial(kernels.choose, "cudnn", dtype=jnp.bfloat16)
     with kernels.compiling_for("gpu"):
         assert wide(head_widths=(256,)) == "cudnn"

@@ -11,9 +11,15 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models.kernels import cudnn, xla
-from fd_jax.models.kernels.base import Implementation, compiling_for, platform, split_over
+from fd_jax.models.kernels.base import (
+    Implementation,
+    compiling_for,
+    mask_keys,
+    platform,
+    split_over,
+)
 
-__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "compiling_for", "split_over"]
+__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "compiling_for", "mask_keys", "split_over"]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
@@ -22,7 +28,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 # What "auto" takes: the first that a network's dtype and head width allow. Only implementations
 # that were measured on a platform and won are listed for it; docs/performance.md has the figures.
-PREFERRED = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+PREFERRED = {"cpu": ("xla",), "gpu": ("cudnn", "xla"), "tpu": ("xla",)}
 
 # Names of earlier versions, and what to write now.
 REMOVED = {

@@ -31,11 +31,32 @@ class Implementation:
       attend: computes it.
       refuses: (platform, dtype, head widths) -> why it cannot do that, as the end of a sentence
         that begins with its name; None where it can.
+      padding: (number of tokens, is there a bias) -> how many tokens it adds to compute. A caller
+        that adds them earlier, see `mask_keys`, spares copies of queries, keys, values and result.
     """
 
     name: str
     attend: Attend
     refuses: Callable[[str, jnp.dtype, Sequence[int]], str | None]
+    padding: Callable[[int, bool], int] = lambda tokens, biased: 0
+
+
+MASKED = -1e9  # bias of an added key: its weight is zero in float32, and so is its gradient
+
+
+def mask_keys(bias: jax.Array, count: int) -> jax.Array:
+    """The bias after `count` tokens are added whose keys no query can see.
+
+    Args:
+      bias: [..., N, N].
+      count: number of tokens added.
+
+    Returns:
+      [..., N + count, N + count].
+    """
+    rest = [(0, 0)] * (bias.ndim - 2)
+    bias = jnp.pad(bias, (*rest, (0, count), (0, 0)))
+    return jnp.pad(bias, (*rest, (0, 0), (0, count)), constant_values=MASKED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """NVIDIA's fused attention through `jax.nn.dot_product_attention(implementation="cudnn")`.
 
 cuDNN trains with a bias only where queries and keys are even in number; a ViT has 197 or 257. One
-token is added here, whose key no query can see, and taken off again.
+token is added, whose key no query can see, and taken off again: here, or by a caller that adds it
+before it computes queries, keys and values.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fd_jax.models.kernels.base import Implementation, fold_groups, per_device, unfold_groups
+from fd_jax.models.kernels.base import (
+    Implementation,
+    fold_groups,
+    mask_keys,
+    per_device,
+    unfold_groups,
+)
 
-MASKED = -1e9  # bias of the added key: its weight is zero in float32, and so is its gradient
+AMPERE = 8.0  # compute capability from which on there is this kernel
 HOPPER = 9.0  # compute capability from which on heads may be twice as wide
 
 
@@ -40,14 +47,18 @@ def attend(
     """
     shape, tokens = q.shape, q.shape[1]
     q, k, v, bias = fold_groups(q, k, v, bias)
-    if bias is not None and tokens % 2:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 0)))
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=MASKED)
+    added = _padding(tokens, bias is not None)
+    if bias is not None and added:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, added), (0, 0), (0, 0))) for x in (q, k, v))
+        bias = mask_keys(bias, added)
     out = jax.nn.dot_product_attention(
         q, k, v, bias=bias, scale=scale, implementation=implementation
     )
     return unfold_groups(out[:, :tokens], shape)
+
+
+def _padding(tokens: int, biased: bool) -> int:
+    return tokens % 2 if biased else 0
 
 
 def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str | None:
@@ -55,7 +66,10 @@ def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str
         return f"needs an NVIDIA GPU, and this run computes on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 or float16, and dtype is {jnp.dtype(dtype).name}"
-    limit = 256 if _compute_capability() >= HOPPER else 128
+    capability = _capability()
+    if capability and (not capability[0].isdigit() or float(capability) < AMPERE):
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later, not {capability}"
+    limit = 256 if capability and float(capability) >= HOPPER else 128
     wrong = sorted({width for width in head_widths if width > limit or width % 8})
     if wrong:
         return (
@@ -65,10 +79,9 @@ def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str
     return None
 
 
-def _compute_capability() -> float:
-    """Of this process's GPU; 0 where there is none, as in ahead-of-time compilation."""
-    device = jax.local_devices()[0]
-    return float(getattr(device, "compute_capability", 0.0))
+def _capability() -> str:
+    """This process's GPU: "9.0", or "gfx942" of AMD; "" in compilation ahead of time."""
+    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
 
 
-IMPLEMENTATION = Implementation("cudnn", per_device(attend), _refuses)
+IMPLEMENTATION = Implementation("cudnn", per_device(attend), _refuses, _padding)
