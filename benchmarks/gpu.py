@@ -10,9 +10,10 @@ in its own process and prints its row when it ends. The file is rewritten after 
 an interrupted run keeps what it has measured. Measurements that do not fit into --seconds are
 listed as not run.
 
-The parts run in this order (--parts selects some): "accuracy" compares loss and gradients of each
-implementation with XLA's in float32; "fd_jax" and "torch" measure the steps; "flags" repeats the
-fastest step of ViT-B under several XLA flags.
+A card that is there for minutes is used best in several runs: --models, --choices, --flags and
+--first select, and --append adds to the file. The parts run in this order (--parts selects some):
+"accuracy" compares loss and gradients of each implementation with XLA's in float32; "fd_jax" and
+"torch" measure the steps; "flags" repeats the fastest step of ViT-B under several XLA flags.
 """
 
 import argparse
@@ -37,6 +38,7 @@ FOLDER = pathlib.Path(__file__).parent / "gpu"
 PARTS = ("accuracy", "fd_jax", "torch", "flags")
 BATCHES = {"b": (512, 128), "l": (128, 64)}  # the first batch runs before the second for all models
 CHOICES = ("cudnn", "xla")
+TORCH_CHOICES = ("compile", "eager")
 DEVICE_SECONDS = 120.0  # time limit for jax to report its device
 LEAST_SECONDS = 20.0  # with less time left, no measurement is started
 
@@ -46,14 +48,40 @@ WANTED = ("torch",)
 
 # Flags measured in the part "flags"; each is compared with the same step without the flag.
 FLAGS = {
-    "matmuls by cuBLAS alone": "--xla_gpu_enable_triton_gemm=false",
-    "no CUDA graphs": "--xla_gpu_enable_command_buffer=",
-    "latency-hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "every tiling of matmuls tried": "--xla_gpu_exhaustive_tiling_search=true",
+    "cublas": "--xla_gpu_enable_triton_gemm=false",  # matmuls by cuBLAS alone
+    "no_graphs": "--xla_gpu_enable_command_buffer=",  # no CUDA graphs
+    "latency": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "tilings": "--xla_gpu_exhaustive_tiling_search=true",  # every tiling of matmuls is tried
+}
+
+OPTIONS = {
+    "parts": PARTS,
+    "models": tuple(BATCHES),
+    "choices": CHOICES + TORCH_CHOICES,
+    "flags": tuple(FLAGS),
 }
 
 TARGETS = {"b": 0.40, "l": 0.45}  # MFU
 TARGET_RATIO = 1.3  # images per second, relative to torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What a run measures.
+
+    Attributes:
+      parts: some of PARTS.
+      models: some of the keys of BATCHES.
+      choices: some of CHOICES and TORCH_CHOICES.
+      flags: some of the keys of FLAGS.
+      orders: which of each model's batches: (0,) or (0, 1).
+    """
+
+    parts: list[str]
+    models: list[str]
+    choices: list[str]
+    flags: list[str]
+    orders: tuple[int, ...]
 
 
 class Report:
@@ -62,11 +90,23 @@ class Report:
     Args:
       path: the JSON file.
       environment: versions and processor.
+      append: keeps the rows that the file has.
+
+    Raises:
+      SystemExit: the file to append to is of another environment.
     """
 
-    def __init__(self, path: pathlib.Path, environment: dict[str, Any]):
+    def __init__(self, path: pathlib.Path, environment: dict[str, Any], *, append: bool = False):
         self.path = path
         self.content: dict[str, Any] = {"environment": environment, "rows": []}
+        if append and path.exists():
+            before = json.loads(path.read_text())
+            if before["environment"] != environment:
+                raise SystemExit(
+                    f"--append: {path} was measured in another environment "
+                    f"({before['environment']}, here {environment}); name another --output"
+                )
+            self.content = before
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -88,31 +128,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; default: all")
-    parser.add_argument("--models", default="b,l", help="b, l or b,l")
+    for option, known in OPTIONS.items():
+        parser.add_argument(
+            f"--{option}", default=",".join(known), help="comma-separated; default: all of them"
+        )
+    parser.add_argument("--first", action="store_true", help="the first batch of each model only")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --output has")
     parser.add_argument("--seconds", type=float, default=470.0, help="time limit of the whole run")
     parser.add_argument("--profile", default="", help="folder for one trace per model")
     parser.add_argument("--toy", action="store_true", help="run on a CPU at toy size")
     parser.add_argument("--table", action="store_true", help="print the docs' table")
     args = parser.parse_args()
-    parts, models = args.parts.split(","), args.models.split(",")
-    for option, given, known in (("parts", parts, PARTS), ("models", models, tuple(BATCHES))):
-        if unknown := sorted(set(given) - set(known)):
+    selected = {option: getattr(args, option).split(",") for option in OPTIONS}
+    for option, known in OPTIONS.items():
+        if unknown := sorted(set(selected[option]) - set(known)):
             parser.error(f"--{option}={','.join(unknown)} is unknown; expected some of {known}")
     if args.table:
         files = [args.output] if args.output else sorted(FOLDER.glob("*.json"))
         if missing := [str(file) for file in files if not file.is_file()]:
             parser.error(f"--output={missing[0]}: there is no such file to make a table of")
-        print(table([json.loads(file.read_text()) for file in files]))
+        print(table({file.name: json.loads(file.read_text()) for file in files}))
         return
     if args.output is None:
         parser.error("--output=FILE.json is missing")
     if args.output.is_dir():
         parser.error(f"--output={args.output} is a folder; name a file in it")
-    run(args, parts, models)
+    run(args, Selection(**selected, orders=(0,) if args.first else (0, 1)))
 
 
-def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
+def run(args: argparse.Namespace, selection: Selection) -> None:
     """Measures until everything is done or the time is up."""
     deadline = time.monotonic() + args.seconds
     missing = [name for name in (*NEEDED, *WANTED) if not _installed(name)]
@@ -126,8 +170,9 @@ def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
                 f"jax finds no GPU here ({found.get('device', found['status'])}): install jax for "
                 "CUDA, or add --toy to try this script on the CPU"
             )
-        report = Report(args.output, environment(missing) | {"device": found.get("device")})
-        for job in jobs(parts, models, report, toy=args.toy, profile=args.profile):
+        where = environment(missing) | {"device": found.get("device")}
+        report = Report(args.output, where, append=args.append)
+        for job in jobs(selection, report, toy=args.toy, profile=args.profile):
             left = deadline - time.monotonic()
             if left < LEAST_SECONDS:
                 report.add(
@@ -138,26 +183,24 @@ def run(args: argparse.Namespace, parts: list[str], models: list[str]) -> None:
                 report.add({**described(job), **row})
 
 
-def jobs(
-    parts: list[str], models: list[str], report: Report, *, toy: bool, profile: str
-) -> Iterator[Job]:
+def jobs(selection: Selection, report: Report, *, toy: bool, profile: str) -> Iterator[Job]:
     """The measurements, the most informative first: large batches of each side, then small ones."""
-    if "accuracy" in parts:
+    if "accuracy" in selection.parts:
         yield Job("accuracy", "b", 4 if toy else ACCURACY_BATCH, toy=toy)
-    for order in (0, 1):
-        for model in models:
+    for order in selection.orders:
+        for model in selection.models:
             batch = (8, 4)[order] if toy else BATCHES[model][order]
             common: dict[str, Any] = {"model": model, "batch": batch, "toy": toy}
             common["round_seconds"] = 0.02 if toy else 1.0
-            for choice in CHOICES if "fd_jax" in parts else ():
-                traced = profile if choice == CHOICES[1 if toy else 0] and not order else ""
-                yield Job("fd_jax", choice=choice, profile=traced, **common)
-            for choice in ("compile", "eager") if "torch" in parts else ():
-                yield Job("torch", choice=choice, **common)
-    if "flags" in parts and "b" in models:
+            for part, choices in (("fd_jax", CHOICES), ("torch", TORCH_CHOICES)):
+                for choice in choices:
+                    traced = profile if choice == CHOICES[1 if toy else 0] and not order else ""
+                    if part in selection.parts and choice in selection.choices:
+                        yield Job(part, choice=choice, profile=traced, **common)
+    if "flags" in selection.parts and "b" in selection.models:
         best = fastest(report.content["rows"], "b")
-        for flags in FLAGS.values() if best else ():
-            yield Job("flags", "b", best["batch"], best["choice"], flags, toy=toy)
+        for name in selection.flags if best else ():
+            yield Job("flags", "b", best["batch"], best["choice"], FLAGS[name], toy=toy)
 
 
 def fastest(rows: list[dict[str, Any]], model: str) -> dict[str, Any] | None:
@@ -270,20 +313,21 @@ def _rate(row: dict[str, Any]) -> str:
     return f"{text}, MFU {row['mfu']:.1%}" if row.get("mfu") else text
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """Markdown tables of all runs, or a sentence if there are none."""
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    """Markdown tables of all runs by their files' names, or a sentence if there are none."""
     if not reports:
         return "Not yet run on a GPU: `python -m benchmarks.gpu --output=benchmarks/gpu/NAME.json`."
-    return "\n\n".join(_table_of(report) for report in reports)
+    return "\n\n".join(_table_of(name, report) for name, report in reports.items())
 
 
-def _table_of(report: dict[str, Any]) -> str:
-    rows = [row for row in report["rows"] if row["part"] in ("fd_jax", "torch", "flags")]
+def _table_of(name: str, report: dict[str, Any]) -> str:
+    steps = [row for row in report["rows"] if row["part"] in ("fd_jax", "torch", "flags")]
+    rows = [row for row in steps if not _left_out(row)]
     device = next((row["device"] for row in rows if "device" in row), "no device")
     versions = ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
     lines = [
-        f"{device}, {report['environment']['date']}, Python {report['environment']['python']}, "
-        f"{versions}:",
+        f"`{name}`: {device}, {report['environment']['date']}, "
+        f"Python {report['environment']['python']}, {versions}:",
         "",
         "| model | batch | step | images/s | MFU | / torch.compile | peak GiB | compile s |",
         "|---|---|---|---|---|---|---|---|",
@@ -291,6 +335,8 @@ def _table_of(report: dict[str, Any]) -> str:
     for row in rows:
         if "profile" not in row:
             lines.append(_table_row(row, rows))
+    if left_out := [" ".join(_identity(row)) for row in steps if _left_out(row)]:
+        lines += ["", f"Not yet run: {'; '.join(left_out)}."]
     accuracy = [row for row in report["rows"] if row["part"] == "accuracy"]
     if accuracy:
         lines += [
@@ -309,9 +355,17 @@ def _table_of(report: dict[str, Any]) -> str:
     return "\n".join(lines + ["", *verdicts(rows)])
 
 
-def _table_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _left_out(row: dict[str, Any]) -> bool:
+    return str(row.get("status", "")).startswith("not yet run")
+
+
+def _identity(row: dict[str, Any]) -> tuple[str, str, str]:
     names = {"fd_jax": "fd_jax, ", "torch": "PyTorch, ", "flags": f"`{row.get('xla_flags')}`, "}
-    cells = [f"ViT-{row['model'].upper()}", row["batch"], names[row["part"]] + row["choice"]]
+    return f"ViT-{row['model'].upper()}", str(row["batch"]), names[row["part"]] + row["choice"]
+
+
+def _table_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    cells = list(_identity(row))
     if "images_per_second" not in row:
         return _cells(*cells, _shortened(row["status"]), "", "", "", "")
     ratio = ratio_to_compiled(row, rows)

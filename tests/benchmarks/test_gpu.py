@@ -70,6 +70,24 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
     assert all(status.startswith("not yet run: 0 s were left") for status in statuses)
 
 
+def test_a_run_adds_to_the_file_of_the_one_before(tmp_path):
+    output = tmp_path / "toy.json"
+    chosen = ("--first", "--choices=xla,eager", "--seconds=0")
+    for parts in ("fd_jax", "torch"):
+        done = run(output, f"--parts={parts}", "--models=b", "--append", *chosen)
+        assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    got = [(row["part"], row["batch"], row["choice"]) for row in rows]
+    assert got == [("fd_jax", 8, "xla"), ("torch", 8, "eager")]
+    # A file of another environment is left alone.
+    report = json.loads(output.read_text())
+    report["environment"]["device"] = "another"
+    output.write_text(json.dumps(report))
+    done = run(output, "--append", *chosen)
+    assert done.returncode == 1 and "measured in another environment" in done.stderr
+    assert json.loads(output.read_text()) == report
+
+
 def test_a_measurement_that_outlasts_its_time_is_cut_off(tmp_path):
     job = gpu_worker.Job("fd_jax", "b", 8, "xla", toy=True, round_seconds=60.0)
     rows = list(gpu.measure(job, 3.0, str(tmp_path)))
@@ -87,10 +105,12 @@ def test_a_crash_is_a_row_with_its_message(tmp_path):
     [
         (("--parts=speed",), "--parts=speed is unknown; expected some of"),
         (("--models=h",), "--models=h is unknown; expected some of"),
+        (("--choices=flash",), "--choices=flash is unknown; expected some of"),
+        (("--flags=fast",), "--flags=fast is unknown; expected some of"),
         (("--table",), "there is no such file to make a table of"),
     ],
 )
-def test_an_unknown_part_or_model_is_refused(tmp_path, args, message):
+def test_unknown_names_are_refused(tmp_path, args, message):
     done = run(tmp_path / "toy.json", *args)
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "toy.json").exists()
@@ -119,14 +139,17 @@ def test_the_table_compares_with_torch_compile_at_the_same_batch():
         {"part": "fd_jax", "model": "l", "batch": 128, "choice": "xla", "status": "failed: x" * 90},
     ]
     report = {"environment": {"date": "d", "python": "3", "versions": {"jax": "1"}}, "rows": rows}
-    lines = gpu.table([report]).splitlines()
+    rows.append({**rows[-1], "status": "not yet run: 3 s were left"})
+    lines = gpu.table({"card.json": report}).splitlines()
+    assert lines[0].startswith("`card.json`: H, d, ")
     assert (
         "| ViT-B | 512 | fd_jax, cudnn | 2600 (2599 to 2601) | 42.0% | 1.30 | 30.0 | 9 |" in lines
     )
     assert any(line.startswith("| ViT-L | 128 | fd_jax, xla | failed: x") for line in lines)
     assert "ViT-B: MFU 42.0% (target 40%), 1.30 of torch.compile (target 1.3)." in lines
+    assert lines.count("Not yet run: ViT-L 128 fd_jax, xla.") == 1
     assert max(map(len, lines)) < 200
 
 
 def test_without_a_run_the_table_says_so():
-    assert gpu.table([]).startswith("Not yet run on a GPU")
+    assert gpu.table({}).startswith("Not yet run on a GPU")
