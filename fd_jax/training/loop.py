@@ -22,6 +22,7 @@ from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
+from fd_jax.training import lock as locks
 from fd_jax.training import metric_writer, signals
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
@@ -89,6 +90,7 @@ def fit(
             say("note: data.eval_split is the training split, so its figures are not held out")
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
+        lock = resources.enter_context(locks.held(workdir))
         say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
         program = build(
@@ -127,6 +129,7 @@ def fit(
             task=task,
             config=config,
             workdir=workdir,
+            lock=lock,
             program=program,
             feed=feed,
             checkpoints=checkpoints,
@@ -169,6 +172,7 @@ class Run:
 
     Attributes:
       task, config, workdir: arguments of `fit`.
+      lock: of the workdir, in the first process; None in the others.
       program: compiled functions of the task on its mesh.
       feed: data of the run.
       loader, placement: the training batches, and their placement onto the devices.
@@ -182,6 +186,7 @@ class Run:
     task: Task
     config: Config
     workdir: epath.Path
+    lock: locks.Lock | None
     program: Program
     feed: Feed
     checkpoints: Checkpoints
@@ -286,6 +291,7 @@ class Run:
         )
 
     def _save(self, step: int, state: TrainState) -> None:
+        self._check_lock()
         record = {
             "data": self.loader.state(step),
             "config": self.config.to_dict(),
@@ -321,7 +327,12 @@ class Run:
             return self._evaluate(self.start, state)
         return recorded
 
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
     def _export(self, state: TrainState) -> None:
+        self._check_lock()
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
         model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)

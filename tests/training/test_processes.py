@@ -247,3 +247,23 @@ def test_when_one_process_is_killed_the_other_stops_with_a_message(config_file, 
     assert statuses[1 - victim] not in (0, loop.PREEMPTED)
     output = outputs[1 - victim]
     assert re.search(r"unhealthy|heartbeat|UNAVAILABLE|closed by peer|coordination", output, re.I)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2], ids=["one process", "two processes"])
+def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(config_file, tmp_path, count):
+    first = Run(config_file, tmp_path, 1, "--config.steps=2000")
+    first.wait_for_step(1)
+    statuses, outputs = Run(config_file, tmp_path, count, "--config.steps=2000").wait()
+    assert statuses == [2] * count, "\n".join(outputs)
+    pid = first.processes[0].pid
+    assert f"error: {tmp_path} is in use by process {pid} on" in outputs[0]
+    if count > 1:
+        assert "the first process cannot use the workdir" in outputs[1]
+    first.processes[0].terminate()
+    statuses, outputs = first.wait()
+    assert statuses == [loop.PREEMPTED], "\n".join(outputs)
+    steps = [row["step"] for row in metric_writer.read(tmp_path) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    # Stopped, it has left the workdir to the next run.
+    assert not (tmp_path / "run.lock").exists()
