@@ -5,7 +5,7 @@ devices continue to work. Orbax commits a checkpoint when it is complete, and on
 checkpoints are restored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import json
 import math
@@ -18,7 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fd_jax.errors import CheckpointError, differences
+from fd_jax import digests, sharding
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, differences
 from fd_jax.typing import PyTree
 
 
@@ -43,16 +44,22 @@ class LazyArray:
 
 
 class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Handler of numpy arrays that loads `LazyArray`s a few at a time and copies no array."""
+    """Handler of numpy arrays that loads `LazyArray`s a few at a time and copies no array.
+
+    Attributes:
+      digests: of the arrays written so far, by "a/b" path.
+    """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
+        self.digests: dict[str, int] = {}
 
     async def _background_serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
         batch, pending = [], 0
         for index, (value, info, arg) in enumerate(zip(values, infos, args, strict=True), start=1):
             array = value.load() if isinstance(value, LazyArray) else value
+            self.digests[info.name.replace(".", "/")] = digests.of_array(array)
             batch.append((array, info, arg))
             pending += array.nbytes
             if pending >= _BATCH_BYTES or index == len(values):
@@ -64,16 +71,22 @@ class _HostArrayHandler(ocp.type_handlers.NumpyHandler):
 _BATCH_BYTES = 64 << 20
 
 
-def save_tree(path: epath.Path, tree: PyTree) -> None:
+def save_tree(path: epath.Path, tree: PyTree) -> dict[str, int]:
     """Writes a tree of arrays to the folder `path`, which must not exist. All processes call it.
 
-    Leaves are numpy or jax arrays, or `LazyArray`s if the whole tree should never be in memory.
+    Leaves are numpy or jax arrays, or `LazyArray`s if the whole tree should never be in memory;
+    a tree with `LazyArray`s has no jax arrays.
+
+    Returns:
+      The digests of the arrays by "a/b" path, see `digests`.
 
     Raises:
       OSError: the system cannot write the files, e.g. because the disk is full.
     """
-    if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree)):
-        host, device = _HostArrayHandler(), ocp.type_handlers.ArrayHandler()
+    lazy = any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree))
+    host = _HostArrayHandler()
+    if lazy:
+        device = ocp.type_handlers.ArrayHandler()
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, device), (np.ndarray, host), (LazyArray, host)
         )
@@ -88,6 +101,7 @@ def save_tree(path: epath.Path, tree: PyTree) -> None:
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
+    return host.digests if lazy else digests.of_tree(tree)
 
 
 def load_tree(path: epath.Path) -> PyTree:
@@ -110,18 +124,17 @@ def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns shape and dtype of every array of a saved tree by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _description(checkpointer, path.resolve())
-    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _by_path(tree).items()}
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their "a/b" paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+    return {
+        name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in digests.by_path(tree).items()
+    }
 
 
 def _kind(dtype: str, shape: tuple[int, ...]) -> str:
     """The kind of an array's numbers and its shape; floats of any width are one kind."""
     return f"{'float' if 'float' in dtype else dtype} {list(shape)}"
+
+
+_DIGESTS = "digests"  # in the record of a checkpoint
 
 
 class Checkpoints:
@@ -142,9 +155,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
         self._folder = folder
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the latest complete checkpoint; None if there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, in their order."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
         """Starts to write a checkpoint and returns before it is complete.
@@ -153,6 +166,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        record = {**record, _DIGESTS: digests.of_tree(state)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -171,7 +185,8 @@ class Checkpoints:
           The state, sharded like `like`, and the record.
 
         Raises:
-          CheckpointError: the files are damaged, or the checkpoint has arrays other than `like`.
+          DamagedCheckpointError: the files cannot be read, or an array is not what was written.
+          CheckpointError: the checkpoint has arrays other than `like`.
         """
         self._refuse_another_state(step, like)
         restore_args = jax.tree.map(
@@ -186,11 +201,43 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"checkpoint {self._folder / str(step)} cannot be read: {error}\n"
-                "Delete that folder to continue from the checkpoint before it."
-            ) from error
-        return restored["state"], restored["record"]
+            raise self._damaged(step, f"cannot be read: {error}") from error
+        state, record = restored["state"], restored["record"]
+        self._refuse_damage(step, state, record.pop(_DIGESTS, {}))
+        return state, record
+
+    def set_aside(self, steps: Collection[int]) -> None:
+        """Moves checkpoints out of the way of those that will be saved; all processes call this.
+
+        They go to the folder `damaged_checkpoints` beside the others.
+        """
+        if steps and jax.process_index() == 0:
+            aside = self._folder.parent / "damaged_checkpoints"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                if (aside / str(step)).exists():
+                    (aside / str(step)).rmtree()
+                (self._folder / str(step)).rename(aside / str(step))
+        sharding.barrier("checkpoints_set_aside")
+        self._manager.reload()
+
+    def _refuse_damage(self, step: int, state: PyTree, expected: dict[str, int]) -> None:
+        saved = describe_tree(self._folder / str(step) / "state")
+        # An array that is restored in another dtype has other bits.
+        same = {n for n, leaf in digests.by_path(state).items() if str(leaf.dtype) == saved[n][1]}
+        found = digests.of_tree(state)
+        damaged = digests.damaged({name: found[name] for name in sorted(same)}, expected)
+        if damaged:
+            shown = ", ".join(damaged[:3] + ["..."] * (len(damaged) > 3))
+            raise self._damaged(
+                step, f"is damaged: {len(damaged)} arrays are not what was written ({shown})"
+            )
+
+    def _damaged(self, step: int, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"checkpoint {self._folder / str(step)} {what}\n"
+            "Add --fall_back to continue from the newest whole checkpoint, or delete that folder."
+        )
 
     def _refuse_another_state(self, step: int, like: PyTree) -> None:
         path = self._folder / str(step)
@@ -201,7 +248,8 @@ class Checkpoints:
         # Orbax casts to the expected dtype without a word, from floats to integers too.
         saved = {name: _kind(dtype, shape) for name, (shape, dtype) in described.items()}
         expected = {
-            name: _kind(str(leaf.dtype), tuple(leaf.shape)) for name, leaf in _by_path(like).items()
+            name: _kind(str(leaf.dtype), tuple(leaf.shape))
+            for name, leaf in digests.by_path(like).items()
         }
         differing = differences(saved, expected)
         if differing:

@@ -36,6 +36,10 @@ class CheckpointError(UserError):
     """A workdir that cannot be resumed: it has another config, or a step cannot be read."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read, or whose arrays are not those that were written."""
+
+
 def check_positive(name: str, value: int) -> None:
     """Refuses a setting below 1.
 

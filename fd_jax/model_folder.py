@@ -2,10 +2,13 @@
 
 `params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`.
 `model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
+`digests.json` holds the digests of both, by which damage is noticed when they are read; folders of
+earlier versions have none.
 """
 
 from collections.abc import Iterator
 import contextlib
+import json
 from typing import Any
 
 from etils import epath
@@ -13,12 +16,13 @@ from flax import nnx
 import jax
 import numpy as np
 
-from fd_jax import checkpoint, sharding
+from fd_jax import checkpoint, digests, sharding
 from fd_jax.errors import DataError, ModelFolderError
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
+DIGESTS = "digests.json"
 PARTS = ("encoder", "projector", "head", "fc_norm")
 
 
@@ -51,9 +55,9 @@ def save(
         staging.mkdir()
     sharding.barrier("model_folder_staged")
     try:
-        checkpoint.save_tree(staging / "params", params)
+        arrays = checkpoint.save_tree(staging / "params", params)
         if is_writer:
-            (staging / "model.json").write_text(spec.to_json())
+            _describe(staging, spec, arrays)
             _replace(folder, staging)
     except BaseException:
         # Remove the incomplete folder after an interrupt or a full disk. If writes in progress
@@ -63,6 +67,13 @@ def save(
                 staging.rmtree()
         raise
     sharding.barrier("model_folder_done")
+
+
+def _describe(folder: epath.Path, spec: ModelSpec, arrays: dict[str, int]) -> None:
+    description = spec.to_json()
+    found = {"description": digests.of_text(description), "arrays": arrays}
+    (folder / DIGESTS).write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "model.json").write_text(description)
 
 
 def _replace(folder: epath.Path, staging: epath.Path) -> None:
@@ -126,7 +137,14 @@ def load_spec(folder: epath.PathLike) -> ModelSpec:
             f"{folder} holds no model.json: it is not a model folder, or it is incomplete because "
             "writing it was interrupted"
         )
-    return ModelSpec.from_json(description.read_text(), where=str(description))
+    text = _text(description)
+    expected = _digests(folder).get("description")
+    if expected not in (None, digests.of_text(text)):
+        raise ModelFolderError(
+            f"{description} is not what was written: it is damaged, or somebody has edited it. If "
+            f"the change is meant, delete {folder / DIGESTS}, which also ends the check of weights"
+        )
+    return ModelSpec.from_json(text, where=str(description))
 
 
 def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
@@ -144,7 +162,35 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
     with _readable(folder):
         params = checkpoint.load_tree(folder / "params")
     _check_against_spec(folder, spec, params)
+    damaged = digests.damaged(digests.of_own(params), _digests(folder).get("arrays", {}))
+    if damaged:
+        shown = ", ".join(damaged[:3] + ["..."] * (len(damaged) > 3))
+        raise ModelFolderError(
+            f"the weights in {folder} are damaged: {len(damaged)} arrays are not what was written "
+            f"({shown}). Convert, copy or train the model again"
+        )
     return spec, params
+
+
+def _digests(folder: epath.Path) -> dict[str, Any]:
+    """The content of digests.json; {} for folders of earlier versions, which have none."""
+    path = folder / DIGESTS
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(_text(path))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("arrays"), dict):
+        raise ModelFolderError(
+            f"{path} is damaged; delete it to read the model without a check of its weights"
+        )
+    return found
+
+
+def _text(path: epath.Path) -> str:
+    """The text of a small file; bytes that are no text become signs that no JSON has."""
+    return path.read_bytes().decode(errors="replace")
 
 
 def describe(

@@ -140,6 +140,8 @@ def test_missing_or_empty_folder_is_refused(tmp_path):
 
 
 def edit(folder, **fields):
+    """Changes the description, as in a folder that somebody wrote by hand."""
+    (folder / model_folder.DIGESTS).unlink()
     path = folder / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -162,6 +164,7 @@ def test_description_that_does_not_match_the_weights_is_refused(folder, fields, 
 
 
 def test_description_that_is_not_json_is_refused(folder):
+    (folder / model_folder.DIGESTS).unlink()
     (folder / "model.json").write_text("{")
     with pytest.raises(ModelFolderError, match="is not a model description"):
         model_folder.load(folder)

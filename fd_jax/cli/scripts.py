@@ -17,6 +17,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs:
 _ACCEPT = flags.DEFINE_bool(
     "accept_config", False, "Continue in a workdir that was started with another config."
 )
+_FALL_BACK = flags.DEFINE_bool(
+    "fall_back", False, "Resume from the newest whole checkpoint if the latest is damaged."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Start jax.distributed, which detects Cloud TPU pods and Slurm."
 )
@@ -63,7 +66,13 @@ def train(make_task: Callable[[Config], Task]) -> Action:
     """Returns the action that trains the task which `make_task` builds from the config."""
 
     def action(config: Config, workdir: str) -> int:
-        result = loop.fit(make_task(config), config, workdir, accept_config=_ACCEPT.value)
+        result = loop.fit(
+            make_task(config),
+            config,
+            workdir,
+            accept_config=_ACCEPT.value,
+            fall_back=_FALL_BACK.value,
+        )
         if result.preempted:
             say(f"stopped by SIGTERM at step {result.step}; the same command resumes from there")
             return loop.PREEMPTED

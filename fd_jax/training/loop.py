@@ -20,6 +20,7 @@ from fd_jax.cost.utilization import Utilization
 from fd_jax.data.feed import Feed
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
+from fd_jax.errors import CheckpointError, DamagedCheckpointError
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
 from fd_jax.training import lock as locks
@@ -56,6 +57,7 @@ def fit(
     workdir: epath.PathLike,
     *,
     accept_config: bool = False,
+    fall_back: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
 
@@ -69,6 +71,7 @@ def fit(
       config: config of the run; configs/base.py describes its fields.
       workdir: folder that receives config.json, checkpoints/, metrics.jsonl, tensorboard/, model/.
       accept_config: whether to continue if the config differs from the one in `workdir`.
+      fall_back: whether to continue from an earlier checkpoint if the latest is damaged.
 
     Raises:
       UserError: the config, the data, the workdir or a model folder is invalid.
@@ -109,7 +112,9 @@ def fit(
             keep_every=config.checkpoint.keep_every or None,
         )
         resources.callback(checkpoints.close)
-        state, start, record = initial_state(task, program, checkpoints, config.seed, initial)
+        state, start, record = initial_state(
+            task, program, checkpoints, config.seed, initial, fall_back=fall_back
+        )
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
@@ -151,19 +156,41 @@ def initial_state(
     checkpoints: Checkpoints,
     seed: int,
     initial: PyTree | None = None,
+    *,
+    fall_back: bool = False,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """Returns the state that a run starts from, its step and the record of its checkpoint.
 
     The docstring of `fit` lists where the state comes from. `initial` is the result of
     `task.load_initial`, which is called if it is None and needed.
     """
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        tree, record = checkpoints.restore(latest, program.state.to_dict())
-        logging.info("resuming at step %d", latest)
-        return TrainState.from_dict(tree), latest, record
+    if checkpoints.steps():
+        return _newest(program, checkpoints, fall_back=fall_back)
     initial = task.load_initial() if initial is None else initial
     return program.create(jax.random.key(seed), initial), 0, {}
+
+
+def _newest(
+    program: Program, checkpoints: Checkpoints, *, fall_back: bool
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The newest checkpoint; with `fall_back` the newest whole one, and damaged ones set aside."""
+    damaged = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            tree, record = checkpoints.restore(step, program.state.to_dict())
+        except DamagedCheckpointError as error:
+            if not fall_back:
+                raise
+            say(f"note: {str(error).splitlines()[0]}; falling back")
+            damaged.append(step)
+            continue
+        checkpoints.set_aside(damaged)
+        logging.info("resuming at step %d", step)
+        return TrainState.from_dict(tree), step, record
+    raise CheckpointError(
+        f"none of the checkpoints of steps {sorted(damaged)} is whole; use another workdir to "
+        "start from the beginning"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -180,8 +180,36 @@ def test_damaged_checkpoint_is_named(config, finished, tmp_path):
     for file in (tmp_path / "checkpoints" / str(STEPS) / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS}.*\n?.*Delete that folder"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS}.*(\n.*)*--fall_back"):
         fit(config, tmp_path)
+
+
+def test_a_run_falls_back_to_the_newest_whole_checkpoint_bit_for_bit(config, finished, tmp_path):
+    """The damaged one stays on the disk, out of the way of the one that replaces it."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert len(steps) > 1 and steps[-1] == STEPS
+    for path in (tmp_path / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=f"checkpoints/{STEPS}"):
+        fit(config, tmp_path)
+    assert fit(config, tmp_path, fall_back=True).step == STEPS
+    assert losses(tmp_path) == losses(finished[0])
+    assert (tmp_path / "damaged_checkpoints" / str(STEPS)).is_dir()
+    assert fit(config, tmp_path).step == STEPS
+    ours, theirs = (fd_jax.load_model(p / "model").params for p in (tmp_path, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_without_a_whole_checkpoint_falling_back_says_so(config, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(path / "state")
+    with pytest.raises(CheckpointError, match="none of the checkpoints of steps .* is whole"):
+        fit(config, tmp_path, fall_back=True)
+    assert list((tmp_path / "checkpoints").iterdir())
 
 
 def test_checkpoint_of_another_state_is_reported_as_such_and_not_as_damaged(
