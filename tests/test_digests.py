@@ -54,6 +54,18 @@ def test_it_does_not_depend_on_devices():
     assert set(digests.of_own(host)) == {"a", "b/c"}
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=str)
+def test_arrays_that_are_not_finite_are_named(value, dtype):
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    large = np.full((8, 16), 1e38, dtype)  # finite, but not its sum in its own dtype
+    bad = large.copy()
+    bad[5, 3] = value
+    placed = jax.device_put(bad, jax.NamedSharding(mesh, jax.P("fsdp", None)))
+    tree = {"a": large, "b": {"c": placed, "d": bad}, "count": np.int32(3), "empty": large[:0]}
+    assert digests.not_finite(tree) == ["b/c", "b/d"]
+
+
 def flip(file, rng):
     """Flips one bit of a file; returns what undoes it."""
     content = bytearray(file.read_bytes())

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import model_folder, settings, sharding
+from fd_jax import digests, model_folder, settings, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
@@ -319,12 +319,14 @@ class Run:
 
     def _save(self, step: int, state: TrainState) -> None:
         self._check_lock()
+        saved = state.to_dict()
+        self._refuse_nonfinite(saved)
         record = {
             "data": self.loader.state(step),
             "config": self.config.to_dict(),
             **self.progress.record(),
         }
-        self.checkpoints.save(step, state.to_dict(), record)
+        self.checkpoints.save(step, saved, record)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Runs the evaluators of the task on the held-out split; returns their figures by name."""
@@ -354,6 +356,20 @@ class Run:
             return self._evaluate(self.start, state)
         return recorded
 
+    def _refuse_nonfinite(self, arrays: PyTree) -> None:
+        """Nothing that holds NaNs is written: neither checkpoints nor models."""
+        if wrong := digests.not_finite(arrays):
+            shown = ", ".join(wrong[:3] + ["..."] * (len(wrong) > 3))
+            kept = self.checkpoints.steps()
+            last = (
+                f"the last checkpoint, of step {kept[-1]}, is finite" if kept else "none is saved"
+            )
+            raise NonFiniteError(
+                f"{len(wrong)} arrays of the training state hold NaNs or infinities ({shown}), "
+                f"although loss and gradients were finite; nothing of it is saved, and {last}. "
+                "Lower optim.peak_lr, raise optim.eps, or set dtype=float32"
+            )
+
     def _check_lock(self) -> None:
         if self.lock is not None:
             self.lock.check()
@@ -362,6 +378,7 @@ class Run:
         self._check_lock()
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
+        self._refuse_nonfinite(parts)
         model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
 
 

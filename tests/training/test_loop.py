@@ -234,6 +234,30 @@ def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_p
         fit(config, tmp_path)
 
 
+def test_a_state_that_is_not_finite_is_neither_saved_nor_exported(config, tmp_path, monkeypatch):
+    """Loss and gradients are finite, but the optimizer's moments overflow."""
+    config.checkpoint.every = 1
+    real = loop.TrainState.to_dict
+
+    def overflown(state):
+        tree = real(state)
+        if int(state.step) < 3:
+            return tree
+        return {
+            **tree,
+            "opt_state": jax.tree.map(lambda x: x * np.float32(np.inf), tree["opt_state"]),
+        }
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainState, "to_dict", overflown)
+        with pytest.raises(
+            loop.NonFiniteError, match=r"opt_state/.*the last checkpoint, of step 2, is"
+        ):
+            fit(config, tmp_path)
+    assert not (tmp_path / "model").exists()
+    assert fit(config, tmp_path).step == STEPS  # from step 2
+
+
 def test_missing_teacher_is_named_before_any_work(config, tmp_path):
     config.teacher.path = str(tmp_path / "nowhere")
     with pytest.raises(ModelFolderError, match="no model folder at .*nowhere.*import"):
