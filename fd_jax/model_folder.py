@@ -1,6 +1,7 @@
 """Model folders: the format in which weights are stored and passed between commands.
 
-`params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`.
+`params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`, or
+`segmenter` and the running statistics of its BatchNorms, `segmenter_statistics`.
 `model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
 """
 
@@ -19,7 +20,7 @@ from fd_jax.models.features import FeatureMap
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
-PARTS = ("encoder", "projector", "head", "fc_norm")
+PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics")
 
 
 def save(
@@ -245,8 +246,9 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
 
 
 def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
-    expected = flat_shapes(spec.abstract()[1])
-    stored = flat_shapes(params.get("encoder", {}))
+    described = _described(spec)
+    expected = flat_shapes(described)
+    stored = flat_shapes({name: params[name] for name in described if name in params})
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -258,6 +260,14 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, A
     ]
     listing = "\n  ".join(problems)
     raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
+
+
+def _described(spec: ModelSpec) -> dict[str, Any]:
+    """The parts whose shapes follow from the spec: by name, nested dicts of shapes."""
+    parts = {"encoder": spec.abstract()[1]}
+    if spec.segmenter is not None:
+        _, parts["segmenter"], parts["segmenter_statistics"] = spec.abstract_segmenter()
+    return parts
 
 
 def flat_shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:

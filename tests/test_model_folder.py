@@ -1,5 +1,6 @@
 """Model folders: exact round trips, atomic writes, and clear errors."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -150,8 +151,8 @@ def edit(folder, **fields):
         ({"format_version": 99}, "format version 99"),
         ({"colour": "red"}, "unknown fields \\['colour'\\]"),
         ({"family": "resnet"}, "family 'resnet'"),
-        ({"arch": {**tiny.TEACHER, "depth": 3}}, "missing blocks/2/"),
-        ({"arch": {**tiny.TEACHER, "depth": 1}}, "unexpected blocks/1/"),
+        ({"arch": {**tiny.TEACHER, "depth": 3}}, "missing encoder/blocks/2/"),
+        ({"arch": {**tiny.TEACHER, "depth": 1}}, "unexpected encoder/blocks/1/"),
         ({"arch": {**tiny.TEACHER, "mlp_width": 64}}, r"has shape \(48, 96\), expected \(48, 64\)"),
     ],
 )
@@ -159,6 +160,72 @@ def test_description_that_does_not_match_the_weights_is_refused(folder, fields, 
     edit(folder, **fields)
     with pytest.raises(ModelFolderError, match=message):
         model_folder.load(folder)
+
+
+SEGMENTER = {
+    "classes": 3,
+    "neck": "none",
+    "decoder": "linear",
+    "channels": 8,
+    "auxiliary_channels": 0,
+    "dropout": 0.1,
+    "blocks": [1],
+}
+
+
+@pytest.fixture
+def segmenter_folder(tmp_path, parts):
+    spec = dataclasses.replace(tiny.teacher_spec(), segmenter=SEGMENTER)
+    module = spec.build_segmenter(rngs=nnx.Rngs(0))
+    parts["segmenter"] = tiny.randomize(split(module)[1], 4)
+    parts["segmenter_statistics"] = tiny.randomize(module.fresh_statistics(), 5)
+    model_folder.save(tmp_path / "segmenter", spec, parts)
+    return tmp_path / "segmenter"
+
+
+def test_a_segmenter_comes_back_with_its_statistics(segmenter_folder, parts):
+    spec, loaded = model_folder.load(segmenter_folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded, parts)
+    definition, shapes, statistics = spec.abstract_segmenter()
+    for part, expected in (("segmenter", shapes), ("segmenter_statistics", statistics)):
+        assert jax.tree.map(np.shape, loaded[part]) == jax.tree.map(np.shape, expected)
+    encoder = nnx.merge(spec.abstract()[0], loaded["encoder"])
+    images = spec.normalize(tiny.batch(2)["image"])
+    maps = encoder.intermediates(images, spec.segmenter["blocks"])
+    segment = nnx.merge(definition, loaded["segmenter"])
+    assert segment(maps, loaded["segmenter_statistics"]).logits.shape == (2, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"classes": 4}, r"classifier/bias has shape \(3,\), expected \(4,\)"),
+        (
+            {"auxiliary_channels": 8, "blocks": [0, 1, 1]},
+            "missing segmenter/auxiliary/class",
+        ),
+        ({"blocks": [2]}, r"blocks \[2\] are named, but the encoder has 2"),
+        ({"colour": "red"}, "colour"),
+        ({"neck": "giraffe"}, "giraffe"),
+    ],
+    ids=["classes", "auxiliary", "blocks", "unknown", "neck"],
+)
+def test_segmenter_that_does_not_match_the_weights_is_refused(segmenter_folder, changed, message):
+    edit(segmenter_folder, segmenter={**SEGMENTER, **changed})
+    with pytest.raises(ModelFolderError, match=message):
+        model_folder.load(segmenter_folder)
+
+
+def test_folder_without_its_segmenter_is_refused(folder):
+    edit(folder, segmenter=SEGMENTER)
+    with pytest.raises(ModelFolderError, match="missing segmenter/decoder/classifier/kernel"):
+        model_folder.load(folder)
+
+
+def test_description_without_a_segmenter_is_that_of_earlier_versions(folder):
+    text = (folder / "model.json").read_text()
+    assert "segmenter" not in text
+    assert model_folder.load_spec(folder).to_json() == text
 
 
 def test_description_that_is_not_json_is_refused(folder):

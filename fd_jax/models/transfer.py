@@ -47,7 +47,8 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
         )
     if "final_norm" in arch:
         arch["final_norm"] = changes.final_norm
-    return dataclasses.replace(spec, arch=family.untied(arch) if changes.untie else arch)
+    arch = family.untied(arch) if changes.untie else arch
+    return dataclasses.replace(spec, arch=arch, segmenter=None)
 
 
 def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, list[str]]:

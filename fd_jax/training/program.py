@@ -17,7 +17,7 @@ from fd_jax import sharding
 from fd_jax.data.elements import Element, Elements, of_config
 from fd_jax.models import kernels
 from fd_jax.optimizer import Schedule
-from fd_jax.tasks.base import Task
+from fd_jax.tasks.base import Predicts, Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
 
@@ -37,6 +37,8 @@ class Program:
       train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
       features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
+      predict: jitted (params, extra, frozen, batch) -> what a task that `Predicts` makes of the
+        images, split over the batch; None for other tasks.
     """
 
     mesh: Mesh
@@ -49,6 +51,7 @@ class Program:
     train_step: Any
     eval_step: Any
     features: Any
+    predict: Any
 
     def place_frozen(self, host: PyTree) -> PyTree:
         """Puts the frozen weights onto the mesh, sharded by the same rules as the student's."""
@@ -125,6 +128,7 @@ def build(
 
         return traced
 
+    split = sharding.batch_sharding(mesh)
     step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
     return Program(
         mesh=mesh,
@@ -136,7 +140,10 @@ def build(
         create=create,
         train_step=jax.jit(on_mesh(step), donate_argnums=0, out_shardings=(state_shardings, whole)),
         eval_step=jax.jit(on_mesh(task.evaluate), out_shardings=whole),
-        features=jax.jit(on_mesh(task.features), out_shardings=sharding.batch_sharding(mesh)),
+        features=jax.jit(on_mesh(task.features), out_shardings=split),
+        predict=jax.jit(on_mesh(task.predict), out_shardings=split)
+        if isinstance(task, Predicts)
+        else None,
     )
 
 

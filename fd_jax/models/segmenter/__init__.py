@@ -4,6 +4,12 @@
 turns levels into logits; `convolution.py`, `normalization.py` and `resampling.py` have their parts.
 """
 
-from fd_jax.models.segmenter.network import Levels, Segmentation, Segmenter, levels
+from fd_jax.models.segmenter.network import (
+    Levels,
+    Segmentation,
+    Segmenter,
+    levels,
+    widths_of,
+)
 
-__all__ = ["Levels", "Segmentation", "Segmenter", "levels"]
+__all__ = ["Levels", "Segmentation", "Segmenter", "levels", "widths_of"]
