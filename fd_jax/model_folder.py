@@ -322,9 +322,9 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
 
 
 def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
-    described = _described(spec)
-    expected = flat_shapes(described)
-    stored = flat_shapes({name: params[name] for name in described if name in params})
+    parts = described(spec)
+    expected = flat_shapes(parts)
+    stored = flat_shapes({name: params[name] for name in parts if name in params})
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -338,7 +338,7 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, A
     raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
 
 
-def _described(spec: ModelSpec) -> dict[str, Any]:
+def described(spec: ModelSpec) -> dict[str, Any]:
     """The parts whose shapes follow from the spec: by name, nested dicts of shapes."""
     parts = {"encoder": spec.abstract()[1]}
     if spec.segmenter is not None:

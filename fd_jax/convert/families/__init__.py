@@ -9,6 +9,7 @@ from collections.abc import Set
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.families import (
     beit,
+    beit_segmentation,
     clip,
     dinov2,
     dinov3,
@@ -18,6 +19,7 @@ from fd_jax.convert.families import (
     swin,
     swin_v2,
     timm_vit,
+    upernet_swin,
 )
 from fd_jax.convert.family import Family, Format
 from fd_jax.convert.layout import AnyLayout, Fit, best
@@ -35,6 +37,8 @@ FAMILIES: tuple[Family, ...] = (
     swin.FAMILY,
     swin_v2.FAMILY,
     official_fd.FAMILY,
+    beit_segmentation.FAMILY,
+    upernet_swin.FAMILY,
     own.FAMILY,
 )
 

@@ -26,7 +26,7 @@ from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 
-def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
+def index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """Row of the bias table for every query and key. [N, N]"""
     del place
     grid = patch_grid(arch["image_size"], arch["patch_size"])
@@ -56,7 +56,7 @@ SHARED = _TRUNK + Table(
         *norm("norm", "encoder/norm"),
     ),
     (),
-    (Derived("rel_pos_bias.relative_position_index", _index),),
+    (Derived("rel_pos_bias.relative_position_index", index),),
 )
 PER_BLOCK = _TRUNK + Table(
     (
@@ -65,7 +65,7 @@ PER_BLOCK = _TRUNK + Table(
         *linear("head", "head"),
     ),
     (),
-    (Derived("blocks.{i}.attn.relative_position_index", _index),),
+    (Derived("blocks.{i}.attn.relative_position_index", index),),
 )
 _TIMM = Table(
     tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed"))))
@@ -73,7 +73,7 @@ _TIMM = Table(
 
 _LAYER = "encoder.layer.{i}"
 _TABLE = "relative_position_bias.relative_position_bias_table"
-_HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
+HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
     (
         Rule(f"{_LAYER}.lambda_1", f"{BLOCK}/gamma_1"),
         Rule(f"{_LAYER}.lambda_2", f"{BLOCK}/gamma_2"),
@@ -145,11 +145,11 @@ _NEEDS = (BIASES_QV, NOT_ROTARY)
 _HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
 LAYOUTS = (
     Timm("Beit", "vit", _TIMM, _NEEDS),
-    HuggingFace("BeitModel", "vit", _HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
+    HuggingFace("BeitModel", "vit", HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
     HuggingFace(
         "BeitForImageClassification",
         "vit",
-        prefixed(_HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
+        prefixed(HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
         (*_HF_NEEDS, HAS_HEAD),
         model_type="beit",
         fields=_fields,
