@@ -3,38 +3,18 @@
 from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from fd_jax.data.base import IGNORED, Picture
 from fd_jax.data.global_batch import Placement
 from fd_jax.errors import ConfigError, DataError, check_choice
 from fd_jax.evaluation.evaluators import Compiled, Weights
 from fd_jax.models.segmenter import sliding
 from fd_jax.typing import PyTree
-
-IGNORED = 255  # in the masks of pictures: a pixel that does not count
-
-
-class Picture(Protocol):
-    """A held-out picture at its own size, and its labels."""
-
-    @property
-    def name(self) -> str:
-        """Its name, for messages."""
-        ...
-
-    @property
-    def image(self) -> np.ndarray:
-        """RGB pixels, uint8 [h, w, 3]."""
-        ...
-
-    @property
-    def mask(self) -> np.ndarray:
-        """A class or IGNORED for every pixel, uint8 [H, W]."""
-        ...
 
 
 def confusion(mask: np.ndarray, predicted: np.ndarray, *, classes: int) -> np.ndarray:
