@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import sharding
-from fd_jax.data.elements import Element, Elements, of_config
+from fd_jax.data.elements import Element, Elements
 from fd_jax.models import kernels
 from fd_jax.optimizer import Schedule
+from fd_jax.tasks import registry
 from fd_jax.tasks.base import Predicts, Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
@@ -85,13 +86,13 @@ def build(
       mesh: device mesh.
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of updates.
-      elements: specification of the batches; derived from `config.data` if None.
+      elements: specification of the batches; derived from the config if None.
 
     Raises:
       ConfigError: the batch does not split over the mesh.
     """
     if elements is None:
-        elements = of_config(config.data)
+        elements = registry.kind_of(config).elements(config)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     whole = sharding.replicated(mesh)
     params, extra = jax.eval_shape(task.init, jax.random.key(0))

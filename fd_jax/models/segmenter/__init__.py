@@ -5,6 +5,7 @@ turns levels into logits; `convolution.py`, `normalization.py` and `resampling.p
 """
 
 from fd_jax.models.segmenter.network import (
+    Decoder,
     Levels,
     Segmentation,
     Segmenter,
@@ -12,4 +13,4 @@ from fd_jax.models.segmenter.network import (
     widths_of,
 )
 
-__all__ = ["Levels", "Segmentation", "Segmenter", "levels", "widths_of"]
+__all__ = ["Decoder", "Levels", "Segmentation", "Segmenter", "levels", "widths_of"]
