@@ -12,9 +12,9 @@ import numpy as np
 from fd_jax.data.base import IGNORED, Picture
 from fd_jax.data.global_batch import Placement
 from fd_jax.errors import ConfigError, DataError, check_choice
-from fd_jax.evaluation.evaluators import Compiled, Weights
+from fd_jax.evaluation.evaluators import Averaged, Compiled, Evaluator, Weights
 from fd_jax.models.segmenter import sliding
-from fd_jax.typing import PyTree
+from fd_jax.typing import Config, PyTree
 
 
 def confusion(mask: np.ndarray, predicted: np.ndarray, *, classes: int) -> np.ndarray:
@@ -169,6 +169,26 @@ class Segmented:
         ends = np.cumsum([len(view.windows) for view in work.views])
         logits = np.split(np.stack(work.logits), ends[:-1])
         return self._sliding.labels(work.views, logits, work.picture.mask.shape)
+
+
+def from_config(config: Config) -> list[Evaluator]:
+    """The evaluators of a segmentation run, repeated on the average if there is one.
+
+    Raises:
+      ConfigError: as in `Segmented`.
+    """
+    evaluator = Segmented(
+        config.batch_size,
+        config.segment.classes,
+        window=config.data.image_size,
+        scale=tuple(config.data.scale),
+        mode=config.eval.mode,
+        stride=config.eval.stride,
+        scales=tuple(config.eval.scales),
+        flip=config.eval.flip,
+        limit=config.eval.batches,
+    )
+    return [evaluator, Averaged(evaluator)] if config.ema_decay else [evaluator]
 
 
 @dataclasses.dataclass(frozen=True)

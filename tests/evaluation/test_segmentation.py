@@ -16,9 +16,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fd_jax import sharding
+from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.errors import ConfigError, DataError
-from fd_jax.evaluation import segmentation
+from fd_jax.evaluation import evaluators, segmentation
 from fd_jax.models.segmenter import sliding
+from fd_jax.tasks.segment import SegmentTask
+from fd_jax.training import program
+from tests import tiny
 from tests.evaluation import segments
 from tests.evaluation.segments import CLASSES, SCALE, SIDE
 
@@ -226,6 +231,42 @@ def test_nothing_is_compiled_for_the_size_of_a_picture(made):
         jax.monitoring.unregister_event_duration_listener(listener)
     assert run.predict._cache_size() == 1
     assert set(result) == {"miou", "macc", "aacc"}
+
+
+@pytest.mark.slow
+def test_a_task_measures_the_pictures_of_a_folder(tmp_path):
+    pictures = segments.held_out().items
+    for split, items in (("training", pictures[:2]), ("validation", pictures)):
+        for index, picture in enumerate(items):
+            for kind, pixels in (("images", picture.image), ("annotations", picture.mask)):
+                folder = tmp_path / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{split}_{index}.png")
+    arch = {**tiny.TEACHER, "depth": 3}
+    config = tiny.segmentation(
+        **{
+            "segment.family": "vit",
+            "segment.arch": arch,
+            "data.root": str(tmp_path),
+            "data.reduce_zero_label": False,
+            "ema_decay": 0.5,
+        }
+    )
+    task = SegmentTask(config)
+    feed = SegmentationFeed(**config.data, fill=task.fill, classes=CLASSES)
+    mesh = sharding.make_mesh(devices=jax.devices()[:2], fsdp=2)
+    run = program.build(
+        task, config, mesh, steps_per_epoch=1, total_steps=4, elements=feed.elements
+    )
+    state = run.create(jax.random.key(0), {})
+    mine, averaged = segmentation.from_config(config)
+    weights = evaluators.Weights(state.params, state.extra, {}, state.params)
+    matrix = mine.confusion_matrix(run, weights, feed)
+    same = mine.confusion_matrix(run, weights, segments.Pictures(pictures))
+    np.testing.assert_array_equal(matrix, same)
+    assert matrix.sum() == sum((p.mask != 255).sum() for p in pictures)
+    result = mine(run, weights, feed)
+    assert averaged(run, weights, feed) == {f"ema_{k}": v for k, v in result.items()}
 
 
 def test_limit_counts_pictures_of_whole_batches(made):
