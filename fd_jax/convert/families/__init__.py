@@ -13,6 +13,7 @@ from fd_jax.convert.families import (
     clip,
     dinov2,
     dinov3,
+    mmseg,
     official_fd,
     own,
     siglip2,
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     official_fd.FAMILY,
     beit_segmentation.FAMILY,
     upernet_swin.FAMILY,
+    mmseg.FAMILY,
     own.FAMILY,
 )
 

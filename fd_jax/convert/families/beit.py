@@ -67,8 +67,10 @@ PER_BLOCK = _TRUNK + Table(
     (),
     (Derived("blocks.{i}.attn.relative_position_index", index),),
 )
-_TIMM = Table(
-    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed"))))
+TIMM = Table(
+    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed")))),
+    (),
+    (*SHARED.derived, *PER_BLOCK.derived),
 )
 
 _LAYER = "encoder.layer.{i}"
@@ -144,7 +146,7 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
 _NEEDS = (BIASES_QV, NOT_ROTARY)
 _HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
 LAYOUTS = (
-    Timm("Beit", "vit", _TIMM, _NEEDS),
+    Timm("Beit", "vit", TIMM, _NEEDS),
     HuggingFace("BeitModel", "vit", HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
     HuggingFace(
         "BeitForImageClassification",

@@ -19,14 +19,12 @@ from fd_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 NAME = "upernet_swin_hf"
 CLASS = "UperNetForSemanticSegmentation"
-STAGES = 4
-PUBLISHED_SIZE = 512
 
 _WHY = "the final norm, which no map passes"
 _BACKBONE = Table(
     tuple(
         rule
-        for stage in range(STAGES)
+        for stage in range(segmenter.STAGES)
         for rule in norm(f"hidden_states_norms.stage{stage + 1}", f"segmenter/neck/norms/{stage}")
     ),
     (Drop("layernorm.*", _WHY), Drop("swin.layernorm.*", _WHY)),
@@ -59,7 +57,7 @@ def _source(config: Mapping[str, Any], container: Container) -> Source:
         std=std,
         segmenter={
             "neck": "stage_norms",
-            "blocks": [sum(depths[: stage + 1]) - 1 for stage in range(STAGES)],
+            "blocks": [sum(depths[: stage + 1]) - 1 for stage in range(segmenter.STAGES)],
             **huggingface.upernet_fields(config, container),
         },
     )
@@ -80,15 +78,14 @@ def _check(backbone: Mapping[str, Any]) -> None:
         "qkv_bias": True,
         # Its norms of patches and mergings have this epsilon, whatever the config says.
         "layer_norm_eps": 1e-5,
-        "out_features": [f"stage{stage + 1}" for stage in range(STAGES)],
+        "out_features": [f"stage{stage + 1}" for stage in range(segmenter.STAGES)],
     }
     huggingface.expect({name: backbone.get(name) for name in expected}, expected)
 
 
 def _arch(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    unit = backbone["patch_size"] * backbone["window_size"] << STAGES - 1
     return {
-        "image_size": max(round(PUBLISHED_SIZE / unit), 1) * unit,
+        "image_size": segmenter.windowed_size(backbone["patch_size"], backbone["window_size"]),
         "patch_size": backbone["patch_size"],
         "embed_width": backbone["embed_dim"],
         "depths": list(backbone["depths"]),

@@ -8,7 +8,9 @@ from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, target_paths
 from fd_jax.convert.rules.transforms import CONV, DECONV
 
 BINS = (1, 2, 3, 6)
-LATERALS = 3
+STAGES = 4
+LATERALS = STAGES - 1
+PUBLISHED_SIZE = 512  # pixels that networks for ADE20K are trained and tested with
 
 _COUNTERS = Table((), (Drop("*.num_batches_tracked", "how many batches a norm has seen"),))
 
@@ -63,6 +65,12 @@ def narrowed(table: Table, paths: Set[str], arch: Arch) -> Table:
     own = {path for path in paths if path.startswith(NEEDED)}
     rules = tuple(rule for rule in table.rules if target_paths(Table((rule,)), arch) <= own)
     return Table(rules, table.drops, table.derived)
+
+
+def windowed_size(patch_size: int, window: int) -> int:
+    """The side in pixels nearest to PUBLISHED_SIZE at which windows divide a Swin's grids."""
+    unit = patch_size * window << STAGES - 1
+    return max(round(PUBLISHED_SIZE / unit), 1) * unit
 
 
 def _conv_norm(name: str, path: str, norm: str) -> tuple[Rule, ...]:

@@ -1,10 +1,13 @@
 """Published segmenters: a folder of transformers' whole model gives its logits."""
 
+import collections
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -12,6 +15,7 @@ from fd_jax import model_folder
 from fd_jax.convert import importing
 from fd_jax.convert.cli import main
 from fd_jax.errors import ConversionError
+from fd_jax.models import spec as specs
 
 CLASSES = 5
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
@@ -179,3 +183,105 @@ def test_a_folder_without_config_is_told_what_is_expected(tmp_path):
     (tmp_path / "hub" / "config.json").unlink()
     with pytest.raises(ConversionError, match="config.json is missing or does not name"):
         importing.read("beit_segmentation_hf", tmp_path / "hub" / "model.safetensors")
+
+
+RENAMES = {
+    "beit.embeddings.patch_embeddings.projection": "backbone.patch_embed.proj",
+    "beit.embeddings.cls_token": "backbone.cls_token",
+    "backbone.embeddings.patch_embeddings.projection": "backbone.patch_embed.proj",
+    "backbone.embeddings.norm": "backbone.patch_embed.norm",
+    "beit.encoder.relative_position_bias.": "backbone.rel_pos_bias.",
+    "beit.encoder.layer": "backbone.blocks",
+    "backbone.encoder.layers": "backbone.layers",
+    "lambda_": "gamma_",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "attention.output.dense": "attn.proj",
+    "output.dense": "mlp.fc2",
+    "attention.attention.relative_position_bias.": "attn.",
+    "attention.self.relative": "attn.relative",
+    "attention.attention.query.bias": "attn.q_bias",
+    "attention.attention.value.bias": "attn.v_bias",
+    "fpn1.": "backbone.fpn1.",
+    "fpn2.": "backbone.fpn2.",
+    "batch_norm": "bn",
+    "classifier": "conv_seg",
+}
+
+
+def mmseg_file(hub, path):
+    """The tensors of a folder of transformers in a checkpoint with mmsegmentation's names."""
+    tensors = safetensors.torch.load_file(hub / "model.safetensors")
+    state = collections.OrderedDict()
+    for name, tensor in tensors.items():
+        if found := re.match(r"backbone.hidden_states_norms.stage(\d)(.*)", name):
+            state[f"backbone.norm{int(found[1]) - 1}{found[2]}"] = tensor
+            continue
+        if "query.weight" in name or ("query.bias" in name and ".self." in name):
+            parts = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
+            name, tensor = (
+                re.sub("attention.(self|attention).query", "attn.qkv", name),
+                torch.cat(parts),
+            )
+        elif re.search("(key|value).weight|self.(key|value)", name) or "swin.layernorm" in name:
+            continue
+        for theirs_, ours_ in RENAMES.items():
+            name = name.replace(theirs_, ours_)
+        state[name] = tensor
+    meta = {"CLASSES": ("wall", "sky"), "PALETTE": [[1, 2, 3]], "iter": 160000, "config": "text"}
+    torch.save({"meta": meta, "state_dict": state, "optimizer": {"state": {}}}, path)
+    return state
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per block", "shared"])
+def test_beit_of_mmsegmentation_reads_the_blocks_of_its_config(tmp_path, shared):
+    kind = {"use_relative_position_bias": not shared, "use_shared_relative_position_bias": shared}
+    model = saved(beit(**kind, layer_norm_eps=1e-6), tmp_path / "hub")
+    state = mmseg_file(tmp_path / "hub", tmp_path / "upernet_beit_base.pth")
+    assert ("backbone.blocks.3.attn.relative_position_bias_table" in state) != shared
+    arguments = [f"--input={tmp_path / 'upernet_beit_base.pth'}", f"--output={tmp_path / 'model'}"]
+    assert main(["import", "--source=auto", *arguments]) == 0
+    spec = model_folder.load_spec(tmp_path / "model")
+    assert spec.source == "mmseg" and spec.segmenter["blocks"] == [3, 5, 7, 11]
+    images = pictures(64)
+    pixels = torch.from_numpy(np.moveaxis(np.asarray(spec.normalize(images)), -1, 1).copy())
+    with torch.no_grad():
+        states = model.beit(pixels, output_hidden_states=True).hidden_states
+        maps = [states[i + 1][:, 1:].mT.reshape(2, -1, 4, 4) for i in (3, 5, 7, 11)]
+        want = model.decode_head(model.fpn(maps)).numpy()
+    assert difference(ours(tmp_path / "model", images, want.shape[-1]), want) < 1e-4
+
+
+def test_swin_of_mmsegmentation_gives_the_logits_of_transformers(tmp_path):
+    model = saved(upernet(), tmp_path / "hub")
+    mmseg_file(tmp_path / "hub", tmp_path / "upernet_swin.pth")
+    result = importing.import_file(
+        "mmseg", tmp_path / "upernet_swin.pth", tmp_path / "model", image_size=128
+    )
+    assert result.spec.arch["depths"] == [1, 2, 1, 1] and result.spec.arch["window"] == 4
+    images = pictures(128)
+    want = theirs(model, images, specs.IMAGENET_MEAN, specs.IMAGENET_STD)
+    assert difference(ours(tmp_path / "model", images, 128), want) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"backbone.fpn1.0.weight": None}, "it has another backbone; those that can be read"),
+        ({"decode_head.conv_seg.weight": None}, "no decode_head.conv_seg.weight; expected"),
+        ({"backbone.cls_token": None}, "missing backbone.cls_token"),
+        ({"backbone.fpn3.0.weight": torch.zeros(3)}, "unexpected backbone.fpn3.0.weight"),
+        (
+            {"backbone.blocks.0.attn.relative_position_bias_table": torch.zeros(50, 2)},
+            "a table of 47 offsets belongs to no square",
+        ),
+    ],
+)
+def test_checkpoints_of_other_networks_are_refused(tmp_path, change, message):
+    saved(beit(), tmp_path / "hub")
+    path = tmp_path / "upernet.pth"
+    state = {**mmseg_file(tmp_path / "hub", path), **change}
+    torch.save({"state_dict": {n: t for n, t in state.items() if t is not None}}, path)
+    with pytest.raises(ConversionError, match=message):
+        importing.read("mmseg", path)
