@@ -22,8 +22,9 @@ from fd_jax.models.spec import ModelSpec
 NAME = "mmseg"
 STATE = "state_dict/"
 _CLASSIFIER = "decode_head.conv_seg"
-_BEIT, _SWIN = "backbone.fpn1.0.weight", "backbone.norm0.weight"
-_READS = "BEiT's of unilm (backbone.fpn1) and Microsoft's Swin V1 (backbone.norm0)"
+_BEIT = "backbone.fpn1.0.weight"
+_SWIN = "backbone.layers.0.downsample.reduction.weight"
+_READS = "BEiT's of unilm (backbone.fpn1) and Microsoft's Swin V1 (backbone.layers)"
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fd_jax import model_folder
-from fd_jax.convert import importing
+from fd_jax.convert import exporting, importing
 from fd_jax.convert.cli import main
 from fd_jax.errors import ConversionError
 from fd_jax.models import spec as specs
@@ -176,6 +176,23 @@ def test_configs_that_no_network_here_has_are_refused(tmp_path, make, fields, me
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(ConversionError, match=message):
         importing.read("auto", tmp_path / "hub")
+
+
+def test_inspect_names_the_source(tmp_path, capsys):
+    saved(beit(), tmp_path / "hub")
+    assert main(["inspect", f"--input={tmp_path / 'hub'}"]) == 0
+    assert "beit_segmentation_hf: fits completely" in capsys.readouterr().out
+
+
+def test_own_export_brings_the_segmenter_back(tmp_path):
+    saved(upernet(), tmp_path / "hub")
+    importing.import_file("auto", tmp_path / "hub", tmp_path / "model", image_size=128)
+    exporting.export("safetensors", tmp_path / "model", tmp_path / "file.safetensors")
+    importing.import_file("auto", tmp_path / "file.safetensors", tmp_path / "back")
+    spec, parts = model_folder.load(tmp_path / "model")
+    other_spec, other = model_folder.load(tmp_path / "back")
+    assert spec == other_spec and "segmenter_statistics" in parts
+    jax.tree.map(np.testing.assert_array_equal, parts, other)
 
 
 def test_a_folder_without_config_is_told_what_is_expected(tmp_path):
