@@ -325,6 +325,106 @@ def official_probe(config: Config) -> Config:
     return config
 
 
+def segmentation(
+    *,
+    peak_lr: float,
+    layer_decay: float,
+    drop_path: float,
+    channels: int,
+    weight_decay: float = 0.05,
+) -> Config:
+    """Semantic segmentation of ADE20K with a UPerNet on `init_from` (docs/reference.md#ade20k).
+
+    Args:
+      peak_lr: learning rate, for the batch of 16.
+      layer_decay: factor of the learning rate from one layer to the one below.
+      drop_path: rate of the last block.
+      channels: of the UPerNet.
+      weight_decay: weight decay.
+    """
+    config = common()
+    config.steps = 160_000
+    config.batch_size = 16
+    config.segment = {
+        "family": "",  # and `arch`: an encoder with random weights; init_from has its own
+        "arch": {},
+        "classes": 150,
+        "patch_size": 0,  # > 0: the kernel of patches is resized to this side
+        "window": 0,  # > 0: side of the windows of a Swin V2 encoder, in tokens
+        "untie_positions": True,  # copy a shared position bias into every block
+        "drop_path": drop_path,
+        "decoder": "upernet",  # or "linear": BatchNorm and a 1x1 convolution on the last map
+        "channels": channels,
+        "auxiliary_channels": 256,  # 0: no auxiliary head
+        "auxiliary_weight": 0.4,  # of its loss
+        "dropout": 0.1,  # probability of dropping a channel before the last convolution
+        "trains": "all",  # or "head": the encoder is frozen
+    }
+    config.data = {
+        "name": "ade20k",  # or "folders", or the TFDS name of pictures with masks
+        "root": "ADEChallengeData2016",  # or of "folders": what holds `images` and `labels`
+        "images": "images/{split}",  # of "folders", below `root`
+        "labels": "annotations/{split}",
+        "ignore": 255,  # stored label that is neither trained on nor counted
+        "reduce_zero_label": True,  # a stored 0 is ignored too, and a stored k is class k - 1
+        "split": "training",
+        "eval_split": "validation",  # "" for none
+        "data_dir": "",  # of TFDS
+        "image_size": 512,  # side of a training crop, and of a window in evaluation
+        "scale": (2048, 512),  # long and short side within which pictures are resized
+        "ratio": (0.5, 2.0),  # of random factors of `scale` in training
+        "max_share": 0.75,  # of one class in a crop, tried ten times
+        "flip": True,
+        "distort": True,  # the colours
+        "threads": 16,  # decoding threads per worker process
+        "workers": 0,  # worker processes; 0 decodes in this one
+        "max_broken": 100,  # unreadable pictures that a process replaces before the run stops
+    }
+    config.eval = {
+        "every": 16_000,  # steps; 0: every `epochs` epochs
+        "epochs": 0.0,
+        "batches": 0,  # 0: the whole split
+        "mode": "slide",  # windows over the picture
+        "stride": 341,  # pixels between windows
+        "scales": (1.0,),  # several: probabilities are averaged
+        "flip": False,  # True: and over the mirror image
+    }
+    config.optim = {
+        "name": "adamw",
+        "peak_lr": peak_lr,  # rates are per `lr_batch` images, scaled to the batch size
+        "lr_batch": 16,
+        "warmup_steps": 1500,
+        "warmup_factor": 1e-6,  # share of the rate in the first step
+        "polynomial": "mmcv",  # or "mmengine": the rate falls from the end of the warm-up on
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "momentum": 0.9,  # for LARS
+        "weight_decay": weight_decay,
+        "decay_vectors": False,  # decay biases and norms too
+        "decay_positions": True,  # decay absolute positions and class tokens, as the sources do
+        "layer_decay": layer_decay,
+        "clip_norm": 0.0,  # 0: no clipping
+        "moments": "float32",  # or "bfloat16", "factored"
+    }
+    return config
+
+
+def linear_segmentation(*, peak_lr: float = 1e-3, weight_decay: float = 1e-4) -> Config:
+    """`segmentation` with a linear decoder on a frozen encoder, as DINOv2 measures its features.
+
+    Args:
+      peak_lr: learning rate, for the batch of 16.
+      weight_decay: weight decay.
+    """
+    config = segmentation(
+        peak_lr=peak_lr, layer_decay=1.0, drop_path=0.0, channels=1, weight_decay=weight_decay
+    )
+    config.steps = 40_000
+    config.segment.update(decoder="linear", auxiliary_channels=0, dropout=0.0, trains="head")
+    config.segment.untie_positions = False
+    return config
+
+
 def arguments(text: str, **defaults: str) -> dict[str, Any]:
     """Parses the "name=value,flag" after the colon of `--config=file.py:...`.
 
@@ -373,4 +473,20 @@ def shrink_fine_tuning(config: Config) -> Config:
     config.eval.update(every=20, batches=2)
     config.checkpoint.every = 10
     config.optim.warmup_epochs = 0.05
+    return config
+
+
+def shrink_segmentation(config: Config) -> Config:
+    """Shrinks a recipe to minutes on a CPU: `init_from` on pictures of digits, at 64 pixels.
+
+    `python -m fd_jax.data.prepare --name=digit_scenes --data_dir=data` prepares the pictures.
+    """
+    config.segment.classes = 11
+    config.data.update(name="digit_scenes", root="", split="train", eval_split="test")
+    config.data.update(data_dir="data", reduce_zero_label=False)
+    config.data.update(image_size=64, scale=(256, 64), threads=2)
+    config.update(batch_size=8, steps=20, log_every=5)
+    config.eval.update(every=20, stride=43, batches=4)
+    config.checkpoint.every = 10
+    config.optim.warmup_steps = 5
     return config

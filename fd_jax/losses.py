@@ -5,7 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from fd_jax.models.segmenter import resampling
+
 TargetNorm = Literal["whiten", "l2", "none"]
+
+IGNORED = 255  # in a mask: neither trained on nor counted
 
 
 def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
@@ -50,6 +54,27 @@ def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 2.0) ->
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Cross entropy against a distribution. logits, target: [B, K] -> [B] float32."""
     return -jnp.sum(target * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def pixel_cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Cross entropy of each example, the mean over its pixels (docs/reference.md#upernet).
+
+    The logits are resized to the mask bilinearly. Ignored pixels have the loss 0, and count in the
+    mean: mmsegmentation divides by all pixels, so pictures with few labels weigh less.
+
+    Args:
+      logits: [B, h, w, K], of any size.
+      mask: uint8 [B, H, W], classes and `IGNORED`.
+
+    Returns:
+      [B] float32.
+    """
+    logits = resampling.resize(logits.astype(jnp.float32), mask.shape[1:])
+    # A comparison with all classes in place of a gather, whose gradient would be a scatter.
+    chosen = mask[..., None] == jnp.arange(logits.shape[-1])
+    own = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    each = jax.nn.logsumexp(logits, axis=-1) - own
+    return jnp.mean(jnp.where(mask == IGNORED, 0.0, each), axis=(1, 2))
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array, *, eps: float = 1e-12) -> jax.Array:

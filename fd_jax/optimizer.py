@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,19 @@ from fd_jax.typing import Config, PyTree
 
 Optimizer = Literal["adamw", "lars"]
 Moments = Literal["float32", "bfloat16", "factored"]
+PolynomialVariant = Literal["mmcv", "mmengine"]
+
+
+class Schedule(Protocol):
+    """A learning rate as a function of the optimizer step."""
+
+    def __call__(self, step: jax.Array | int, scale: jax.Array | float = 1.0) -> jax.Array:
+        """Learning rate of optimizer step `step` (from 0) for a layer with the given scale."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Cosine:
     """Linear warm-up, then cosine decay, in optimizer steps and absolute learning rates.
 
     See docs/reference.md#lr-schedule.
@@ -41,7 +50,7 @@ class Schedule:
     scale_floors: bool = False
 
     def __call__(self, step: jax.Array | int, scale: jax.Array | float = 1.0) -> jax.Array:
-        """Learning rate of optimizer step `step` (from 0) for a layer with the given scale."""
+        """See `Schedule`."""
         floor = scale if self.scale_floors else 1.0
         start, peak, minimum = self.start * floor, self.peak * scale, self.minimum * floor
         position = jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
@@ -50,6 +59,42 @@ class Schedule:
         progress = jnp.clip((position - self.warmup_steps) / span, 0.0, 1.0)
         cosine = minimum + (peak - minimum) / 2 * (1 + jnp.cos(jnp.pi * progress))
         return jnp.where(position < self.warmup_steps, warm, cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """Linear warm-up, then a straight line to 0 (docs/reference.md#ade20k-schedule).
+
+    Attributes:
+      peak: learning rate that the warm-up rises to.
+      warmup_factor: share of the rate in the first step.
+      warmup_steps: number of warm-up steps.
+      total_steps: number of all steps; from then on, the rate is 0.
+      variant: "mmcv": the line falls from the first step on, and the warm-up is a factor on it, so
+        `peak` is never reached. "mmengine": the line starts at `peak` after the warm-up, and both
+        end on their last step, which has the rate 0.
+    """
+
+    peak: float
+    warmup_factor: float
+    warmup_steps: int
+    total_steps: int
+    variant: PolynomialVariant = "mmcv"
+
+    def __call__(self, step: jax.Array | int, scale: jax.Array | float = 1.0) -> jax.Array:
+        """See `Schedule`."""
+        position = jnp.asarray(step, jnp.float32)
+        start, inclusive = (0, 0) if self.variant == "mmcv" else (self.warmup_steps, 1)
+        last = self.total_steps - inclusive
+        line = _share(last - position, last - start)
+        warm = _share(position, self.warmup_steps - inclusive)
+        factor = self.warmup_factor + (1 - self.warmup_factor) * warm
+        factor = jnp.where(position < self.warmup_steps, factor, 1.0)
+        return self.peak * scale * factor * line
+
+
+def _share(steps: jax.Array, of: int) -> jax.Array:
+    return jnp.clip(steps / max(of, 1), 0.0, 1.0)
 
 
 def from_config(
@@ -63,20 +108,10 @@ def from_config(
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer of `config.optim` and its schedule, for a tree of arrays or shapes.
 
-    Learning rates in the config are per `optim.lr_batch` images (512 in the original); only this
-    function scales them to the global batch. The config is one that `settings.check` accepts.
+    The config is one that `settings.check` accepts.
     """
     optim = config.optim
-    scale = config.batch_size / optim.lr_batch
-    schedule = Schedule(
-        start=optim.start_lr * scale,
-        peak=optim.peak_lr * scale,
-        minimum=optim.min_lr * scale,
-        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        total_steps=total_steps,
-        lag=optim.lag,
-        scale_floors=optim.scale_floors,
-    )
+    schedule = _schedule(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     if optim.name == "lars":
         tx = lars(
             schedule,
@@ -98,6 +133,33 @@ def from_config(
         moments=optim.moments,
     )
     return tx, schedule
+
+
+def _schedule(config: Config, *, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The schedule of `config.optim`.
+
+    Learning rates in the config are per `optim.lr_batch` images (512 in the original); only this
+    function scales them to the global batch.
+    """
+    optim = config.optim
+    scale = config.batch_size / optim.lr_batch
+    if "polynomial" in optim:
+        return Polynomial(
+            peak=optim.peak_lr * scale,
+            warmup_factor=optim.warmup_factor,
+            warmup_steps=optim.warmup_steps,
+            total_steps=total_steps,
+            variant=optim.polynomial,
+        )
+    return Cosine(
+        start=optim.start_lr * scale,
+        peak=optim.peak_lr * scale,
+        minimum=optim.min_lr * scale,
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+        lag=optim.lag,
+        scale_floors=optim.scale_floors,
+    )
 
 
 def adamw(

@@ -19,12 +19,12 @@ import numpy as np
 from fd_jax import losses
 from fd_jax.data.base import Crop, Interpolation
 from fd_jax.errors import ConfigError
-from fd_jax.models import attention, heads, kernels, layers, swin_v2, vit
+from fd_jax.models import attention, heads, kernels, layers, segmenter, swin_v2, vit
 from fd_jax.models.backbone import REMAT_POLICIES
 from fd_jax.models.spec import FAMILIES
-from fd_jax.optimizer import Moments, Optimizer
+from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
 from fd_jax.precision import DTYPES
-from fd_jax.tasks import classify, goal, registry
+from fd_jax.tasks import classify, goal, registry, segment
 from fd_jax.typing import Config
 
 # Devices count in int32 and compute in float32.
@@ -228,31 +228,17 @@ COMMON: dict[str, Rule] = {
     "eval.every": whole(0, "steps; 0 to count `eval.epochs`"),
     "eval.epochs": Number(least=0, unit="epochs; 0 is off"),
     "eval.batches": whole(0, "batches; 0 takes the whole split"),
-    "eval.knn": whole(0, "neighbours; 0 is off"),
-    "data.name": Text("the name of a TFDS dataset, or folder:/path"),
     "data.split": Text("the name of a split, such as train"),
     "data.eval_split": Text("the name of a split, such as validation", optional=True),
     "data.data_dir": Text("the path of a folder", optional=True),
     "data.image_size": whole(1, "pixels on a side"),
-    "data.min_area": Number(above=0, most=1, unit="share of the picture"),
-    "data.interpolation": choice(Interpolation),
-    "data.crop": choice(Crop),
     "data.flip": FLAG,
-    "data.rand_augment": Text("a policy such as rand-m9-mstd0.5-inc1", optional=True),
-    "data.eval_resize": Number(least=1, most=4, unit="side of the picture / side of its crop"),
-    "data.eval_crop": FLAG,
-    "data.skip_official": FLAG,
     "data.threads": whole(1, "threads per process", most=1024),
     "data.workers": whole(0, "processes; 0 decodes in this one", most=1024),
     "data.max_broken": whole(0, "images"),
     "optim.name": choice(Optimizer),
     "optim.peak_lr": Number(above=0, unit=RATE),
-    "optim.start_lr": Number(least=0, unit=RATE),
-    "optim.min_lr": Number(least=0, unit=RATE),
     "optim.lr_batch": whole(1, "images"),
-    "optim.warmup_epochs": Number(least=0, unit="epochs"),
-    "optim.lag": whole(0, "steps", most=1),
-    "optim.scale_floors": FLAG,
     "optim.betas": Several(DECAY, length=2),
     "optim.eps": Number(above=0, unit="added to the root of the second moment"),
     "optim.momentum": DECAY,
@@ -263,9 +249,28 @@ COMMON: dict[str, Rule] = {
     "optim.moments": choice(Moments),
 }
 
+# The further fields of the tasks that see whole pictures, with a cosine schedule.
+_PICTURES: dict[str, Rule] = {
+    "eval.knn": whole(0, "neighbours; 0 is off"),
+    "data.name": Text("the name of a TFDS dataset, or folder:/path"),
+    "data.min_area": Number(above=0, most=1, unit="share of the picture"),
+    "data.interpolation": choice(Interpolation),
+    "data.crop": choice(Crop),
+    "data.rand_augment": Text("a policy such as rand-m9-mstd0.5-inc1", optional=True),
+    "data.eval_resize": Number(least=1, most=4, unit="side of the picture / side of its crop"),
+    "data.eval_crop": FLAG,
+    "data.skip_official": FLAG,
+    "optim.start_lr": Number(least=0, unit=RATE),
+    "optim.min_lr": Number(least=0, unit=RATE),
+    "optim.warmup_epochs": Number(least=0, unit="epochs"),
+    "optim.lag": whole(0, "steps", most=1),
+    "optim.scale_floors": FLAG,
+}
+
 # The further fields of each task, by the section that selects it (`registry.KINDS`).
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
+        **_PICTURES,
         "student.family": Choice(tuple(FAMILIES)),
         "student.drop_path": DROP_PATH,
         "teacher.path": Text("the path of the teacher's model folder"),
@@ -284,6 +289,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         ),
     },
     registry.CLASSIFICATION.section: {
+        **_PICTURES,
         "model.family": Choice(("", *FAMILIES)),
         "model.classes": whole(2, "classes"),
         "model.trains": choice(classify.Trains),
@@ -300,7 +306,40 @@ TASKS: dict[str, dict[str, Rule]] = {
         "mixing.erasing": SHARE,
         "reference_quirks": FLAG,
     },
+    registry.SEGMENTATION.section: {
+        "segment.family": Choice(("", *FAMILIES)),
+        "segment.classes": whole(2, "classes", most=losses.IGNORED),
+        "segment.patch_size": whole(0, "pixels on a side; 0 keeps the encoder's"),
+        "segment.window": whole(0, "tokens on a side; 0 keeps the encoder's"),
+        "segment.untie_positions": FLAG,
+        "segment.drop_path": DROP_PATH,
+        "segment.decoder": choice(segmenter.Decoder),
+        "segment.channels": whole(1, "channels"),
+        "segment.auxiliary_channels": whole(0, "channels; 0 for no auxiliary head"),
+        "segment.auxiliary_weight": Number(least=0, unit="weight of the auxiliary loss"),
+        "segment.dropout": Number(least=0, below=1, unit="probability of dropping a channel"),
+        "segment.trains": choice(segment.Trains),
+        "data.name": Text("ade20k, folders, or the name of a TFDS dataset"),
+        "data.root": Text("the path of a folder", optional=True),
+        "data.images": Text("a pattern such as images/{split}"),
+        "data.labels": Text("a pattern such as annotations/{split}"),
+        "data.ignore": whole(0, "stored label", most=2**16 - 1),
+        "data.reduce_zero_label": FLAG,
+        "data.scale": Several(whole(1, "pixels"), length=2),
+        "data.ratio": Several(Number(above=0, unit="factor of data.scale"), length=2),
+        "data.max_share": Number(above=0, most=1, unit="share of a crop"),
+        "data.distort": FLAG,
+        "eval.mode": Choice(("slide", "whole")),
+        "eval.stride": whole(1, "pixels"),
+        "eval.scales": Several(Number(above=0, unit="factor of data.scale")),
+        "eval.flip": FLAG,
+        "optim.warmup_steps": whole(0, "steps"),
+        "optim.warmup_factor": Number(above=0, most=1, unit="share of the rate at the start"),
+        "optim.polynomial": choice(PolynomialVariant),
+        "optim.decay_positions": FLAG,
+    },
     registry.CONTRAST.section: {
+        **_PICTURES,
         "contrast.family": Choice(tuple(FAMILIES)),
         "contrast.width": whole(1, "channels of the vectors that are compared"),
         "contrast.temperature": Number(above=0, unit="divisor of the cosines"),
@@ -322,7 +361,7 @@ _SWIN: dict[str, Rule] = {
     "final_norm": FLAG,
 }
 
-# The fields of `student.arch`, `model.arch` and `contrast.arch`, by family.
+# The fields of `student.arch`, `model.arch`, `segment.arch` and `contrast.arch`, by family.
 ARCHITECTURES: dict[str, dict[str, Rule]] = {
     "vit": {
         "image_size": Several(whole(1, "pixels"), length=2, single=True),
@@ -353,9 +392,15 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
     },
 }
 
-NETWORKS = ("student", "model", "contrast")  # sections that have a family and an architecture
-# The size of `model.arch` is that of the data, and other networks have no rotary frequencies.
-OPTIONAL = ("model.arch.image_size", *(f"{name}.arch.rope_theta" for name in NETWORKS))
+# The sections that have a family and an architecture.
+NETWORKS = ("student", "model", "segment", "contrast")
+# The size of `model.arch` and `segment.arch` is that of the data, and other networks have no rotary
+# frequencies.
+OPTIONAL = (
+    "model.arch.image_size",
+    "segment.arch.image_size",
+    *(f"{name}.arch.rope_theta" for name in NETWORKS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,6 +475,45 @@ RELATIONS = (
         lambda trains, head: trains != "head" or head == "fresh",
         "a probe trains a fresh head; set model.head='fresh'",
     ),
+    Relation(
+        ("accumulation",),
+        lambda parts: parts == 1,
+        "the BatchNorms of a segmenter are over the whole batch, and micro-batches would each have "
+        "statistics of their own; set accumulation=1, and remat='full' or a larger mesh if memory "
+        "is short",
+        section=registry.SEGMENTATION.section,
+    ),
+    Relation(
+        ("segment.decoder", "segment.auxiliary_channels"),
+        lambda decoder, channels: decoder != "linear" or channels == 0,
+        "a linear decoder reads one map, and the auxiliary head another; set auxiliary_channels=0",
+    ),
+    Relation(
+        ("data.name", "data.root"),
+        lambda name, root: name not in ("ade20k", "folders") or bool(root),
+        "set data.root to the folder that the pictures are in (ADEChallengeData2016 for ade20k)",
+        section=registry.SEGMENTATION.section,
+    ),
+    Relation(
+        ("data.scale",),
+        lambda scale: scale[0] >= scale[1],
+        "the long side comes first; swap the two",
+    ),
+    Relation(
+        ("data.ratio",),
+        lambda ratio: ratio[0] <= ratio[1],
+        "the smallest factor comes first; swap the two",
+    ),
+    Relation(
+        ("eval.stride", "data.image_size"),
+        lambda stride, size: stride <= size,
+        "windows of image_size pixels would leave gaps; lower stride",
+    ),
+    Relation(
+        ("optim.warmup_steps", "steps"),
+        lambda warmup, steps: not steps or warmup < steps,
+        "the warm-up has to end before the run does; lower warmup_steps",
+    ),
 )
 
 
@@ -501,7 +585,7 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
         or evaluations are less than a step apart.
     """
     total = config.steps or round(config.epochs * steps_per_epoch)
-    warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    warmup, length = _warmup(config, steps_per_epoch)
     epoch = f"an epoch has {steps_per_epoch} steps"
     if not 1 <= total <= LARGEST_WHOLE:
         raise ConfigError(
@@ -510,9 +594,8 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
         )
     if warmup >= total:
         raise ConfigError(
-            f"optim.warmup_epochs={config.optim.warmup_epochs} are {warmup} steps, since {epoch}, "
-            f"but the run has {total}; the warm-up has to end before the run does: lower "
-            "warmup_epochs, or train for longer"
+            f"{length}, but the run has {total}; the warm-up has to end before the run does: lower "
+            "it, or train for longer"
         )
     if not config.eval.every and config.eval.epochs and not eval_every(config, steps_per_epoch):
         raise ConfigError(
@@ -520,6 +603,16 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
             "to a number of steps, or eval.epochs=0 for no evaluation"
         )
     return total
+
+
+def _warmup(config: Config, steps_per_epoch: int) -> tuple[int, str]:
+    """The number of warm-up steps, and what says so."""
+    optim = config.optim
+    if "warmup_steps" in optim:
+        return optim.warmup_steps, f"optim.warmup_steps={optim.warmup_steps}"
+    steps = round(optim.warmup_epochs * steps_per_epoch)
+    epoch = f"an epoch has {steps_per_epoch} steps"
+    return steps, f"optim.warmup_epochs={optim.warmup_epochs} are {steps} steps, since {epoch}"
 
 
 def eval_every(config: Config, steps_per_epoch: int) -> int:
@@ -533,7 +626,7 @@ def check_neighbours(config: Config, examples: int) -> None:
     Raises:
       ConfigError: `eval.knn` is above `examples`.
     """
-    if config.eval.knn > examples:
+    if config.eval.get("knn", 0) > examples:
         raise ConfigError(
             f"eval.knn={config.eval.knn}, but {config.data.name}/{config.data.split} has only "
             f"{examples} images; expected at most {examples} (neighbours), or 0 for off"

@@ -83,6 +83,44 @@ def test_cross_entropy_equals_torch():
     np.testing.assert_allclose(losses.cross_entropy(logits, target), want.numpy(), rtol=2e-6)
 
 
+def segmented(seed=0):
+    """Logits [2, 5, 4, 6] and a mask [2, 16, 13] of six classes, a third of it ignored."""
+    rng = np.random.default_rng(seed)
+    mask = rng.integers(0, 6, (2, 16, 13)).astype(np.uint8)
+    mask[rng.random(mask.shape) < 0.3] = 255
+    mask[1, 8:] = 255  # so that the two examples ignore different shares
+    return rng.normal(scale=3, size=(2, 5, 4, 6)).astype(np.float32), mask
+
+
+def torch_pixels(logits, mask):
+    """torch's loss of each pixel [B, H, W], 0 where it is ignored."""
+    resized = torch.nn.functional.interpolate(
+        logits.permute(0, 3, 1, 2), mask.shape[1:], mode="bilinear", align_corners=False
+    )
+    label = torch.from_numpy(mask.astype(np.int64))
+    return torch.nn.functional.cross_entropy(resized, label, ignore_index=255, reduction="none")
+
+
+def test_pixel_cross_entropy_and_its_gradient_equal_torch():
+    logits, mask = segmented()
+    tensor = torch.from_numpy(logits).double().requires_grad_()
+    want = torch_pixels(tensor, mask).mean(dim=(1, 2))
+    want.sum().backward()
+    got, gradient = jax.vjp(lambda x: losses.pixel_cross_entropy(x, mask), logits)
+    np.testing.assert_allclose(got, want.detach(), rtol=1e-6)
+    np.testing.assert_allclose(gradient(jnp.ones(2))[0], tensor.grad, atol=1e-7)
+
+
+def test_pixel_cross_entropy_counts_ignored_pixels():
+    logits, mask = segmented()
+    over_labelled = torch_pixels(torch.from_numpy(logits), mask).sum((1, 2)).numpy()
+    over_labelled /= (mask != 255).sum((1, 2))
+    assert np.abs(losses.pixel_cross_entropy(logits, mask) - over_labelled).min() > 0.1
+    np.testing.assert_array_equal(
+        losses.pixel_cross_entropy(logits, np.full_like(mask, 255)), [0, 0]
+    )
+
+
 def test_cosine_similarity_equals_torch(tokens):
     other = np.roll(tokens, 1, axis=0)
     want = torch.nn.functional.cosine_similarity(

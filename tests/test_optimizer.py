@@ -10,7 +10,7 @@ import torch
 from fd_jax import optimizer
 
 STEPS = 5
-SCHEDULE = optimizer.Schedule(
+SCHEDULE = optimizer.Cosine(
     start=1e-4, peak=1e-2, minimum=1e-5, warmup_steps=2, total_steps=10, lag=1
 )
 SHAPES = {
@@ -101,7 +101,7 @@ def test_five_adamw_steps_equal_torch():
         {"weight_decay": 0.0},
         {"clip_norm": None},
         {"no_decay": ()},
-        {"schedule": optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=0)},
+        {"schedule": optimizer.Cosine(1e-4, 1e-2, 1e-5, 2, 10, lag=0)},
     ],
 )
 def test_wrong_settings_do_not_equal_torch(wrong):
@@ -131,9 +131,51 @@ def test_floors_of_the_schedule_are_not_scaled_unless_asked():
     assert SCHEDULE(0, scale) == pytest.approx(1e-4)
     assert SCHEDULE(3, scale) < SCHEDULE(0, scale)
     assert SCHEDULE(100, scale) == pytest.approx(1e-5)
-    scaled = optimizer.Schedule(1e-4, 1e-2, 1e-5, 2, 10, lag=1, scale_floors=True)
+    scaled = optimizer.Cosine(1e-4, 1e-2, 1e-5, 2, 10, lag=1, scale_floors=True)
     for step in (0, 1, 3, 7, 100):
         assert scaled(step, scale) == pytest.approx(float(scaled(step)) * scale, rel=1e-5)
+
+
+def mmcv_rate(step, warmup, total):
+    """The formulas of mmcv 1's hook, for a rate of 1."""
+    regular = 1 - step / total
+    return regular * (1 - (1 - step / warmup) * (1 - 1e-6)) if step < warmup else regular
+
+
+def mmengine_rates(warmup, total):
+    """The recursions of mmengine's LinearLR and PolyLR, for a rate of 1."""
+    rates, rate = [], 1e-6
+    for step in range(total):
+        if 0 < step < warmup:
+            rate += (1 - 1e-6) / (warmup - 1)
+        elif step > warmup:
+            rate *= 1 - 1 / (total - step)
+        rates.append(rate)
+    return rates
+
+
+@pytest.mark.parametrize("warmup,total", [(6, 20), (1500, 160_000)])
+def test_polynomial_rates_equal_those_of_both_libraries(warmup, total):
+    want = {
+        "mmcv": [mmcv_rate(step, warmup, total) for step in range(total)],
+        "mmengine": mmengine_rates(warmup, total),
+    }
+    steps = np.arange(total)
+    for variant, rates in want.items():
+        schedule = optimizer.Polynomial(4e-4, 1e-6, warmup, total, variant)
+        got = np.asarray(schedule(steps, 0.5))
+        np.testing.assert_allclose(got, 2e-4 * np.array(rates), rtol=1e-6, atol=1e-12)
+        assert schedule(total) == schedule(2 * total) == 0
+    # The two differ by the 0.94 % that the first has fallen at the end of the warm-up.
+    assert want["mmengine"][warmup] / want["mmcv"][warmup] > 1.009
+
+
+def test_mmengine_rates_are_those_that_it_was_observed_to_give():
+    """mmengine 0.10.7: warm-up of 6 steps from 1e-6 and PolyLR to 20, rate 1."""
+    observed = {0: 1e-06, 1: 0.2000008, 4: 0.8000002, 5: 1.0, 6: 1.0, 7: 0.9230769230769231}
+    observed |= {13: 0.46153846153846156, 18: 0.07692307692307694, 19: 0.0}
+    for step, rate in observed.items():
+        assert mmengine_rates(6, 20)[step] == pytest.approx(rate, abs=1e-12)
 
 
 def test_clipping_follows_torch_at_the_limit():
@@ -149,7 +191,7 @@ def test_clipping_follows_torch_at_the_limit():
 
 def test_lars_has_the_documented_spot_values():
     """docs/reference.md#lars: two steps of a [1, 2] kernel and of a bias."""
-    flat = optimizer.Schedule(0.1, 0.1, 0.1, 0, 10, lag=0)
+    flat = optimizer.Cosine(0.1, 0.1, 0.1, 0, 10, lag=0)
     tx = optimizer.lars(flat, momentum=0.9, weight_decay=0.0)
     params = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([1.0])}
     grads = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.array([0.5])}
@@ -169,7 +211,7 @@ def test_five_lars_steps_equal_numpy(weight_decay):
     shapes = {"kernel": (6, 4), "bias": (4,), "zero": (3, 2)}
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     params["zero"][:] = 0  # its norm is 0, so it has no trust ratio
-    schedule = optimizer.Schedule(0.0, 0.5, 0.0, 2, 5, lag=0)
+    schedule = optimizer.Cosine(0.0, 0.5, 0.0, 2, 5, lag=0)
     tx = optimizer.lars(schedule, momentum=0.9, weight_decay=weight_decay)
     got = jax.tree.map(jnp.asarray, params)
     state = tx.init(got)
@@ -197,7 +239,7 @@ def test_five_lars_steps_equal_numpy(weight_decay):
 @pytest.mark.parametrize("moments,bytes_per_number", [("bfloat16", 6), ("factored", 0)])
 def test_reduced_moments_take_less_memory_and_reduce_the_loss(moments, bytes_per_number):
     params = {"kernel": np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)}
-    flat = optimizer.Schedule(1e-2, 1e-2, 1e-2, 0, 10, lag=0)
+    flat = optimizer.Cosine(1e-2, 1e-2, 1e-2, 0, 10, lag=0)
     tx = adamw(params, schedule=flat, moments=moments, clip_norm=None, weight_decay=0.0)
     state = tx.init(params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / params["kernel"].size

@@ -49,6 +49,7 @@ DISTILLATION = {
     for family, shape in (("vit", base.VIT_B16), ("swin_v2", base.SWIN_B_W14))
 }
 CLASSIFICATION = base.fine_tuning(drop_path=0.1, layer_decay=0.7, peak_lr=1e-3, floor_lr=1e-6)
+SEGMENTATION = base.segmentation(peak_lr=4e-4, layer_decay=0.65, drop_path=0.2, channels=768)
 CONTRAST = ablations_cpu.get_config("stage=contrastive")
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 
@@ -74,7 +75,7 @@ def every_row():
     swin = copy_of(CLASSIFICATION, **{"model.family": "swin"})
     swin.model.arch = base.swin_v1(base.SWIN_B_W14, image_size=224)
     seen = set()
-    for config in (*DISTILLATION.values(), CLASSIFICATION, CONTRAST, swin):
+    for config in (*DISTILLATION.values(), CLASSIFICATION, SEGMENTATION, CONTRAST, swin):
         (network,) = (config[name] for name in settings.NETWORKS if name in config)
         family = network.family
         for name, rule in settings.rules(config).items():
@@ -94,7 +95,7 @@ def test_every_published_config_and_its_smoke_version_pass(name):
             settings.check(load(name, given))
 
 
-@pytest.mark.parametrize("config", [*DISTILLATION.values(), CLASSIFICATION, CONTRAST])
+@pytest.mark.parametrize("config", [*DISTILLATION.values(), CLASSIFICATION, SEGMENTATION, CONTRAST])
 def test_a_field_without_a_row_and_a_row_without_a_field_are_refused(config):
     assert settings.problems(config) == []
     more = copy_of(config)
@@ -127,8 +128,9 @@ def test_the_rows_of_an_architecture_are_the_arguments_of_its_class(family):
 
 
 def test_the_names_of_filters_and_crops_are_those_that_exist():
-    assert settings.COMMON["data.interpolation"].names == tuple(transforms._FILTERS)
-    assert settings.COMMON["data.crop"].names == tuple(transforms._CROPS)
+    rows = settings.rules(CLASSIFICATION)
+    assert rows["data.interpolation"].names == tuple(transforms._FILTERS)
+    assert rows["data.crop"].names == tuple(transforms._CROPS)
 
 
 def wrong_values(rule):
@@ -244,10 +246,36 @@ CLASSIFY_CASES = [
 ]
 
 
+SEGMENT_CASES = [
+    {"segment.classes": 256},
+    {"segment.classes": 1},
+    {"segment.dropout": 1.0},
+    {"segment.decoder": "fcn"},
+    {"segment.decoder": "linear"},  # with an auxiliary head
+    {"segment.trains": "neck"},
+    {"segment.auxiliary_weight": -0.4},
+    {"accumulation": 2},
+    {"data.name": "ade20k", "data.root": ""},
+    {"data.name": "folders", "data.root": ""},
+    {"data.scale": (512, 2048)},
+    {"data.scale": (2048,)},
+    {"data.ratio": (2.0, 0.5)},
+    {"data.ratio": (0.0, 2.0)},
+    {"data.max_share": 0.0},
+    {"eval.stride": 513},
+    {"eval.scales": ()},
+    {"eval.mode": "crop"},
+    {"optim.polynomial": "torch"},
+    {"optim.warmup_factor": 0.0},
+    {"optim.warmup_steps": 160_000},
+]
+
+
 @pytest.mark.parametrize(
     "config,changes",
     [(DISTILLATION["vit"], case) for case in DISTILL_CASES]
-    + [(CLASSIFICATION, case) for case in CLASSIFY_CASES],
+    + [(CLASSIFICATION, case) for case in CLASSIFY_CASES]
+    + [(SEGMENTATION, case) for case in SEGMENT_CASES],
     ids=str,
 )
 def test_settings_that_ruined_runs_are_refused_by_name(config, changes):
@@ -302,6 +330,22 @@ def test_a_config_without_a_task_is_refused():
 def test_lengths_that_do_not_fit_the_data_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         settings.total_steps(copy_of(DISTILLATION["vit"], **changes), steps_per_epoch=100)
+
+
+def test_a_warm_up_in_steps_has_to_end_before_the_run_does():
+    config = copy_of(SEGMENTATION, **{"steps": 0, "epochs": 2.0})
+    with pytest.raises(ConfigError, match="optim.warmup_steps=1500, but the run has 200"):
+        settings.total_steps(config, steps_per_epoch=100)
+    assert settings.total_steps(SEGMENTATION, steps_per_epoch=1263) == 160_000
+    settings.check_neighbours(SEGMENTATION, 1)
+
+
+def test_fields_of_other_tasks_are_refused_in_a_segmentation():
+    names = ("optim.start_lr", "data.crop", "eval.knn")
+    changed = copy_of(SEGMENTATION, **dict.fromkeys(names, 0))
+    found = settings.problems(changed)
+    assert [line.partition(":")[0] for line in found] == sorted(names)
+    assert all("there is no such field" in line for line in found)
 
 
 def test_lengths_that_fit_the_data_are_counted():

@@ -146,3 +146,27 @@ def labelled_batch(size=16, side=32, classes=10, seed=0):
     rng = np.random.default_rng(seed + 100)
     label = rng.integers(0, classes, size).astype(np.int32)
     return {**batch(size, side, seed), "label": label}
+
+
+def segmentation(init_from="", **fields):
+    """A toy-sized segmentation config without data; `fields` as in `config`."""
+    result = base.segmentation(peak_lr=1e-3, layer_decay=0.65, drop_path=0.2, channels=8)
+    result.init_from = init_from
+    result.segment.update(classes=5, auxiliary_channels=6)
+    result.data.update(name="folders", root="nowhere", image_size=32, scale=(64, 32), threads=2)
+    result.update(batch_size=8, steps=4, log_every=1)
+    result.checkpoint.every = 2
+    result.eval.update(every=4, stride=21)
+    result.optim.update(lr_batch=8, warmup_steps=2, warmup_factor=0.1)
+    result.update_from_flattened_dict(fields)
+    return result
+
+
+def segmented_batch(size=8, side=32, classes=5, seed=0):
+    """A host batch of random images with random masks, a quarter of whose pixels is ignored."""
+    rng = np.random.default_rng(seed + 200)
+    mask = rng.integers(0, classes, (size, side, side)).astype(np.uint8)
+    mask[rng.random(mask.shape) < 0.25] = 255
+    images = batch(size, side, seed)
+    del images["label"]
+    return {**images, "mask": mask}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fd_jax.models.sizes import ImageSize, sides
-from fd_jax.typing import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +68,6 @@ def labelled_pixels(image_size: ImageSize) -> dict[str, Element]:
 def of_batch(example: Elements) -> dict[str, Element]:
     """Returns the elements of a batch, given the elements that the transform makes."""
     return {**example, **LOADED}
-
-
-def of_config(data: Config) -> dict[str, Element]:
-    """Returns the elements of a run's batches from its `config.data`, without opening the data."""
-    return of_batch(labelled_image(data.image_size))
 
 
 def padding(elements: Elements) -> dict[str, np.ndarray]:

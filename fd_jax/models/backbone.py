@@ -91,18 +91,24 @@ class Backbone(nnx.Module):
         return self._feature_map(x, visit)
 
     def intermediates(
-        self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None
+        self,
+        images: jax.Array,
+        blocks: Sequence[int],
+        *,
+        drops: jax.Array | None = None,
+        keep: jax.Array | None = None,
     ) -> list[FeatureMap]:
         """The feature maps after the named blocks, without the final norm.
 
         Args:
           images: [B, H, W, 3] normalised float.
           blocks: numbers of blocks, 0-based and over all stages; the maps are in their order.
+          drops: as in `__call__`.
           keep: as in `__call__`.
         """
         kept = {
             number: self._feature_map(visit.after, visit)
-            for number, visit in self._visits_of(blocks, images, keep)
+            for number, visit in self._visits_of(blocks, images, drops, keep)
         }
         return [kept[number] for number in blocks]
 
@@ -118,7 +124,7 @@ class Backbone(nnx.Module):
         """
         kept = {
             number: self._attention_map(visit)
-            for number, visit in self._visits_of(blocks, images, keep)
+            for number, visit in self._visits_of(blocks, images, None, keep)
         }
         return [kept[number] for number in blocks]
 
@@ -157,14 +163,18 @@ class Backbone(nnx.Module):
         raise NotImplementedError
 
     def _visits_of(
-        self, blocks: Sequence[int], images: jax.Array, keep: jax.Array | None
+        self,
+        blocks: Sequence[int],
+        images: jax.Array,
+        drops: jax.Array | None,
+        keep: jax.Array | None,
     ) -> Iterator[tuple[int, Visit]]:
         """The visits of the named blocks; blocks after the last of them do not run."""
         outside = [number for number in blocks if not 0 <= number < self.depth]
         if outside:
             raise ValueError(f"blocks {outside} asked for, but this model has {self.depth}")
         runs = range(max(blocks, default=-1) + 1)  # first in zip, so that no block runs for nothing
-        for number, visit in zip(runs, self._visits(images, None, keep), strict=False):
+        for number, visit in zip(runs, self._visits(images, drops, keep), strict=False):
             if number in blocks:
                 yield number, visit
 

@@ -131,6 +131,26 @@ def _offset_matrix(source: int, target: int) -> np.ndarray:
     return spline_matrix(offsets, np.clip(queries, offsets[0], offsets[-1]))
 
 
+def resize_patch_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
+    """Resizes the kernel of a patch embedding (docs/reference.md#ade20k-patch-14).
+
+    The new kernel gives an enlarged patch the token that the old kernel gives the patch: it is the
+    old one times the pseudo-inverse of the resizing (FlexiViT, arXiv 2212.08013). Where patches
+    shrink, that holds in the sense of least squares.
+
+    Args:
+      kernel: [P, P, 3, D].
+      size: wanted side of a patch.
+
+    Returns:
+      [size, size, 3, D] in the dtype of `kernel`.
+    """
+    enlarge = antialias_matrix(kernel.shape[0], size, method="bicubic")
+    inverse = np.linalg.pinv(enlarge.T)  # [size, P]
+    resized = np.einsum("ip,jq,pqcd->ijcd", inverse, inverse, kernel.astype(np.float64))
+    return resized.astype(kernel.dtype)
+
+
 def _resize_axes(
     rows: np.ndarray, grid: tuple[int, int], matrices: Sequence[np.ndarray]
 ) -> np.ndarray:

@@ -13,6 +13,7 @@ from fd_jax.errors import ModelFolderError
 from fd_jax.models import kernels, resize, sizes
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
+from fd_jax.models.segmenter import Segmenter, widths_of
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
 from fd_jax.models.swin_v2 import SwinV2
@@ -41,6 +42,8 @@ class ModelSpec:
       position_resize: how this source's code resizes absolute positions, see `resize.py`.
       classes: outputs of the classifier head beside the encoder; 0 where there is none.
       pooling: what that head reads, see `heads.Classifier`.
+      segmenter: the segmenter on the encoder's maps: `blocks`, the numbers of the blocks whose maps
+        it takes, and the keywords of `Segmenter` but the widths of these maps; None without one.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype per tensor name of the source file, where it is not float32.
@@ -56,6 +59,7 @@ class ModelSpec:
     position_resize: resize.PositionResize = "size"
     classes: int = 0
     pooling: Pooling = "cls"
+    segmenter: dict[str, Any] | None = None
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -77,6 +81,31 @@ class ModelSpec:
           The graph definition for `nnx.merge`, and a nested dict of `jax.ShapeDtypeStruct`.
         """
         return split(nnx.eval_shape(lambda: self.build(rngs=param_keys(0), **runtime)))
+
+    def build_segmenter(self, *, rngs: nnx.Rngs, **runtime) -> Segmenter:
+        """The segmenter with fresh parameters; `runtime` is its dtype and grad_dtype.
+
+        Raises:
+          ModelFolderError: there is none in this description, or it is damaged.
+        """
+        definition, shapes = self.abstract()
+        arch = dict(self.segmenter or {})
+        try:
+            widths = widths_of(nnx.merge(definition, shapes), arch.pop("blocks"))
+            return Segmenter(widths=widths, **arch, **runtime, rngs=rngs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"{self.source!r} has the segmenter {self.segmenter}, which does not describe one: "
+                f"{error}"
+            ) from error
+
+    def abstract_segmenter(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+        """Definition, and shapes of the parameters and of the running statistics.
+
+        Nothing is computed. Arguments and errors as in `build_segmenter`.
+        """
+        module = nnx.eval_shape(lambda: self.build_segmenter(rngs=param_keys(0), **runtime))
+        return *split(module), jax.eval_shape(module.fresh_statistics)
 
     def normalize(
         self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32
@@ -112,8 +141,11 @@ class ModelSpec:
         return kernels.choose(name, dtype=dtype, head_widths=widths)
 
     def to_json(self) -> str:
-        """The text of `model.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of `model.json`; without a segmenter, it does not mention one."""
+        fields = dataclasses.asdict(self)
+        if self.segmenter is None:
+            del fields["segmenter"]  # earlier versions of this library do not know the field
+        return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> "ModelSpec":

@@ -8,7 +8,7 @@ final norm that distillation trained, and begins with a fresh head
 import dataclasses
 
 from fd_jax.errors import ConfigError
-from fd_jax.models import sizes
+from fd_jax.models import resize, sizes
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.typing import PyTree
@@ -24,22 +24,29 @@ class Changes:
       final_norm: whether the encoder keeps its own final norm.
       untie: whether a shared position bias becomes one per block.
       keep_head: whether the classifier head (and its `fc_norm`) is taken over.
+      patch_size: side of its patches, to which the embedding's kernel is resized; 0 to keep it.
+      window: side of a SwinV2's windows in tokens, whose bias networks take any; 0 to keep it.
     """
 
     image_size: ImageSize
     final_norm: bool
     untie: bool
     keep_head: bool
+    patch_size: int = 0
+    window: int = 0
 
 
 def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
     """The encoder that `start` fills, without reading weights.
 
     Raises:
-      ConfigError: a final norm is to be kept that is not there.
+      ConfigError: a final norm is to be kept that is not there, or the network cannot have other
+        windows.
     """
     family = FAMILIES[spec.family]
     arch = {**spec.arch, "image_size": sizes.plain(changes.image_size)}
+    arch |= _window(spec, changes)
+    arch["patch_size"] = changes.patch_size or arch["patch_size"]
     if changes.final_norm and not spec.arch.get("final_norm", True):
         raise ConfigError(
             f"final_norm=True, but the network of {spec.source!r} ends without one; "
@@ -47,7 +54,18 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
         )
     if "final_norm" in arch:
         arch["final_norm"] = changes.final_norm
-    return dataclasses.replace(spec, arch=family.untied(arch) if changes.untie else arch)
+    arch = family.untied(arch) if changes.untie else arch
+    return dataclasses.replace(spec, arch=arch, segmenter=None)
+
+
+def _window(spec: ModelSpec, changes: Changes) -> dict[str, int]:
+    """The keyword of the architecture that another window changes."""
+    if changes.window and spec.family != "swin_v2":
+        raise ConfigError(
+            f"window={changes.window}, but only a network of the family 'swin_v2' takes another "
+            f"window, and {spec.source!r} is of the family {spec.family!r}; set it to 0"
+        )
+    return {"window": changes.window} if changes.window else {}
 
 
 def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, list[str]]:
@@ -64,11 +82,20 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     """
     family = FAMILIES[spec.family]
     report = []
-    resized, encoder = spec.resized(parts["encoder"], changes.image_size)
+    old_patch = spec.arch["patch_size"]
+    patch = changes.patch_size or old_patch
+    # The size at which the old patches have the new grid.
+    height, width = (side * old_patch // patch for side in sizes.sides(changes.image_size))
+    spec = dataclasses.replace(spec, arch={**spec.arch, **_window(spec, changes)})
+    resized, encoder = spec.resized(parts["encoder"], (height, width))
     if resized is not spec:
         old, new = map(sizes.describe, (spec.arch["image_size"], changes.image_size))
         what = "the input" if encoder is parts["encoder"] else "position tables"
         report.append(f"resized  {what} from {old} px to {new} px")
+    if patch != old_patch:
+        kernel = resize.resize_patch_kernel(encoder["patch_embed"]["kernel"], patch)
+        encoder = {**encoder, "patch_embed": {**encoder["patch_embed"], "kernel": kernel}}
+        report.append(f"resized  the kernel of patches from {old_patch} px to {patch} px")
     arch = resized.arch
     if changes.untie and family.untied(arch) != arch:
         encoder = family.untie_positions(encoder, arch)

@@ -1,7 +1,7 @@
 """The interface between a task and the training loop."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
@@ -90,6 +90,15 @@ class Task(Protocol):
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """The spec and parameters that are saved in the model folder at the end."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """What a task offers besides if its evaluators need more than metrics of a batch."""
+
+    def predict(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """What the network says about the images of an unprepared batch. -> [B, ...] float32."""
         ...
 
 

@@ -7,13 +7,12 @@ outside the training state.
 import dataclasses
 from typing import Any, Literal
 
-from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 
-from fd_jax import losses, model_folder, optimizer
+from fd_jax import losses, optimizer
 from fd_jax.console import say
 from fd_jax.cost import flops
 from fd_jax.data import mixing
@@ -26,6 +25,7 @@ from fd_jax.models.heads import Classifier
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
+from fd_jax.tasks import start
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
@@ -64,13 +64,14 @@ class ClassifyTask:
             untie=model.untie_positions,
             keep_head=model.head == "keep",
         )
-        start = init_spec or _initial_spec(config)
-        self._check_initial_spec(start)
+        initial = init_spec or start.initial_spec(config, "model")
+        self._check_initial_spec(initial)
+        how = "probed" if self.probe else "fine-tuned"
         self.spec = dataclasses.replace(
-            transfer.target_spec(start, self.changes),
+            transfer.target_spec(initial, self.changes),
             classes=model.classes,
             pooling=model.pooling,
-            source=_source_name(config, start),
+            source=start.source_name(config, initial, how),
         )
         self.eval_statistics = self.spec
         if config.reference_quirks:  # as in docs/reference.md#quirk-eval-statistics
@@ -258,19 +259,8 @@ class ClassifyTask:
 
     def _transferred(self, *, report: bool = False) -> PyTree:
         """The parts of `init_from` that this network starts from; `report` prints them."""
-        folder = self.config.init_from
-        spec, parts = model_folder.load(folder)
-        taken, lines = transfer.start(spec, parts, self.changes)
-        if report:
-            say(f"init_from {folder} ({spec.source}):")
-            tensors = jax.tree.leaves(taken)
-            values = sum(leaf.size for leaf in tensors)
-            say(f"  loaded   {len(tensors)} tensors, {values:,} values: {', '.join(sorted(taken))}")
-            for line in lines:
-                say(f"  {line}")
-            parts = {"head", "fc_norm"} if "norm" in self.spec.pooling else {"head"}
-            say(f"  fresh    {', '.join(sorted(parts - taken.keys())) or 'nothing'}")
-        return taken
+        parts = {"head", "fc_norm"} if "norm" in self.spec.pooling else {"head"}
+        return start.load(self.config, self.changes, parts=parts, report=report)
 
     def _runtime(self) -> dict[str, Any]:
         return {
@@ -295,38 +285,17 @@ class ClassifyTask:
             rngs=rngs,
         )
 
-    def _check_initial_spec(self, start: ModelSpec) -> None:
+    def _check_initial_spec(self, initial: ModelSpec) -> None:
         model, folder = self.config.model, self.config.init_from
         if not self.changes.keep_head:
             return
-        if start.classes != model.classes or start.pooling != model.pooling:
+        if initial.classes != model.classes or initial.pooling != model.pooling:
             raise ConfigError(
-                f"model.head='keep', but init_from={folder} has a head of {start.classes} classes "
-                f"on pooling {start.pooling!r}, and the config sets model.classes={model.classes} "
-                f"on {model.pooling!r}; change these or set model.head='fresh'"
+                f"model.head='keep', but init_from={folder} has a head of {initial.classes} "
+                f"classes on pooling {initial.pooling!r}, and the config sets "
+                f"model.classes={model.classes} on {model.pooling!r}; change these or set "
+                "model.head='fresh'"
             )
-
-
-def _initial_spec(config: Config) -> ModelSpec:
-    """The spec in the folder `init_from`, or that of the random network in the config."""
-    if config.init_from:
-        return model_folder.load_spec(epath.Path(config.init_from))
-    if config.model.trains == "head":
-        raise ConfigError("model.trains='head' probes a trained encoder: set init_from to it")
-    if not config.model.family:
-        raise ConfigError(
-            "init_from is empty: set it to the model folder to start from "
-            "(--config.init_from=RUN/model), or set model.family and model.arch"
-        )
-    arch = {**config.model.arch.to_dict(), "image_size": config.data.image_size}
-    return ModelSpec(config.model.family, arch)
-
-
-def _source_name(config: Config, start: ModelSpec) -> str:
-    if not config.init_from:
-        return f"trained by fd_jax on {config.data.name}"
-    how = "probed" if config.model.trains == "head" else "fine-tuned"
-    return f"{how} by fd_jax on {config.data.name} from {start.source}"
 
 
 def _batch_norm(x: jax.Array, running: PyTree) -> tuple[jax.Array, PyTree]:

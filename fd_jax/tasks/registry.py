@@ -1,18 +1,22 @@
 """Creates the task that a config selects; the only place that lists all kinds of task.
 
 A config selects a task by the section it has: `teacher` for distillation, `model` for
-classification, `contrast` for contrastive training. A new task is a new `Kind` in `KINDS`.
+classification, `segment` for segmentation, `contrast` for contrastive training. A new task is a new
+`Kind` in `KINDS`.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
 
+from fd_jax.data import elements
+from fd_jax.data.elements import Elements
 from fd_jax.errors import ConfigError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.contrast import ContrastiveTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.segment import SegmentTask
 from fd_jax.typing import Config
 
 # Roles of the networks that a run reads, as a plan prints them.
@@ -50,22 +54,24 @@ class Kind:
       section: config field whose presence selects this kind.
       make: (config, specs) -> task; `specs` replace the specs in the networks' folders.
       networks: config -> the networks that the run reads.
+      example: image size -> the elements that the data has for each example.
     """
 
     name: str
     section: str
     make: Callable[[Config, Specs], Task]
     networks: Callable[[Config], list[Network]]
+    example: Callable[[int], Elements] = elements.labelled_image
+
+    def elements(self, config: Config) -> Elements:
+        """The elements of a run's batches, without opening its data."""
+        return elements.of_batch(self.example(config.data.image_size))
 
 
 def _teacher_networks(config: Config) -> list[Network]:
     teacher = config.teacher
     head = config.target.kind == "logits"
     return [Network(TEACHER, teacher.path, source=teacher.source, needs_head=head)]
-
-
-def _initial_networks(config: Config) -> list[Network]:
-    return [Network(INIT_FROM, config.init_from, optional=bool(config.model.family))]
 
 
 DISTILLATION = Kind(
@@ -78,7 +84,14 @@ CLASSIFICATION = Kind(
     "classification",
     "model",
     lambda config, specs: ClassifyTask(config, init_spec=specs.get(INIT_FROM)),
-    _initial_networks,
+    lambda config: [Network(INIT_FROM, config.init_from, optional=bool(config.model.family))],
+)
+SEGMENTATION = Kind(
+    "segmentation",
+    "segment",
+    lambda config, specs: SegmentTask(config, init_spec=specs.get(INIT_FROM)),
+    lambda config: [Network(INIT_FROM, config.init_from, optional=bool(config.segment.family))],
+    elements.labelled_pixels,
 )
 CONTRAST = Kind(
     "contrastive training",
@@ -86,7 +99,7 @@ CONTRAST = Kind(
     lambda config, specs: ContrastiveTask(config),
     lambda config: [],
 )
-KINDS = (DISTILLATION, CLASSIFICATION, CONTRAST)
+KINDS = (DISTILLATION, CLASSIFICATION, SEGMENTATION, CONTRAST)
 
 
 def kind_of(config: Config) -> Kind:

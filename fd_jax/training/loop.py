@@ -17,7 +17,6 @@ from fd_jax import digests, model_folder, settings, sharding
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
-from fd_jax.data.feed import Feed
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.errors import CheckpointError, DamagedCheckpointError
@@ -27,6 +26,7 @@ from fd_jax.training import lock as locks
 from fd_jax.training import metric_writer, signals
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
+from fd_jax.training.feeds import AnyFeed, open_data
 from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
@@ -84,7 +84,7 @@ def fit(
         settings.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(config.batch_size, config.accumulation, mesh)
-        feed = Feed(**config.data)
+        feed = open_data(config, task)
         task.check_data(feed)
         steps_per_epoch = feed.steps_per_epoch(config.batch_size)
         total_steps = settings.total_steps(config, steps_per_epoch)
@@ -215,7 +215,7 @@ class Run:
     workdir: epath.Path
     lock: locks.Lock | None
     program: Program
-    feed: Feed
+    feed: AnyFeed
     checkpoints: Checkpoints
     writer: metric_writer.Writer
     frozen: PyTree

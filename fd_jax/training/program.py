@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import sharding
-from fd_jax.data.elements import Element, Elements, of_config
+from fd_jax.data.elements import Element, Elements
 from fd_jax.models import kernels
 from fd_jax.optimizer import Schedule
-from fd_jax.tasks.base import Task
+from fd_jax.tasks import registry
+from fd_jax.tasks.base import Predicts, Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
 
@@ -37,6 +38,8 @@ class Program:
       train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
       features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
+      predict: jitted (params, extra, frozen, batch) -> what a task that `Predicts` makes of the
+        images, split over the batch; None for other tasks.
     """
 
     mesh: Mesh
@@ -49,6 +52,7 @@ class Program:
     train_step: Any
     eval_step: Any
     features: Any
+    predict: Any
 
     def place_frozen(self, host: PyTree) -> PyTree:
         """Puts the frozen weights onto the mesh, sharded by the same rules as the student's."""
@@ -82,13 +86,13 @@ def build(
       mesh: device mesh.
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of updates.
-      elements: specification of the batches; derived from `config.data` if None.
+      elements: specification of the batches; derived from the config if None.
 
     Raises:
       ConfigError: the batch does not split over the mesh.
     """
     if elements is None:
-        elements = of_config(config.data)
+        elements = registry.kind_of(config).elements(config)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     whole = sharding.replicated(mesh)
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
@@ -125,6 +129,7 @@ def build(
 
         return traced
 
+    split = sharding.batch_sharding(mesh)
     step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
     return Program(
         mesh=mesh,
@@ -136,7 +141,10 @@ def build(
         create=create,
         train_step=jax.jit(on_mesh(step), donate_argnums=0, out_shardings=(state_shardings, whole)),
         eval_step=jax.jit(on_mesh(task.evaluate), out_shardings=whole),
-        features=jax.jit(on_mesh(task.features), out_shardings=sharding.batch_sharding(mesh)),
+        features=jax.jit(on_mesh(task.features), out_shardings=split),
+        predict=jax.jit(on_mesh(task.predict), out_shardings=split)
+        if isinstance(task, Predicts)
+        else None,
     )
 
 

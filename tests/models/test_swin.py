@@ -299,6 +299,18 @@ def test_branches_drop_by_example():
     assert np.abs(out[1] - kept[1]).max() > 1e-2
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_intermediates_drop_the_same_branches(version):
+    made = swins.spec(version)
+    params, images = swins.random_params(made), swins.pictures(made, 3)
+    network = swins.bind(made, params, drop_path=0.5)
+    drops = np.random.default_rng(0).random((3, 5, 2)).astype(np.float32)
+    want = jax.jit(lambda x: network(x, drops=drops, final_norm=False).tokens)(images)
+    last = jax.jit(lambda x, drops: network.intermediates(x, [4], drops=drops)[0].tokens)
+    np.testing.assert_allclose(last(images, drops), want, atol=1e-5)
+    assert np.abs(last(images, drops[:, ::-1]) - want).max() > 1e-2
+
+
 @pytest.mark.slow
 def test_recomputing_and_other_attention_change_nothing(cudnn_by_xla):
     made = swins.spec(2, depths=[2, 1], heads=[2, 4], pretrained_windows=[0, 0])

@@ -188,6 +188,20 @@ def test_branches_drop_apart_and_by_example():
     assert np.abs(all_kept - plain).max() > 1e-3
 
 
+def test_intermediates_drop_the_same_branches():
+    spec = student_spec({**SMALL, "depth": 3}, "rpb")
+    params, images = random_params(spec), pictures(spec, 3)
+    network = bind(spec, params, drop_path=0.5)
+    drops = np.random.default_rng(0).random((3, 3, 2)).astype(np.float32)
+    want = network(images, drops=drops, final_norm=False).tokens
+    first, last = network.intermediates(images, [0, 2], drops=drops)
+    np.testing.assert_array_equal(last.tokens, want)
+    assert np.abs(first.tokens - want).max() > 1e-2
+    for others in (None, drops[::-1], drops[:, ::-1]):
+        got = network.intermediates(images, [2], drops=others)[0].tokens
+        assert np.abs(got - want).max() > 1e-2
+
+
 @pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_recomputing_changes_nothing(remat):
     spec = student_spec({**SMALL, "depth": 2}, "shared_rpb")

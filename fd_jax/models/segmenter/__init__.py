@@ -4,6 +4,13 @@
 turns levels into logits; `convolution.py`, `normalization.py` and `resampling.py` have their parts.
 """
 
-from fd_jax.models.segmenter.network import Levels, Segmentation, Segmenter, levels
+from fd_jax.models.segmenter.network import (
+    Decoder,
+    Levels,
+    Segmentation,
+    Segmenter,
+    levels,
+    widths_of,
+)
 
-__all__ = ["Levels", "Segmentation", "Segmenter", "levels"]
+__all__ = ["Decoder", "Levels", "Segmentation", "Segmenter", "levels", "widths_of"]

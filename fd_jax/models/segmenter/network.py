@@ -66,8 +66,21 @@ def _swin_levels(encoder: Swin) -> Levels:
     if stages != 4:
         raise ConfigError(f"a Swin of {stages} stages has no four levels; use one of 4 stages")
     blocks = tuple(sum(encoder.depths[: stage + 1]) - 1 for stage in range(stages))
-    widths = tuple(encoder.width // MERGE ** (stages - 1 - stage) for stage in range(stages))
-    return Levels(blocks, widths, "stage_norms")
+    return Levels(blocks, widths_of(encoder, blocks), "stage_norms")
+
+
+def widths_of(encoder: ViT | Swin, blocks: Sequence[int]) -> tuple[int, ...]:
+    """Channels of the maps after the named blocks, which are counted as in `intermediates`.
+
+    Raises:
+      ValueError: the encoder has no such block.
+    """
+    outside = [number for number in blocks if not 0 <= number < encoder.depth]
+    if outside:
+        raise ValueError(f"blocks {outside} are named, but the encoder has {encoder.depth}")
+    depths = encoder.depths if isinstance(encoder, Swin) else (encoder.depth,)
+    merges = [len(depths) - 1 - stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    return tuple(encoder.width // MERGE ** merges[number] for number in blocks)
 
 
 class Segmentation(NamedTuple):

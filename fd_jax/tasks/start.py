@@ -1,0 +1,70 @@
+"""The network that a task starts from: a model folder, or the architecture in the config."""
+
+from collections.abc import Collection
+
+from etils import epath
+import jax
+
+from fd_jax import model_folder
+from fd_jax.console import say
+from fd_jax.errors import ConfigError
+from fd_jax.models import transfer
+from fd_jax.models.spec import ModelSpec
+from fd_jax.typing import Config, PyTree
+
+
+def initial_spec(config: Config, section: str) -> ModelSpec:
+    """The spec in the folder `init_from`, or that of the random network in the config.
+
+    Args:
+      config: config of a run.
+      section: its section with `family`, `arch` and `trains`.
+
+    Raises:
+      ConfigError: there is neither, or a random encoder would not be trained.
+      ModelFolderError: there is no model at `init_from`.
+    """
+    chosen = config[section]
+    if config.init_from:
+        return model_folder.load_spec(epath.Path(config.init_from))
+    if chosen.trains == "head":
+        raise ConfigError(f"{section}.trains='head' probes a trained encoder: set init_from to it")
+    if not chosen.family:
+        raise ConfigError(
+            "init_from is empty: set it to the model folder to start from "
+            f"(--config.init_from=RUN/model), or set {section}.family and {section}.arch"
+        )
+    arch = {**chosen.arch.to_dict(), "image_size": config.data.image_size}
+    return ModelSpec(chosen.family, arch)
+
+
+def source_name(config: Config, start: ModelSpec, how: str) -> str:
+    """The `source` of the trained network; `how` is what was done to the one it started from."""
+    if not config.init_from:
+        return f"trained by fd_jax on {config.data.name}"
+    return f"{how} by fd_jax on {config.data.name} from {start.source}"
+
+
+def load(
+    config: Config, changes: transfer.Changes, *, parts: Collection[str], report: bool = False
+) -> PyTree:
+    """The arrays of `init_from` that the network starts from.
+
+    Args:
+      config: config of a run, with `init_from`.
+      changes: how the network differs from the stored one.
+      parts: what the network has besides the encoder; `report` says which of it starts fresh.
+      report: whether to print what is loaded, resized, copied and dropped.
+    """
+    folder = config.init_from
+    spec, stored = model_folder.load(folder)
+    taken, lines = transfer.start(spec, stored, changes)
+    if report:
+        tensors = jax.tree.leaves(taken)
+        values = sum(leaf.size for leaf in tensors)
+        say(f"init_from {folder} ({spec.source}):")
+        say(f"  loaded   {len(tensors)} tensors, {values:,} values: {', '.join(sorted(taken))}")
+        for line in lines:
+            say(f"  {line}")
+        say(f"  fresh    {', '.join(sorted(set(parts) - taken.keys())) or 'nothing'}")
+    return taken
