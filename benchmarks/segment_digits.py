@@ -1,0 +1,143 @@
+r"""A distilled encoder and the same one with random weights, fine-tuned to segment digits.
+
+    python -m benchmarks.segment_digits --student=runs/quickstart/model --workdir=runs/segment
+
+Both are trained by finetune.py's code with configs/segment_digit_scenes.py and differ only in
+`init_from`. A finished run is not repeated. WORKDIR/table.md has the figures of both over the
+held-out pictures, WORKDIR/table.json the same per seed, and WORKDIR/NAME.html shows pictures with
+their labels and predictions.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import statistics
+import time
+
+from absl import logging
+from etils import epath
+from flax import nnx
+import numpy as np
+from PIL import Image
+
+from configs import segment_digit_scenes
+import fd_jax
+from fd_jax import files, model_folder
+from fd_jax.models.spec import split
+from fd_jax.show import overlays
+from fd_jax.tasks import registry
+from fd_jax.training import loop, metric_writer
+from fd_jax.training.feeds import open_data
+
+FIGURES = {"miou": "mIoU", "macc": "mean accuracy", "aacc": "pixel accuracy"}
+STUDENT, RANDOM = "distilled student", "the same network, random weights"
+SHOWN = 6  # pictures of a page
+DRAWN = 4  # rows of --picture
+Runs = dict[str, list[dict[str, float]]]  # row of the table -> figures of each seed
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--student", default="runs/quickstart/model", help="model folder")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/segment"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--picture", type=pathlib.Path, help="also draw some pictures, as PNG")
+    args = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
+    began = time.monotonic()
+    runs: Runs = {STUDENT: [], RANDOM: []}
+    for seed in range(args.seeds):
+        folder = args.workdir / str(seed)
+        starts = {STUDENT: args.student, RANDOM: save_random(args.student, folder / "start", seed)}
+        for name, start in starts.items():
+            runs[name].append(train(start, folder / _folder(name), seed))
+    text = table(runs)
+    files.write_text(epath.Path(args.workdir / "table.json"), json.dumps(runs, indent=2) + "\n")
+    files.write_text(epath.Path(args.workdir / "table.md"), text)
+    show(args.workdir, args.picture)
+    print(f"\n{text}\n{(time.monotonic() - began) / 60:.1f} minutes; pages in {args.workdir}")
+
+
+def save_random(student: str, folder: pathlib.Path, seed: int) -> str:
+    """Saves a model folder with the student's network and random weights."""
+    if not folder.exists():
+        spec = model_folder.load_spec(epath.Path(student))
+        module = spec.build(rngs=nnx.Rngs(seed), init="fd_student")
+        model_folder.save(folder, spec, {"encoder": split(module)[1]})
+    return str(folder)
+
+
+def train(start: str, workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Fine-tunes a model folder, unless an earlier run did; returns its last evaluation."""
+    config = segment_digit_scenes.get_config()
+    config.update(init_from=str(start), seed=seed)
+    if not (workdir / "model").exists():
+        result = loop.fit(registry.make(config), config, workdir)
+        if result.preempted:
+            raise SystemExit(loop.PREEMPTED)
+    rows = [row for row in metric_writer.read(epath.Path(workdir)) if "eval_miou" in row]
+    return {name: rows[-1][f"eval_{name}"] for name in FIGURES}
+
+
+def table(runs: Runs) -> str:
+    """Markdown: the mean over the seeds, and its spread where there are several."""
+    lines = [f"| | {' | '.join(FIGURES.values())} |", "|---|---|---|---|"]
+    for name, found in runs.items():
+        cells = [_cell([100 * figures[figure] for figures in found]) for figure in FIGURES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def show(workdir: pathlib.Path, picture: pathlib.Path | None) -> None:
+    """Writes a page for each network of the first seed, and the PNG if one is asked for."""
+    config = segment_digit_scenes.get_config()
+    config.init_from = str(workdir / "0" / "start")
+    data = open_data(config, registry.make(config))
+    scenes = list(data.pictures("eval", range(SHOWN)))
+    rows = []
+    for name in (STUDENT, RANDOM):
+        model = fd_jax.load_model(workdir / "0" / _folder(name) / "model")
+        predicted = model.segment([scene.image for scene in scenes])
+        samples = [
+            overlays.Sample(scene.name, scene.image, scene.mask, classes)
+            for scene, classes in zip(scenes, predicted, strict=True)
+        ]
+        page = overlays.page(samples, data.class_names, title=name)
+        files.write_text(epath.Path(workdir / f"{_folder(name)}.html"), page)
+        rows.append(predicted)
+    if picture is not None:
+        files.write_bytes(epath.Path(picture), draw(scenes, rows, len(data.class_names)))
+
+
+def draw(scenes, predictions, classes: int) -> bytes:
+    """PNG of some pictures: picture, label, and what each network predicts, side by side."""
+    colours = overlays.palette(classes)
+    side, gap = 160, 4
+    columns = 2 + len(predictions)
+    sheet = np.full((DRAWN * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for row, scene in enumerate(scenes[:DRAWN]):
+        painted = [scene.mask, *(predicted[row] for predicted in predictions)]
+        panels = [scene.image, *(overlays.overlay(scene.image, mask, colours) for mask in painted)]
+        for column, panel in enumerate(panels):
+            fitted = Image.fromarray(panel)
+            fitted.thumbnail((side, side))
+            top, left = row * (side + gap), column * (side + gap)
+            sheet[top : top + fitted.height, left : left + fitted.width] = np.asarray(fitted)
+    content = io.BytesIO()
+    Image.fromarray(sheet).save(content, "PNG")
+    return content.getvalue()
+
+
+def _folder(name: str) -> str:
+    return {STUDENT: "student", RANDOM: "random"}[name]
+
+
+if __name__ == "__main__":
+    main()
