@@ -18,8 +18,8 @@ import numpy as np
 from fd_jax.errors import ConfigError, check_positive
 from fd_jax.models.segmenter.resampling import bilinear_matrix
 
-# Pixels; rows and columns of a picture whose logits are computed together. With 150 classes, those of
-# a tile stay in the cache of a core; tiles of twice the side take several times as long.
+# Pixels; rows and columns of a picture whose logits are computed together. With 150 classes, those
+# of a tile stay in the cache of a core; tiles of twice the side take several times as long.
 TILE = 32
 
 
