@@ -194,6 +194,17 @@ def activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
+def epsilon(value: Any) -> float:
+    """The epsilon of norms.
+
+    Raises:
+      ConversionError: it is no number between 0 and 1.
+    """
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ConversionError(f"layer_norm_eps is {value!r}, expected a number between 0 and 1")
+    return value
+
+
 def upernet_fields(config: Mapping[str, Any], container: Container) -> dict[str, Any]:
     """The fields of `ModelSpec.segmenter` that its UPerNets have in common.
 
@@ -214,10 +225,17 @@ def upernet_fields(config: Mapping[str, Any], container: Container) -> dict[str,
 
 
 def statistics(container: Container, default: Statistics) -> Statistics:
-    """Mean and standard deviation of preprocessor_config.json beside a file, or else `default`."""
+    """Mean and standard deviation of preprocessor_config.json beside a file, or else `default`.
+
+    Raises:
+      ConversionError: that file has no three numbers for each, or a deviation that is not positive.
+    """
     folder = container.path if container.path.is_dir() else container.path.parent
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return default
     fields = json.loads(path.read_text())
-    return tuple(fields["image_mean"]), tuple(fields["image_std"])
+    mean, std = (tuple(map(float, fields[f"image_{name}"])) for name in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or not np.isfinite(mean).all() or not min(std) > 0:
+        raise ConversionError(f"{path} has image_mean {mean} and image_std {std}")
+    return mean, std

@@ -83,8 +83,8 @@ def _arch(config: Mapping[str, Any]) -> dict[str, Any]:
         "ln_pre": False,
         "final_norm": False,
         "activation": huggingface.activation(config["hidden_act"]),
-        "norm_eps": config["layer_norm_eps"],
-        "layer_scale": config["layer_scale_init_value"] or None,
+        "norm_eps": huggingface.epsilon(config["layer_norm_eps"]),
+        "layer_scale": float(config["layer_scale_init_value"]) or None,
         "qkv_bias": "qv",
         "patch_bias": True,
     }

@@ -163,6 +163,7 @@ def test_a_size_is_chosen_that_windows_divide(tmp_path):
         (beit, {"pool_scales": [1, 2]}, "pool_scales is .1, 2., expected .1, 2, 3, 6."),
         (beit, {"auxiliary_num_convs": 2}, "auxiliary_num_convs is 2, expected 1"),
         (beit, {"hidden_act": "swish"}, "activation 'swish' is unknown"),
+        (beit, {"layer_norm_eps": [1]}, r"layer_norm_eps is \[1\], expected a number between"),
         (beit, {"num_hidden_layers": 10**9}, "describes no BeitForSemanticSegmentation"),
         (beit, {"num_hidden_layers": "12"}, "describes no BeitForSemanticSegmentation"),
         (beit, {"hidden_size": 48, "num_attention_heads": 4}, r"has shape \[.*32.*\], expected"),
@@ -280,6 +281,24 @@ def test_swin_of_mmsegmentation_gives_the_logits_of_transformers(tmp_path):
     images = pictures(128)
     want = theirs(model, images, specs.IMAGENET_MEAN, specs.IMAGENET_STD)
     assert difference(ours(tmp_path / "model", images, 128), want) < 1e-4
+
+
+def test_swin_of_mmsegmentation_itself_is_refused_by_its_backbone(tmp_path):
+    saved(upernet(), tmp_path / "hub")
+    state = mmseg_file(tmp_path / "hub", tmp_path / "upernet.pth")
+    state = {name.replace("backbone.layers", "backbone.stages"): state[name] for name in state}
+    torch.save({"state_dict": state}, tmp_path / "upernet.pth")
+    with pytest.raises(ConversionError, match="another backbone.*Microsoft's Swin V1"):
+        importing.read("auto", tmp_path / "upernet.pth")
+
+
+@pytest.mark.parametrize("fields", [{"image_mean": [0.5]}, {"image_std": [1, 0, 1]}, {}])
+def test_statistics_that_are_none_are_refused(tmp_path, fields):
+    saved(beit(), tmp_path / "hub")
+    fields = {"image_mean": MEAN, "image_std": STD, **fields} if fields else fields
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConversionError, match="image_mean"):
+        importing.read("auto", tmp_path / "hub")
 
 
 @pytest.mark.parametrize(
