@@ -5,7 +5,7 @@
 `model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 from typing import Any
 
@@ -16,11 +16,14 @@ import numpy as np
 
 from fd_jax import checkpoint, sharding
 from fd_jax.errors import DataError, ModelFolderError
+from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.segmenter import sliding
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
 PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics")
+WINDOWS = 4  # windows of a picture that `Model.segment` computes together
 
 
 def save(
@@ -183,6 +186,7 @@ class Model:
         self.params = params
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
+        self._logits = jax.jit(self._apply_segmenter)
 
     def __call__(self, images: jax.Array) -> FeatureMap:
         """Returns the features after the final norm, class token first.
@@ -202,8 +206,80 @@ class Model:
         check_images(images)
         return self.spec.normalize(images)
 
+    def segment(
+        self, pictures: Sequence[np.ndarray] | np.ndarray, *, logits: bool = False
+    ) -> list[np.ndarray] | np.ndarray:
+        """The class of every pixel, or the logits from which it follows.
+
+        The short side of a picture is scaled to the network's input size, and the picture is cut
+        into windows of this size, whose logits are put together as `models.segmenter.sliding` says.
+        Windows are two thirds of their side apart, as in the published tests.
+
+        Args:
+          pictures: uint8 [h, w, 3] RGB each, of any sizes. For logits, one array [B, S, S, 3] at
+            the network's input size.
+          logits: whether to return the logits.
+
+        Returns:
+          Labels int32 [h, w] for each picture. With `logits`, float32 [B, h, w, K] at the finest
+          level of the segmenter.
+
+        Raises:
+          ModelFolderError: the folder has no segmenter, or windows that are not square.
+          DataError: a picture has another dtype or shape.
+        """
+        if self.spec.segmenter is None:
+            raise ModelFolderError(
+                f"{self.spec.source!r} has no segmenter: only features can be had from it. "
+                "finetune.py with a config such as configs/segment_clip_vit_b16.py trains one on "
+                "it, and `convert_checkpoints.py import` reads those of published networks"
+            )
+        if logits:
+            return self._window_logits(self._check_windows(np.asarray(pictures)))
+        return [self._labels(np.asarray(picture)) for picture in pictures]
+
+    def _labels(self, picture: np.ndarray) -> np.ndarray:
+        check_images(picture[None])
+        height, width = sizes.sides(self.spec.arch["image_size"])
+        if height != width:
+            raise ModelFolderError(
+                f"pictures are cut into squares, but this network reads {height} x {width} pixels; "
+                "load it with image_size=N"
+            )
+        cut = sliding.Sliding(height, stride=2 * height // 3, scale=(4 * height, height))
+        views = cut.views(picture)
+        return cut.labels(views, [self._in_parts(views[0].windows)], picture.shape[:2])
+
+    def _in_parts(self, windows: np.ndarray) -> np.ndarray:
+        """Logits of any number of windows, WINDOWS at a time, so that one program serves all."""
+        padding = -len(windows) % WINDOWS
+        padded = np.pad(windows, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        parts = [self._window_logits(part) for part in np.split(padded, len(padded) // WINDOWS)]
+        return np.concatenate(parts)[: len(windows)]
+
+    def _window_logits(self, windows: np.ndarray) -> np.ndarray:
+        return np.asarray(self._logits(self.params, self.preprocess(windows)))
+
+    def _check_windows(self, windows: np.ndarray) -> np.ndarray:
+        check_images(windows)
+        size = sizes.sides(self.spec.arch["image_size"])
+        if windows.shape[1:3] != size:
+            raise DataError(
+                f"images are {windows.shape[1]} x {windows.shape[2]} pixels, and the network reads "
+                f"{size[0]} x {size[1]}; resize them, load the model with another image_size, or "
+                "ask for labels, which are made for pictures of any size"
+            )
+        return windows
+
     def _apply(self, params, images):
         return nnx.merge(self._definition, params)(images)
+
+    def _apply_segmenter(self, params, images):
+        definition = self.spec.abstract_segmenter()[0]
+        encoder = nnx.merge(self._definition, params["encoder"])
+        maps = encoder.intermediates(images, (self.spec.segmenter or {})["blocks"])
+        segment = nnx.merge(definition, params["segmenter"])
+        return segment(maps, params["segmenter_statistics"]).logits
 
 
 def check_images(images: np.ndarray) -> None:
@@ -246,9 +322,9 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
 
 
 def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
-    described = _described(spec)
-    expected = flat_shapes(described)
-    stored = flat_shapes({name: params[name] for name in described if name in params})
+    parts = described(spec)
+    expected = flat_shapes(parts)
+    stored = flat_shapes({name: params[name] for name in parts if name in params})
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -262,7 +338,7 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, A
     raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
 
 
-def _described(spec: ModelSpec) -> dict[str, Any]:
+def described(spec: ModelSpec) -> dict[str, Any]:
     """The parts whose shapes follow from the spec: by name, nested dicts of shapes."""
     parts = {"encoder": spec.abstract()[1]}
     if spec.segmenter is not None:

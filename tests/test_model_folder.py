@@ -16,8 +16,10 @@ import pytest
 import fd_jax
 from fd_jax import model_folder
 from fd_jax.errors import DataError, ModelFolderError
+from fd_jax.evaluation import segmentation
 from fd_jax.models.spec import split
 from tests import tiny
+from tests.evaluation import segments
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -263,3 +265,56 @@ def test_preprocess_refuses_what_would_give_other_features(teacher, images, reme
     model = fd_jax.load_model(teacher)
     with pytest.raises(DataError, match=re.escape(remedy)):
         model.preprocess(images)
+
+
+@pytest.fixture
+def segmenting(tmp_path):
+    made = segments.spec()
+    model_folder.save(tmp_path / "segmenting", made, segments.parts(made))
+    return model_folder.load_model(tmp_path / "segmenting")
+
+
+def test_labels_equal_those_of_an_evaluation(segmenting):
+    pictures = [segments.picture(i, size).image for i, size in enumerate(segments.SIZES)]
+    labels = segmenting.segment(pictures)
+    assert [label.shape for label in labels] == list(segments.SIZES)
+    assert all(label.dtype == np.int32 for label in labels)
+    assert len(np.unique(np.concatenate([label.ravel() for label in labels]))) > 2
+    made = segments.spec()
+    run = segments.compiled(made, jax.devices()[:1])
+    items = [
+        segments.Picture(str(i), picture, label.astype(np.uint8))
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True))
+    ]
+    for stride, same in ((21, True), (32, False)):
+        evaluator = segmentation.Segmented(8, 5, 32, scale=(128, 32), stride=stride)
+        result = evaluator(run, segments.weights(made, run.mesh), segments.Pictures(items))
+        assert (result["aacc"] > 0.9998) == same
+    assert segmenting._logits._cache_size() == 1
+    array = np.stack([pictures[0], pictures[0][::-1]])
+    np.testing.assert_array_equal(segmenting.segment(array)[0], labels[0])
+
+
+def test_logits_are_those_of_the_network(segmenting):
+    images = np.stack([segments.picture(i, (32, 32)).image for i in range(3)])
+    got = segmenting.segment(images, logits=True)
+    made = segments.spec()
+    run = segments.compiled(made, jax.devices()[:1])
+    weights = segments.weights(made, run.mesh)
+    want = run.predict(weights.params, weights.extra, {}, {"image": images})
+    assert got.shape == (3, 16, 16, 5) and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_segmenting_refuses_what_it_cannot_do(segmenting, folder, tmp_path):
+    with pytest.raises(ModelFolderError, match="'tiny' has no segmenter.*finetune.py"):
+        model_folder.load_model(folder).segment([np.zeros((32, 32, 3), np.uint8)])
+    with pytest.raises(DataError, match=r"float32 \[1, 40, 50, 3\]; expected uint8"):
+        segmenting.segment([np.zeros((40, 50, 3), np.float32)])
+    with pytest.raises(DataError, match="Use image\\[None\\]"):
+        segmenting.segment(np.zeros((40, 50, 3), np.uint8))
+    with pytest.raises(DataError, match="40 x 32 pixels, and the network reads 32 x 32"):
+        segmenting.segment(np.zeros((2, 40, 32, 3), np.uint8), logits=True)
+    wide = model_folder.load_model(tmp_path / "segmenting", image_size=(32, 48))
+    with pytest.raises(ModelFolderError, match="reads 32 x 48 pixels; load it with image_size=N"):
+        wide.segment([np.zeros((40, 50, 3), np.uint8)])

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Set
 import dataclasses
-from typing import Any
+import json
+from typing import Any, TypeVar
 
 import numpy as np
 
+from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.layout import Fit, Layout, Need
+from fd_jax.errors import ConversionError, UserError
 from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 
@@ -129,3 +132,92 @@ def config_conflicts(config: Mapping[str, Any], arch: Mapping[str, Any]) -> list
     if eps is not None and eps != arch["norm_eps"]:
         problems.append(f"config.json says layer_norm_eps {eps}, expected {arch['norm_eps']}")
     return problems
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+Made = TypeVar("Made")
+
+
+def is_of(container: Container, class_name: str) -> bool:
+    """Whether a file's config.json names this class of transformers."""
+    architectures = (container.config or {}).get("architectures")
+    return isinstance(architectures, list) and class_name in architectures
+
+
+def described(
+    container: Container,
+    class_name: str,
+    make: Callable[[Mapping[str, Any], Container], Made],
+) -> Made:
+    """What `make` makes of a config.json that describes the whole network.
+
+    Raises:
+      ConversionError: there is none, it is of another class, or `make` cannot read it.
+    """
+    where = f"{container.path}: config.json"
+    if not is_of(container, class_name):
+        raise ConversionError(
+            f"{where} is missing or does not name {class_name}; expected a folder of that class "
+            "of transformers, with config.json and the weights"
+        )
+    try:
+        return make(container.config or {}, container)
+    except UserError as error:
+        raise ConversionError(f"{where} describes a network that cannot be had: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConversionError(f"{where} describes no {class_name} ({error!s:.80})") from error
+
+
+def expect(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses a config with fields that no network here has.
+
+    Raises:
+      ConversionError: the message names the fields that differ.
+    """
+    wrong = [
+        f"{name} is {found.get(name)!r}, expected {value!r}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    if wrong:
+        raise ConversionError("; ".join(wrong))
+
+
+def activation(name: str) -> str:
+    """Our name of an activation.
+
+    Raises:
+      ConversionError: it has none.
+    """
+    if name not in _ACTIVATIONS:
+        raise ConversionError(f"the activation {name!r} is unknown; expected {list(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def upernet_fields(config: Mapping[str, Any], container: Container) -> dict[str, Any]:
+    """The fields of `ModelSpec.segmenter` that its UPerNets have in common.
+
+    Raises:
+      ConversionError: the heads have other parts than those here.
+    """
+    expected = {"pool_scales": [1, 2, 3, 6]}
+    if config["use_auxiliary_head"]:
+        expected |= {"auxiliary_num_convs": 1, "auxiliary_concat_input": False}
+    expect({name: config.get(name) for name in expected}, expected)
+    return {
+        "classes": container.tensors["decode_head.classifier.bias"].shape[0],
+        "decoder": "upernet",
+        "channels": config["hidden_size"],
+        "auxiliary_channels": config["auxiliary_channels"] if config["use_auxiliary_head"] else 0,
+        "dropout": 0.1,  # transformers has none; mmsegmentation, which trained them, has this one
+    }
+
+
+def statistics(container: Container, default: Statistics) -> Statistics:
+    """Mean and standard deviation of preprocessor_config.json beside a file, or else `default`."""
+    folder = container.path if container.path.is_dir() else container.path.parent
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return default
+    fields = json.loads(path.read_text())
+    return tuple(fields["image_mean"]), tuple(fields["image_std"])

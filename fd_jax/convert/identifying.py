@@ -41,10 +41,20 @@ class Candidate:
 
 def candidates(container: Container) -> list[Candidate]:
     """What fits a file, and behind it what comes near, the fewest problems first."""
-    every = ((source, part) for source in families.SOURCES.values() for part in source.parts)
+    sources = [*families.SOURCES.values(), *_described(container)]
+    every = ((source, part) for source in sources for part in source.parts)
     matched = _matched(container, every, at_least=0.0)
     near = [c for c in matched if c.fits or c.match.found >= _NEAR * c.match.expected]
     return sorted(near, key=lambda c: (len(c.match.problems), "" if c.fits else c.label))
+
+
+def _described(container: Container) -> list[Source]:
+    """The source that the file itself describes, if it does, and as a network that can be had."""
+    try:
+        source = families.self_described(container)
+    except ConversionError:
+        return []
+    return [] if source is None else [source]
 
 
 def fitting(container: Container) -> list[Source]:

@@ -1,7 +1,10 @@
-"""The interface through which tasks and evaluation read data. `feed.Feed` implements it."""
+"""The interfaces through which tasks and evaluation read data.
 
-from collections.abc import Iterator
-from typing import Literal, Protocol
+`feed.Feed` implements `Data`, and `segmentation.SegmentationFeed` implements `SegmentationData`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +14,8 @@ from fd_jax.typing import Batch
 # Settings of `transforms.TrainTransform`; they are here because that module needs OpenCV.
 Interpolation = Literal["bilinear", "bicubic"]
 Crop = Literal["retried", "single"]
+
+IGNORED = 255  # label of pixels that are neither trained on nor counted, in masks of classes
 
 
 class Data(Protocol):
@@ -55,4 +60,51 @@ class Data(Protocol):
           rows: rows of each global batch to produce; None for all of them.
           limit: maximum number of batches; 0 for no limit.
         """
+        ...
+
+
+class Picture(NamedTuple):
+    """A held-out picture and the class of each of its pixels.
+
+    Attributes:
+      index: position in the split.
+      name: name within the split.
+      image: uint8 [h, w, 3] in RGB, at the original size.
+      mask: uint8 [h, w], `IGNORED` where there is no class.
+    """
+
+    index: int
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+class SegmentationData(Protocol):
+    """Training and held-out data of a run of semantic segmentation."""
+
+    @property
+    def name(self) -> str:
+        """Name of the training split, for messages."""
+        ...
+
+    @property
+    def elements(self) -> Elements:
+        """Specification of the arrays in every training batch."""
+        ...
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes that the data says it has; None if it does not say."""
+        ...
+
+    def examples(self, split: str) -> int:
+        """Number of pictures in a split, "train" or "eval"."""
+        ...
+
+    def pictures(self, split: str, indices: Sequence[int] | None = None) -> Iterator[Picture]:
+        """Yields pictures at their original size, in order; all of the split without `indices`."""
+        ...
+
+    def rescaled(self, image: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+        """Resizes as for a test: within a long and a short side. uint8 [h, w, 3] -> [H, W, 3]"""
         ...

@@ -50,17 +50,16 @@ class Example(NamedTuple):
     label: int
 
 
-class Dataset(Protocol):
-    """Random access to the examples of a split."""
+class Source(Protocol):
+    """Random access to the examples of a split, of whatever kind; the loader reads these."""
 
     name: str
-    num_classes: int | None
 
     def __len__(self) -> int:
         """Number of examples."""
         ...
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Any:
         """Reads one example.
 
         Raises:
@@ -71,6 +70,16 @@ class Dataset(Protocol):
 
     def describe(self, index: int) -> str:
         """Returns a description of one example, for messages."""
+        ...
+
+
+class Dataset(Source, Protocol):
+    """A source of labelled images."""
+
+    num_classes: int | None
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one image and its label."""
         ...
 
 
@@ -156,10 +165,17 @@ class FolderDataset:
         return self._files[index][0]
 
 
-class TfdsDataset:
-    """A prepared TFDS dataset in ArrayRecord files; its images are returned encoded."""
+class TfdsRecords:
+    """A split of a prepared TFDS dataset in ArrayRecord files, read record by record.
 
-    def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
+    Args:
+      name: TFDS name.
+      split: split in TFDS syntax.
+      data_dir: folder in which TFDS keeps prepared data; None for the default of TFDS.
+      encoded: features that the dataset has to have, and that are returned encoded.
+    """
+
+    def __init__(self, name: str, split: str, *, data_dir: str | None, encoded: Sequence[str]):
         import tensorflow_datasets as tfds
 
         builder = find_builder(name, data_dir)
@@ -172,52 +188,53 @@ class TfdsDataset:
                 f" after you have moved that folder away:\n  {prepare_command(name, data_dir)}"
             )
         self.name = f"{name}/{split}"
-        features = builder.info.features
-        if features is None or "image" not in features:
-            raise DataError(
-                f"{name} has no feature 'image'; its features are {sorted(features or ())}"
-            )
-        label = features["label"] if "label" in features else None
-        self.num_classes = getattr(label, "num_classes", None)
-        splits = builder.info.splits or {}
-        sizes = {part: info.num_examples for part, info in splits.items()}
-        try:
-            examples = splits[split].num_examples
-        except (ValueError, KeyError) as error:
-            raise DataError(
-                f"{name} has no split {split!r}; its splits are {sorted(sizes)}"
-            ) from error
-        if examples < 1:  # TFDS counts a slice that ends before it begins as negative
-            raise DataError(
-                f"{name} has no examples in {split!r}; the sizes of its splits are {sizes}"
-            )
-        self._records: Any = builder.as_data_source(
-            split, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        self._skip = tuple(skip)
+        self.features: Any = builder.info.features or {}
+        for feature in encoded:
+            if feature not in self.features:
+                raise DataError(
+                    f"{name} has no feature {feature!r}; its features are {sorted(self.features)}"
+                )
+        _check_split(name, split, builder.info.splits or {})
+        decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
+        self._records: Any = builder.as_data_source(split, decoders=decoders)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Example:
-        record = self._record(index)
-        if self._skip and _file_name(record).endswith(self._skip):
-            raise SkippedError(_file_name(record))
-        return Example(record["image"], int(record.get("label", -1)))
-
     def describe(self, index: int) -> str:
         """Returns the position of an example and, if the dataset stores it, its file name."""
         try:
-            file_name = _file_name(self._record(index))
+            file_name = _file_name(self.record(index))
         except BrokenImageError:
             file_name = ""
         return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
 
-    def _record(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> dict[str, Any]:
+        """Reads all features of one example.
+
+        Raises:
+          BrokenImageError: the checksum of the record does not match.
+        """
         try:
             return self._records[int(index)]
-        except RuntimeError as error:  # how ArrayRecord reports a checksum that does not match
+        except RuntimeError as error:  # how ArrayRecord reports such a checksum
             raise BrokenImageError(str(error)) from error
+
+
+class TfdsDataset(TfdsRecords):
+    """The labelled images of a prepared TFDS dataset; the images are returned encoded."""
+
+    def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
+        super().__init__(name, split, data_dir=data_dir, encoded=("image",))
+        label = self.features["label"] if "label" in self.features else None
+        self.num_classes = getattr(label, "num_classes", None)
+        self._skip = tuple(skip)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.record(index)
+        if self._skip and _file_name(record).endswith(self._skip):
+            raise SkippedError(_file_name(record))
+        return Example(record["image"], int(record.get("label", -1)))
 
 
 class Subset:
@@ -280,6 +297,17 @@ def not_prepared_message(name: str, folder: str, data_dir: str | None) -> str:
             "The command calls builder.download_and_prepare(file_format='array_record')."
         )
     return text
+
+
+def _check_split(name: str, split: str, splits: Any) -> None:
+    """Refuses a split that does not exist or is empty."""
+    sizes = {part: info.num_examples for part, info in splits.items()}
+    try:
+        examples = splits[split].num_examples
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{name} has no split {split!r}; its splits are {sorted(sizes)}") from error
+    if examples < 1:  # TFDS counts a slice that ends before it begins as negative
+        raise DataError(f"{name} has no examples in {split!r}; the sizes of its splits are {sizes}")
 
 
 def _file_name(record: dict[str, Any]) -> str:

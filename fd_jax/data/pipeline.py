@@ -22,7 +22,7 @@ import numpy as np
 
 from fd_jax.data import elements
 from fd_jax.data.background import Background
-from fd_jax.data.datasets import BrokenImageError, Dataset, SkippedError
+from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
 from fd_jax.data.elements import Elements, Row
 from fd_jax.data.shared import SharedBatches
 from fd_jax.errors import DataError, HangError
@@ -63,7 +63,7 @@ class Transform(Protocol):
         ...
 
 
-def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
+def steps_per_epoch(dataset: Source, batch_size: int) -> int:
     """Number of full batches in one pass over a dataset.
 
     Raises:
@@ -107,7 +107,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Source,
         transform: Transform,
         *,
         batch_size: int,
@@ -235,7 +235,7 @@ def shared_slots(workers: int) -> int:
 
 
 def eval_batches(
-    dataset: Dataset,
+    dataset: Source,
     transform: Transform,
     *,
     batch_size: int,
@@ -385,9 +385,7 @@ class _Reads:
         return {**self.__dict__, "_busy": {}}  # the threads of this process are not in a worker
 
 
-def _too_many_broken(
-    dataset: Dataset, broken: Iterable[tuple[int, str]], allowed: int
-) -> DataError:
+def _too_many_broken(dataset: Source, broken: Iterable[tuple[int, str]], allowed: int) -> DataError:
     listing = [f"{dataset.describe(index)}: {reason}" for index, reason in sorted(broken)]
     return DataError(
         "\n  ".join(

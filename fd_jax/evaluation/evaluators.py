@@ -50,6 +50,11 @@ class Compiled(Protocol):
         """(params, frozen, batch) -> [B, D] float32, split over the batch."""
         ...
 
+    @property
+    def predict(self) -> Any:
+        """(params, extra, frozen, batch) -> what `task.predict` returns, split over the batch."""
+        ...
+
 
 class Evaluator(Protocol):
     """One measurement on held-out data."""

@@ -9,15 +9,18 @@ from collections.abc import Set
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.families import (
     beit,
+    beit_segmentation,
     clip,
     dinov2,
     dinov3,
+    mmseg,
     official_fd,
     own,
     siglip2,
     swin,
     swin_v2,
     timm_vit,
+    upernet_swin,
 )
 from fd_jax.convert.family import Family, Format
 from fd_jax.convert.layout import AnyLayout, Fit, best
@@ -35,6 +38,9 @@ FAMILIES: tuple[Family, ...] = (
     swin.FAMILY,
     swin_v2.FAMILY,
     official_fd.FAMILY,
+    beit_segmentation.FAMILY,
+    upernet_swin.FAMILY,
+    mmseg.FAMILY,
     own.FAMILY,
 )
 

@@ -26,7 +26,7 @@ from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 
-def _index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
+def index(arch: Mapping[str, Any], place: Place) -> np.ndarray:
     """Row of the bias table for every query and key. [N, N]"""
     del place
     grid = patch_grid(arch["image_size"], arch["patch_size"])
@@ -56,7 +56,7 @@ SHARED = _TRUNK + Table(
         *norm("norm", "encoder/norm"),
     ),
     (),
-    (Derived("rel_pos_bias.relative_position_index", _index),),
+    (Derived("rel_pos_bias.relative_position_index", index),),
 )
 PER_BLOCK = _TRUNK + Table(
     (
@@ -65,15 +65,17 @@ PER_BLOCK = _TRUNK + Table(
         *linear("head", "head"),
     ),
     (),
-    (Derived("blocks.{i}.attn.relative_position_index", _index),),
+    (Derived("blocks.{i}.attn.relative_position_index", index),),
 )
-_TIMM = Table(
-    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed"))))
+TIMM = Table(
+    tuple(dict.fromkeys((*SHARED.rules, *PER_BLOCK.rules, Rule("pos_embed", "encoder/pos_embed")))),
+    (),
+    (*SHARED.derived, *PER_BLOCK.derived),
 )
 
 _LAYER = "encoder.layer.{i}"
 _TABLE = "relative_position_bias.relative_position_bias_table"
-_HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
+HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
     (
         Rule(f"{_LAYER}.lambda_1", f"{BLOCK}/gamma_1"),
         Rule(f"{_LAYER}.lambda_2", f"{BLOCK}/gamma_2"),
@@ -144,12 +146,12 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
 _NEEDS = (BIASES_QV, NOT_ROTARY)
 _HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
 LAYOUTS = (
-    Timm("Beit", "vit", _TIMM, _NEEDS),
-    HuggingFace("BeitModel", "vit", _HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
+    Timm("Beit", "vit", TIMM, _NEEDS),
+    HuggingFace("BeitModel", "vit", HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
     HuggingFace(
         "BeitForImageClassification",
         "vit",
-        prefixed(_HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
+        prefixed(HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
         (*_HF_NEEDS, HAS_HEAD),
         model_type="beit",
         fields=_fields,

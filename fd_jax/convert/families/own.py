@@ -4,7 +4,6 @@ Its tensors have our own parameter paths, and its metadata holds the text of `mo
 is made from the file, and every fact is the one the model had.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,14 @@ from fd_jax.convert import networks
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.family import Family, Format, SelfDescribed
+from fd_jax.convert.rules.matching import NEEDED
 from fd_jax.convert.rules.tables import Rule, Table
 from fd_jax.convert.source import Part, Source
 from fd_jax.errors import ConversionError, UserError
-from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 NAME = "fd_jax"
 _METADATA = "model.json"
-_MOST = 1 << 20  # larger numbers in the description belong to no network
 
 
 def source(container: Container) -> Source:
@@ -39,7 +37,7 @@ def source(container: Container) -> Source:
     where = f"{_METADATA} in the metadata"
     try:
         spec = ModelSpec.from_json(text, where=where)
-        _check_sizes(spec, container)
+        networks.check_sizes(spec, container)
         paths = networks.shapes(spec)
     except UserError as error:
         raise ConversionError(f"{container.path}: {error}") from error
@@ -47,7 +45,7 @@ def source(container: Container) -> Source:
         raise ConversionError(
             f"{container.path}: {where} describes no network ({error!s:.80})"
         ) from error
-    rules = tuple(Rule(path, path, optional=not path.startswith("encoder/")) for path in paths)
+    rules = tuple(Rule(path, path, optional=not path.startswith(NEEDED)) for path in paths)
     return Source(
         NAME,
         "safetensors of `export --format=safetensors`",
@@ -55,21 +53,6 @@ def source(container: Container) -> Source:
         "the model it was exported from",
         complete=True,
     )
-
-
-def _check_sizes(spec: ModelSpec, container: Container) -> None:
-    """Bounds what a damaged description can make the network's definition cost."""
-    arch = spec.arch
-    numbers = [n for value in arch.values() for n in (value if type(value) is list else [value])]
-    numbers = [number for number in numbers if isinstance(number, int)]
-    if min(numbers, default=0) < 0 or max(numbers, default=0) > _MOST:
-        raise ValueError("a size in it is out of bounds")
-    blocks = sum(networks.depths(spec))
-    if blocks > len(container.tensors):
-        raise ValueError(f"{blocks} blocks, but {len(container.tensors)} tensors")
-    patches = math.prod(patch_grid(arch["image_size"], arch["patch_size"]))
-    if patches > max(map(math.prod, (t.shape for t in container.tensors.values())), default=0):
-        raise ValueError(f"{patches} positions, more than any tensor in the file has numbers")
 
 
 def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:

@@ -99,7 +99,7 @@ HUGGINGFACE_TRUNK = Table(
     (),
     (Derived(f"{HUGGINGFACE_SELF}.relative_position_index", network.bias_index),),
 )
-_HUGGINGFACE = HUGGINGFACE_TRUNK + Table(
+HUGGINGFACE = HUGGINGFACE_TRUNK + Table(
     (
         Rule(f"{HUGGINGFACE_SELF}.key.bias", f"{BLOCK}/attn/k_bias"),
         Rule(
@@ -157,7 +157,7 @@ SOURCES = (
     Source(
         "swin_base_patch4_window7_224_hf",
         "microsoft/swin-base-patch4-window7-224 model.safetensors",
-        _classifier(_HUGGINGFACE + OPTIONAL_HEAD, arch("B", 224, 7), ("swin.",)),
+        _classifier(HUGGINGFACE + OPTIONAL_HEAD, arch("B", 224, 7), ("swin.",)),
         _ORACLE,
         hf=True,
     ),
@@ -192,12 +192,12 @@ _NEEDS = (FINAL_NORM, EPSILON_1E5, network.GRIDS_HOLD_WINDOWS)
 LAYOUTS = (
     Timm("SwinTransformer", "swin", TIMM, (FINAL_NORM,)),
     HuggingFace(
-        "SwinModel", "swin", _HUGGINGFACE, _NEEDS, model_type="swin", fields=huggingface_fields
+        "SwinModel", "swin", HUGGINGFACE, _NEEDS, model_type="swin", fields=huggingface_fields
     ),
     HuggingFace(
         "SwinForImageClassification",
         "swin",
-        prefixed(_HUGGINGFACE, "swin.") + HUGGINGFACE_HEAD,
+        prefixed(HUGGINGFACE, "swin.") + HUGGINGFACE_HEAD,
         (*_NEEDS, HAS_HEAD_ON_MEAN),
         model_type="swin",
         fields=huggingface_fields,

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 import functools
 import json
+import math
 
 from fd_jax import model_folder
+from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.networks import swin, vit
 from fd_jax.convert.networks.network import Network
 from fd_jax.convert.rules.transforms import Shape
+from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
+_MOST = 1 << 20  # larger numbers in a description belong to no network
 NETWORKS: dict[str, Network] = {"vit": vit.NETWORK, "swin": swin.V1, "swin_v2": swin.V2}
 
 
@@ -30,16 +34,35 @@ def positions(spec: ModelSpec) -> str:
 
 def shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every parameter that a model folder of this network may hold, by path."""
-    return _shapes(spec.family, json.dumps(spec.arch))
+    return _shapes(spec.family, json.dumps(spec.arch), json.dumps(spec.segmenter))
+
+
+def check_sizes(spec: ModelSpec, container: Container) -> None:
+    """Bounds what a damaged description can make the network's definition cost.
+
+    Raises:
+      ValueError: a size in it is out of bounds, or too large for the tensors of the file.
+    """
+    arch = spec.arch
+    numbers = [n for value in arch.values() for n in (value if type(value) is list else [value])]
+    numbers = [number for number in numbers if isinstance(number, int)]
+    if min(numbers, default=0) < 0 or max(numbers, default=0) > _MOST:
+        raise ValueError("a size in it is out of bounds")
+    blocks = sum(depths(spec))
+    if blocks > len(container.tensors):
+        raise ValueError(f"{blocks} blocks, but {len(container.tensors)} tensors")
+    patches = math.prod(patch_grid(arch["image_size"], arch["patch_size"]))
+    if patches > max(map(math.prod, (t.shape for t in container.tensors.values())), default=0):
+        raise ValueError(f"{patches} positions, more than any tensor in the file has numbers")
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(family: str, arch: str) -> dict[str, Shape]:
-    spec = ModelSpec(family, json.loads(arch))
+def _shapes(family: str, arch: str, segmenter: str) -> dict[str, Shape]:
+    spec = ModelSpec(family, json.loads(arch), segmenter=json.loads(segmenter))
     channels = width(spec)
-    encoder: Mapping[str, Shape] = model_folder.flat_shapes({"encoder": spec.abstract()[1]})
+    described: Mapping[str, Shape] = model_folder.flat_shapes(model_folder.described(spec))
     return {
-        **encoder,
+        **described,
         "projector/kernel": (channels, "D"),
         "projector/bias": ("D",),
         "head/kernel": (channels, "K"),

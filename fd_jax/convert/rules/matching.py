@@ -18,6 +18,8 @@ from fd_jax.convert.rules.transforms import Shape
 from fd_jax.errors import ConversionError
 
 FLOATS = ("float32", "float16", "bfloat16")
+# Parts of which every parameter has to be filled, where a network has them.
+NEEDED = ("encoder/", "segmenter/", "segmenter_statistics/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,8 @@ def match(
         taken.append(step)
     problems += _check_derived(table, tensors, arch, claimed)
     # Not the file's fault: the table does not cover the model.
-    encoder = {path for path in shapes if path.startswith("encoder/")}
-    problems += [f"no rule fills the parameter {path}" for path in sorted(encoder - filled)]
+    needed = {path for path in shapes if path.startswith(NEEDED)}
+    problems += [f"no rule fills the parameter {path}" for path in sorted(needed - filled)]
     dropped: dict[str, list[str]] = {}
     leftover = []
     for name in tensors:

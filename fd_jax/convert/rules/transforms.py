@@ -53,6 +53,13 @@ CONV = _one(
     lambda s: (s[3], s[2], s[0], s[1]),
 )
 
+# torch ConvTranspose2d IOHW <-> HWIO
+DECONV = _one(
+    lambda x: x.transpose(2, 3, 0, 1),
+    lambda x: x.transpose(2, 3, 0, 1),
+    lambda s: (s[2], s[3], s[0], s[1]),
+)
+
 # torch Conv1d with kernel 1 [out, in, 1] <-> [in, out]
 CONV_1X1 = _one(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None], lambda s: (s[1], s[0], 1))
 

@@ -11,6 +11,20 @@ from fd_jax.data.builders.photos import encode_png
 TEST_EVERY = 5  # every fifth digit of each class is in the test split
 
 
+def read_digits(split: str) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yields the digits of a split: position in scikit-learn, ink as uint8 [8, 8], and digit."""
+    from sklearn import datasets
+
+    digits: Any = datasets.load_digits()
+    seen = np.zeros(10, int)  # digits so far, by class
+    for key, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
+        seen[label] += 1
+        if is_test == (split == "test"):
+            ink = np.round(grey / 16 * 255).astype(np.uint8)  # scikit-learn stores 0..16
+            yield key, ink, int(label)
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Digits of 8 x 8 pixels in ten classes; every fifth of each class is in the test split."""
 
@@ -35,14 +49,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        from sklearn import datasets
-
-        digits: Any = datasets.load_digits()
-        seen = np.zeros(10, int)  # digits so far, by class
-        for key, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
-            seen[label] += 1
-            if is_test == (split == "test"):
-                pixels = np.round(grey / 16 * 255).astype(np.uint8)  # scikit-learn stores 0..16
-                image = encode_png(np.repeat(pixels[..., None], 3, axis=-1))
-                yield key, {"image": image, "label": int(label)}
+        for key, ink, label in read_digits(split):
+            image = encode_png(np.repeat(ink[..., None], 3, axis=-1))
+            yield key, {"image": image, "label": label}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fd_jax.diagnose.draw import names, style
+from fd_jax.show import html
 
 # Li et al. cut the axis of the loss here (docs/reference.md#landscape).
 HIGHEST_LOSS = 5.0
@@ -54,7 +55,7 @@ def _conditions(record: Mapping[str, Any], models: Mapping[str, Any]) -> str:
         f"{each['augmentation']}"
         for each in curves
     }
-    data = names.printable(f"{record['images']:,} images of {record['data']}")
+    data = html.printable(f"{record['images']:,} images of {record['data']}")
     return names.wrapped("; ".join([data, *sorted(ways)]), 100)
 
 

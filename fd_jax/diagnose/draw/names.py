@@ -4,6 +4,8 @@ from collections.abc import Collection
 import re
 import textwrap
 
+from fd_jax.show.html import printable
+
 # Longer names lose their middle.
 LINES = 3
 
@@ -12,11 +14,6 @@ class _Wrapper(textwrap.TextWrapper):
     """Breaks lines after the characters that separate the words of a folder's name."""
 
     wordsep_re = re.compile(r"(\s+)|(?<=[-_.,/])")
-
-
-def printable(name: str) -> str:
-    """Replaces control characters, line breaks and broken encodings, which no file may hold."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
 
 
 def wrapped(text: str, width: int) -> str:
