@@ -23,7 +23,7 @@ from fd_jax.tasks.base import Task
 from fd_jax.typing import Config
 
 # Number of training images by dataset and split, for the datasets in configs/.
-EXAMPLES = {("imagenet2012", "train"): 1_281_167}
+EXAMPLES = {("imagenet2012", "train"): 1_281_167, ("ade20k", "training"): 20_210}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,7 +222,7 @@ class SegmentationFeed:
                     f"{dataset.name} has {found} classes with data.reduce_zero_label="
                     f"{self.labels.reduce_zero}, but segment.classes={self.labels.classes}"
                 )
-            for index in range(len(dataset)):
+            for index in range(min(len(dataset), self.max_broken + 1)):
                 if isinstance(_read(dataset, self.labels, index), Picture):
                     break
 

@@ -5,6 +5,7 @@ import functools
 import io
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -81,20 +82,20 @@ class Labels:
         Raises:
           DataError: a label is not a class.
         """
-        known, table = self._table
-        unknown = ~known[stored]
-        if unknown.any():
-            raise DataError(f"{origin}: {self._refusal(np.unique(stored[unknown]).tolist())}")
-        return table[stored]
+        unknown, table = self._tables
+        wrong = cv2.LUT(stored, unknown)  # faster than NumPy's indexing
+        if wrong.any():
+            raise DataError(f"{origin}: {self._refusal(np.unique(stored[wrong > 0]).tolist())}")
+        return cv2.LUT(stored, table)
 
     @functools.cached_property
-    def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each value may be stored, bool [256], and its class, uint8 [256]."""
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each value is unknown, and its class. uint8 [256], uint8 [256]"""
         values = np.arange(256)
         classes = values - self.reduce_zero
         ignored = (values == self.ignore) | (classes < 0)
-        known = ignored | (classes < self.classes)
-        return known, np.where(ignored | ~known, IGNORED, classes).astype(np.uint8)
+        unknown = ~ignored & (classes >= self.classes)
+        return unknown.astype(np.uint8), np.where(ignored, IGNORED, classes).astype(np.uint8)
 
     def _refusal(self, values: list[int]) -> str:
         first = int(self.reduce_zero)

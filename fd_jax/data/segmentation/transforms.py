@@ -83,7 +83,7 @@ class TrainTransform:
         if not 0 < max_share <= 1:
             raise ConfigError(f"data.max_share={max_share}: expected a share in (0, 1]")
         self.image_size, self.labels = image_size, labels
-        self.fill = np.asarray(fill, np.uint8)
+        self.fill = tuple(map(int, fill))
         self.scale, self.ratio, self.max_share = scale, ratio, max_share
         self.flip, self.distort = flip, distort
 
@@ -109,7 +109,7 @@ class TrainTransform:
             pixels = distort(rng, pixels)
         return {
             "image": pad(pixels, self.image_size, self.fill),
-            "mask": pad(mask, self.image_size, IGNORED),
+            "mask": pad(mask, self.image_size, (IGNORED,)),
         }
 
 
@@ -231,10 +231,7 @@ def change_hsv(
     return cv2.cvtColor(cv2.LUT(hsv, np.stack(tables, axis=-1)[None]), cv2.COLOR_HSV2RGB)
 
 
-def pad(pixels: np.ndarray, size: int, value: np.ndarray | int) -> np.ndarray:
-    """Pads at the bottom and on the right. [h, w, ...] -> [size, size, ...]"""
-    height, width = pixels.shape[:2]
-    out = np.empty((size, size, *pixels.shape[2:]), pixels.dtype)
-    out[:] = value
-    out[:height, :width] = pixels
-    return out
+def pad(pixels: np.ndarray, size: int, value: tuple[int, ...]) -> np.ndarray:
+    """Pads with a value at the bottom and on the right. [h, w, ...] -> [size, size, ...]"""
+    below, right = size - pixels.shape[0], size - pixels.shape[1]
+    return cv2.copyMakeBorder(pixels, 0, below, 0, right, cv2.BORDER_CONSTANT, value=value)
