@@ -5,11 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from fd_jax.data.base import IGNORED
 from fd_jax.models.segmenter import resampling
 
 TargetNorm = Literal["whiten", "l2", "none"]
-
-IGNORED = 255  # in a mask: neither trained on nor counted
 
 
 def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:

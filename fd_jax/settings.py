@@ -17,7 +17,7 @@ from typing import Any, Protocol, get_args
 import numpy as np
 
 from fd_jax import losses
-from fd_jax.data.base import Crop, Interpolation
+from fd_jax.data.base import IGNORED, Crop, Interpolation
 from fd_jax.errors import ConfigError
 from fd_jax.models import attention, heads, kernels, layers, segmenter, swin_v2, vit
 from fd_jax.models.backbone import REMAT_POLICIES
@@ -308,7 +308,7 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.SEGMENTATION.section: {
         "segment.family": Choice(("", *FAMILIES)),
-        "segment.classes": whole(2, "classes", most=losses.IGNORED),
+        "segment.classes": whole(2, "classes", most=IGNORED),
         "segment.patch_size": whole(0, "pixels on a side; 0 keeps the encoder's"),
         "segment.window": whole(0, "tokens on a side; 0 keeps the encoder's"),
         "segment.untie_positions": FLAG,

@@ -16,6 +16,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.segment import SegmentTask
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -395,6 +396,52 @@ def test_giant_configs_have_the_published_size(name):
     # Patch merging is split 16 ways, vectors and bias networks are replicated, the rest is split
     # 64 ways.
     assert sum(sizes) < 1.15 * whole / 64
+
+
+# name: encoder's shape, rate, layer decay, drop path, weight decay, channels
+# (docs/reference.md#ade20k-training)
+SEGMENTATION = {
+    "segment_clip_vit_b16": ("b", 4e-4, 0.65, 0.2, 0.05, 768),
+    "segment_dino_vit_b16": ("b", 4e-4, 0.65, 0.2, 0.05, 768),
+    "segment_deit_vit_b16": ("b", 4e-4, 0.65, 0.2, 0.05, 768),
+    "segment_clip_vit_l14": ("l", 1e-4, 0.75, 0.4, 0.05, 1024),
+    "segment_mae_vit_b16": ("b", 1e-4, 0.65, 0.1, 0.05, 768),
+    "segment_beit_b16": ("b", 3e-5, 0.9, 0.1, 0.05, 768),
+    "segment_esvit_swin_b": ("swin", 6e-5, 1.0, 0.3, 0.01, 512),
+}
+STUDENTS = {
+    "b": specs.ModelSpec("vit", base.student(base.VIT_B16, image_size=224), source="distilled"),
+    "l": specs.ModelSpec("vit", base.student(base.VIT_L14, image_size=224), source="distilled"),
+    "swin": SWIN_STUDENT,
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_values_equal_the_papers(name):
+    shape, peak, layer_decay, drop_path, weight_decay, channels = SEGMENTATION[name]
+    config = load(name)
+    task = SegmentTask(config, init_spec=STUDENTS[shape])
+    assert (config.steps, config.batch_size, config.data.image_size) == (160_000, 16, 512)
+    assert (config.optim.layer_decay, config.segment.drop_path) == (layer_decay, drop_path)
+    assert (config.optim.weight_decay, config.optim.clip_norm) == (weight_decay, 0)
+    assert (config.segment.channels, config.segment.auxiliary_channels) == (channels, 256)
+    assert (config.segment.dropout, config.segment.auxiliary_weight) == (0.1, 0.4)
+    assert task.encoder.image_size == 512
+    grids = task.encoder.grids if shape == "swin" else task.encoder.grid
+    assert grids == ((128, 64, 32, 16) if shape == "swin" else (32, 32))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    _, schedule = task.optimizer(params, steps_per_epoch=1263, total_steps=160_000)
+    for number, rate in ((0, 1e-6 * peak), (1500, peak * (1 - 1500 / 160_000)), (160_000, 0)):
+        np.testing.assert_allclose(schedule(number), rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SEGMENTATION, "segment_linear_vit_b16", "segment_swinv2_g"])
+def test_segmentation_configs_have_a_smoke_version(name):
+    config = load(name, "smoke")
+    assert (config.data.name, config.segment.classes, config.steps) == ("digit_scenes", 11, 20)
+    shape = SEGMENTATION.get(name, ["b" if "vit" in name else "swin"])[0]
+    if name != "segment_swinv2_g":
+        assert SegmentTask(config, init_spec=STUDENTS[shape]).encoder.image_size == 64
 
 
 def run_train(*flags):

@@ -15,6 +15,7 @@ from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification, evaluators, passes
 from fd_jax.show import pictures, tables
+from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.training.program import build
 from fd_jax.typing import Config
@@ -91,6 +92,11 @@ def measure(
 def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
     """Returns the config set up to evaluate the model folder, and whether that has a head."""
     config = ml_collections.ConfigDict(config.to_dict())
+    kind = registry.kind_of(config)
+    if kind is not registry.CLASSIFICATION:
+        raise ConfigError(
+            f"--eval_only measures classifiers, and this is a config of {kind.name}: leave it out"
+        )
     if not config.data.eval_split:
         raise ConfigError("--eval_only measures data.eval_split, which is empty; set it to a split")
     if (workdir / "model").exists():

@@ -16,8 +16,9 @@ import optax
 from fd_jax import losses, optimizer
 from fd_jax.console import say
 from fd_jax.cost import flops
+from fd_jax.data.base import IGNORED, Data, SegmentationData
 from fd_jax.errors import DataError
-from fd_jax.evaluation import evaluators
+from fd_jax.evaluation import evaluators, segmentation
 from fd_jax.metrics import weighted
 from fd_jax.models import transfer
 from fd_jax.models.features import FeatureMap
@@ -54,6 +55,8 @@ class SegmentTask:
         """
         segment = config.segment
         self.config = config
+        # Made here, so that an evaluation that cannot work is refused before the run starts.
+        self._evaluators = segmentation.from_config(config)
         self.dtype = compute_dtype(config.dtype)
         self.frozen = segment.trains == "head"
         initial = init_spec or start.initial_spec(config, "segment")
@@ -82,7 +85,7 @@ class SegmentTask:
         self.segmenter_def, shapes, _ = self.spec.abstract_segmenter(**self._dtypes())
         self.segmenter: Any = nnx.merge(self.segmenter_def, shapes)
 
-    def check_data(self, data: Any) -> None:
+    def check_data(self, data: Data | SegmentationData) -> None:
         """Refuses data without masks, or with other classes than those of the decoder.
 
         Raises:
@@ -166,7 +169,7 @@ class SegmentTask:
         logits, mask = self.predict(params, extra, frozen, batch), batch["mask"]
         loss = losses.pixel_cross_entropy(logits, mask)
         chosen = jnp.argmax(resampling.resize(logits, mask.shape[1:]), axis=-1)
-        counted = (mask != losses.IGNORED) * batch["weight"][:, None, None]
+        counted = (mask != IGNORED) * batch["weight"][:, None, None]
         return {
             "loss": weighted(loss, batch["weight"]),
             "accuracy": weighted(chosen == mask, counted),
@@ -212,7 +215,7 @@ class SegmentTask:
 
     def evaluators(self) -> list[evaluators.Evaluator]:
         """The mean IoU over held-out pictures of any size."""
-        return []  # SEGMENTED: evaluation.segmentation.Segmented, from config.eval and config.data
+        return self._evaluators
 
     def flops(self) -> flops.Flops | None:
         """None: the convolutions of necks and decoders have no closed form here yet."""

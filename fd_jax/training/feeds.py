@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fd_jax.data.feed import Feed
+from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.tasks import registry
 from fd_jax.tasks.base import Task
+from fd_jax.tasks.segment import SegmentTask
 from fd_jax.typing import Config
 
-AnyFeed = Any  # Feed, or data.segmentation.SegmentationFeed
+AnyFeed = Any  # Feed or SegmentationFeed; a task and its evaluators know which of the two they get
 
 
 def open_data(config: Config, task: Task) -> AnyFeed:
@@ -29,8 +31,13 @@ def _pictures(config: Config, task: Task) -> Feed:
     return Feed(**config.data)
 
 
+def _labelled_pixels(config: Config, task: SegmentTask) -> SegmentationFeed:
+    return SegmentationFeed(**config.data, classes=config.segment.classes, fill=task.fill)
+
+
 _OPEN: dict[str, Callable[[Config, Any], AnyFeed]] = {
     registry.DISTILLATION.section: _pictures,
     registry.CLASSIFICATION.section: _pictures,
+    registry.SEGMENTATION.section: _labelled_pixels,
     registry.CONTRAST.section: _pictures,
 }

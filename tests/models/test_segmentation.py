@@ -237,6 +237,21 @@ def test_modules_equal_transformers(kind, training, monkeypatch):
             assert relative(mine, from_torch(his.grad)) < 1e-4
 
 
+def test_max_pool_and_its_gradient_equal_torch_where_values_are_equal():
+    x = np.random.default_rng(0).integers(0, 3, (2, 5, 7, 4)).astype(np.float32)
+    weight = rand(2, 2, 3, 4)
+    tensor = torch.from_numpy(np.moveaxis(x, -1, 1).copy()).requires_grad_()
+    want = functional.max_pool2d(tensor, 2)
+    (want * torch.from_numpy(np.moveaxis(weight, -1, 1).copy())).sum().backward()
+    got, gradient = jax.vjp(necks.max_pool, jnp.asarray(x))
+    np.testing.assert_array_equal(got, from_torch(want))
+    np.testing.assert_array_equal(gradient(jnp.asarray(weight))[0], from_torch(tensor.grad))
+    shared = jax.grad(lambda x: jnp.sum(jnp.max(x)))(jnp.ones((2, 2)))  # what torch does not do
+    np.testing.assert_array_equal(shared, 0.25)
+    x[0, 3, 2, 1] = np.nan
+    assert np.isnan(necks.max_pool(jnp.asarray(x))).sum() == 1
+
+
 def test_whole_channels_are_dropped_before_the_classifier():
     _, theirs, widths = own("beit")
     ours = abstract(

@@ -80,16 +80,23 @@ class StageNorms(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 pixels, [B, H, W, C] -> [B, H // 2, W // 2, C].
 
-    Equal values share the gradient, where PyTorch gives it to the first of them.
+    The gradient goes to the first of equal values, as in PyTorch.
 
     Raises:
       ConfigError: there are fewer than 2x2 pixels.
     """
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     if min(height, width) < 2:
         raise ConfigError(
             f"a grid of {height} x {width} patches has no level of half its size; use a larger "
             "image_size, so that the grid has at least 2 x 2 patches"
         )
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+    # The gradient of jnp.max divides by how many inputs equal the maximum. A compiler may compute
+    # the inputs a second time for that, and round them in another way: then it is 0 / 0.
+    top = _larger(x[:, ::2, ::2], x[:, ::2, 1::2])
+    return _larger(top, _larger(x[:, 1::2, ::2], x[:, 1::2, 1::2]))
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
