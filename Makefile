@@ -14,7 +14,7 @@ RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 figures test lint types tests tests-slow core format clean
+.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
 
 # --- quickstart, on a laptop -----------------------------------------------------------------
 
@@ -68,6 +68,13 @@ figures: $(TEACHER)/model.json $(RUN)/model/model.json $(DIGITS)/student/finetun
 $(DIGITS)/student/finetune/model/model.json: | $(VENV)/quickstart.installed
 	$(BIN)/python -m fd_jax.data.prepare --name=digits --data_dir=$(DATA)
 	$(BIN)/python -m benchmarks.miniature --data digits --seeds 1
+
+# --- semantic segmentation -------------------------------------------------------------------
+
+# The quickstart's student beside the same network with random weights.
+segment: $(RUN)/model/model.json
+	$(BIN)/python -m fd_jax.data.prepare --name=digit_scenes --data_dir=$(DATA)
+	$(BIN)/python -m benchmarks.segment_digits --student=$(RUN)/model --workdir=runs/segment
 
 # --- checks ----------------------------------------------------------------------------------
 

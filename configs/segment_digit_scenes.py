@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
         max_share=0.95,  # nine tenths of a picture are background
         threads=2,
     )
-    config.eval.update(every=0, epochs=0.0, stride=2 * SIDE // 3)
+    config.eval.update(every=200, stride=2 * SIDE // 3)
     config.checkpoint.every = 100
     config.optim.update(lr_batch=8, warmup_steps=20)
     return base.shrink_segmentation(config) if base.arguments(arg)["smoke"] else config

@@ -9,6 +9,7 @@ earlier versions have none.
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 import json
 from typing import Any
 
@@ -21,7 +22,7 @@ from fd_jax import checkpoint, digests, sharding
 from fd_jax.errors import DataError, ModelFolderError
 from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.segmenter import sliding
+from fd_jax.models.segmenter import maps_of, sliding
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
@@ -232,7 +233,7 @@ class Model:
         self.params = params
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
-        self._logits = jax.jit(self._apply_segmenter)
+        self._logits = jax.jit(functools.partial(segmenter_logits, spec))
 
     def __call__(self, images: jax.Array) -> FeatureMap:
         """Returns the features after the final norm, class token first.
@@ -320,12 +321,23 @@ class Model:
     def _apply(self, params, images):
         return nnx.merge(self._definition, params)(images)
 
-    def _apply_segmenter(self, params, images):
-        definition = self.spec.abstract_segmenter()[0]
-        encoder = nnx.merge(self._definition, params["encoder"])
-        maps = encoder.intermediates(images, (self.spec.segmenter or {})["blocks"])
-        segment = nnx.merge(definition, params["segmenter"])
-        return segment(maps, params["segmenter_statistics"]).logits
+
+def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """The logits of a model folder's segmenter, as a function for jit.
+
+    Args:
+      spec: of the folder; it has a segmenter.
+      params: the parts of the folder.
+      images: normalised images [B, H, W, 3] at the network's own size.
+
+    Returns:
+      [B, h, w, K] float32 at the finest level of the segmenter.
+    """
+    assert spec.segmenter is not None
+    encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
+    segment: Any = nnx.merge(spec.abstract_segmenter()[0], params["segmenter"])
+    maps = maps_of(encoder, images, spec.segmenter["blocks"])
+    return segment(maps, params["segmenter_statistics"]).logits
 
 
 def check_images(images: np.ndarray) -> None:

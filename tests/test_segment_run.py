@@ -1,14 +1,21 @@
 """Segmentation as users run it, from a model folder and pictures to a measured segmenter."""
 
+import csv
+import io
+import json
+import shutil
+
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
+import fd_jax
 from fd_jax import model_folder
 from fd_jax.cli import measure
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.tasks import registry
+from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import feeds, loop, metric_writer
 from tests import tiny
 from tests.data.segmentation import scenes
@@ -102,6 +109,54 @@ def test_settings_that_cannot_work_leave_no_workdir(config, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_eval_only_is_for_classifiers(config, tmp_path):
-    with pytest.raises(ConfigError, match="--eval_only measures classifiers"):
-        measure.measure(config, tmp_path)
+@pytest.mark.slow
+def test_eval_only_gives_the_figures_of_the_run_and_shows_pictures(finished, config, tmp_path):
+    """Of the averaged weights, which a run with an average exports."""
+    workdir, result = finished
+    shutil.copytree(workdir / "model", tmp_path / "model")
+    figures = measure.measure(config, tmp_path, per_class=True)
+    want = {name: result.evaluation[f"eval_ema_{name}"] for name in figures}
+    assert figures == pytest.approx(want, abs=1e-4)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["miou"] == figures["miou"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "per_class.csv").read_text())))
+    found = [float(row["iou"]) for row in rows if row["iou"]]
+    assert np.mean(found) == pytest.approx(figures["miou"], abs=1e-4)
+    assert (tmp_path / "overlays.html").read_text().count("<figure") == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "has no segmenter; leave --eval_only out"),
+        ({"init_from": ""}, "needs a trained segmenter"),
+        ({"data.eval_split": ""}, "data.eval_split, which is empty"),
+        ({"eval.mode": "whole"}, "has no segmenter|eval.mode='slide'"),
+    ],
+    ids=str,
+)
+def test_what_eval_only_cannot_measure(config, tmp_path, fields, message):
+    wrong = ml_collections.ConfigDict(config.to_dict())
+    wrong.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=message):
+        measure.measure(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_linear_decoder_reads_the_normalised_map_in_training_and_from_its_folder(tmp_path):
+    student = tiny.save_student(tmp_path / "student", depth=3, final_norm=True)
+    changes = {"segment.decoder": "linear", "segment.auxiliary_channels": 0}
+    task = SegmentTask(tiny.segmentation(student, **changes))
+    params, extra = task.init(jax.random.key(0))
+    params = tiny.randomize(params, seed=1)
+    spec, parts = task.export(params, extra)
+    windows = tiny.batch(2, side=task.config.data.image_size)["image"]
+    want = np.asarray(task.predict(params, extra, {}, {"image": windows}))
+    model_folder.save(tmp_path / "model", spec, parts)
+    got = fd_jax.load_model(tmp_path / "model").segment(windows, logits=True)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert "norm" in parts["encoder"]
+    parts["encoder"]["norm"] = {"scale": np.ones(32, np.float32), "bias": np.ones(32, np.float32)}
+    model_folder.save(tmp_path / "other", spec, parts)
+    other = fd_jax.load_model(tmp_path / "other").segment(windows, logits=True)
+    assert np.abs(other - want).max() > 1e-2 * np.abs(want).max()

@@ -1,4 +1,4 @@
-"""Evaluation without training: accuracy and throughput of a classifier folder."""
+"""Evaluation without training: accuracy and throughput of a classifier, or of a segmenter."""
 
 import json
 import time
@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from fd_jax import files, model_folder, settings, sharding
+from fd_jax.cli import measure_segmenter
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
@@ -46,6 +47,10 @@ def measure(
       UserError: there is no such folder, it has no head although one is needed, or its head has
         other classes.
     """
+    if registry.kind_of(config) is registry.SEGMENTATION:
+        if throughput:
+            raise ConfigError("--throughput measures classifiers; leave it out for a segmenter")
+        return measure_segmenter.measure(config, workdir, per_class=per_class)
     workdir = epath.Path(workdir)
     config, has_head = _as_classifier(config, workdir)
     if not has_head and (per_class or throughput or not config.eval.knn):
@@ -95,7 +100,8 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
     kind = registry.kind_of(config)
     if kind is not registry.CLASSIFICATION:
         raise ConfigError(
-            f"--eval_only measures classifiers, and this is a config of {kind.name}: leave it out"
+            f"--eval_only measures classifiers and segmenters, and this is a config of "
+            f"{kind.name}: leave it out"
         )
     if not config.data.eval_split:
         raise ConfigError("--eval_only measures data.eval_split, which is empty; set it to a split")

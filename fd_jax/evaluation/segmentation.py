@@ -110,6 +110,25 @@ class Segmented:
             )
         _ = self._sliding  # refuses windows that leave pixels out
 
+    @classmethod
+    def of(cls, config: Config) -> "Segmented":
+        """The evaluation that a segmentation config describes.
+
+        Raises:
+          ConfigError: see `Segmented`.
+        """
+        return cls(
+            config.batch_size,
+            config.segment.classes,
+            window=config.data.image_size,
+            scale=tuple(config.data.scale),
+            mode=config.eval.mode,
+            stride=config.eval.stride,
+            scales=tuple(config.eval.scales),
+            flip=config.eval.flip,
+            limit=config.eval.batches,
+        )
+
     @property
     def _sliding(self) -> sliding.Sliding:
         return sliding.Sliding(self.window, self.stride, self.scale, self.scales, self.flip)
@@ -129,7 +148,7 @@ class Segmented:
         result = scores(self.confusion_matrix(compiled, weights, data))
         return {"miou": result.miou, "macc": result.macc, "aacc": result.aacc}
 
-    def confusion_matrix(self, compiled: Compiled, weights: Weights, data: Any) -> np.ndarray:
+    def confusion_matrix(self, compiled: Any, weights: Weights, data: Any) -> np.ndarray:
         """The confusion matrix of the whole set, int64 [K, K]. See `__call__`."""
         placement = Placement(compiled.mesh, self.batch_size)
         share = _share(placement.rows, self.batch_size)
@@ -177,17 +196,7 @@ def from_config(config: Config) -> list[Evaluator]:
     Raises:
       ConfigError: as in `Segmented`.
     """
-    evaluator = Segmented(
-        config.batch_size,
-        config.segment.classes,
-        window=config.data.image_size,
-        scale=tuple(config.data.scale),
-        mode=config.eval.mode,
-        stride=config.eval.stride,
-        scales=tuple(config.eval.scales),
-        flip=config.eval.flip,
-        limit=config.eval.batches,
-    )
+    evaluator = Segmented.of(config)
     return [evaluator, Averaged(evaluator)] if config.ema_decay else [evaluator]
 
 

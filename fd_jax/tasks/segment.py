@@ -23,7 +23,7 @@ from fd_jax.metrics import weighted
 from fd_jax.models import transfer
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.keys import param_keys
-from fd_jax.models.segmenter import Levels, levels, resampling
+from fd_jax.models.segmenter import Levels, levels, maps_of, resampling
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
 from fd_jax.models.vit import ViT
 from fd_jax.precision import compute_dtype
@@ -237,10 +237,7 @@ class SegmentTask:
         weights = jax.lax.stop_gradient(frozen["encoder"]) if self.frozen else params["encoder"]
         encoder: Any = nnx.merge(self.encoder_def, weights)
         assert self.spec.segmenter is not None
-        maps = encoder.intermediates(images, self.spec.segmenter["blocks"], drops=drops)
-        if encoder.norm is None:
-            return maps
-        return [dataclasses.replace(each, tokens=encoder.norm(each.tokens)) for each in maps]
+        return maps_of(encoder, images, self.spec.segmenter["blocks"], drops=drops)
 
     def _levels(self) -> Levels:
         if self.config.segment.decoder == "upernet":

@@ -10,7 +10,8 @@ from fd_jax.models.segmenter.network import (
     Segmentation,
     Segmenter,
     levels,
+    maps_of,
     widths_of,
 )
 
-__all__ = ["Decoder", "Levels", "Segmentation", "Segmenter", "levels", "widths_of"]
+__all__ = ["Decoder", "Levels", "Segmentation", "Segmenter", "levels", "maps_of", "widths_of"]

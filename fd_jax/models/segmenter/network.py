@@ -1,6 +1,7 @@
 """A whole segmenter, and what it takes from each family of encoders."""
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 from flax import nnx
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
+from fd_jax.models.backbone import Backbone
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import decoders, necks
 from fd_jax.models.segmenter.normalization import Statistics, fresh_statistics
@@ -59,6 +61,23 @@ def levels(encoder: ViT | Swin) -> Levels:
         )
     blocks = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)
     return Levels(blocks, (encoder.width,) * 4, "pyramid")
+
+
+def maps_of(
+    encoder: Backbone, images: jax.Array, blocks: Sequence[int], *, drops: jax.Array | None = None
+) -> list[FeatureMap]:
+    """The maps that a segmenter reads, after the final norm if the encoder has one.
+
+    Args:
+      encoder: the network.
+      images: [B, H, W, 3] normalised float.
+      blocks: see `Backbone.intermediates`.
+      drops: as in the encoder's call.
+    """
+    maps, norm = encoder.intermediates(images, blocks, drops=drops), encoder.norm
+    if norm is None:
+        return maps
+    return [dataclasses.replace(each, tokens=norm(each.tokens)) for each in maps]
 
 
 def _swin_levels(encoder: Swin) -> Levels:
