@@ -120,7 +120,7 @@ def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
     sides = swin.grids(spec.arch["image_size"], spec.arch["patch_size"], len(depths))
     stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
     return [
-        _Map((sides[stage],) * 2, spec.arch["embed_width"] * swin.MERGE**stage)
+        _Map((sides[stage], sides[stage]), spec.arch["embed_width"] * swin.MERGE**stage)
         for stage in (stages[block] for block in blocks)
     ]
 
