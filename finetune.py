@@ -1,4 +1,4 @@
-r"""Fine-tunes or probes a model folder by classification, or measures a classifier.
+r"""Fine-tunes or probes a model folder by classification or segmentation, or measures a classifier.
 
     python finetune.py --config=configs/finetune_clip_vit_b16.py \
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/finetune_clip_vit_b16

@@ -1,4 +1,4 @@
-"""FLOPs per image in closed form, counting only matmuls, with two FLOPs per multiply-add.
+"""FLOPs per image in closed form: two for each multiply-add of matmuls and convolutions.
 
 A task adds up the FLOPs of its step from the functions here.
 
@@ -6,12 +6,14 @@ Norms, softmax, activations, the optimizer and work that does not grow with the 
 networks of SwinV2) are left out; they are about 1 % of a ViT-B step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
 from typing import Any
 
 from fd_jax.models import sizes, swin
+from fd_jax.models.segmenter import decoders
+from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
 from fd_jax.models.spec import ModelSpec
 
 
@@ -82,6 +84,99 @@ def linear(rows: float, width: int, out: int, *, input_gradient: bool = True) ->
     """FLOPs of a trained linear layer that is applied to `rows` vectors per image."""
     forward = 2.0 * rows * width * out
     return Flops(forward, backward=forward * (2 if input_gradient else 1))
+
+
+def segmenter(spec: ModelSpec) -> Flops:
+    """FLOPs of the neck, heads and enlarged logits of a segmenter that trains with its encoder."""
+    assert spec.segmenter is not None
+    arch = spec.segmenter
+    work, levels = _neck(arch["neck"], _maps(spec, arch["blocks"]))
+    size, classes = sizes.sides(spec.arch["image_size"]), arch["classes"]
+    if arch["decoder"] == "upernet":
+        work += _upernet(levels, arch["channels"], classes) + _enlarged(levels[0], size, classes)
+    else:
+        work += _conv(levels[-1], 1, classes) + _enlarged(levels[-1], size, classes)
+    if arch["auxiliary_channels"]:
+        level = levels[AUXILIARY_LEVEL]
+        hidden = dataclasses.replace(level, width=arch["auxiliary_channels"])
+        work += _conv(level, 3, hidden.width) + _conv(hidden, 1, classes)
+        work += _enlarged(level, size, classes)
+    return work
+
+
+@dataclasses.dataclass(frozen=True)
+class _Map:
+    """Height, width and channels of a map."""
+
+    grid: tuple[int, int]
+    width: int
+
+
+def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
+    if spec.family == "vit":
+        grid = sizes.patch_grid(spec.arch["image_size"], spec.arch["patch_size"])
+        return [_Map(grid, spec.arch["width"]) for _ in blocks]
+    depths = spec.arch["depths"]
+    sides = swin.grids(spec.arch["image_size"], spec.arch["patch_size"], len(depths))
+    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    return [
+        _Map((sides[stage], sides[stage]), spec.arch["embed_width"] * swin.MERGE**stage)
+        for stage in (stages[block] for block in blocks)
+    ]
+
+
+def _neck(neck: str, maps: list[_Map]) -> tuple[Flops, list[_Map]]:
+    """FLOPs of a neck, and the levels that it makes of maps."""
+    if neck != "pyramid":
+        return Flops(0.0), maps
+    first = maps[0]
+    levels = [_scaled(first, 4), _scaled(first, 2), first, _scaled(first, 0.5)]
+    # A deconvolution makes four pixels out of each one.
+    deconvs = (first, _scaled(first, 2), first)
+    return _total(_conv(each, 1, 4 * each.width) for each in deconvs), levels
+
+
+def _upernet(levels: list[_Map], channels: int, classes: int) -> Flops:
+    *finer, coarsest = levels
+    outputs = [_Map(level.grid, channels) for level in levels]
+    work = []
+    for bins in decoders.BINS:
+        pooled = _Map((bins, bins), coarsest.width)
+        work += [_resized(coarsest, pooled.grid), _conv(pooled, 1, channels)]
+        work.append(_resized(_Map(pooled.grid, channels), coarsest.grid))
+    pooled_width = coarsest.width + len(decoders.BINS) * channels
+    work.append(_conv(_Map(coarsest.grid, pooled_width), 3, channels))
+    for level, output, above in zip(finer, outputs, outputs[1:], strict=False):
+        work += [_conv(level, 1, channels), _resized(above, level.grid), _conv(output, 3, channels)]
+    work += [_resized(output, levels[0].grid) for output in outputs]
+    work.append(_conv(_Map(levels[0].grid, len(levels) * channels), 3, channels))
+    return _total([*work, _conv(outputs[0], 1, classes)])
+
+
+def _scaled(level: _Map, factor: float) -> _Map:
+    height, width = (int(side * factor) for side in level.grid)
+    return _Map((height, width), level.width)
+
+
+def _conv(level: _Map, size: int, out: int) -> Flops:
+    return linear(math.prod(level.grid), size**2 * level.width, out)
+
+
+def _enlarged(level: _Map, size: tuple[int, int], classes: int) -> Flops:
+    return _resized(_Map(level.grid, classes), size)
+
+
+def _resized(level: _Map, size: tuple[int, int]) -> Flops:
+    """Two matmuls, rows first; the matrices themselves get no gradient."""
+    (height, width), (new_height, new_width) = level.grid, size
+    rows = new_height * height * width if new_height != height else 0
+    columns = new_width * width * new_height if new_width != width else 0
+    forward = 2.0 * level.width * (rows + columns)
+    return Flops(forward, backward=forward)
+
+
+def _total(parts: Iterable[Flops]) -> Flops:
+    return sum(parts, start=Flops(0.0))
 
 
 def resize(side: int, new_side: int) -> Flops:

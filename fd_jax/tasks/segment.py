@@ -218,8 +218,14 @@ class SegmentTask:
         return self._evaluators
 
     def flops(self) -> flops.Flops | None:
-        """None: the convolutions of necks and decoders have no closed form here yet."""
-        return None
+        """FLOPs of a step, per image; those of a UPerNet on a frozen encoder are not known.
+
+        Some of its first layers then need no gradient of their inputs.
+        """
+        if self.frozen and self.config.segment.decoder != "linear":
+            return None
+        encoder = flops.network(self.spec, trains=not self.frozen, remat=self.config.remat)
+        return encoder + flops.segmenter(self.spec)
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """The encoder, the segmenter and its running statistics."""

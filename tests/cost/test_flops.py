@@ -9,10 +9,11 @@ import pytest
 
 from configs import base
 from fd_jax import sharding
-from fd_jax.data import elements
 from fd_jax.models.spec import ModelSpec
+from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
 from tests import tiny
 
@@ -29,6 +30,10 @@ def matmul_flops(jaxpr):
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "conv_general_dilated":
+            total += convolution_flops(equation)
+        if equation.primitive.name == "cond":  # one branch for each platform
+            total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
         for value in equation.params.values():
             if isinstance(value, jex.ClosedJaxpr):
                 total += matmul_flops(value.jaxpr)
@@ -37,12 +42,19 @@ def matmul_flops(jaxpr):
     return total
 
 
+def convolution_flops(equation):
+    """Two FLOPs per multiply-add, those with the zeros around the image included."""
+    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    places = equation.params["dimension_numbers"].rhs_spec  # (out, in, height, width)
+    return 2 * math.prod(out) * math.prod(kernel) // kernel[places[0]]
+
+
 def traced(task):
     """Matmul FLOPs per image of loss and gradient, after dead code elimination."""
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
     batch = {
         name: jax.ShapeDtypeStruct((ROWS, *element.shape), element.dtype)
-        for name, element in elements.of_config(task.config.data).items()
+        for name, element in registry.kind_of(task.config).elements(task.config).items()
     }
     batch = jax.eval_shape(task.prepare, batch, jax.random.key(0))
     step = functools.partial(jax.value_and_grad(task.loss, has_aux=True))
@@ -83,6 +95,24 @@ CASES = {
     ),
     "swin": lambda: ClassifyTask(
         tiny.fine_tuning(), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
+    ),
+    "segmentation": lambda: SegmentTask(tiny.segmentation(), init_spec=tiny.teacher_spec(depth=3)),
+    "segmentation remat full": lambda: SegmentTask(
+        tiny.segmentation(remat="full"), init_spec=tiny.teacher_spec(depth=3)
+    ),
+    "segmentation on a swin": lambda: SegmentTask(
+        tiny.segmentation(**{"data.image_size": 64}),
+        init_spec=tiny.swin_spec(1, depths=[1, 1, 1, 2], heads=[2, 2, 2, 2]),
+    ),
+    "linear segmentation": lambda: SegmentTask(
+        tiny.segmentation(
+            **{
+                "segment.decoder": "linear",
+                "segment.auxiliary_channels": 0,
+                "segment.trains": "head",
+            }
+        ),
+        init_spec=tiny.teacher_spec(),
     ),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
