@@ -1,11 +1,11 @@
-r"""Fine-tunes or probes a model folder by classification or segmentation, or measures a classifier.
+r"""Fine-tunes or probes a model folder by classification or segmentation, or measures the result.
 
     python finetune.py --config=configs/finetune_clip_vit_b16.py \
       --config.init_from=runs/distill_clip_vit_b16/model --workdir=runs/finetune_clip_vit_b16
 
-The same command on the same workdir resumes. With --eval_only nothing is trained: the classifier
-in WORKDIR/model or, if there is none, in --config.init_from is measured on the held-out split. A
-folder without a head is measured by nearest neighbours (--config.eval.knn=20).
+The same command on the same workdir resumes. With --eval_only nothing is trained: the classifier or
+segmenter in WORKDIR/model or, if there is none, in --config.init_from is measured on the held-out
+split. A folder without a head is measured by nearest neighbours (--config.eval.knn=20).
 """
 
 from absl import flags
@@ -18,7 +18,9 @@ _EVAL_ONLY = flags.DEFINE_bool(
     "eval_only", False, "Measure WORKDIR/model, or init_from if there is none, without training."
 )
 _PER_CLASS = flags.DEFINE_bool(
-    "per_class", False, "With --eval_only: also write a table per class and a confusion plot."
+    "per_class",
+    False,
+    "With --eval_only: also write a table per class, and a confusion plot or a page of pictures.",
 )
 _THROUGHPUT = flags.DEFINE_bool(
     "throughput", False, "With --eval_only: also measure images per second, without data loading."

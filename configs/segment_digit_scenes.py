@@ -15,8 +15,8 @@ SIDE = 112  # pixels: eight patches of the quickstart's student
 
 def get_config(arg: str = ""):
     """See configs/base.py for the fields; argument: smoke."""
-    config = base.segmentation(peak_lr=1e-3, layer_decay=0.75, drop_path=0.0, channels=64)
-    config.update(batch_size=8, steps=400, log_every=20)
+    config = base.segmentation(peak_lr=2e-3, layer_decay=0.9, drop_path=0.0, channels=64)
+    config.update(batch_size=8, steps=700, log_every=20)
     config.segment.update(classes=11, auxiliary_channels=32)
     config.data.update(
         name="digit_scenes",
@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
         max_share=0.95,  # nine tenths of a picture are background
         threads=2,
     )
-    config.eval.update(every=200, stride=2 * SIDE // 3)
+    config.eval.update(every=350, stride=2 * SIDE // 3)
     config.checkpoint.every = 100
     config.optim.update(lr_batch=8, warmup_steps=20)
     return base.shrink_segmentation(config) if base.arguments(arg)["smoke"] else config

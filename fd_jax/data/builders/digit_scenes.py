@@ -14,8 +14,8 @@ from fd_jax.data.builders.photos import PHOTOS, TRAIN_SHARE, encode_png, load_ph
 CLASS_NAMES = ("background", *(f"digit {digit}" for digit in range(10)))
 PICTURES = {"train": 600, "test": 120}
 SIDES = 128, 192  # limits of height and width; the narrowest held-out part of a photo is 135 wide
-DIGIT_SIDES = 24, 72  # limits of the side of a digit of 8 x 8 pixels after it is enlarged
-DIGITS = 2, 6  # limits of the number of digits that are placed; one without room is left out
+DIGIT_SIDES = 32, 64  # limits of the side of a digit of 8 x 8 pixels after it is enlarged
+DIGITS = 12, 24  # limits of the number of digits that are placed; one without room is left out
 BORDER = 2  # pixels around a digit that are ignored
 _INK = 128  # level from which a pixel belongs to the digit
 _SHADES = 56  # number of levels of each channel of a dark digit, and of a light one
