@@ -94,6 +94,7 @@ def outcomes(folder, read, error):
     return counts
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_in_a_model_folder_is_silent(tmp_path):
     folder = tmp_path / "model"
     tiny.save_teacher(folder)

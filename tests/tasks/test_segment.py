@@ -216,6 +216,7 @@ def test_ignored_pixels_and_padding_do_not_teach(student):
 LINEAR = {"segment.decoder": "linear", "segment.auxiliary_channels": 0, "segment.trains": "head"}
 
 
+@pytest.mark.slow
 def test_linear_decoder_equals_torch_on_the_normalised_map(student):
     """Two training batches, then evaluation with the running statistics."""
     task, params, extra, frozen = initialized(student, **LINEAR)
@@ -268,6 +269,7 @@ def test_no_gradient_reaches_a_frozen_encoder(student):
 # Randomness, meshes, evaluation and export
 
 
+@pytest.mark.slow
 def test_drops_are_on_in_training_and_off_in_evaluation(student):
     task, params, extra, frozen = initialized(student)
     raw = tiny.segmented_batch()
@@ -358,6 +360,7 @@ def test_exported_folder_has_the_network_that_was_trained(student, fields, tmp_p
 # The recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "swin_v2"])
 def test_every_parameter_has_its_learning_rate_and_decay(family):
     four = {"depths": [1, 1, 2, 1], "heads": [2, 2, 2, 2], "patch_size": 2, "window": 4}
@@ -399,6 +402,7 @@ def decayed(task):
     return {optimizer.path_name(path) for path, leaf in leaves if np.any(leaf)}
 
 
+@pytest.mark.slow
 def test_positions_are_decayed_as_in_the_sources_and_can_be_spared():
     spec = tiny.teacher_spec(depth=3, registers=1)
     named = {f"encoder/{name}" for name in ("cls_token", "pos_embed", "register_tokens")}
@@ -409,6 +413,7 @@ def test_positions_are_decayed_as_in_the_sources_and_can_be_spared():
     assert not any(name.endswith(("bias", "scale", "gamma_1")) for name in every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_positions_of_a_swin_are_spared_either_way(version):
     four = {"depths": [1, 1, 2, 1], "heads": [2, 2, 2, 2], "patch_size": 2, "window": 4}
@@ -477,7 +482,7 @@ def test_a_swin_v2_takes_another_window(tmp_path):
         ({"init_from": ""}, "init_from is empty.*segment.family"),
         ({"init_from": "", "segment.family": "vit", **LINEAR}, "segment.trains='head' probes"),
         ({"data.image_size": 36}, "36 is not divisible by patch_size 8"),
-        ({"data.image_size": 8}, "grid of 1 x 1 patches has no four levels"),
+        ({"data.image_size": 8, "eval.stride": 8}, "grid of 1 x 1 patches has no four levels"),
         ({"segment.window": 4}, "family 'vit'; set it to 0"),
     ],
     ids=str,

@@ -116,6 +116,7 @@ def test_a_run_whose_lock_was_taken_over_stops(tmp_path):
     assert json.loads((tmp_path / locks.NAME).read_text())["token"] == "another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True], ids=["new workdir", "lock of a killed run"])
 def test_of_many_that_start_together_one_gets_the_workdir(tmp_path, dead):
     if dead:
