@@ -64,7 +64,8 @@ def breakage():
         return logits + jax.lax.optimization_barrier(repeated)
 
     def activate_in_float32(x, activation):
-        return layers.ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
+        wide = jax.lax.optimization_barrier(x.astype(jnp.float32))
+        return layers.ACTIVATIONS[activation](wide).astype(x.dtype)
 
     def replicated_moments(tx, opt_state, params, mesh):
         del tx, params

@@ -79,10 +79,10 @@ def expected_gathers(depth):
     """Number of gathers over fsdp in an FD step; teacher and student have the same depth.
 
     A block has six, because q, k and v are gathered separately. Student forward: its blocks, patch
-    embedding and projector. Backward: its blocks again, except the last fc2, whose gathered copy
-    still exists. Teacher: its blocks and its patch embedding.
+    embedding and projector. Backward: its blocks again, except the last MLP, whose gathered copies
+    still exist. Teacher: its blocks and its patch embedding.
     """
-    return (6 * depth + 2) + (6 * depth - 1) + (6 * depth + 1)
+    return (6 * depth + 2) + (6 * depth - 2) + (6 * depth + 1)
 
 
 def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
@@ -107,7 +107,7 @@ def test_collectives_are_gathers_of_weights_and_sums_of_gradients(step):
     )
     patches = 3 * 16 * 16 * (STUDENT["width"] + TEACHER["width"])
     projector, last = (STUDENT["width"] * size for size in (TEACHER["width"], STUDENT["mlp_width"]))
-    elements = 2 * (2 * student + teacher) - last + patches + projector
+    elements = 2 * (2 * student + teacher) - 2 * last + patches + projector
     assert sum(c.bytes for c in gathers) == 2 * elements
 
 
