@@ -90,3 +90,14 @@ def check_patches(image_size: ImageSize, patch_size: int) -> None:
                 f"{name} is not divisible by patch_size {patch_size}; "
                 f"use {lower} or {lower + patch_size}"
             )
+
+
+def fitting_factor(height: int, width: int, scale: tuple[float, float]) -> float:
+    """The largest factor at which a picture keeps within bounds of its long and its short side.
+
+    Args:
+      height: height of the picture.
+      width: width of the picture.
+      scale: the two bounds, in any order.
+    """
+    return min(max(scale) / max(height, width), min(scale) / min(height, width))

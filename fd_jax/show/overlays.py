@@ -9,11 +9,11 @@ from xml.etree.ElementTree import Element, SubElement
 import numpy as np
 from PIL import Image
 
+from fd_jax.data.base import IGNORED
 from fd_jax.show import html
 
 LONGEST = 512  # pixels; larger pictures are reduced for the page
 OPACITY = 0.6  # of the colour of a class over the picture
-IGNORED = 255
 # Steps through the cube of colours that keep points apart, however many there are: powers of 1 / g,
 # where g is the root of g^4 = g + 1.
 _STEPS = (0.8191725134, 0.6710436067, 0.5497004779)

@@ -12,6 +12,7 @@ from fd_jax.data.base import IGNORED
 from fd_jax.data.elements import Elements, Row
 from fd_jax.data.segmentation.labels import Labels, Scene
 from fd_jax.errors import ConfigError
+from fd_jax.models import sizes
 
 _TRIES = 10  # crops that are looked at; the one after them is taken as it is
 _BRIGHTNESS = 32.0  # largest shift, in grey levels
@@ -31,7 +32,7 @@ def test_size(height: int, width: int, scale: tuple[float, float]) -> tuple[int,
     Returns:
       Height and width, rounded to the nearest pixel, halves upwards.
     """
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    factor = sizes.fitting_factor(height, width, scale)
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fd_jax.errors import ConfigError, check_positive
+from fd_jax.models import sizes
 from fd_jax.models.segmenter.resampling import bilinear_matrix
 
 # Pixels; rows and columns of a picture whose logits are computed together. With 150 classes, those
@@ -50,8 +51,7 @@ def scaled_size(
     mmsegmentation's `min_size` does for networks of a fixed input size, so that windows need no
     padding.
     """
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    factor = max(factor, side / min(height, width))
+    factor = max(sizes.fitting_factor(height, width, scale), side / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
