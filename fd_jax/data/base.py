@@ -104,7 +104,3 @@ class SegmentationData(Protocol):
     def pictures(self, split: str, indices: Sequence[int] | None = None) -> Iterator[Picture]:
         """Yields pictures at their original size, in order; all of the split without `indices`."""
         ...
-
-    def rescaled(self, image: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-        """Resizes as for a test: within a long and a short side. uint8 [h, w, 3] -> [H, W, 3]"""
-        ...

@@ -1,19 +1,18 @@
 """The data of a run: its datasets, transforms and batches, set up from `config.data`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import functools
 
 import numpy as np
 
-from fd_jax.data import datasets, elements, pipeline, transforms
-from fd_jax.data.elements import Elements
+from fd_jax.data import datasets, pipeline, transforms
+from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
-from fd_jax.typing import Batch
 
 HostBatch = pipeline.HostBatch
 
 
-class Feed:
+class Feed(Splits[datasets.Dataset]):
     """Training and held-out data of one run.
 
     Args:
@@ -90,41 +89,6 @@ class Feed:
         )
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches in an epoch; the remaining examples are left out of it."""
-        return pipeline.steps_per_epoch(self.train_dataset, batch_size)
-
-    def train(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        rows: np.ndarray,
-        start_step: int,
-        put_on_devices: Callable[[HostBatch], Batch] | None = None,
-    ) -> pipeline.TrainLoader:
-        """Opens an endless loader of training batches.
-
-        Args:
-          batch_size: number of examples in the global batch.
-          seed: seed of order and augmentation.
-          rows: rows of each global batch that this process produces.
-          start_step: step of the first batch.
-          put_on_devices: function applied to each batch in the thread that reads ahead.
-        """
-        return pipeline.TrainLoader(
-            self.train_dataset,
-            self.train_transform,
-            batch_size=batch_size,
-            seed=seed,
-            rows=rows,
-            start_step=start_step,
-            threads=self.threads,
-            workers=self.workers,
-            max_broken=self.max_broken,
-            put_on_devices=put_on_devices,
-        )
-
     def sequential(
         self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
     ) -> Iterator[HostBatch]:
@@ -145,16 +109,6 @@ class Feed:
             threads=self.threads,
             max_broken=self.max_broken,
         )
-
-    @property
-    def name(self) -> str:
-        """Name of the training split, for messages."""
-        return self.train_dataset.name
-
-    @property
-    def elements(self) -> Elements:
-        """Specification of the arrays in every batch, from `train` and `sequential` alike."""
-        return elements.of_batch(self.train_transform.elements)
 
     @property
     def classes(self) -> int:
@@ -182,10 +136,6 @@ class Feed:
             listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
             raise DataError(f"both splits must have the same number of classes, but {listed}")
 
-    def examples(self, split: str) -> int:
-        """Number of images in a split, "train" or "eval"."""
-        return len(self._dataset(split))
-
     def label(self, split: str, index: int) -> int:
         """Label of one image; -1 if it has none."""
         return self._dataset(split)[index].label
@@ -194,12 +144,6 @@ class Feed:
         """Reads one image, resized and centre-cropped to any size. -> uint8 [size, size, 3]"""
         transform = transforms.EvalTransform(size)
         return transform(self._dataset(split)[index].image, np.random.default_rng(0))
-
-    def _dataset(self, split: str) -> datasets.Dataset:
-        dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[split]
-        if dataset is None:
-            raise DataError("this run has no held-out split; set data.eval_split")
-        return dataset
 
 
 def check_labelled(dataset: datasets.Dataset) -> None:

@@ -7,22 +7,19 @@ import functools
 from typing import TypeVar
 
 from absl import logging
-import numpy as np
 
-from fd_jax.data import elements, pipeline
 from fd_jax.data.base import Picture
 from fd_jax.data.datasets import BrokenImageError
-from fd_jax.data.elements import Elements
 from fd_jax.data.segmentation import sources, transforms
 from fd_jax.data.segmentation.labels import Labels
+from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
-from fd_jax.typing import Batch
 
 _Read = TypeVar("_Read")
 _AHEAD = 8  # held-out pictures that are decoded ahead, at most; they have their original size
 
 
-class SegmentationFeed:
+class SegmentationFeed(Splits[sources.Scenes]):
     """Training and held-out pictures of one run, with a class for each pixel.
 
     Args:
@@ -109,41 +106,6 @@ class SegmentationFeed:
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
         self._check()
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches in an epoch; the remaining pictures are left out of it."""
-        return pipeline.steps_per_epoch(self.train_dataset, batch_size)
-
-    def train(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        rows: np.ndarray,
-        start_step: int,
-        put_on_devices: Callable[[pipeline.HostBatch], Batch] | None = None,
-    ) -> pipeline.TrainLoader:
-        """Opens an endless loader of training batches.
-
-        Args:
-          batch_size: number of examples in the global batch.
-          seed: seed of order and augmentation.
-          rows: rows of each global batch that this process produces.
-          start_step: step of the first batch.
-          put_on_devices: function applied to each batch in the thread that reads ahead.
-        """
-        return pipeline.TrainLoader(
-            self.train_dataset,
-            self.train_transform,
-            batch_size=batch_size,
-            seed=seed,
-            rows=rows,
-            start_step=start_step,
-            threads=self.threads,
-            workers=self.workers,
-            max_broken=self.max_broken,
-            put_on_devices=put_on_devices,
-        )
-
     def pictures(self, split: str, indices: Sequence[int] | None = None) -> Iterator[Picture]:
         """Yields pictures at their original size, in order, decoded ahead by a few threads.
 
@@ -174,21 +136,6 @@ class SegmentationFeed:
                     + "\n  ".join(broken)
                 )
 
-    def rescaled(self, image: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-        """Resizes as for a test: within a long and a short side. uint8 [h, w, 3] -> [H, W, 3]"""
-        height, width = image.shape[:2]
-        return transforms.resize_image(image, *transforms.test_size(height, width, scale))
-
-    @property
-    def name(self) -> str:
-        """Name of the training split, for messages."""
-        return self.train_dataset.name
-
-    @property
-    def elements(self) -> Elements:
-        """Specification of the arrays in every training batch."""
-        return elements.of_batch(self.train_transform.elements)
-
     @property
     def classes(self) -> int | None:
         """Number of classes that the data says it has; None if it does not say."""
@@ -199,16 +146,6 @@ class SegmentationFeed:
         """Names of the classes; None if the data does not say."""
         names = self.train_dataset.class_names
         return names and names[int(self.labels.reduce_zero) :]
-
-    def examples(self, split: str) -> int:
-        """Number of pictures in a split, "train" or "eval"."""
-        return len(self._dataset(split))
-
-    def _dataset(self, split: str) -> sources.Scenes:
-        dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[split]
-        if dataset is None:
-            raise DataError("this run has no held-out split; set data.eval_split")
-        return dataset
 
     def _classes_of(self, dataset: sources.Scenes) -> int | None:
         return dataset.stored and dataset.stored - self.labels.reduce_zero

@@ -174,12 +174,15 @@ def test_a_broken_held_out_picture_is_left_out(root, caplog):
         list(feed(root=str(root), max_broken=0).pictures("eval"))
 
 
-def test_a_test_resizes_within_the_scale(root):
-    data = feed(root=str(root))
+def test_a_test_resizes_within_the_scale():
     image = made.picture(0, 100, 150)
-    resized = data.rescaled(image, (2048, 512))
+
+    def rescaled(scale):
+        return transforms.resize_image(image, *transforms.test_size(100, 150, scale))
+
+    resized = rescaled((2048, 512))
     np.testing.assert_array_equal(resized, transforms.resize_image(image, 512, 768))
-    assert data.rescaled(image, (90, 2048)).shape == (90, 135, 3)
+    assert rescaled((90, 2048)).shape == (90, 135, 3)
 
 
 # --- what is refused -------------------------------------------------------------------------
