@@ -199,23 +199,13 @@ class ClassifyTask:
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         """The config's optimizer, with a learning rate per layer if `optim.layer_decay` is set."""
-        family = FAMILIES[self.spec.family]
-
-        def layer_id(path: str) -> int:
-            return family.layer_id(path.removeprefix("encoder/"), self.spec.arch)
-
-        decay = self.config.optim.layer_decay
-        scales = None
-        if decay != 1.0:
-            last = layer_id("head/kernel")
-            scales = optimizer.layer_scales(params, layer_id, last=last, decay=decay)
         return optimizer.from_config(
             self.config,
             params,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
-            no_decay=family.NO_DECAY,
-            layer_scales=scales,
+            no_decay=FAMILIES[self.spec.family].NO_DECAY,
+            layer_scales=start.layer_scales(self.config, self.spec, params, head="head/kernel"),
         )
 
     @property

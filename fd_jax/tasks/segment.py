@@ -189,23 +189,13 @@ class SegmentTask:
         self, params: PyTree, *, steps_per_epoch: int, total_steps: int
     ) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         """The config's optimizer; neck and heads have the full learning rate."""
-        family = FAMILIES[self.spec.family]
-
-        def layer_id(path: str) -> int:
-            return family.layer_id(path.removeprefix("encoder/"), self.spec.arch)
-
-        decay = self.config.optim.layer_decay
-        scales = None
-        if decay != 1.0:
-            last = layer_id("segmenter")
-            scales = optimizer.layer_scales(params, layer_id, last=last, decay=decay)
         return optimizer.from_config(
             self.config,
             params,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             no_decay=self._no_decay(),
-            layer_scales=scales,
+            layer_scales=start.layer_scales(self.config, self.spec, params, head="segmenter"),
         )
 
     @property

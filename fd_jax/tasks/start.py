@@ -1,15 +1,15 @@
-"""The network that a task starts from: a model folder, or the architecture in the config."""
+"""A task that goes on from a trained network: its folder or architecture, and rates per layer."""
 
 from collections.abc import Collection
 
 from etils import epath
 import jax
 
-from fd_jax import model_folder
+from fd_jax import model_folder, optimizer
 from fd_jax.console import say
 from fd_jax.errors import ConfigError
 from fd_jax.models import transfer
-from fd_jax.models.spec import ModelSpec
+from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.typing import Config, PyTree
 
 
@@ -68,3 +68,25 @@ def load(
             say(f"  {line}")
         say(f"  fresh    {', '.join(sorted(set(parts) - taken.keys())) or 'nothing'}")
     return taken
+
+
+def layer_scales(config: Config, spec: ModelSpec, params: PyTree, *, head: str) -> PyTree | None:
+    """The share of the learning rate that each parameter has, by `optim.layer_decay`.
+
+    Args:
+      config: config of a run.
+      spec: of the network, whose encoder is the part "encoder" of `params`.
+      params: trained arrays, or their shapes.
+      head: path of a parameter of the last layer, which has the full rate.
+
+    Returns:
+      A tree like `params`, or None if all layers have the full rate.
+    """
+
+    def layer_id(path: str) -> int:
+        return FAMILIES[spec.family].layer_id(path.removeprefix("encoder/"), spec.arch)
+
+    decay = config.optim.layer_decay
+    if decay == 1.0:
+        return None
+    return optimizer.layer_scales(params, layer_id, last=layer_id(head), decay=decay)
