@@ -1,6 +1,5 @@
 """Evaluation without training: accuracy and throughput of a classifier, or of a segmenter."""
 
-import json
 import time
 
 from etils import epath
@@ -10,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from fd_jax import files, model_folder, settings, sharding
-from fd_jax.cli import measure_segmenter
+from fd_jax.cli import evaluation_only, measure_segmenter
 from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
@@ -80,13 +79,10 @@ def measure(
     if per_class:
         matrix = _confusion(program, task, feed, config, state)
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        record = {
-            "init_from": config.init_from,
-            "data": f"{config.data.name}/{config.data.eval_split}",
-            **figures,
-        }
-        files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
+        measured_on = f"{config.data.name}/{config.data.eval_split}"
+        evaluation_only.write_record(
+            workdir, folder=config.init_from, data=measured_on, figures=figures
+        )
         if per_class:
             files.write_text(workdir / "per_class.md", tables.per_class(matrix))
             pictures.confusion(matrix, workdir / "confusion.png")
@@ -103,15 +99,7 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
             f"--eval_only measures classifiers and segmenters, and this is a config of "
             f"{kind.name}: leave it out"
         )
-    if not config.data.eval_split:
-        raise ConfigError("--eval_only measures data.eval_split, which is empty; set it to a split")
-    if (workdir / "model").exists():
-        config.init_from = str(workdir / "model")
-    if not config.init_from:
-        raise ConfigError(
-            f"--eval_only needs a trained classifier: there is no {workdir / 'model'}; "
-            "name its folder in --config.init_from"
-        )
+    config.init_from = str(evaluation_only.trained(config, workdir, "classifier"))
     spec = model_folder.load_spec(config.init_from)
     config.model.update(
         trains="all",

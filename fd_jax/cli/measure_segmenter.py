@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import functools
-import json
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from fd_jax import files, model_folder, sharding
+from fd_jax.cli import evaluation_only
 from fd_jax.console import say
 from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.errors import ConfigError
@@ -67,13 +67,8 @@ def measure(
     figures = {"miou": result.miou, "macc": result.macc, "aacc": result.aacc}
     say("  ".join(f"{name} {value:.5f}" for name, value in figures.items()))
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        record = {
-            "init_from": str(folder),
-            "data": f"{data.name}/{config.data.eval_split}",
-            **figures,
-        }
-        files.write_text(workdir / "evaluation.json", json.dumps(record, indent=2) + "\n")
+        measured_on = f"{data.name}/{config.data.eval_split}"
+        evaluation_only.write_record(workdir, folder=folder, data=measured_on, figures=figures)
         if per_class:
             names = data.class_names or [str(k) for k in range(evaluator.classes)]
             table = overlays.per_class(names, result.iou, result.accuracy)
@@ -85,16 +80,7 @@ def measure(
 
 def _folder(config: Config, workdir: epath.Path) -> tuple[epath.Path, ModelSpec]:
     """The folder to measure and its spec, which has a segmenter of the config's classes."""
-    if not config.data.eval_split:
-        raise ConfigError("--eval_only measures data.eval_split, which is empty; set it to a split")
-    folder = workdir / "model"
-    if not folder.exists():
-        if not config.init_from:
-            raise ConfigError(
-                f"--eval_only needs a trained segmenter: there is no {folder}; name its folder in "
-                "--config.init_from"
-            )
-        folder = epath.Path(config.init_from)
+    folder = evaluation_only.trained(config, workdir, "segmenter")
     spec = model_folder.load_spec(folder)
     if spec.segmenter is None:
         raise ConfigError(
