@@ -58,12 +58,10 @@ def _source(config: Mapping[str, Any], container: Container) -> Source:
             **huggingface.upernet_fields(config, container),
         },
     )
-    networks.check_sizes(spec, container)
-    table = segmenter.narrowed(_TABLE, set(networks.shapes(spec)), spec.arch)
     return Source(
         NAME,
         "a folder of transformers' BeitForSemanticSegmentation",
-        {"segmenter": Part(table, spec)},
+        {"segmenter": Part(networks.segmenter_table(_TABLE, spec, container), spec)},
         "transformers BeitForSemanticSegmentation",
         hf=True,
     )

@@ -14,7 +14,7 @@ from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.families import beit, swin
 from fd_jax.convert.family import Family, SelfDescribed
 from fd_jax.convert.networks import segmenter
-from fd_jax.convert.rules.tables import Table, norm, prefixed
+from fd_jax.convert.rules.tables import Table, prefixed
 from fd_jax.convert.source import Part, Source
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models.spec import ModelSpec
@@ -32,14 +32,7 @@ _HEADS = segmenter.upernet(norm="bn", classifier="conv_seg") + segmenter.auxilia
     norm="bn", classifier="conv_seg"
 )
 _BEIT_TABLE = prefixed(beit.TIMM, "backbone.") + segmenter.pyramid("backbone.") + _HEADS
-_NORMS = Table(
-    tuple(
-        rule
-        for stage in range(segmenter.STAGES)
-        for rule in norm(f"norm{stage}", f"segmenter/neck/norms/{stage}")
-    )
-)
-_SWIN_TABLE = prefixed(swin.TABLE + _NORMS, "backbone.") + _HEADS
+_SWIN_TABLE = prefixed(swin.TABLE + segmenter.stage_norms("norm", first=0), "backbone.") + _HEADS
 
 
 def source(container: Container) -> Source:
@@ -55,8 +48,7 @@ def source(container: Container) -> Source:
         )
     try:
         spec, table = _described(shapes)
-        networks.check_sizes(spec, container)
-        table = segmenter.narrowed(table, set(networks.shapes(spec)), spec.arch)
+        table = networks.segmenter_table(table, spec, container)
     except UserError as error:
         raise ConversionError(f"{container.path}: {error}") from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.families import swin
 from fd_jax.convert.family import Family, SelfDescribed
 from fd_jax.convert.networks import segmenter
-from fd_jax.convert.rules.tables import Drop, Table, norm, prefixed
+from fd_jax.convert.rules.tables import Drop, Table, prefixed
 from fd_jax.convert.source import Part, Source
 from fd_jax.models.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
@@ -21,13 +21,8 @@ NAME = "upernet_swin_hf"
 CLASS = "UperNetForSemanticSegmentation"
 
 _WHY = "the final norm, which no map passes"
-_BACKBONE = Table(
-    tuple(
-        rule
-        for stage in range(segmenter.STAGES)
-        for rule in norm(f"hidden_states_norms.stage{stage + 1}", f"segmenter/neck/norms/{stage}")
-    ),
-    (Drop("layernorm.*", _WHY), Drop("swin.layernorm.*", _WHY)),
+_BACKBONE = segmenter.stage_norms("hidden_states_norms.stage", first=1) + Table(
+    (), (Drop("layernorm.*", _WHY), Drop("swin.layernorm.*", _WHY))
 )
 _TABLE = (
     prefixed(swin.HUGGINGFACE + _BACKBONE, "backbone.")
@@ -61,12 +56,10 @@ def _source(config: Mapping[str, Any], container: Container) -> Source:
             **huggingface.upernet_fields(config, container),
         },
     )
-    networks.check_sizes(spec, container)
-    table = segmenter.narrowed(_TABLE, set(networks.shapes(spec)), spec.arch)
     return Source(
         NAME,
         "a folder of transformers' UperNetForSemanticSegmentation on a Swin",
-        {"segmenter": Part(table, spec)},
+        {"segmenter": Part(networks.segmenter_table(_TABLE, spec, container), spec)},
         "transformers UperNetForSemanticSegmentation",
     )
 

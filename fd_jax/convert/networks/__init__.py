@@ -7,8 +7,9 @@ import math
 
 from fd_jax import model_folder
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.networks import swin, vit
+from fd_jax.convert.networks import segmenter, swin, vit
 from fd_jax.convert.networks.network import Network
+from fd_jax.convert.rules.tables import Table
 from fd_jax.convert.rules.transforms import Shape
 from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
@@ -54,6 +55,16 @@ def check_sizes(spec: ModelSpec, container: Container) -> None:
     patches = math.prod(patch_grid(arch["image_size"], arch["patch_size"]))
     if patches > max(map(math.prod, (t.shape for t in container.tensors.values())), default=0):
         raise ValueError(f"{patches} positions, more than any tensor in the file has numbers")
+
+
+def segmenter_table(table: Table, spec: ModelSpec, container: Container) -> Table:
+    """The rules of a table for segmenters of several kinds that concern the one in a file.
+
+    Raises:
+      ValueError: see `check_sizes`.
+    """
+    check_sizes(spec, container)
+    return segmenter.narrowed(table, set(shapes(spec)), spec.arch)
 
 
 @functools.lru_cache(maxsize=64)

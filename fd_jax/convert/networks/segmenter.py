@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from fd_jax.convert.networks.network import Arch
 from fd_jax.convert.rules.matching import NEEDED
-from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, target_paths
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, norm, target_paths
 from fd_jax.convert.rules.transforms import CONV, DECONV
 
 BINS = (1, 2, 3, 6)
@@ -50,6 +50,17 @@ def pyramid(prefix: str = "") -> Table:
             *_batch_norm(f"{prefix}fpn1.1", "neck/stride4/norm"),
             *_deconv(f"{prefix}fpn1.3", f"{neck}/stride4/deconv2"),
             *_deconv(f"{prefix}fpn2.0", f"{neck}/stride8/deconv"),
+        )
+    )
+
+
+def stage_norms(name: str, *, first: int) -> Table:
+    """The neck of a Swin: the norm of each stage, whose number follows the name, from `first`."""
+    return Table(
+        tuple(
+            rule
+            for stage in range(STAGES)
+            for rule in norm(f"{name}{first + stage}", f"segmenter/neck/norms/{stage}")
         )
     )
 
