@@ -47,12 +47,15 @@ def measure(start: str, name: str, run: Callable[..., dict], *, tune: bool) -> d
     return {column: 100 * value for column, value in figures.items()}
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
-    """Runs a config to its end, unless an earlier run did; returns its last evaluation."""
+def train(config: Config, workdir: pathlib.Path, *, figure: str = "eval_loss") -> dict[str, float]:
+    """Runs a config to its end, unless an earlier run did; returns its last evaluation.
+
+    `figure` is one that every evaluation of such a run has.
+    """
     finished = (workdir / "model").exists()
     if not finished and loop.fit(registry.make(config), config, workdir).preempted:
         raise SystemExit(loop.PREEMPTED)
-    rows = [row for row in metric_writer.read(epath.Path(workdir)) if "eval_loss" in row]
+    rows = [row for row in metric_writer.read(epath.Path(workdir)) if figure in row]
     last = rows[-1].items()
     return {name.removeprefix("eval_"): value for name, value in last if name.startswith("eval_")}
 

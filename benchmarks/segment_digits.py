@@ -17,17 +17,15 @@ import time
 
 from absl import logging
 from etils import epath
-from flax import nnx
 import numpy as np
 from PIL import Image
 
+from benchmarks import miniature
 from configs import segment_digit_scenes
 import fd_jax
 from fd_jax import files, model_folder
-from fd_jax.models.spec import split
 from fd_jax.show import overlays
 from fd_jax.tasks import registry
-from fd_jax.training import loop, metric_writer
 from fd_jax.training.feeds import open_data
 
 FIGURES = {"miou": "mIoU", "macc": "mean accuracy", "aacc": "pixel accuracy"}
@@ -50,7 +48,9 @@ def main() -> None:
     runs: Runs = {STUDENT: [], RANDOM: []}
     for seed in range(args.seeds):
         folder = args.workdir / str(seed)
-        starts = {STUDENT: args.student, RANDOM: save_random(args.student, folder / "start", seed)}
+        arch = model_folder.load_spec(args.student).arch
+        random = miniature.save_random(folder / "start", arch, seed)
+        starts = {STUDENT: args.student, RANDOM: random}
         for name, start in starts.items():
             runs[name].append(train(start, folder / _folder(name), seed))
     text = table(runs)
@@ -60,25 +60,11 @@ def main() -> None:
     print(f"\n{text}\n{(time.monotonic() - began) / 60:.1f} minutes; pages in {args.workdir}")
 
 
-def save_random(student: str, folder: pathlib.Path, seed: int) -> str:
-    """Saves a model folder with the student's network and random weights."""
-    if not folder.exists():
-        spec = model_folder.load_spec(epath.Path(student))
-        module = spec.build(rngs=nnx.Rngs(seed), init="fd_student")
-        model_folder.save(folder, spec, {"encoder": split(module)[1]})
-    return str(folder)
-
-
 def train(start: str, workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Fine-tunes a model folder, unless an earlier run did; returns its last evaluation."""
     config = segment_digit_scenes.get_config()
     config.update(init_from=str(start), seed=seed)
-    if not (workdir / "model").exists():
-        result = loop.fit(registry.make(config), config, workdir)
-        if result.preempted:
-            raise SystemExit(loop.PREEMPTED)
-    rows = [row for row in metric_writer.read(epath.Path(workdir)) if "eval_miou" in row]
-    return {name: rows[-1][f"eval_{name}"] for name in FIGURES}
+    return miniature.train(config, workdir, figure="eval_miou")
 
 
 def table(runs: Runs) -> str:
