@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fd_jax import digests, sharding
-from fd_jax.errors import CheckpointError, DamagedCheckpointError, differences
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, differences, first_few
 from fd_jax.typing import PyTree
 
 
@@ -120,7 +120,10 @@ def _description(checkpointer: ocp.Checkpointer, path: epath.Path) -> PyTree:
     return metadata.tree
 
 
-def describe_tree(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+Description = dict[str, tuple[tuple[int, ...], str]]  # by "a/b" path, shape and dtype
+
+
+def describe_tree(path: epath.Path) -> Description:
     """Returns shape and dtype of every array of a saved tree by "a/b" path; reads no values."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _description(checkpointer, path.resolve())
@@ -159,14 +162,27 @@ class Checkpoints:
         """Returns the steps of all complete checkpoints, in their order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        record: dict[str, Any],
+        *,
+        known: dict[str, int] | None = None,
+    ) -> None:
         """Starts to write a checkpoint and returns before it is complete.
 
         All processes call this with the same step. A step that is already saved is left as it is.
+
+        Args:
+          step: number of the checkpoint.
+          state: tree of arrays.
+          record: JSON-serializable values.
+          known: digests of `state`, see `digests.of_tree`; None to compute them.
         """
         if step in self._manager.all_steps():
             return
-        record = {**record, _DIGESTS: digests.of_tree(state)}
+        record = {**record, _DIGESTS: digests.of_tree(state) if known is None else known}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -188,7 +204,8 @@ class Checkpoints:
           DamagedCheckpointError: the files cannot be read, or an array is not what was written.
           CheckpointError: the checkpoint has arrays other than `like`.
         """
-        self._refuse_another_state(step, like)
+        saved = self._described(step)
+        self._refuse_another_state(step, saved, like)
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape), like
         )
@@ -203,7 +220,9 @@ class Checkpoints:
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
             raise self._damaged(step, f"cannot be read: {error}") from error
         state, record = restored["state"], restored["record"]
-        self._refuse_damage(step, state, record.pop(_DIGESTS, {}))
+        if not saved:
+            raise self._damaged(step, "is damaged: the metadata of its arrays cannot be read")
+        self._refuse_damage(step, saved, state, record.pop(_DIGESTS, {}))
         return state, record
 
     def set_aside(self, steps: Collection[int]) -> None:
@@ -221,17 +240,25 @@ class Checkpoints:
         sharding.barrier("checkpoints_set_aside")
         self._manager.reload()
 
-    def _refuse_damage(self, step: int, state: PyTree, expected: dict[str, int]) -> None:
-        saved = describe_tree(self._folder / str(step) / "state")
+    def _refuse_damage(
+        self, step: int, saved: Description, state: PyTree, expected: dict[str, int]
+    ) -> None:
         # An array that is restored in another dtype has other bits.
         same = {n for n, leaf in digests.by_path(state).items() if str(leaf.dtype) == saved[n][1]}
         found = digests.of_tree(state)
         damaged = digests.damaged({name: found[name] for name in sorted(same)}, expected)
         if damaged:
-            shown = ", ".join(damaged[:3] + ["..."] * (len(damaged) > 3))
+            shown = first_few(damaged)
             raise self._damaged(
                 step, f"is damaged: {len(damaged)} arrays are not what was written ({shown})"
             )
+
+    def _described(self, step: int) -> Description:
+        """Shape and dtype of every array of a checkpoint; {} if its metadata is damaged."""
+        try:
+            return describe_tree(self._folder / str(step) / "state")
+        except (ValueError, KeyError, OSError):
+            return {}  # `restore` will raise
 
     def _damaged(self, step: int, what: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(
@@ -239,12 +266,9 @@ class Checkpoints:
             "Add --fall_back to continue from the newest whole checkpoint, or delete that folder."
         )
 
-    def _refuse_another_state(self, step: int, like: PyTree) -> None:
-        path = self._folder / str(step)
-        try:
-            described = describe_tree(path / "state")
-        except (ValueError, KeyError, OSError):
-            return  # damaged: `restore` will raise
+    def _refuse_another_state(self, step: int, described: Description, like: PyTree) -> None:
+        if not described:
+            return
         # Orbax casts to the expected dtype without a word, from floats to integers too.
         saved = {name: _kind(dtype, shape) for name, (shape, dtype) in described.items()}
         expected = {
@@ -255,8 +279,8 @@ class Checkpoints:
         if differing:
             shown = "\n".join(differing[:10] + ["  ..."] * (len(differing) > 10))
             raise CheckpointError(
-                f"checkpoint {path} does not hold the state that this config trains; "
-                f"{len(differing)} arrays differ:\n{shown}\n"
+                f"checkpoint {self._folder / str(step)} does not hold the state that this config "
+                f"trains; {len(differing)} arrays differ:\n{shown}\n"
                 "Go back to the config that the workdir was started with, or use another workdir."
             )
 

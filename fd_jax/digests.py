@@ -5,7 +5,7 @@ whole numbers. A flipped bit changes it, and so do zeros in the place of a page.
 on how an array is split over devices, hosts or files, and takes about as long as reading memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 import zlib
 
@@ -32,28 +32,18 @@ def of_tree(tree: PyTree) -> dict[str, int]:
     Args:
       tree: numpy arrays, or jax arrays on any number of devices and processes.
     """
-    named = by_path(tree)
-    sums = _over_processes([_of_own_part(leaf) for leaf in named.values()])
-    return dict(zip(named, map(int, sums), strict=True))
+    return _measured(tree, _of_parts)[0]
 
 
 def not_finite(tree: PyTree) -> list[str]:
-    """The "a/b" paths of arrays that hold NaNs or infinities; all processes call this.
-
-    Args:
-      tree: numpy arrays, or jax arrays on any number of devices and processes.
-    """
-    named = by_path(tree)
-    wrong = _over_processes([not _is_finite(leaf) for leaf in named.values()])
-    return [name for name, count in zip(named, wrong, strict=True) if count]
+    """The "a/b" paths of arrays that hold NaNs or infinities. Called as `of_tree`."""
+    return _named(_measured(tree, _is_not_finite)[0])
 
 
-def _over_processes(values: Sequence[int]) -> np.ndarray:
-    """Sums of a list of numbers over all processes, modulo 2^32."""
-    own = np.array(values, np.uint32)
-    if jax.process_count() == 1:
-        return own
-    return multihost_utils.process_allgather(own).sum(axis=0, dtype=np.uint32)
+def examine(tree: PyTree) -> tuple[dict[str, int], list[str]]:
+    """What `of_tree` and `not_finite` return, with each array copied from its device once."""
+    found, wrong = _measured(tree, _of_parts, _is_not_finite)
+    return found, _named(wrong)
 
 
 def of_own(tree: PyTree) -> dict[str, int]:
@@ -72,24 +62,36 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
-def _of_own_part(leaf: Any) -> int:
-    """The sum over the parts that this process, and no other, contributes."""
+def _measured(tree: PyTree, *measures: Callable[[list[np.ndarray]], int]) -> list[dict[str, int]]:
+    """For each measure the sums over all processes, modulo 2^32, by the path of the array."""
+    named = by_path(tree)
+    own = [[measure(parts) for measure in measures] for parts in map(_own_parts, named.values())]
+    sums = np.array(own, np.uint32).reshape(-1, len(measures))
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
+    return [dict(zip(named, map(int, column), strict=True)) for column in sums.T]
+
+
+def _named(counts: Mapping[str, int]) -> list[str]:
+    return [name for name, count in counts.items() if count]
+
+
+def _own_parts(leaf: Any) -> list[np.ndarray]:
+    """The parts of an array that this process, and no other, contributes."""
     if not isinstance(leaf, jax.Array):
-        return of_array(np.asarray(leaf)) if jax.process_index() == 0 else 0
-    return sum(of_array(part) for part in _own_parts(leaf)) % MODULUS
+        return [np.asarray(leaf)] if jax.process_index() == 0 else []
+    return [np.asarray(part.data) for part in leaf.addressable_shards if part.replica_id == 0]
 
 
-def _is_finite(leaf: Any) -> bool:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return True
-    parts = _own_parts(leaf) if isinstance(leaf, jax.Array) else [np.asarray(leaf)]
+def _of_parts(parts: list[np.ndarray]) -> int:
+    return sum(map(of_array, parts)) % MODULUS
+
+
+def _is_not_finite(parts: list[np.ndarray]) -> int:
+    floats = [part for part in parts if jnp.issubdtype(part.dtype, jnp.inexact)]
     with np.errstate(invalid="ignore"):  # inf - inf
         # A sum is not finite if any of its terms is not, and takes no array of its own.
-        return all(np.isfinite(np.sum(part, dtype=np.float64)) for part in parts)
-
-
-def _own_parts(array: jax.Array) -> list[np.ndarray]:
-    return [np.asarray(part.data) for part in array.addressable_shards if part.replica_id == 0]
+        return not all(np.isfinite(np.sum(part, dtype=np.float64)) for part in floats)
 
 
 def damaged(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:

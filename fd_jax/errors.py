@@ -4,7 +4,7 @@ Entry points print the message of a `UserError` and exit with status 2. Any othe
 and keeps its traceback.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -77,3 +77,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)  # a new field that is None does not count
     ]
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first names of a list that may be long, for a message."""
+    return ", ".join([*names[:count], *["..."] * (len(names) > count)])

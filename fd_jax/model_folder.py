@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from fd_jax import checkpoint, digests, sharding
-from fd_jax.errors import DataError, ModelFolderError
+from fd_jax.errors import DataError, ModelFolderError, first_few
 from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import maps_of, sliding
@@ -123,7 +123,11 @@ def load_spec(folder: epath.PathLike) -> ModelSpec:
     Raises:
       ModelFolderError: the folder is not a model folder, or model.json is damaged.
     """
-    folder = epath.Path(folder)
+    return _load_description(epath.Path(folder))[0]
+
+
+def _load_description(folder: epath.Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec, and the content of digests.json."""
     if not folder.exists():
         if (_backup(folder) / "model.json").exists():
             raise ModelFolderError(
@@ -143,13 +147,13 @@ def load_spec(folder: epath.PathLike) -> ModelSpec:
             "writing it was interrupted"
         )
     text = _text(description)
-    expected = _digests(folder).get("description")
-    if expected not in (None, digests.of_text(text)):
+    expected = _digests(folder)
+    if expected.get("description") not in (None, digests.of_text(text)):
         raise ModelFolderError(
             f"{description} is not what was written: it is damaged, or somebody has edited it. If "
             f"the change is meant, delete {folder / DIGESTS}, which also ends the check of weights"
         )
-    return ModelSpec.from_json(text, where=str(description))
+    return ModelSpec.from_json(text, where=str(description)), expected
 
 
 def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
@@ -163,16 +167,15 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
         description.
     """
     folder = epath.Path(folder)
-    spec = load_spec(folder)
+    spec, expected = _load_description(folder)
     with _readable(folder):
         params = checkpoint.load_tree(folder / "params")
     _check_against_spec(folder, spec, params)
-    damaged = digests.damaged(digests.of_own(params), _digests(folder).get("arrays", {}))
+    damaged = digests.damaged(digests.of_own(params), expected.get("arrays", {}))
     if damaged:
-        shown = ", ".join(damaged[:3] + ["..."] * (len(damaged) > 3))
         raise ModelFolderError(
             f"the weights in {folder} are damaged: {len(damaged)} arrays are not what was written "
-            f"({shown}). Convert, copy or train the model again"
+            f"({first_few(damaged)}). Convert, copy or train the model again"
         )
     return spec, params
 

@@ -19,7 +19,7 @@ from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
-from fd_jax.errors import CheckpointError, DamagedCheckpointError
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
 from fd_jax.training import lock as locks
@@ -320,13 +320,14 @@ class Run:
     def _save(self, step: int, state: TrainState) -> None:
         self._check_lock()
         saved = state.to_dict()
-        self._refuse_nonfinite(saved)
+        known, wrong = digests.examine(saved)
+        self._refuse_nonfinite(wrong)
         record = {
             "data": self.loader.state(step),
             "config": self.config.to_dict(),
             **self.progress.record(),
         }
-        self.checkpoints.save(step, saved, record)
+        self.checkpoints.save(step, saved, record, known=known)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Runs the evaluators of the task on the held-out split; returns their figures by name."""
@@ -356,16 +357,16 @@ class Run:
             return self._evaluate(self.start, state)
         return recorded
 
-    def _refuse_nonfinite(self, arrays: PyTree) -> None:
+    def _refuse_nonfinite(self, wrong: list[str]) -> None:
         """Nothing that holds NaNs is written: neither checkpoints nor models."""
-        if wrong := digests.not_finite(arrays):
-            shown = ", ".join(wrong[:3] + ["..."] * (len(wrong) > 3))
+        if wrong:
             kept = self.checkpoints.steps()
             last = (
                 f"the last checkpoint, of step {kept[-1]}, is finite" if kept else "none is saved"
             )
             raise NonFiniteError(
-                f"{len(wrong)} arrays of the training state hold NaNs or infinities ({shown}), "
+                f"{len(wrong)} arrays of the training state hold NaNs or infinities "
+                f"({first_few(wrong)}), "
                 f"although loss and gradients were finite; nothing of it is saved, and {last}. "
                 "Lower optim.peak_lr, raise optim.eps, or set dtype=float32"
             )
@@ -378,7 +379,7 @@ class Run:
         self._check_lock()
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
-        self._refuse_nonfinite(parts)
+        self._refuse_nonfinite(digests.not_finite(parts))
         model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
 
 
