@@ -21,43 +21,10 @@ from fd_jax.models import kernels
 from fd_jax.models.attention import Attention, RelativePositionBias, attend
 from fd_jax.models.kernels import base, cudnn, xla
 from tests.models.arrays import init, rand
+from tests.models.attentions import HEADS, WIDTH, inputs, with_gradients, worst
 
-HEADS, WIDTH = 2, 16
 TOLERANCE = 5e-6  # of the largest value; float32
 CUDNN_BY_XLA = functools.partial(cudnn.attend, implementation="xla")
-
-
-def inputs(tokens, *, batch=2, groups=0, masked=False, seed=0):
-    """q, k, v and a bias; of `groups` biases, or with pairs that a mask forbids."""
-    q, k, v = (jnp.asarray(rand(batch, tokens, HEADS, WIDTH, seed=seed + i)) for i in range(3))
-    shape = (groups, HEADS, tokens, tokens) if groups else (HEADS, tokens, tokens)
-    bias = rand(*shape, seed=seed + 3, scale=2.0)
-    if masked:
-        forbidden = np.random.default_rng(seed).random((tokens, tokens)) < 0.3
-        np.fill_diagonal(forbidden, False)
-        bias = bias + np.where(forbidden, -100.0, 0.0).astype(np.float32)
-    return q, k, v, jnp.asarray(bias)
-
-
-def with_gradients(function, arrays, seed=9):
-    """Output and gradients for q, k, v and bias of a loss that weighs every channel differently."""
-    weights = jnp.asarray(rand(*arrays[0].shape, seed=seed))
-
-    def loss(q, k, v, bias):
-        out = function(q, k, v, bias=bias, scale=WIDTH**-0.5)
-        return jnp.sum(out * weights), out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*arrays)
-    return [out, *grads]
-
-
-def worst(got, want):
-    """Largest error, relative to the largest value of each array."""
-    errors = [
-        np.abs(np.asarray(g) - np.asarray(w)).max() / np.abs(np.asarray(w)).max()
-        for g, w in zip(got, want, strict=True)
-    ]
-    return max(errors)
 
 
 CASES = [(197, {}), (257, {"masked": True}), (577, {}), (49, {"groups": 4, "batch": 8}), (16, {})]

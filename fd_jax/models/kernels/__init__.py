@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
-from fd_jax.models.kernels import cudnn, xla
+from fd_jax.models.kernels import cudnn, pallas_tpu, xla
 from fd_jax.models.kernels.base import (
     Implementation,
     compiling_for,
@@ -23,7 +23,11 @@ __all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "compiling_for", "mask_keys
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
-    for implementation in (xla.IMPLEMENTATION, cudnn.IMPLEMENTATION)
+    for implementation in (
+        xla.IMPLEMENTATION,
+        cudnn.IMPLEMENTATION,
+        pallas_tpu.IMPLEMENTATION,
+    )
 }
 
 # What "auto" takes: the first that a network's dtype and head width allow. Only implementations

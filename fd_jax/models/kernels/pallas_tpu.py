@@ -1,0 +1,337 @@
+"""Fused attention for TPUs, in Pallas: logits and weights never leave the chip's vector memory.
+
+One program computes some heads of some rows of the batch. It reads queries, keys and values as the
+matmuls around attention write them, [B, N, A * d], so that nothing is transposed in HBM, and works
+on logits with keys along the rows and queries along the columns. Sums over keys then add registers
+to each other instead of numbers within one, and the weights have the order that both the values'
+and the keys' gradient need. The bias stays in vector memory while the rows of the batch go by, and
+so does the sum of its gradient.
+
+The forward pass that a gradient follows keeps, beside its inputs, the logarithm of the sum of
+exponentials of each query's logits, [B, A, N]; the backward pass computes the weights again.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fd_jax.models.kernels.base import Implementation, per_device
+
+LANES = 128  # numbers in a row of a vector register; heads that fill one together share a matmul
+
+# Most logits of a program. Its code grows with them, since every register's work is written out.
+MAX_LOGITS = 12 * 256**2
+
+VMEM_BYTES = 100 * 2**20  # of the 128 MiB that a v5e or v6e has
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention, see `fd_jax.models.attention.attend`.
+
+    Args:
+      q: [B, N, A, d] bfloat16 or float32; `k` and `v` have the same shape.
+      k: keys.
+      v: values.
+      bias: [A, N, N] or [G, A, N, N] float32, or None.
+      scale: factor on q k^T.
+      interpret: runs the programs without a TPU, for tests.
+    """
+    batch, tokens, heads, width = q.shape
+    if bias is not None:
+        groups = bias.shape[0] if bias.ndim == 4 else 1
+        # Keys along the rows, as the programs have their logits.
+        bias = bias.reshape(groups, heads, tokens, tokens).swapaxes(-1, -2)
+    flat = (x.reshape(batch, tokens, heads * width) for x in (q, k, v))
+    return _attention(*flat, bias, heads, scale, interpret).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q, k, v, bias, heads, scale, interpret):
+    """[B, N, A * d] x 3 and bias [G, A, keys, queries] or None -> [B, N, A * d]."""
+    work = _Work.of(q, bias, heads, interpret)
+    program = functools.partial(_forward_program, scale=scale, width=work.width)
+    out, _ = work.call(program, (q, k, v, bias), (work.like(q), None), matmuls=2)
+    return out
+
+
+def _attention_forward(q, k, v, bias, heads, scale, interpret):
+    work = _Work.of(q, bias, heads, interpret)
+    program = functools.partial(_forward_program, scale=scale, width=work.width)
+    outputs = (work.like(q), work.per_query())
+    out, lse = work.call(program, (q, k, v, bias), outputs, matmuls=2)
+    return out, (q, k, v, bias, lse)
+
+
+def _attention_backward(heads, scale, interpret, residuals, g):
+    q, k, v, bias, lse = residuals
+    work = _Work.of(q, bias, heads, interpret)
+    program = functools.partial(_backward_program, scale=scale, width=work.width)
+    outputs = (*(work.like(q),) * 3, None if bias is None else work.like(bias))
+    return work.call(program, (q, k, v, bias, lse, g), outputs, matmuls=5)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward_program(q_ref, k_ref, v_ref, bias_ref, out_ref, lse_ref, *, scale, width):
+    for row, tile in _tiles(q_ref.shape, width):
+        q, k, v = (ref[row, :, tile.lanes] for ref in (q_ref, k_ref, v_ref))
+        q = _times(q, scale)
+        averages = []
+        for head in tile.heads:
+            logits = _logits(q, tile.only(k, head), bias_ref, row, head)
+            largest = jnp.max(logits, axis=0, keepdims=True)
+            weights = jnp.exp(logits - largest)
+            total = jnp.sum(weights, axis=0, keepdims=True)
+            weights = weights * (1 / total)
+            averages.append(_dot(weights.astype(v.dtype), v, 0, 0))
+            if lse_ref is not None:
+                lse_ref[row, head] = largest + jnp.log(total)
+        out_ref[row, :, tile.lanes] = tile.merge(averages).astype(out_ref.dtype)
+
+
+def _backward_program(
+    q_ref,
+    k_ref,
+    v_ref,
+    bias_ref,
+    lse_ref,
+    g_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    dbias_ref,
+    *,
+    scale,
+    width,
+):
+    if dbias_ref is not None:
+
+        @pl.when(pl.program_id(_BATCH) == 0)
+        def _start_sum():
+            dbias_ref[...] = jnp.zeros_like(dbias_ref)
+
+    for row, tile in _tiles(q_ref.shape, width):
+        q, k, v, g = (ref[row, :, tile.lanes] for ref in (q_ref, k_ref, v_ref, g_ref))
+        q, k_turned = _times(q, scale), k.T
+        dq, dk, dv = [], [], []
+        for head in tile.heads:
+            logits = _logits(q, tile.only(k, head), bias_ref, row, head)
+            weights = jnp.exp(logits - lse_ref[row, head])
+            dv.append(_dot(weights.astype(v.dtype), g, 1, 0))
+            dweights = _dot(tile.only(v, head), g, 1, 1)
+            mean = jnp.sum(weights * dweights, axis=0, keepdims=True)
+            dlogits = weights * (dweights - mean)
+            if dbias_ref is not None:
+                dbias_ref[row % dbias_ref.shape[0], head] += dlogits
+            dlogits = dlogits.astype(q.dtype)
+            dk.append(_dot(dlogits, q, 1, 0))
+            # Turned around twice: keys and this result are smaller than the logits' gradient.
+            dq.append(_dot(tile.rows(k_turned, head), dlogits, 1, 0))
+        dq_ref[row, :, tile.lanes] = _times(jnp.concatenate(dq).T, scale).astype(dq_ref.dtype)
+        dk_ref[row, :, tile.lanes] = tile.merge(dk).astype(dk_ref.dtype)
+        dv_ref[row, :, tile.lanes] = tile.merge(dv).astype(dv_ref.dtype)
+
+
+def _logits(q, k, bias_ref, row, head):
+    """Of one head, whose keys alone are not zero in `k`. -> [keys, queries] float32."""
+    logits = _dot(k, q, 1, 1)
+    return logits if bias_ref is None else logits + bias_ref[row % bias_ref.shape[0], head]
+
+
+def _times(x, factor):
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _dot(x, y, x_axis, y_axis):
+    """The sum of products over one axis of each, in float32."""
+    contracted = (((x_axis,), (y_axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, contracted, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Heads whose channels lie side by side in one register's lanes.
+
+    A matmul of all their channels costs what one head's does. So where channels are summed over,
+    the other heads' are set to zero, and where they are the result, each head takes its own.
+    """
+
+    start: int
+    stop: int
+    width: int
+
+    @property
+    def lanes(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def heads(self) -> range:
+        return range(self.start // self.width, self.stop // self.width)
+
+    def only(self, x, head):
+        """[N, lanes] with zeros where channels are another head's."""
+        if len(self.heads) == 1:
+            return x
+        return jnp.where(self._mask(head), x, jnp.zeros_like(x))
+
+    def rows(self, x, head):
+        """Rows of [lanes, N] that are channels of this head."""
+        first = head * self.width - self.start
+        return x[first : first + self.width]
+
+    def merge(self, results):
+        """Each head's channels of its own [N, lanes]."""
+        merged = results[0]
+        for head, result in zip(self.heads[1:], results[1:], strict=True):
+            merged = jnp.where(self._mask(head), result, merged)
+        return merged
+
+    def _mask(self, head):
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.stop - self.start), 1)
+        first = head * self.width - self.start
+        return (lane >= first) & (lane < first + self.width)
+
+
+def _tiles(shape, width):
+    """(row, tile) of every row of a block [rows, N, lanes], tile after tile."""
+    rows, _, lanes = shape
+    size = LANES if LANES % width == 0 else width
+    for row in range(rows):
+        for start in range(0, lanes, size):
+            yield row, _Tile(start, min(start + size, lanes), width)
+
+
+_HEADS, _GROUPS, _BATCH = range(3)  # axes of the grid; those that share a bias come last
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """How one call is cut into programs.
+
+    Attributes:
+      batch, tokens, heads, width, groups: B, N, A, d and G; G is 1 where all rows share a bias.
+      rows: rows of the batch in a program; a divisor of G where that is not 1.
+      block_heads: heads in a program.
+      interpret: see `attend`.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    groups: int
+    rows: int
+    block_heads: int
+    interpret: bool
+
+    @classmethod
+    def of(cls, q, bias, heads: int, interpret: bool) -> "_Work":
+        batch, tokens, channels = q.shape
+        groups = 1 if bias is None else bias.shape[0]
+        width = channels // heads
+        logits = math.ceil(tokens / 8) * 8 * math.ceil(tokens / LANES) * LANES
+        block_heads = _largest(
+            heads,
+            MAX_LOGITS // logits,
+            lambda count: count == heads or count * width % LANES == 0,
+        )
+        rows = 1
+        if block_heads == heads:
+            rows = _largest(batch if groups == 1 else groups, MAX_LOGITS // (logits * heads))
+        return cls(batch, tokens, heads, width, groups, rows, block_heads, interpret)
+
+    def call(self, program, inputs, outputs, *, matmuls: int):
+        """Runs a program for all heads and rows.
+
+        Args:
+          program: function of the inputs' and the outputs' references.
+          inputs: arrays, or None.
+          outputs: shapes and dtypes of the results, or None.
+          matmuls: number of its products of [N, N] and [N, d] per head.
+        """
+        products = self.batch * self.heads * self.tokens**2
+        cost = pl.CostEstimate(
+            flops=2 * matmuls * products * self.width,
+            transcendentals=products,
+            bytes_accessed=sum(
+                x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))
+            ),
+        )
+        return pl.pallas_call(
+            program,
+            grid=self._grid,
+            in_specs=jax.tree.map(self._spec, inputs),
+            out_specs=jax.tree.map(self._spec, outputs),
+            out_shape=outputs,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            cost_estimate=cost,
+            interpret=self.interpret,
+            name=f"attention_{matmuls}",
+        )(*inputs)
+
+    def like(self, x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def per_query(self) -> jax.ShapeDtypeStruct:
+        """One number for each query of each head. Its axis of one makes any block of heads legal."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, 1, self.tokens), jnp.float32)
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        blocks = self.batch // self.rows
+        return self.heads // self.block_heads, self._bias_blocks, blocks // self._bias_blocks
+
+    @property
+    def _bias_blocks(self) -> int:
+        return self.groups // self.rows if self.groups > 1 else 1
+
+    def _spec(self, x) -> pl.BlockSpec:
+        if x.ndim == 3:  # tokens
+            block = (self.rows, self.tokens, self.block_heads * self.width)
+            return pl.BlockSpec(block, lambda h, g, i: (i * self._bias_blocks + g, 0, h))
+        if x.shape[2] == 1:  # numbers per query
+            block = (self.rows, self.block_heads, 1, self.tokens)
+            return pl.BlockSpec(block, lambda h, g, i: (i * self._bias_blocks + g, h, 0, 0))
+        block = (min(self.rows, self.groups), self.block_heads, self.tokens, self.tokens)
+        return pl.BlockSpec(block, lambda h, g, i: (g, h, 0, 0))
+
+
+def _largest(total: int, limit: int, legal=lambda count: True) -> int:
+    """The largest legal divisor up to a limit, or the smallest one of all if none is so small."""
+    legal_ones = [count for count in range(1, total + 1) if total % count == 0 and legal(count)]
+    return max((count for count in legal_ones if count <= limit), default=legal_ones[0])
+
+
+def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str | None:
+    if platform != "tpu":
+        return f"needs a TPU, and this run computes on {platform}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"computes in bfloat16 or float32, and dtype is {jnp.dtype(dtype).name}"
+    wrong = sorted({width for width in head_widths if width % 8})
+    if wrong:
+        return (
+            "takes heads whose channels are a multiple of 8, and this network's have "
+            + ", ".join(map(str, wrong))
+        )
+    return None
+
+
+IMPLEMENTATION = Implementation("pallas_tpu", per_device(attend), _refuses)
