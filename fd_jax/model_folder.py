@@ -229,11 +229,15 @@ class Model:
     Args:
       spec: description of the encoder.
       params: parts of the model folder, float32.
+
+    Attributes:
+      class_names: name of each output of the classifier head; None where they are not known.
     """
 
     def __init__(self, spec: ModelSpec, params: dict[str, Any]):
         self.spec = spec
         self.params = params
+        self.class_names = spec.class_names
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
         self._logits = jax.jit(functools.partial(segmenter_logits, spec))

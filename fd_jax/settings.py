@@ -18,6 +18,7 @@ import numpy as np
 
 from fd_jax import losses
 from fd_jax.data.base import IGNORED, Crop, Interpolation
+from fd_jax.data.class_names import Match
 from fd_jax.errors import ConfigError
 from fd_jax.models import attention, heads, kernels, layers, segmenter, swin_v2, vit
 from fd_jax.models.backbone import REMAT_POLICIES
@@ -259,6 +260,8 @@ _PICTURES: dict[str, Rule] = {
     "data.rand_augment": Text("a policy such as rand-m9-mstd0.5-inc1", optional=True),
     "data.eval_resize": Number(least=1, most=4, unit="side of the picture / side of its crop"),
     "data.eval_crop": FLAG,
+    "data.exif": FLAG,
+    "data.match_classes": choice(Match),
     "data.skip_official": FLAG,
     "optim.start_lr": Number(least=0, unit=RATE),
     "optim.min_lr": Number(least=0, unit=RATE),

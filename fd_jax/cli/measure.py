@@ -11,12 +11,12 @@ import numpy as np
 from fd_jax import files, model_folder, settings, sharding
 from fd_jax.cli import evaluation_only, measure_segmenter
 from fd_jax.console import say
-from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification, evaluators, passes
 from fd_jax.show import pictures, tables
 from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training.feeds import open_pictures
 from fd_jax.training.program import build
 from fd_jax.typing import Config
 
@@ -62,7 +62,7 @@ def measure(
     task = ClassifyTask(config)
     # The training split does not have to exist, unless its images are the neighbours.
     split = config.data.split if config.eval.knn else config.data.eval_split
-    feed = Feed(**{**config.data.to_dict(), "split": split})
+    feed = open_pictures({**config.data.to_dict(), "split": split})
     task.check_data(feed)
     settings.check_neighbours(config, feed.examples("train"))
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
@@ -84,7 +84,8 @@ def measure(
             workdir, folder=config.init_from, data=measured_on, figures=figures
         )
         if per_class:
-            files.write_text(workdir / "per_class.md", tables.per_class(matrix))
+            table = tables.per_class(matrix, task.spec.class_names)
+            files.write_text(workdir / "per_class.md", table)
             pictures.confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
     return figures

@@ -5,7 +5,8 @@ import functools
 
 import numpy as np
 
-from fd_jax.data import datasets, pipeline, transforms
+from fd_jax.data import datasets, folders, pipeline, transforms
+from fd_jax.data.class_names import Classes, Match
 from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
 
@@ -26,8 +27,10 @@ class Feed(Splits[datasets.Dataset]):
       crop: "retried" or "single", see `transforms.TrainTransform`.
       flip: whether half of the training images are mirrored.
       rand_augment: RandAugment policy in timm's notation; "" for none.
+      exif: whether pictures are turned as their EXIF orientation says.
       eval_resize: ratio of the short side of a held-out image to the side of its centre crop.
       eval_crop: whether held-out images are cropped; if False, they are squashed to the square.
+      match_classes: "name" or "number", see `class_names.numbering`.
       skip_official: whether to skip the files that the original skips
         (docs/reference.md#skipped-files).
       threads: number of decoding threads per process.
@@ -52,8 +55,10 @@ class Feed(Splits[datasets.Dataset]):
         crop: transforms.Crop,
         flip: bool,
         rand_augment: str,
+        exif: bool,
         eval_resize: float,
         eval_crop: bool,
+        match_classes: Match,
         skip_official: bool,
         threads: int,
         workers: int,
@@ -82,11 +87,13 @@ class Feed(Splits[datasets.Dataset]):
                 flip=flip,
                 crop=crop,
                 rand_augment=rand_augment,
+                exif=exif,
             )
         )
         self.eval_transform = transforms.LabelledImage(
-            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop)
+            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop, exif=exif)
         )
+        self._match: Match = match_classes
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def sequential(
@@ -121,20 +128,40 @@ class Feed(Splits[datasets.Dataset]):
             raise DataError(f"{self.train_dataset.name} has no class labels")
         return self.train_dataset.num_classes
 
-    def check_labels(self) -> None:
-        """Checks the number of classes and the first label of each split.
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None if they have numbers only, or without labels."""
+        return self.train_dataset.class_names
+
+    def number_labels(self, head: Classes | None = None) -> None:
+        """Gives the classes of each split the numbers of a head, or of the training split, by name.
+
+        The first label of each split is checked, too.
+
+        Args:
+          head: classes of a trained head; None for those of the training split.
 
         Raises:
-          DataError: there are no labels, a split hides them, or the splits have different numbers
-            of classes.
+          DataError: there are no labels, a split hides them, or a split has a class that is not
+            among those of the head or the training split.
         """
-        numbers = {}
         for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
             check_labelled(dataset)
-            numbers[dataset.name] = dataset.num_classes
-        if len(set(numbers.values())) > 1:
-            listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
-            raise DataError(f"both splits must have the same number of classes, but {listed}")
+        wanted = head or datasets.classes_of(self.train_dataset)
+        self.train_dataset = datasets.Renumbered(self.train_dataset, wanted, match=self._match)
+        if self.eval_dataset is not None:
+            self.eval_dataset = datasets.Renumbered(self.eval_dataset, wanted, match=self._match)
+
+    @property
+    def contents(self) -> dict[str, folders.Contents]:
+        """What was found in the folder of each split, "train" and "eval"; {} for TFDS datasets."""
+        opened = {"train": self.train_dataset, "eval": self.eval_dataset}
+        found = {name: datasets.original(data) for name, data in opened.items() if data is not None}
+        return {
+            name: dataset.contents
+            for name, dataset in found.items()
+            if isinstance(dataset, datasets.FolderDataset)
+        }
 
     def label(self, split: str, index: int) -> int:
         """Label of one image; -1 if it has none."""
@@ -154,8 +181,8 @@ def check_labelled(dataset: datasets.Dataset) -> None:
     """
     if dataset.num_classes is None:
         raise DataError(
-            f"{dataset.name} has no class labels; use a dataset that has them, or a folder with a "
-            "sub-folder for each class"
+            f"{dataset.name} has no class labels{datasets.why_unlabelled(dataset)}; use a dataset "
+            "that has them, or a folder with a sub-folder for each class"
         )
     index, label = _first_label(dataset)
     if label is not None and label < 0:

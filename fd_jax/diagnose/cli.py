@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["zeroed", "literal"],
         help="landscape: whether class token, positions and bias tables stay as they are",
     )
+    add(
+        "--match_classes",
+        default="name",
+        choices=["name", "number"],
+        help="landscape: whether classes of the data are found in the head by name, or in order",
+    )
     add("--points", type=int, default=51, help="landscape: number of points along a direction")
     add("--directions", type=int, default=5, help="landscape: number of random directions")
     add("--radius", type=float, default=1.0, help="landscape: points go from -radius to radius")
