@@ -125,7 +125,8 @@ class Landscape:
         """The labels of a batch as the head numbers them. [B] int32 -> [B] int32"""
         if self._numbers is None:
             return label
-        return jnp.where(label >= 0, jnp.asarray(self._numbers, jnp.int32)[label], label)
+        numbers = jnp.asarray(self._numbers, jnp.int32)
+        return numbers.at[jnp.where(label < 0, len(numbers), label)].get(mode="fill", fill_value=-1)
 
     def sums(self, params: PyTree, batch: Batch) -> Sums:
         """Summed loss and number of correct images at each point of each direction.

@@ -57,18 +57,6 @@ def test_a_split_with_hidden_labels_is_refused(data_dir):
         make_feed(data_dir, eval_split="test").number_labels()
 
 
-def test_splits_with_different_numbers_of_classes_are_refused(tmp_path):
-    """The label of a folder is its position among the classes: a missing class shifts the rest."""
-    for split, classes in (("train", "abc"), ("val", "ac")):
-        for name in classes:
-            (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "one.png").write_bytes(b"not looked at")
-    config = base.common().data
-    config.update(name=f"folder:{tmp_path}/{{split}}", image_size=8, eval_split="val")
-    with pytest.raises(DataError, match="train has 3 and folder.*val has 2"):
-        Feed(**config).number_labels()
-
-
 def test_a_folder_cannot_be_training_and_held_out_at_once(tmp_path):
     (tmp_path / "one.png").write_bytes(b"not looked at")
     config = base.common().data
