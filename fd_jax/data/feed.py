@@ -55,14 +55,14 @@ class Feed(Splits[datasets.Dataset]):
         crop: transforms.Crop,
         flip: bool,
         rand_augment: str,
-        exif: bool,
         eval_resize: float,
         eval_crop: bool,
-        match_classes: Match,
         skip_official: bool,
         threads: int,
         workers: int,
         max_broken: int,
+        exif: bool = False,  # configs of earlier versions have neither this one nor the next
+        match_classes: Match = "name",
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(

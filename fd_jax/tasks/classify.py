@@ -102,13 +102,11 @@ class ClassifyTask:
           DataError: there are no labels, more classes than the head has outputs, or classes that a
             trained head does not know.
         """
+        head = None
         if self.changes.keep_head:
-            head = Classes(
-                f"the head in {self.config.init_from}", self.spec.classes, self.spec.class_names
-            )
-            data.number_labels(head)
-            return
-        data.number_labels()
+            where = f"the head in {self.config.init_from}"
+            head = Classes(where, self.spec.classes, self.spec.class_names)
+        data.number_labels(head)
         head_classes, data_classes, name = self.spec.classes, data.classes, data.name
         if data_classes > head_classes:
             raise DataError(
