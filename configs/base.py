@@ -69,10 +69,10 @@ def common() -> Config:
         "crop": "retried",  # until it fits; "single": drawn once and clipped (linear probe)
         "flip": True,
         "rand_augment": "",  # policy in timm's notation, such as "rand-m9-mstd0.5-inc1"
-        "exif": False,  # True: turn pictures as their EXIF orientation says; see docs/data.md
+        "exif": False,  # True: turn pictures as their EXIF orientation says
         "eval_resize": 256 / 224,  # short side of a held-out picture / side of its centre crop
         "eval_crop": True,  # False: the whole picture is squeezed into the square
-        "match_classes": "name",  # "number": the k-th class of any data is class k
+        "match_classes": "name",  # "number": the k-th class is class k; see docs/data.md
         "skip_official": False,  # leave out the 27 files that the original skips
         "threads": 16,  # decoding threads per worker process
         "workers": 0,  # worker processes; 0 decodes in this one

@@ -13,9 +13,10 @@ from fd_jax.cli import measure
 from fd_jax.data import transforms
 from fd_jax.data.feed import Feed
 from fd_jax.diagnose.landscape import Landscape
-from fd_jax.errors import DataError, ModelFolderError
+from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training.feeds import open_data
 from tests import tiny
 
 COLOURS = {"ant": (250, 20, 20), "bee": (20, 250, 20), "cow": (20, 20, 250), "doe": (200, 200, 20)}
@@ -170,6 +171,15 @@ def test_names_that_do_not_fit_the_head_are_refused(names):
         ModelSpec("vit", tiny.TEACHER, classes=3, class_names=names)
 
 
+def test_the_start_of_a_run_says_what_its_folders_hold(data, capsys):
+    open_data(config_of("", data, "abc", **{"data.eval_split": "bc"}), None)
+    root = data.removeprefix("folder:")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{root.replace('{split}', 'abc')}: 3 pictures; 3 classes",
+        f"{root.replace('{split}', 'bc')}: 2 pictures; 2 classes",
+    ]
+
+
 def test_features_come_with_labels_and_names(classifier, data, tmp_path):
     folder = data.removeprefix("folder:").replace("{split}", "bc")
     model = classifier(("ant", "bee", "cow"), None)
@@ -207,5 +217,5 @@ def test_more_neighbours_than_pictures_are_refused_before_anything_is_computed(
         config_of(classifier(("ant", "bee", "cow"), None), data, "abc")
     )
     config.eval.knn = 4
-    with pytest.raises(Exception, match="eval.knn=4, but folder:.* has only 3 images"):
+    with pytest.raises(ConfigError, match="eval.knn=4, but folder:.* has only 3 images"):
         measure.measure(config, tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from fd_jax import features
 from fd_jax.data import datasets
 from fd_jax.data.decoding import decode
 from fd_jax.data.feed import check_labelled
@@ -85,6 +86,14 @@ def test_other_labels_do_no_harm_and_are_named_where_they_are_needed(kind, why, 
     for view in (dataset, datasets.Subset(dataset, [0])):
         with pytest.raises(DataError, match=f"kinds/{kind}/train has no class labels {why}"):
             check_labelled(view)
+
+
+def test_features_need_no_labels(data_dir, teacher, tmp_path):
+    output = tmp_path / "features.npz"
+    command = [f"--model={teacher}", "--input=kinds/several", f"--data_dir={data_dir}"]
+    assert features.main([*command, f"--output={output}"]) == 0
+    with np.load(output) as file:
+        assert list(file["labels"]) == [-1] * COUNT and len(file["cls"]) == COUNT
 
 
 def test_class_names_are_those_of_the_dataset(data_dir):
