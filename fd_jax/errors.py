@@ -79,6 +79,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """A text for any stream; bytes of a file name that are no text are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def first_few(names: Sequence[str], count: int = 3) -> str:
     """The first names of a list that may be long, for a message."""
     return ", ".join([*names[:count], *["..."] * (len(names) > count)])

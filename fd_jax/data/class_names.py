@@ -10,7 +10,7 @@ from typing import Literal
 import unicodedata
 
 from fd_jax.console import say
-from fd_jax.errors import DataError, first_few
+from fd_jax.errors import DataError, first_few, printable
 
 Match = Literal["name", "number"]
 
@@ -49,8 +49,7 @@ def numbering(found: Classes, wanted: Classes, *, match: Match = "name") -> tupl
     """
     if match == "number" and found.count <= wanted.count:
         return tuple(range(found.count))
-    unnamed = found.names is None or wanted.names is None
-    if match == "number" or (unnamed and not _are_numbers(found, wanted)):
+    if match == "number" or not _have_names(found, wanted):
         return _in_order(found, wanted)
     names, known = _names(found), _positions(wanted)
     _check_known(found, wanted, names, known)
@@ -62,11 +61,12 @@ def _names(classes: Classes) -> Sequence[str]:
     return [str(k) for k in range(classes.count)] if classes.names is None else classes.names
 
 
-def _are_numbers(found: Classes, wanted: Classes) -> bool:
-    """Whether the names of the one side are numbers of the other, which has none."""
-    if found.names is None and wanted.names is None:
-        return False
-    return set(_names(found)) <= set(_names(wanted))
+def _have_names(found: Classes, wanted: Classes) -> bool:
+    """Whether both sides have names, or those of the one are numbers of the other."""
+    with_names = [classes for classes in (found, wanted) if classes.names is not None]
+    if len(with_names) == 1:
+        return set(_names(found)) <= set(_names(wanted))
+    return bool(with_names)
 
 
 def _positions(classes: Classes) -> Mapping[str, Sequence[int]]:
@@ -85,7 +85,7 @@ def _check_known(
     if unknown:
         raise DataError(
             f"{found.where} has {_listed(unknown)}, which {wanted.where} has not: its classes are "
-            f"{_listed([name for name in wanted.names or known if name])}. Remove or "
+            f"{_listed([name for name in _names(wanted) if name])}. Remove or "
             "rename what it does not know. If both mean the same classes in the same order and "
             "name them in other words, set match_classes to 'number'"
         )
@@ -101,11 +101,11 @@ def _check_known(
 def _in_order(found: Classes, wanted: Classes) -> tuple[int, ...]:
     """The k-th class is class k, where there are as many; a note names the side without names."""
     if found.count != wanted.count:
+        hint = "or set match_classes to 'number' if these are the first of them in the same order"
         raise DataError(
             f"{found.where} has {found.count} classes, but {wanted.where} has {wanted.count}, and "
-            "there are no names on both sides that say which they are. Use data with the same "
-            "classes, or, if it has the first ones of them in the same order, set match_classes to "
-            "'number'"
+            "they are not compared by name, for which both need names; use data with the same "
+            f"classes{f', {hint}' if found.count < wanted.count else ''}"
         )
     for named, nameless in ((found, wanted), (wanted, found)):
         if named.names and not nameless.names:
@@ -123,5 +123,5 @@ def _normal(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names, for a message; bytes of a file name that are no text are escaped."""
-    return first_few([f"'{name.encode(errors='backslashreplace').decode()}'" for name in names], 10)
+    """The first names, for a message."""
+    return first_few([f"'{printable(name)}'" for name in names], 10)

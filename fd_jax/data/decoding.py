@@ -14,11 +14,12 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, features
 
-# Pillow writes its codecs' names in lower case; AVIF is the only one here that it may lack.
 _AVIF = (".avif",)
-_HAS_AVIF = features.check("avif")
-SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff") + (
-    _AVIF if _HAS_AVIF else ()
+_HAS_AVIF = features.check("avif")  # the only format here that Pillow may lack
+# Suffixes of the files that are read.
+SUFFIXES = (
+    *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(_AVIF if _HAS_AVIF else ()),
 )
 # Suffixes of files that a user takes for pictures, but that are not read.
 UNREAD_SUFFIXES = tuple(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 
 from fd_jax.data import decoding
-from fd_jax.errors import DataError, first_few
+from fd_jax.errors import DataError, first_few, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Contents:
             parts.append(f"not read: {', '.join(counts)}")
         if self.empty:
             parts.append(f"without a picture: {first_few(self.empty, 10)}")
-        line = f"{self.folder}: {'; '.join(parts)}"
-        return line.encode(errors="backslashreplace").decode()  # names may be other than UTF-8
+        return printable(f"{self.folder}: {'; '.join(parts)}")
 
 
 class _Listing(NamedTuple):
@@ -80,33 +79,40 @@ def index(folder: epath.PathLike, *, skip: Sequence[str] = ()) -> Contents:
     if not root.is_dir():
         raise DataError(f"no folder of images at {folder}")
     top = _list(str(root))
-    real_root = os.path.realpath(root)
-    groups = {
-        name: list(_walk(top, name, _with_parents(real_root))) for name in sorted(top.folders)
+    unread: Counter[str] = Counter()
+    loose = _pictures([top], unread)
+    parents = _with_parents(os.path.realpath(root))
+    pictures = {
+        name: _pictures(_walk(top, name, set(parents)), unread) for name in sorted(top.folders)
     }
-    pictures = {name: _pictures(listings) for name, listings in groups.items()}
-    loose = _pictures([top])
     classes = tuple(name for name, paths in pictures.items() if paths)
+    _check_loose(root, loose, classes)
+    groups = [pictures[name] for name in classes] or [loose]
+    contents = Contents(
+        folder=str(root),
+        files=[
+            (path, label if classes else -1)
+            for label, paths in enumerate(groups)
+            for path in paths
+            if not path.endswith(tuple(skip))
+        ],
+        class_names=classes or None,
+        empty=tuple(name for name, paths in pictures.items() if not paths),
+        unread=dict(unread),
+    )
+    if not contents.files:
+        details = f"; {contents}" if unread else ""
+        raise DataError(f"no images ({', '.join(decoding.SUFFIXES)}) under {folder}{details}")
+    return contents
+
+
+def _check_loose(root: epath.Path, loose: Sequence[str], classes: Sequence[str]) -> None:
     if classes and loose:
         raise DataError(
-            f"{folder} has {len(loose)} images ({epath.Path(loose[0]).name}...) next to its "
+            f"{root} has {len(loose)} images ({epath.Path(loose[0]).name}...) next to its "
             f"{len(classes)} class folders; move each image into a class folder, or name a folder "
             "without sub-folders"
         )
-    labelled = [(path, label) for label, name in enumerate(classes) for path in pictures[name]]
-    files = labelled or [(path, -1) for path in loose]
-    listings = [top, *(listing for group in groups.values() for listing in group)]
-    contents = Contents(
-        folder=str(root),
-        files=[(path, label) for path, label in files if not path.endswith(tuple(skip))],
-        class_names=classes or None,
-        empty=tuple(name for name, paths in pictures.items() if not paths),
-        unread=_unread(listings),
-    )
-    if not contents.files:
-        unread = f"; {contents}" if contents.unread else ""
-        raise DataError(f"no images ({', '.join(decoding.SUFFIXES)}) under {folder}{unread}")
-    return contents
 
 
 def _with_parents(path: str) -> set[str]:
@@ -172,22 +178,18 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # the latter comes from archives of macOS
 
 
-def _pictures(listings: Iterable[_Listing]) -> list[str]:
-    """The sorted paths of the files that are read."""
-    return sorted(
-        f"{listing.path}/{name}"
-        for listing in listings
-        for name in listing.files
-        if name.lower().endswith(decoding.SUFFIXES)
-    )
+def _pictures(listings: Iterable[_Listing], unread: Counter[str]) -> list[str]:
+    """The sorted paths of the files that are read.
 
-
-def _unread(listings: Iterable[_Listing]) -> dict[str, int]:
-    """Number of files that look like pictures and are not read, by suffix or kind."""
-    found: Counter[str] = Counter()
+    What looks like a picture and is not read is added to `unread`, by suffix or kind.
+    """
+    paths = []
     for listing in listings:
-        found.update(listing.others)
+        unread.update(listing.others)
         for name in listing.files:
             suffix = os.path.splitext(name)[1].lower()
-            found.update([suffix] * (suffix in decoding.UNREAD_SUFFIXES))
-    return dict(found)
+            if suffix in decoding.SUFFIXES:
+                paths.append(f"{listing.path}/{name}")
+            elif suffix in decoding.UNREAD_SUFFIXES:
+                unread[suffix] += 1
+    return sorted(paths)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fd_jax.show import html
+
 
 def per_class(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> str:
     """Markdown table of images, accuracy and most frequent mistake per class.
@@ -24,5 +26,5 @@ def per_class(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> s
 
 
 def _cell(name: str) -> str:
-    """A name as the text of a cell; bytes of a file name that are no text are escaped."""
-    return name.encode(errors="backslashreplace").decode().replace("|", "\\|").replace("\n", " ")
+    """A name as the text of a cell."""
+    return html.printable(name).replace("|", r"\|")

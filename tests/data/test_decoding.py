@@ -137,6 +137,7 @@ def huge(kind, width, height):
     return bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
 @pytest.mark.parametrize("size", [(14_000, 13_000), (12_800, 13_908)], ids=str)
 def test_huge_pictures_are_refused_alike_and_by_their_size(kind, size):

@@ -81,3 +81,12 @@ def test_per_class_table_shows_the_most_frequent_mistake():
         "| 1 | 0 |  |  |",
         "| 2 | 4 | 0.5000 | 1 (2) |",
     ]
+
+
+def test_the_table_has_the_names_of_classes_where_there_are_any():
+    names = ["ant", "", "a|b\udce9"]
+    table = tables.per_class(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]), names)
+    rows = table.splitlines()[2:]
+    assert rows[0].startswith("| ant | 4 |") and rows[0].endswith(r"| a\|b� (1) |")
+    assert rows[1].startswith("| 1 | 0 |")  # no class was trained on this output
+    assert table.encode("utf-8")
