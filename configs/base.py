@@ -367,6 +367,7 @@ def segmentation(
         "root": "ADEChallengeData2016",  # or of "folders": what holds `images` and `labels`
         "images": "images/{split}",  # of "folders", below `root`
         "labels": "annotations/{split}",
+        "class_names": "",  # of "folders": a file below `root`, a name per line from stored 0 on
         "ignore": 255,  # stored label that is neither trained on nor counted
         "reduce_zero_label": True,  # a stored 0 is ignored too, and a stored k is class k - 1
         "split": "training",

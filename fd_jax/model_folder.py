@@ -300,7 +300,7 @@ class Model:
                 f"pictures are cut into squares, but this network reads {height} x {width} pixels; "
                 "load it with image_size=N"
             )
-        cut = sliding.Sliding(height, stride=2 * height // 3, scale=(4 * height, height))
+        cut = sliding.Sliding(side=height, stride=2 * height // 3, scale=(4 * height, height))
         views = cut.views(picture)
         return cut.labels(views, [self._in_parts(views[0].windows)], picture.shape[:2])
 
@@ -335,13 +335,14 @@ def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array)
     Args:
       spec: of the folder; it has a segmenter.
       params: the parts of the folder.
-      images: normalised images [B, H, W, 3] at the network's own size.
+      images: normalised images [B, H, W, 3], of any size that the network can have.
 
     Returns:
       [B, h, w, K] float32 at the finest level of the segmenter.
     """
     assert spec.segmenter is not None
-    encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
+    sized, weights = spec.resized(params["encoder"], images.shape[1:3])
+    encoder: Any = nnx.merge(sized.abstract()[0], weights)
     segment: Any = nnx.merge(spec.abstract_segmenter()[0], params["segmenter"])
     maps = maps_of(encoder, images, spec.segmenter["blocks"])
     return segment(maps, params["segmenter_statistics"]).logits

@@ -326,6 +326,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "data.root": Text("the path of a folder", optional=True),
         "data.images": Text("a pattern such as images/{split}"),
         "data.labels": Text("a pattern such as annotations/{split}"),
+        "data.class_names": Text("the name of a file below data.root", optional=True),
         "data.ignore": whole(0, "stored label", most=2**16 - 1),
         "data.reduce_zero_label": FLAG,
         "data.scale": Several(whole(1, "pixels"), length=2),
