@@ -7,6 +7,7 @@ import numpy as np
 
 from fd_jax.data import datasets, pipeline, transforms
 from fd_jax.data.splits import Splits
+from fd_jax.data.spread import Spread
 from fd_jax.errors import DataError
 
 HostBatch = pipeline.HostBatch
@@ -90,7 +91,13 @@ class Feed(Splits[datasets.Dataset]):
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def sequential(
-        self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        rows: np.ndarray | None = None,
+        limit: int = 0,
+        examples: int = 0,
     ) -> Iterator[HostBatch]:
         """Yields every image once, in order, without augmentation; the last batch is padded.
 
@@ -99,9 +106,11 @@ class Feed(Splits[datasets.Dataset]):
           batch_size: number of examples in the global batch.
           rows: rows of each global batch to produce; None for all of them.
           limit: maximum number of batches; 0 for no limit.
+          examples: number of images, evenly spread over the split; 0 for all of them.
         """
+        dataset = self._dataset(split)
         return pipeline.eval_batches(
-            self._dataset(split),
+            Spread(dataset, examples) if examples else dataset,
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,

@@ -1,6 +1,6 @@
 """Plots of results as PNG files; matplotlib is imported only when one is drawn."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -31,8 +31,19 @@ def losses(rows: Iterable[Mapping[str, float]], path: epath.Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
-    axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
+    save(figure, path)
+
+
+def curves(points: Mapping[str, Sequence[tuple[int, float]]], path: epath.Path) -> None:
+    """Plots figures over the steps, (step, value) by name: one panel each, as scales differ."""
+    figure, axes = pyplot().subplots(
+        1, len(points), figsize=(3.2 * len(points), 2.6), layout="constrained", squeeze=False
+    )
+    for axis, (name, values) in zip(axes[0], points.items(), strict=True):
+        axis.plot(*zip(*values, strict=True), marker=".")
+        axis.set(xlabel="step", title=name)
     save(figure, path)
 
 
@@ -54,7 +65,7 @@ def maps(
       reference: name of the network whose first three principal components define the colours.
     """
     colour = principal_colours(patches[reference])
-    columns = ["held-out picture", *patches]
+    columns = ["picture", *patches]
     figure, axes = pyplot().subplots(
         len(images),
         len(columns),
