@@ -255,6 +255,17 @@ class Subset:
         return self._dataset.describe(self._indices[index])
 
 
+def spread(dataset: Dataset, examples: int) -> Subset:
+    """Some examples, evenly spread, since datasets tend to be sorted by class; all if it has less.
+
+    Args:
+      dataset: the whole split.
+      examples: number of examples.
+    """
+    count = min(len(dataset), examples)
+    return Subset(dataset, (np.arange(count) * len(dataset) // max(count, 1)).tolist())
+
+
 def find_builder(name: str, data_dir: str | None) -> Any:
     """Returns the TFDS builder with a name, which may be one of ours.
 

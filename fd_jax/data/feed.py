@@ -7,7 +7,6 @@ import numpy as np
 
 from fd_jax.data import datasets, pipeline, transforms
 from fd_jax.data.splits import Splits
-from fd_jax.data.spread import Spread
 from fd_jax.errors import DataError
 
 HostBatch = pipeline.HostBatch
@@ -110,7 +109,7 @@ class Feed(Splits[datasets.Dataset]):
         """
         dataset = self._dataset(split)
         return pipeline.eval_batches(
-            Spread(dataset, examples) if examples else dataset,
+            datasets.spread(dataset, examples) if examples else dataset,
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,

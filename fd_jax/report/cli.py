@@ -8,26 +8,22 @@ also has the agreement with the teacher before and after training, on held-out a
 images, and the feature maps of teacher and student in colour.
 """
 
-import argparse
 from collections.abc import Sequence
 import sys
 
-from fd_jax import report
+from fd_jax import console, report
 from fd_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fd_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.parser("python -m fd_jax.report", __doc__)
     parser.add_argument(
         "--workdir", required=True, help="workdir of a finished run, local or gs://"
     )
     args = parser.parse_args(argv)
     try:
+        console.open_devices()
         print(report.summary(report.write_report(args.workdir)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -90,7 +90,7 @@ def measure(task: DistillTask, feed: Feed, *, before: PyTree, after: PyTree) -> 
 def summary(scores: Scores) -> list[str]:
     """The agreement of a report in a few lines."""
     if "after" not in scores:
-        return [f"  {k}  R2 on training images {v['r2']:.3f}" for k, v in scores["training"].items()]
+        return [f"  {k}  R2 in training {v['r2']:.3f}" for k, v in scores["training"].items()]
     return ["held-out agreement with the teacher"] + [
         f"  {kind:5s}  R2 {before['r2']:.3f} -> {after['r2']:.3f} "
         f"(training images: {scores['training'][kind]['r2']:.3f})   "
@@ -138,7 +138,7 @@ def enlarged(config: Config) -> Config:
     sides = [size * wanted for size in (task.student.image_size, task.goal.teacher.image_size)]
     if any(side % rows for side in sides):
         return config
-    result = ml_collections.ConfigDict(config.to_dict())
+    result: Config = ml_collections.ConfigDict(config.to_dict())
     result.student.arch.image_size = result.data.image_size = sides[0] // rows
     result.teacher.image_size = sides[1] // rows
     try:
@@ -192,8 +192,8 @@ def _blocks(
         document.Picture("maps.png", "pictures, the teacher's features, and the student's"),
         document.Paragraph(
             "Colours are the first three principal components of the teacher's patch tokens, the "
-            f"same for every column. The maps have {shown} patches; in training they had {trained}. "
-            "Pictures: of each class, the one with the largest contrasts.",
+            f"same for every column. The maps have {shown} patches; in training they had "
+            f"{trained}. Pictures: of each class, the one with the largest contrasts.",
             quiet=True,
         ),
     ]

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -15,15 +14,15 @@ import numpy as np
 
 from fd_jax import digests, model_folder, settings, sharding
 from fd_jax.checkpoint import Checkpoints
-from fd_jax.console import say
+from fd_jax.console import Bar, bar, say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
+from fd_jax.training import account, metric_writer, signals
 from fd_jax.training import lock as locks
-from fd_jax.training import metric_writer, signals
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
 from fd_jax.training.feeds import AnyFeed, open_data
@@ -33,6 +32,7 @@ from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
+FIRST_STEPS = 10  # after which the time of all steps is estimated
 PREEMPTED = 75  # exit status after SIGTERM: the state is saved, and the same command resumes
 
 
@@ -94,8 +94,6 @@ def fit(
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
         lock = resources.enter_context(locks.held(workdir))
-        say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
-
         program = build(
             task,
             config,
@@ -104,6 +102,9 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
+        say(account.at_start(config, program, feed, attention=task.attention, workdir=workdir))
+        for note in account.doubts(config, program):
+            say(note)
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
         checkpoints = Checkpoints(
@@ -185,7 +186,7 @@ def _newest(
             damaged.append(step)
             continue
         checkpoints.set_aside(damaged)
-        logging.info("resuming at step %d", step)
+        say(f"resuming at step {step}")
         return TrainState.from_dict(tree), step, record
     raise CheckpointError(
         f"none of the checkpoints of steps {sorted(damaged)} is whole; use another workdir to "
@@ -247,7 +248,10 @@ class Run:
         pending = None  # metrics are read one step late, while the device runs the next step
         stop = False
         self.clock.start()
-        with contextlib.closing(self._trace()) as trace:
+        with (
+            contextlib.closing(self._trace()) as trace,
+            bar(start=self.start, total=self.total_steps) as shown,
+        ):
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_requested())
@@ -259,7 +263,11 @@ class Run:
                 if self._due(step + 1, self.config.log_every):
                     stop = self._read(step, pending) or stop
                     pending = None
-                    self._log(step + 1)
+                    self._log(step + 1, shown)
+                shown.step()
+                if step + 1 == self.start + FIRST_STEPS:
+                    expected = self.clock.expected(step + 1)
+                    say(f"all steps take about {expected}, and evaluations come on top")
                 # Save before evaluating, which may take longer than a preemption allows.
                 if stop or self._due(step + 1, self.config.checkpoint.every):
                     if pending is not None:
@@ -305,17 +313,18 @@ class Run:
             )
         return stop
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, shown: Bar) -> None:
         scalars = self.progress.means()
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
         scalars |= self.utilization.metrics(scalars["images_per_second"])
         self.writer.write(step, scalars)
-        say(
-            f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
-            f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
-            f"ETA {self.clock.remaining(step)}"
+        state = (
+            f"loss {scalars.get('loss', float('nan')):.5f}  lr {scalars['learning_rate']:.3g}  "
+            f"{scalars['images_per_second']:.1f} images/s"
         )
+        ahead = f"ETA {self.clock.remaining(step)}"
+        shown.log(f"step {step}/{self.total_steps}  {state}  {ahead}", short=state)
 
     def _save(self, step: int, state: TrainState) -> None:
         self._check_lock()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fd_jax.data.spread import Spread
+from fd_jax.data.datasets import spread as spread_over
 
 
 class Letters:
@@ -22,11 +22,11 @@ class Letters:
 
 @pytest.mark.parametrize("count,expected", [(2, "an"), (4, "agnt"), (13, "acegikmoqsuwy")])
 def test_examples_are_evenly_spread_over_the_whole_dataset(count, expected):
-    spread = Spread(Letters(), count)
-    assert "".join(spread[i] for i in range(len(spread))) == expected
-    assert spread.describe(1) == f"letter {expected[1]}"
+    chosen = spread_over(Letters(), count)
+    assert "".join(chosen[i] for i in range(len(chosen))) == expected
+    assert chosen.describe(1) == f"letter {expected[1]}"
 
 
 def test_a_smaller_dataset_is_used_whole():
-    spread = Spread(Letters(), 99)
-    assert "".join(spread[i] for i in range(len(spread))) == "abcdefghijklmnopqrstuvwxyz"
+    chosen = spread_over(Letters(), 99)
+    assert "".join(chosen[i] for i in range(len(chosen))) == "abcdefghijklmnopqrstuvwxyz"
