@@ -6,6 +6,9 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from fd_jax.errors import DataError
+from fd_jax.models.features import FeatureMap
+
 
 def pyplot() -> Any:
     """Imports matplotlib.pyplot with a backend that needs no display."""
@@ -100,6 +103,31 @@ def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
 
     return colour
+
+
+def pca_picture(features: FeatureMap) -> np.ndarray:
+    """Shows features as colours: the first three principal components of the patches of all images.
+
+    Colours can be compared between the images of one call, not between calls.
+
+    Args:
+      features: what a network returns for B images.
+
+    Returns:
+      float [B, H, W, 3] in [0, 1], on the grid of the patches; matplotlib's `imshow` draws it.
+
+    Raises:
+      DataError: the features do not vary in three directions.
+    """
+    patches = np.asarray(features.on_grid(), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        colours = principal_colours(patches)(patches)
+    if not np.isfinite(colours).all():
+        raise DataError(
+            "pca: the features of these patches do not vary in three directions; use another "
+            "picture, or several"
+        )
+    return colours.reshape(len(patches), *features.grid, 3)
 
 
 def confusion(matrix: np.ndarray, path: epath.Path) -> None:
