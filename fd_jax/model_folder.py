@@ -286,10 +286,11 @@ class Model:
           DataError: the images have another dtype or shape, which would give other features
             without a sign of it.
         """
+        batch: Any = images
         if resize:
-            images = self._resized([np.asarray(image) for image in images])
-        check_images(images)
-        return self.spec.normalize(images)
+            batch = self._resized([np.asarray(image) for image in images])
+        check_images(batch)
+        return self.spec.normalize(batch)
 
     def attention_maps(
         self, images: jax.Array, blocks: Sequence[int] | None = None

@@ -20,9 +20,11 @@ def at_end(config: Config, workdir: epath.PathLike, command: Sequence[str]) -> s
       command: words of the command that trained, without that of the interpreter.
     """
     workdir = epath.Path(workdir)
+    best = workdir / workdirs.BEST
     lines = [
         "finished",
         f"  model      {workdir / workdirs.MODEL}",
+        *([f"  best       {best}, by {config.eval.keep_best}"] if best.exists() else []),
         f"  metrics    {workdir / metric_writer.FILE_NAME} and {workdir / 'tensorboard'}",
         f"  report     {workdir / 'report' / 'report.html'}, by the first of these commands",
         "next",

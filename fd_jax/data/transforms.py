@@ -234,7 +234,7 @@ class EvalTransform:
         pixels = decode(image)
         if not self.crop:
             return resize(pixels, *self.sides, "bicubic")
-        height, width = cropping.covering(*pixels.shape[:2], self.covered)
+        height, width = cropping.covering(pixels, self.covered)
         return cropping.centre(resize(pixels, height, width, "bicubic"), self.sides)
 
 

@@ -12,9 +12,9 @@ from fd_jax.models.sizes import ImageSize
 EVAL_RATIO = 256 / 224  # short side before the centre crop, divided by the side of the crop
 
 
-def covering(height: int, width: int, covered: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a picture, scaled so that it just covers `covered`."""
-    rows, columns = covered
+def covering(pixels: np.ndarray, covered: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture [h, w, 3], scaled so that it just covers `covered`."""
+    (height, width), (rows, columns) = pixels.shape[:2], covered
     if height * columns < width * rows:  # flatter than what it covers: its height is what counts
         return rows, int(rows * width / height)
     return int(columns * height / width), columns
@@ -41,7 +41,7 @@ def for_evaluation(picture: np.ndarray, image_size: ImageSize) -> np.ndarray:
     """
     size = sizes.sides(image_size)
     covered = int(EVAL_RATIO * size[0]), int(EVAL_RATIO * size[1])
-    wanted = covering(*picture.shape[:2], covered)
+    wanted = covering(picture, covered)
     for axis in (1, 0):  # Pillow also rounds in between
         if picture.shape[axis] != wanted[axis]:
             picture = _resized(picture, axis, wanted[axis])

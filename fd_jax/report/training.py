@@ -7,6 +7,7 @@ import numpy as np
 
 from fd_jax.settings import flat
 from fd_jax.show import document, pictures
+from fd_jax.training.watch import EVALUATION, LOWER_IS_BETTER
 from fd_jax.typing import Config
 
 Rows = Sequence[dict[str, float]]
@@ -30,8 +31,6 @@ SHOWN = (
     "optim.layer_decay",
     "seed",
 )
-EVALUATION = "eval_"  # begins the names of figures on held-out data
-LOWER_IS_BETTER = ("loss",)
 RATES = {
     "images_per_second": "images/s",
     "step_seconds": "seconds per step",

@@ -30,6 +30,7 @@ from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
+from fd_jax.training.watch import Best, Watch
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 FIRST_STEPS = 10  # after which the time of all steps is estimated
@@ -119,6 +120,7 @@ def fit(
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
+        rows = [row for row in metric_writer.read(workdir) if row["step"] <= start]
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         placement = Placement(mesh, config.batch_size)
@@ -144,6 +146,8 @@ def fit(
             placement=placement,
             loader=loader,
             progress=Progress(record),
+            watch=Watch(config, rows, total_steps),
+            best=Best(config.eval.get("keep_best", ""), rows),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
@@ -207,6 +211,7 @@ class Run:
       checkpoints, writer: destinations of the state and of the metrics.
       frozen: frozen weights, on the mesh.
       progress, clock: measurements since the last line of the log.
+      watch, best: what the log so far says about the run.
       start, total_steps: first step, and number of steps of the whole schedule.
       eval_every: number of steps between evaluations; 0 for none.
     """
@@ -223,6 +228,8 @@ class Run:
     placement: Placement
     loader: TrainLoader
     progress: Progress
+    watch: Watch
+    best: Best
     clock: Clock
     start: int
     total_steps: int
@@ -325,6 +332,8 @@ class Run:
         )
         ahead = f"ETA {self.clock.remaining(step)}"
         shown.log(f"step {step}/{self.total_steps}  {state}  {ahead}", short=state)
+        for note in self.watch.logged(step, scalars):
+            say(note)
 
     def _save(self, step: int, state: TrainState) -> None:
         self._check_lock()
@@ -348,8 +357,13 @@ class Run:
             for evaluator in self.task.evaluators():
                 figures = evaluator(self.program, weights, self.feed)
                 evaluation |= {f"eval_{name}": value for name, value in figures.items()}
+        # Before the figures are written: a run that is killed here evaluates this step again.
+        if self.best.improved_by(step, evaluation):
+            self._export_best(step, state)
         self.writer.write(step, evaluation)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
+        for note in self.watch.evaluated(step, evaluation):
+            say(note)
         return evaluation
 
     def _evaluation_at_start(self, state: TrainState) -> dict[str, float]:
@@ -385,11 +399,26 @@ class Run:
             self.lock.check()
 
     def _export(self, state: TrainState) -> None:
-        self._check_lock()
+        notes = ""
+        if self.best.step is not None:
+            notes = (
+                f"step {self.total_steps}, the last one; by {self.best.name}, step "
+                f"{self.best.step} was the best"
+            )
         params = state.params if state.ema is None else state.ema
+        self._write_model(workdirs.MODEL, params, state, notes)
+
+    def _export_best(self, step: int, state: TrainState) -> None:
+        params = state.ema if self.best.averaged else state.params
+        notes = f"step {step}, the best one by {self.best.name}: {self.best.value:.5f}"
+        self._write_model(workdirs.BEST, params, state, notes)
+
+    def _write_model(self, name: str, params: PyTree, state: TrainState, notes: str) -> None:
+        self._check_lock()
         spec, parts = self.task.export(params, state.extra)
         self._refuse_nonfinite(digests.not_finite(parts))
-        model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
+        spec = dataclasses.replace(spec, notes=notes or spec.notes)
+        model_folder.save(self.workdir / name, spec, parts, overwrite=True)
 
 
 def _with_chosen_attention(config: Config, task: Task) -> Config:
