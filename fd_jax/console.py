@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 import contextlib
+import logging as python_logging
 import os
 import sys
 import tempfile
@@ -71,26 +72,28 @@ def quiet() -> Iterator[None]:
     """Withholds what libraries in C++ write on the error stream while they start.
 
     They write before any setting of their logs is read. It is shown after all if the code inside
-    fails, and with --verbosity=0 or more. Lines of other threads are withheld too, so the code
-    should be no more than an import, or the first use of devices.
+    fails, and with --verbosity=0 or more; warnings of JAX itself, of a GPU that it cannot use, say,
+    always are. Lines of other threads are withheld too, so the code should be no more than an
+    import, or the first use of devices.
     """
     if logging.get_verbosity() > logging.WARNING:
         yield
         return
     sys.stderr.flush()
-    stream = os.dup(2)
-    with tempfile.TemporaryFile() as withheld:
+    with tempfile.TemporaryFile() as withheld, os.fdopen(os.dup(2), "w") as stream:
+        warnings = python_logging.StreamHandler(stream)
+        python_logging.getLogger("jax").addHandler(warnings)
         os.dup2(withheld.fileno(), 2)
         try:
             yield
         except BaseException:
             withheld.seek(0)
-            os.write(stream, withheld.read())
+            os.write(stream.fileno(), withheld.read())
             raise
         finally:
             sys.stderr.flush()
-            os.dup2(stream, 2)
-            os.close(stream)
+            os.dup2(stream.fileno(), 2)
+            python_logging.getLogger("jax").removeHandler(warnings)
 
 
 def open_devices() -> None:

@@ -162,10 +162,19 @@ def test_after_fine_tuning_the_same_command_measures(tmp_path):
 NOISE = "import os; from fd_jax import console\nwith console.quiet(): os.write(2, b'noise')"
 
 
+WARNING = """
+import logging
+from fd_jax import console
+with console.quiet():
+    logging.getLogger("jax._src.xla_bridge").warning("noise")
+"""
+
+
 @pytest.mark.parametrize(
     "code,shown",
     [
         (NOISE, False),
+        (WARNING, True),
         (f"{NOISE}; raise KeyError", True),
         (f"from absl import logging; logging.set_verbosity(0)\n{NOISE}", True),
     ],
