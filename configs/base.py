@@ -57,6 +57,7 @@ def common() -> Config:
         "epochs": 0.0,
         "batches": 20,  # 0: the whole split
         "knn": 0,  # > 0: also the accuracy with this many nearest neighbours
+        "keep_best": "",  # figure whose best weights are kept in workdir/best, such as "top1"
     }
     config.data = {
         "name": "imagenet2012",  # TFDS name, or folder:/path
@@ -389,6 +390,7 @@ def segmentation(
         "batches": 0,  # 0: the whole split
         "mode": "slide",  # windows over the picture
         "stride": 341,  # pixels between windows
+        "keep_best": "",  # figure whose best weights are kept in workdir/best, such as "miou"
         "scales": (1.0,),  # several: probabilities are averaged
         "flip": False,  # True: and over the mirror image
     }

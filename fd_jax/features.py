@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax import sharding
+from fd_jax import console, sharding
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
@@ -143,9 +143,7 @@ def _collect(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.nd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser("python -m fd_jax.features", __doc__)
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--input", required=True, help="TFDS name, or folder of images")
     parser.add_argument("--output", required=True, help="file to write; its name ends in .npz")
@@ -184,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from fd_jax.data import datasets
 
+    console.open_devices()
     output = epath.Path(args.output)
     temporary = _create_temporary(output, overwrite=args.overwrite)
     try:

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from fd_jax import checkpoint, digests, sharding
-from fd_jax.errors import DataError, ModelFolderError, first_few
-from fd_jax.models import sizes
+from fd_jax.errors import ConfigError, DataError, ModelFolderError, first_few
+from fd_jax.models import cropping, sizes
+from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import maps_of, sliding
 from fd_jax.models.sizes import ImageSize
@@ -224,7 +225,14 @@ def _readable(folder: epath.Path) -> Iterator[None]:
 
 
 class Model:
-    """A loaded network, called on normalised images; `preprocess` normalises uint8 images.
+    """A loaded network, called on normalised images; `preprocess` makes these from pictures.
+
+        model = fd_jax.load_model("runs/quickstart/model")
+        images = model.preprocess(pictures, resize=True)  # uint8 [h, w, 3] each, of any sizes
+        features = model(images)  # features.patches [B, H*W, D], features.cls_token [B, D]
+        colours = fd_jax.pca_picture(features)  # [B, H, W, 3]
+        last = model.attention_maps(images, blocks=[-1])[0].weights()  # [B, heads, N, N]
+        labels = model.segment(pictures)  # of a network with a segmenter
 
     Args:
       spec: description of the encoder.
@@ -242,6 +250,20 @@ class Model:
         self._forward = jax.jit(self._apply)
         self._logits = jax.jit(functools.partial(segmenter_logits, spec))
 
+    def __repr__(self) -> str:
+        size, arch = sizes.describe(self.spec.arch["image_size"]), self.spec.arch
+        encoder = self.params["encoder"]
+        network: Any = nnx.merge(self._definition, encoder)
+        values = sum(leaf.size for leaf in jax.tree.leaves(encoder))
+        parts = ", ".join(name for name in PARTS if name in self.params)
+        classes = f", {self.spec.classes} classes" if self.spec.classes else ""
+        return (
+            f"<Model {self.spec.source!r}: {self.spec.family}, {values / 1e6:.3g} M parameters, "
+            f"{size} px, {network.grid[0]} x {network.grid[1]} patches of width {network.width}, "
+            f"{'class token' if arch.get('cls_token') else 'no class token'}{classes}; "
+            f"parts: {parts}>"
+        )
+
     def __call__(self, images: jax.Array) -> FeatureMap:
         """Returns the features after the final norm, class token first.
 
@@ -250,15 +272,50 @@ class Model:
         """
         return self._forward(self.params["encoder"], images)
 
-    def preprocess(self, images: np.ndarray) -> jax.Array:
-        """Normalises images with the mean and std of the network. uint8 [B, H, W, 3] -> float32.
+    def preprocess(
+        self, images: np.ndarray | Sequence[np.ndarray], *, resize: bool = False
+    ) -> jax.Array:
+        """Normalises images with the mean and std of the network.
+
+        Args:
+          images: uint8 [B, H, W, 3] RGB. With `resize`, a list of pictures uint8 [h, w, 3] of any
+            sizes also serves.
+          resize: whether to bring the images to the network's size as evaluation does: the short
+            side is resized to 256 / 224 of it, and the centre is cropped.
+
+        Returns:
+          float32 [B, H, W, 3].
 
         Raises:
           DataError: the images have another dtype or shape, which would give other features
             without a sign of it.
         """
-        check_images(images)
-        return self.spec.normalize(images)
+        batch: Any = images
+        if resize:
+            batch = self._resized([np.asarray(image) for image in images])
+        check_images(batch)
+        return self.spec.normalize(batch)
+
+    def attention_maps(
+        self, images: jax.Array, blocks: Sequence[int] | None = None
+    ) -> list[AttentionMap]:
+        """The attention of blocks, from which weights and logits are derived on request.
+
+        Args:
+          images: normalised images [B, H, W, 3], float32.
+          blocks: numbers of the blocks; negative ones count from the last. None for all.
+
+        Raises:
+          ConfigError: there is no such block.
+        """
+        network: Any = nnx.merge(self._definition, self.params["encoder"])
+        numbers = range(network.depth) if blocks is None else blocks
+        if wrong := [n for n in numbers if not -network.depth <= n < network.depth]:
+            raise ConfigError(
+                f"blocks={list(numbers)}: the network has {network.depth} blocks, so there is no "
+                f"block {wrong[0]}"
+            )
+        return network.attention_maps(images, [n % network.depth for n in numbers])
 
     def segment(
         self, pictures: Sequence[np.ndarray] | np.ndarray, *, logits: bool = False
@@ -291,6 +348,12 @@ class Model:
         if logits:
             return self._window_logits(self._check_windows(np.asarray(pictures)))
         return [self._labels(np.asarray(picture)) for picture in pictures]
+
+    def _resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        for picture in pictures:
+            check_images(picture[None])
+        size = self.spec.arch["image_size"]
+        return np.stack([cropping.for_evaluation(picture, size) for picture in pictures])
 
     def _labels(self, picture: np.ndarray) -> np.ndarray:
         check_images(picture[None])

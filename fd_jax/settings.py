@@ -204,6 +204,14 @@ DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 i
 EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
 AXIS = whole(1, "devices", special=-1, hint="-1 takes all devices that remain")
 
+
+def _figure(*names: str) -> Choice:
+    """None, or a figure of a task's evaluations, of the weights or of their moving average."""
+    return Choice(("", *names, *(f"ema_{name}" for name in names)))
+
+
+_NEIGHBOURS = ("knn_top1", "knn_top5")
+
 # The fields of every run (configs/base.py, `common`).
 COMMON: dict[str, Rule] = {
     "seed": whole(0, most=2**32 - 1),
@@ -274,6 +282,7 @@ _PICTURES: dict[str, Rule] = {
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", "cosine", *_NEIGHBOURS),
         "student.family": Choice(tuple(FAMILIES)),
         "student.drop_path": DROP_PATH,
         "teacher.path": Text("the path of the teacher's model folder"),
@@ -293,6 +302,7 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
         "model.classes": whole(2, "classes"),
         "model.trains": choice(classify.Trains),
@@ -333,6 +343,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "data.ratio": Several(Number(above=0, unit="factor of data.scale"), length=2),
         "data.max_share": Number(above=0, most=1, unit="share of a crop"),
         "data.distort": FLAG,
+        "eval.keep_best": _figure("miou", "macc", "aacc"),
         "eval.mode": Choice(("slide", "whole")),
         "eval.stride": whole(1, "pixels"),
         "eval.scales": Several(Number(above=0, unit="factor of data.scale")),
@@ -344,6 +355,7 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.CONTRAST.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", *_NEIGHBOURS),
         "contrast.family": Choice(tuple(FAMILIES)),
         "contrast.width": whole(1, "channels of the vectors that are compared"),
         "contrast.temperature": Number(above=0, unit="divisor of the cosines"),
@@ -404,6 +416,7 @@ OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
     *(f"{name}.arch.rope_theta" for name in NETWORKS),
+    "eval.keep_best",  # configs of earlier versions
 )
 
 
@@ -461,6 +474,17 @@ RELATIONS = (
         ("eval.knn", "data.eval_split"),
         lambda knn, split: not knn or bool(split),
         "nearest neighbours are measured on a held-out split; set data.eval_split, or eval.knn=0",
+    ),
+    Relation(
+        ("eval.keep_best", "data.eval_split", "eval.knn", "ema_decay"),
+        lambda name, split, knn, decay: (
+            not name
+            or bool(split)
+            and (bool(knn) or "knn" not in name)
+            and (decay > 0 or name[:4] != "ema_")
+        ),
+        "it names a figure that this run does not measure; it needs data.eval_split, and eval.knn "
+        "or ema_decay for a figure of neighbours or of the average",
     ),
     Relation(
         ("optim.layer_decay",),

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from fd_jax import console
 from fd_jax.errors import HangError, UserError
 
 
@@ -31,9 +32,43 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
         except UserError as error:
             _fail(str(error))
 
+    if _asked("help", "helpshort", "h", "?"):
+        print(_help())
+        sys.exit(0)
+    if _asked("version"):
+        print(console.version())
+        sys.exit(0)
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     app.run(guarded, flags_parser=parse)
+
+
+def _asked(*names: str) -> bool:
+    return any(argument.lstrip("-") in names for argument in sys.argv[1:] if argument[0:1] == "-")
+
+
+def _help() -> str:
+    """The docstring of the command, and a line for each of its own flags."""
+    about = sys.modules["__main__"].__doc__ or ""
+    lines = [about.rstrip(), "", "flags:"]
+    for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        if module == sys.argv[0] or module.startswith(("fd_jax.", "__main__")):
+            lines += [_line(flag) for flag in defined]
+    lines += [
+        f"  {'--config.FIELD':<24} Any field of the config, such as --config.batch_size=64.",
+        f"  {'--verbosity':<24} 0 also shows what libraries say, 1 more. Default: -1.",
+        f"  {'--version':<24} Print the version.",
+        f"  {'--helpfull':<24} List the flags of all libraries, too.",
+        "",
+        "configs/base.py describes every field of a config; configs/ has a file per experiment.",
+    ]
+    return "\n".join(lines)
+
+
+def _line(flag: flags.Flag) -> str:
+    default = "" if flag.default in (None, "", False) else f" Default: {flag.default}."
+    negation = "[no]" if flag.default is True else ""
+    return f"  {f'--{negation}{flag.name}':<24} {' '.join(str(flag.help).split())}{default}"
 
 
 def _unknown_field(message: str) -> str:

@@ -11,12 +11,13 @@ import numpy as np
 from fd_jax import files, model_folder, settings, sharding
 from fd_jax.cli import evaluation_only, measure_segmenter
 from fd_jax.console import say
+from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification, evaluators, passes
 from fd_jax.show import pictures, tables
 from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.training.feeds import open_pictures
+from fd_jax.training import account
 from fd_jax.training.program import build
 from fd_jax.typing import Config
 
@@ -62,7 +63,8 @@ def measure(
     task = ClassifyTask(config)
     # The training split does not have to exist, unless its images are the neighbours.
     split = config.data.split if config.eval.knn else config.data.eval_split
-    feed = open_pictures({**config.data.to_dict(), "split": split})
+    feed = Feed(**{**config.data.to_dict(), "split": split})
+    say(f"data: {account.found(feed)}")
     task.check_data(feed)
     settings.check_neighbours(config, feed.examples("train"))
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)

@@ -1,11 +1,13 @@
 """Flags and start of processes, shared by the training scripts."""
 
 from collections.abc import Callable, Sequence
+import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from fd_jax.cli import application, config_flag, processes
+from fd_jax import console
+from fd_jax.cli import application, config_flag, next_steps, processes
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
@@ -47,7 +49,7 @@ def run(action: Action) -> None:
             raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
         for flag in (_CONFIG, WORKDIR):
             if flag.value is None:
-                raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
+                raise UserError(f"--{flag.name} is missing; see {argv[0]} --help")
         assert WORKDIR.value is not None
         config = config_flag.read(_CONFIG)
         processes.start(
@@ -57,6 +59,7 @@ def run(action: Action) -> None:
             process_id=_PROCESS.value,
             heartbeat_timeout=_HEARTBEAT.value,
         )
+        console.open_devices()
         return action(config, WORKDIR.value)
 
     application.run_app(main)
@@ -76,6 +79,7 @@ def train(make_task: Callable[[Config], Task]) -> Action:
         if result.preempted:
             say(f"stopped by SIGTERM at step {result.step}; the same command resumes from there")
             return loop.PREEMPTED
+        say(next_steps.at_end(config, workdir, sys.argv))
         return 0
 
     return action

@@ -323,6 +323,17 @@ def classes_of(dataset: Dataset) -> Classes:
     return Classes(dataset.name, dataset.num_classes or 0, dataset.class_names)
 
 
+def spread(dataset: Dataset, examples: int) -> Subset:
+    """Some examples, evenly spread, since datasets tend to be sorted by class; all if it has less.
+
+    Args:
+      dataset: the whole split.
+      examples: number of examples.
+    """
+    count = min(len(dataset), examples)
+    return Subset(dataset, (np.arange(count) * len(dataset) // max(count, 1)).tolist())
+
+
 def find_builder(name: str, data_dir: str | None) -> Any:
     """Returns the TFDS builder with a name, which may be one of ours.
 

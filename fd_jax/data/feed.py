@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from fd_jax.data import datasets, folders, pipeline, transforms
+from fd_jax.data import datasets, pipeline, transforms
 from fd_jax.data.class_names import Classes, Match
 from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
@@ -97,7 +97,13 @@ class Feed(Splits[datasets.Dataset]):
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def sequential(
-        self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        rows: np.ndarray | None = None,
+        limit: int = 0,
+        examples: int = 0,
     ) -> Iterator[HostBatch]:
         """Yields every image once, in order, without augmentation; the last batch is padded.
 
@@ -106,9 +112,11 @@ class Feed(Splits[datasets.Dataset]):
           batch_size: number of examples in the global batch.
           rows: rows of each global batch to produce; None for all of them.
           limit: maximum number of batches; 0 for no limit.
+          examples: number of images, evenly spread over the split; 0 for all of them.
         """
+        dataset = self._dataset(split)
         return pipeline.eval_batches(
-            self._dataset(split),
+            datasets.spread(dataset, examples) if examples else dataset,
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,
@@ -151,17 +159,6 @@ class Feed(Splits[datasets.Dataset]):
         self.train_dataset = datasets.Renumbered(self.train_dataset, wanted, match=self._match)
         if self.eval_dataset is not None:
             self.eval_dataset = datasets.Renumbered(self.eval_dataset, wanted, match=self._match)
-
-    @property
-    def contents(self) -> dict[str, folders.Contents]:
-        """What was found in the folder of each split, "train" and "eval"; {} for TFDS datasets."""
-        opened = {"train": self.train_dataset, "eval": self.eval_dataset}
-        found = {name: datasets.original(data) for name, data in opened.items() if data is not None}
-        return {
-            name: dataset.contents
-            for name, dataset in found.items()
-            if isinstance(dataset, datasets.FolderDataset)
-        }
 
     def label(self, split: str, index: int) -> int:
         """Label of one image; -1 if it has none."""

@@ -441,7 +441,9 @@ def _batches(
     shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
     """Reads ahead and joins every `chunks` reads into a batch, in shared memory if it is given."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_PREFETCH * chunks)
+    ahead = _PREFETCH * chunks
+    # Grain warns of threads that could have nothing to do, for every evaluation of small batches.
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     stack = functools.partial(_stack, specified=specified, shared=shared)
     return reads.to_iter_dataset(options).batch(chunks, batch_fn=stack)
 

@@ -16,7 +16,8 @@ from fd_jax.data.decoding import decode
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.errors import ConfigError, check_choice
-from fd_jax.models import sizes
+from fd_jax.models import cropping, sizes
+from fd_jax.models.cropping import EVAL_RATIO
 from fd_jax.models.sizes import ImageSize
 
 _FILTERS = {
@@ -25,7 +26,6 @@ _FILTERS = {
 }
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
-EVAL_RATIO = 256 / 224  # short side before the centre crop, divided by the side of the crop
 
 
 def resize(pixels: np.ndarray, height: int, width: int, method: Interpolation) -> np.ndarray:
@@ -195,17 +195,10 @@ class EvalTransform:
         """Transforms an encoded or decoded image. -> uint8 [H, W, 3]; `rng` is not used."""
         del rng
         pixels = decode(image, exif=self.exif)
-        (h, w), (rows, columns) = self.sides, self.covered
         if not self.crop:
-            return resize(pixels, h, w, "bicubic")
-        height, width = pixels.shape[:2]
-        if height * columns < width * rows:  # flatter than the result: its height is what counts
-            height, width = rows, int(rows * width / height)
-        else:
-            height, width = int(columns * height / width), columns
-        pixels = resize(pixels, height, width, "bicubic")
-        top, left = round((height - h) / 2), round((width - w) / 2)
-        return pixels[top : top + h, left : left + w]
+            return resize(pixels, *self.sides, "bicubic")
+        height, width = cropping.covering(pixels, self.covered)
+        return cropping.centre(resize(pixels, height, width, "bicubic"), self.sides)
 
 
 class ImageTransform(Protocol):

@@ -1,9 +1,8 @@
 """The data that each kind of task trains on; the only place that chooses a feed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from fd_jax.console import say
 from fd_jax.data.feed import Feed
 from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.tasks import registry
@@ -27,24 +26,9 @@ def open_data(config: Config, task: Task) -> AnyFeed:
     return _OPEN[registry.kind_of(config).section](config, task)
 
 
-def open_pictures(fields: Mapping[str, Any]) -> Feed:
-    """Opens the data of a run on whole pictures, and says what folders hold.
-
-    Args:
-      fields: arguments of `Feed`.
-
-    Raises:
-      DataError: the data cannot be opened.
-    """
-    feed = Feed(**fields)
-    for line in dict.fromkeys(map(str, feed.contents.values())):  # both splits can be one folder
-        say(line)
-    return feed
-
-
 def _pictures(config: Config, task: Task) -> Feed:
     del task
-    return open_pictures(config.data)
+    return Feed(**config.data)
 
 
 def _labelled_pixels(config: Config, task: SegmentTask) -> SegmentationFeed:

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -15,15 +14,15 @@ import numpy as np
 
 from fd_jax import digests, model_folder, settings, sharding
 from fd_jax.checkpoint import Checkpoints
-from fd_jax.console import say
+from fd_jax.console import Bar, bar, say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
+from fd_jax.training import account, metric_writer, signals
 from fd_jax.training import lock as locks
-from fd_jax.training import metric_writer, signals
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
 from fd_jax.training.feeds import AnyFeed, open_data
@@ -31,8 +30,10 @@ from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
+from fd_jax.training.watch import Best, Watch
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
+FIRST_STEPS = 10  # after which the time of all steps is estimated
 PREEMPTED = 75  # exit status after SIGTERM: the state is saved, and the same command resumes
 
 
@@ -94,8 +95,6 @@ def fit(
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
         lock = resources.enter_context(locks.held(workdir))
-        say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
-
         program = build(
             task,
             config,
@@ -104,6 +103,9 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
+        say(account.at_start(config, program, feed, attention=task.attention, workdir=workdir))
+        for note in account.doubts(config, program):
+            say(note)
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
         checkpoints = Checkpoints(
@@ -118,6 +120,7 @@ def fit(
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
+        rows = [row for row in metric_writer.read(workdir) if row["step"] <= start]
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         placement = Placement(mesh, config.batch_size)
@@ -143,6 +146,8 @@ def fit(
             placement=placement,
             loader=loader,
             progress=Progress(record),
+            watch=Watch(config, rows, total_steps),
+            best=Best(config.eval.get("keep_best", ""), rows),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
@@ -185,7 +190,7 @@ def _newest(
             damaged.append(step)
             continue
         checkpoints.set_aside(damaged)
-        logging.info("resuming at step %d", step)
+        say(f"resuming at step {step}")
         return TrainState.from_dict(tree), step, record
     raise CheckpointError(
         f"none of the checkpoints of steps {sorted(damaged)} is whole; use another workdir to "
@@ -206,6 +211,7 @@ class Run:
       checkpoints, writer: destinations of the state and of the metrics.
       frozen: frozen weights, on the mesh.
       progress, clock: measurements since the last line of the log.
+      watch, best: what the log so far says about the run.
       start, total_steps: first step, and number of steps of the whole schedule.
       eval_every: number of steps between evaluations; 0 for none.
     """
@@ -222,6 +228,8 @@ class Run:
     placement: Placement
     loader: TrainLoader
     progress: Progress
+    watch: Watch
+    best: Best
     clock: Clock
     start: int
     total_steps: int
@@ -247,7 +255,10 @@ class Run:
         pending = None  # metrics are read one step late, while the device runs the next step
         stop = False
         self.clock.start()
-        with contextlib.closing(self._trace()) as trace:
+        with (
+            contextlib.closing(self._trace()) as trace,
+            bar(start=self.start, total=self.total_steps) as shown,
+        ):
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_requested())
@@ -259,7 +270,11 @@ class Run:
                 if self._due(step + 1, self.config.log_every):
                     stop = self._read(step, pending) or stop
                     pending = None
-                    self._log(step + 1)
+                    self._log(step + 1, shown)
+                shown.step()
+                if step + 1 == self.start + FIRST_STEPS:
+                    expected = self.clock.expected(step + 1)
+                    say(f"all steps take about {expected}, and evaluations come on top")
                 # Save before evaluating, which may take longer than a preemption allows.
                 if stop or self._due(step + 1, self.config.checkpoint.every):
                     if pending is not None:
@@ -305,17 +320,20 @@ class Run:
             )
         return stop
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, shown: Bar) -> None:
         scalars = self.progress.means()
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
         scalars |= self.utilization.metrics(scalars["images_per_second"])
         self.writer.write(step, scalars)
-        say(
-            f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
-            f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
-            f"ETA {self.clock.remaining(step)}"
+        state = (
+            f"loss {scalars.get('loss', float('nan')):.5f}  lr {scalars['learning_rate']:.3g}  "
+            f"{scalars['images_per_second']:.1f} images/s"
         )
+        ahead = f"ETA {self.clock.remaining(step)}"
+        shown.log(f"step {step}/{self.total_steps}  {state}  {ahead}", short=state)
+        for note in self.watch.logged(step, scalars):
+            say(note)
 
     def _save(self, step: int, state: TrainState) -> None:
         self._check_lock()
@@ -339,8 +357,13 @@ class Run:
             for evaluator in self.task.evaluators():
                 figures = evaluator(self.program, weights, self.feed)
                 evaluation |= {f"eval_{name}": value for name, value in figures.items()}
+        # Before the figures are written: a run that is killed here evaluates this step again.
+        if self.best.improved_by(step, evaluation):
+            self._export_best(step, state)
         self.writer.write(step, evaluation)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
+        for note in self.watch.evaluated(step, evaluation):
+            say(note)
         return evaluation
 
     def _evaluation_at_start(self, state: TrainState) -> dict[str, float]:
@@ -376,11 +399,26 @@ class Run:
             self.lock.check()
 
     def _export(self, state: TrainState) -> None:
-        self._check_lock()
+        notes = ""
+        if self.best.step is not None:
+            notes = (
+                f"step {self.total_steps}, the last one; by {self.best.name}, step "
+                f"{self.best.step} was the best"
+            )
         params = state.params if state.ema is None else state.ema
+        self._write_model(workdirs.MODEL, params, state, notes)
+
+    def _export_best(self, step: int, state: TrainState) -> None:
+        params = state.ema if self.best.averaged else state.params
+        notes = f"step {step}, the best one by {self.best.name}: {self.best.value:.5f}"
+        self._write_model(workdirs.BEST, params, state, notes)
+
+    def _write_model(self, name: str, params: PyTree, state: TrainState, notes: str) -> None:
+        self._check_lock()
         spec, parts = self.task.export(params, state.extra)
         self._refuse_nonfinite(digests.not_finite(parts))
-        model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
+        spec = dataclasses.replace(spec, notes=notes or spec.notes)
+        model_folder.save(self.workdir / name, spec, parts, overwrite=True)
 
 
 def _with_chosen_attention(config: Config, task: Task) -> Config:

@@ -6,7 +6,7 @@ import json
 from etils import epath
 import jax
 
-from fd_jax import files
+from fd_jax import console, files
 
 FILE_NAME = "metrics.jsonl"
 
@@ -25,7 +25,8 @@ class Writer:
         self._board = None
         if jax.process_index() != 0:
             return
-        from clu import metric_writers  # imports TensorFlow, so only the writing process does this
+        with console.quiet():  # it imports TensorFlow, so only the writing process does this
+            from clu import metric_writers
 
         self._board = metric_writers.AsyncWriter(
             metric_writers.SummaryWriter(str(workdir / "tensorboard"))

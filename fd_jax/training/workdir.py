@@ -11,6 +11,7 @@ from fd_jax.settings import flat
 from fd_jax.typing import Config
 
 CONFIG, CHECKPOINTS, PROFILE, MODEL = "config.json", "checkpoints", "profile", "model"
+BEST = "best"  # model folder of the best evaluation, with eval.keep_best
 
 
 def check(workdir: epath.Path, config: Config, *, accept: bool) -> None:
