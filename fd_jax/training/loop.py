@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import errno
 import time
 from typing import Any
 
@@ -13,13 +14,13 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import digests, model_folder, settings, sharding
+from fd_jax import digests, model_folder, settings, sharding, storage
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
-from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
 from fd_jax.training import lock as locks
@@ -77,7 +78,7 @@ def fit(
       UserError: the config, the data, the workdir or a model folder is invalid.
     """
     workdir = epath.Path(workdir)
-    with contextlib.ExitStack() as resources:
+    with storage.one_message(workdir), contextlib.ExitStack() as resources:
         # This comes first because restoring and compiling take minutes, and because
         # jax.distributed installs a handler that would swallow the signal.
         stop_requested = resources.enter_context(signals.on_sigterm())
@@ -93,6 +94,7 @@ def fit(
             say("note: data.eval_split is the training split, so its figures are not held out")
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
+        model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
 
@@ -111,7 +113,7 @@ def fit(
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every or None,
         )
-        resources.callback(checkpoints.close)
+        resources.enter_context(checkpoints)
         state, start, record = initial_state(
             task, program, checkpoints, config.seed, initial, fall_back=fall_back
         )
@@ -318,7 +320,7 @@ class Run:
         )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self._check_lock()
+        self._check_workdir()
         saved = state.to_dict()
         known, wrong = digests.examine(saved)
         self._refuse_nonfinite(wrong)
@@ -371,12 +373,19 @@ class Run:
                 "Lower optim.peak_lr, raise optim.eps, or set dtype=float32"
             )
 
-    def _check_lock(self) -> None:
-        if self.lock is not None:
-            self.lock.check()
+    def _check_workdir(self) -> None:
+        """Refuses to write where the workdir is another run's, or no longer there.
+
+        Orbax would make a new folder in the place of one that was moved away or unmounted.
+        """
+        if self.lock is None:
+            return
+        self.lock.check()
+        if not (self.workdir / workdirs.CONFIG).exists():
+            raise StorageError(storage.message(errno.ENOENT, str(self.workdir / workdirs.CONFIG)))
 
     def _export(self, state: TrainState) -> None:
-        self._check_lock()
+        self._check_workdir()
         params = state.params if state.ema is None else state.ema
         spec, parts = self.task.export(params, state.extra)
         self._refuse_nonfinite(digests.not_finite(parts))
