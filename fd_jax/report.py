@@ -92,7 +92,7 @@ def _open_run(workdir: epath.Path) -> tuple[Config, DistillTask, PyTree]:
         raise UserError(
             f"{workdir} is not a workdir: it has no config.json; use the --workdir of train.py"
         )
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    config = ml_collections.ConfigDict(workdirs.read_config(workdir))
     if registry.kind_of(config) is not registry.DISTILLATION:
         raise UserError(f"{workdir} is not a distillation run: its config has no teacher")
     task = DistillTask(config)

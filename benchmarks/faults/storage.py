@@ -5,8 +5,10 @@ command has to go on to the model of an undisturbed run. Faults that mount somet
 namespace of their own, which needs the rights of root.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import subprocess
@@ -15,7 +17,12 @@ from typing import Any
 LIMIT = 15.0  # seconds from the fault to the end of the process
 LATER = 30  # step at which most faults begin
 STEPS = 400
+NAMESPACE = "FD_JAX_FAULTS_NAMESPACE"  # set to 1 where mounts are seen by nobody else
 HERE = pathlib.Path(__file__).parent
+
+
+def _nothing(scene: "Scene") -> None:
+    """The run comes to the fault by itself, or nothing has to be undone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +37,13 @@ class Fault:
       flags: further flags of the run.
       before: command that starts the run.
       env: further environment of the run.
-      mounts: whether the workdir is a file system of its own: options of a tmpfs, or "".
+      mount: options of the tmpfs that the workdir is; "" if it is an ordinary folder.
       needs: programs without which it cannot be tried.
     """
 
     name: str
-    begin: Callable[["Scene"], None] = lambda scene: None
-    undo: Callable[["Scene"], None] = lambda scene: None
+    begin: Callable[["Scene"], None] = _nothing
+    undo: Callable[["Scene"], None] = _nothing
     step: int = LATER
     flags: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
@@ -96,17 +103,10 @@ def _metrics_back(scene: Scene) -> None:
 def _fill(scene: Scene) -> None:
     """Writes until the file system is full, twice, since a checkpoint may be deleted meanwhile."""
     for number in range(2):
-        with contextlib_suppressed(), open(scene.workdir / f"filler{number}", "wb") as file:
+        with contextlib.suppress(OSError), open(scene.workdir / f"filler{number}", "wb") as file:
             while True:
                 file.write(b"x" * 4096)
                 file.flush()
-
-
-def contextlib_suppressed():
-    """Nothing happens when the file system is full, which is what is wanted."""
-    import contextlib
-
-    return contextlib.suppress(OSError)
 
 
 def _empty(scene: Scene) -> None:
@@ -148,7 +148,7 @@ def _mount_again(scene: Scene) -> None:
 
 def _inodes(scene: Scene) -> None:
     for number in range(1000):
-        with contextlib_suppressed():
+        with contextlib.suppress(OSError):
             (scene.workdir / f"filler{number}").touch()
 
 
@@ -238,3 +238,78 @@ FAULTS = (
         mount="size=64m",
     ),
 )
+
+
+def run(lab: Lab, count: int, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Tries the first `count` faults; yields one row for each.
+
+    Args:
+      lab: where runs are made; its runs have `STEPS` steps.
+      count: number of faults.
+      log: receives the name of each fault before it is tried.
+    """
+    whole = lab.folder / "whole"
+    assert lab.finish(whole).status == 0
+    expected = runs.model(whole)
+    for number, fault in enumerate(FAULTS[:count]):
+        log(fault.name)
+        if missing := [name for name in _needed(fault) if not _usable(name)]:
+            yield {"fault": fault.name, "outcome": f"not run: no {', '.join(missing)}"}
+            continue
+        folder = lab.folder / f"fault{number}"
+        scene = Scene(folder, folder / "parent" / "run")
+        folder.mkdir()
+        try:
+            yield _try(lab, fault, scene, expected)
+        finally:
+            if fault.mount:
+                subprocess.run(["umount", "--lazy", str(scene.workdir)])
+            runs.remove(folder)
+
+
+def _needed(fault: Fault) -> tuple[str, ...]:
+    return fault.needs + (("mount",) if fault.mount else ())
+
+
+def _usable(program: str) -> bool:
+    if program != "mount":
+        return shutil.which(program) is not None
+    # Without the rights of root, or outside of a namespace of one's own, nothing is mounted.
+    return os.geteuid() == 0 and os.environ.get(NAMESPACE) == "1"
+
+
+def _try(lab: Lab, fault: Fault, scene: Scene, expected: str) -> dict[str, Any]:
+    if fault.mount:
+        scene.workdir.mkdir(parents=True)
+        _run("mount", "-t", "tmpfs", "-o", fault.mount, "none", scene.workdir)
+    if not fault.step:
+        fault.begin(scene)
+    process = lab.start(scene.workdir, *fault.flags, before=fault.before, env=fault.env(scene))
+    if fault.step and process.wait_for_step(fault.step):
+        fault.begin(scene)
+        process.disturbed()
+    ended = process.wait(seconds=240.0)
+    since = _since_the_error(ended, fault)
+    fault.undo(scene)
+    again = lab.finish(scene.workdir, *fault.flags)
+    same = again.status == 0 and runs.model(scene.workdir) == expected
+    return {
+        "fault": fault.name,
+        "status": ended.status,
+        "seconds": round(since, 1),
+        "error": ended.errors[0] if ended.errors else ended.output[-300:],
+        "errors": len(ended.errors),
+        "traceback": "Traceback" in ended.output,
+        "rerun": again.status,
+        "outcome": "one line, nothing lost" if _is_good(ended, since) and same else "wrong",
+    }
+
+
+def _since_the_error(ended: runs.Ended, fault: Fault) -> float:
+    """Seconds from the fault to the end; 0 where the run came to it by itself."""
+    return ended.seconds if fault.step and fault.begin is not _nothing else 0.0
+
+
+def _is_good(ended: runs.Ended, since: float) -> bool:
+    one_line = len(ended.errors) == 1 and "Traceback" not in ended.output
+    return ended.status not in (0, None) and one_line and since < LIMIT

@@ -72,6 +72,10 @@ class Source(Protocol):
         """Returns a description of one example, for messages."""
         ...
 
+    def files(self) -> list[tuple[str, str]]:
+        """Name within the split and path of each file that is read, in any order."""
+        ...
+
 
 class Dataset(Source, Protocol):
     """A source of labelled images."""
@@ -164,6 +168,11 @@ class FolderDataset:
         """Returns the path of the file."""
         return self._files[index][0]
 
+    def files(self) -> list[tuple[str, str]]:
+        """Paths below the folder, and whole paths, of the images."""
+        root = self.name.removeprefix(FOLDER_PREFIX).rstrip("/")
+        return [(path[len(root) + 1 :], path) for path, _ in self._files]
+
 
 class TfdsRecords:
     """A split of a prepared TFDS dataset in ArrayRecord files, read record by record.
@@ -197,6 +206,14 @@ class TfdsRecords:
         _check_split(name, split, builder.info.splits or {})
         decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
         self._records: Any = builder.as_data_source(split, decoders=decoders)
+        parts = builder.info.splits[split].file_instructions
+        self._shards = [
+            (
+                f"{epath.Path(part.filename).name}[{part.skip}:{part.skip + part.take}]",
+                part.filename,
+            )
+            for part in parts
+        ]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -208,6 +225,10 @@ class TfdsRecords:
         except BrokenImageError:
             file_name = ""
         return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
+
+    def files(self) -> list[tuple[str, str]]:
+        """Names of the shards with the range of their examples, and their paths."""
+        return self._shards
 
     def record(self, index: int) -> dict[str, Any]:
         """Reads all features of one example.
@@ -253,6 +274,10 @@ class Subset:
     def describe(self, index: int) -> str:
         """Returns the description of the example in the whole dataset."""
         return self._dataset.describe(self._indices[index])
+
+    def files(self) -> list[tuple[str, str]]:
+        """The files of the whole dataset."""
+        return self._dataset.files()
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:

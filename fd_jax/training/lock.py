@@ -218,10 +218,9 @@ def _changes(path: epath.Path, before: dict[str, Any], silence: float) -> dict[s
 def _read(path: epath.Path) -> dict[str, Any]:
     """The content of a lock file; {} where it is missing, or being written, or no lock file."""
     try:
-        found = json.loads(path.read_text())
+        return files.read_object(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _token(content: dict[str, Any]) -> str:

@@ -58,6 +58,7 @@ def fit(
     workdir: epath.PathLike,
     *,
     accept_config: bool = False,
+    accept_data: bool = False,
     fall_back: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
@@ -70,8 +71,10 @@ def fit(
     Args:
       task: task to train.
       config: config of the run; configs/base.py describes its fields.
-      workdir: folder that receives config.json, checkpoints/, metrics.jsonl, tensorboard/, model/.
+      workdir: folder that receives config.json, data.json, checkpoints/, metrics.jsonl,
+        tensorboard/ and model/.
       accept_config: whether to continue if the config differs from the one in `workdir`.
+      accept_data: whether to continue if files of the data were added, removed or changed.
       fall_back: whether to continue from an earlier checkpoint if the latest is damaged.
 
     Raises:
@@ -94,6 +97,9 @@ def fit(
             say("note: data.eval_split is the training split, so its figures are not held out")
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
+        workdirs.check_checkpoints(workdir)
+        contents = feed.contents()
+        workdirs.check_data(workdir, contents, accept=accept_data)
         model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
@@ -120,6 +126,7 @@ def fit(
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
+        workdirs.claim_data(workdir, contents)
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         placement = Placement(mesh, config.batch_size)
