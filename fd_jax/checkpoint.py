@@ -146,7 +146,12 @@ def _kind(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 _DIGESTS = "digests"  # in the record of a checkpoint
+_REST = ""  # among the digests: that of the rest of the record, under a name that no array has
 PATIENCE = 8.0  # seconds for a checkpoint that is being written when the storage fails elsewhere
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
 
 
 class Checkpoints:
@@ -195,7 +200,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        record = {**record, _DIGESTS: digests.of_tree(state) if known is None else known}
+        known = digests.of_tree(state) if known is None else known
+        record = {**record, _DIGESTS: {**known, _REST: digests.of_text(_canonical(record))}}
         with self._writing():
             self._manager.save(
                 step,
@@ -236,7 +242,9 @@ class Checkpoints:
         state, record = restored["state"], restored["record"]
         if not saved:
             raise self._damaged(step, "is damaged: the metadata of its arrays cannot be read")
-        self._refuse_damage(step, saved, state, record.pop(_DIGESTS, {}))
+        expected = record.pop(_DIGESTS, {})
+        self._refuse_damaged_record(step, record, expected)
+        self._refuse_damage(step, saved, state, expected)
         return state, record
 
     def set_aside(self, steps: Collection[int]) -> None:
@@ -253,6 +261,14 @@ class Checkpoints:
                 (self._folder / str(step)).rename(aside / str(step))
         sharding.barrier("checkpoints_set_aside")
         self._manager.reload()
+
+    def _refuse_damaged_record(
+        self, step: int, record: dict[str, Any], expected: dict[str, int]
+    ) -> None:
+        renamed = any(isinstance(value, dict) and _REST in value for value in record.values())
+        found = digests.of_text(_canonical(record))
+        if renamed or expected.get(_REST, found) != found:
+            raise self._damaged(step, "is damaged: its record is not what was written")
 
     def _refuse_damage(
         self, step: int, saved: Description, state: PyTree, expected: dict[str, int]

@@ -25,20 +25,25 @@ import tempfile
 import time
 from typing import Any
 
+from absl import logging
+
 from benchmarks.faults import damage, stops, storage
 from benchmarks.faults.runs import Lab
+from fd_jax import storage as files
 
 SEEDS = {"kills": 1, "terms": 2, "bits": 3, "json": 4}
 # How many of each part: kills, signals, faults, bits, files, steps.
 LONG = {"kills": 100, "terms": 30, "storage": len(storage.FAULTS), "bits": 2000, "json": 10_000}
 LONG |= {"soak": 20_000}
-SHORT = {"kills": 2, "terms": 2, "storage": 6, "bits": 60, "json": 300, "soak": 200}
+SHORT = {"kills": 2, "terms": 2, "storage": 3, "bits": 60, "json": 300, "soak": 200}
 GROWTH = 1.1  # memory at the end of a soak, of that after a tenth
 
 
 def main() -> int:
     """Command line."""
     arguments = _arguments()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it then raises
+    files.quiet_threads()
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
         return 0
@@ -68,7 +73,7 @@ def measure(part: str, count: int, folder: pathlib.Path, *, short: bool) -> dict
     if part == "json":
         return damage.mutate_descriptions(count, SEEDS[part], log)
     if part == "storage":
-        lab = Lab(folder, f"--config.steps={storage.STEPS // (2 if short else 1)}")
+        lab = Lab(folder, f"--config.steps={storage.STEPS // (4 if short else 1)}")
         return {"rows": list(storage.run(lab, count, log))}
     lab = Lab(folder)
     if part == "soak":

@@ -14,6 +14,9 @@ import shutil
 import subprocess
 from typing import Any
 
+from benchmarks.faults import runs
+from benchmarks.faults.runs import Lab
+
 LIMIT = 15.0  # seconds from the fault to the end of the process
 LATER = 30  # step at which most faults begin
 STEPS = 400
@@ -173,20 +176,6 @@ def _eio(part: str) -> dict[str, Any]:
 
 
 FAULTS = (
-    Fault("the workdir is a file", lambda s: _as_file(s.workdir), lambda s: s.workdir.unlink(), 0),
-    Fault(
-        "the parent of the workdir is a file",
-        lambda s: _as_file(s.workdir.parent),
-        lambda s: s.workdir.parent.unlink(),
-        0,
-    ),
-    Fault(
-        "the workdir has a `model/` that is not a model",
-        _foreign_model,
-        lambda s: shutil.rmtree(s.workdir / "model"),
-        0,
-    ),
-    Fault("files of at most 8 KB", before=("prlimit", "--fsize=8192"), needs=("prlimit",), step=0),
     Fault(
         "the folder of the checkpoints becomes a file",
         _swap_for_file,
@@ -202,6 +191,20 @@ FAULTS = (
         lambda s: s.workdir.rename(s.aside) and None,
         lambda s: shutil.rmtree(s.workdir, ignore_errors=True) or s.aside.rename(s.workdir),
     ),
+    Fault("the workdir is a file", lambda s: _as_file(s.workdir), lambda s: s.workdir.unlink(), 0),
+    Fault(
+        "the parent of the workdir is a file",
+        lambda s: _as_file(s.workdir.parent),
+        lambda s: s.workdir.parent.unlink(),
+        0,
+    ),
+    Fault(
+        "the workdir has a `model/` that is not a model",
+        _foreign_model,
+        lambda s: shutil.rmtree(s.workdir / "model"),
+        0,
+    ),
+    Fault("files of at most 8 KB", before=("prlimit", "--fsize=8192"), needs=("prlimit",), step=0),
     Fault("`metrics.jsonl` becomes a folder", _metrics_to_folder, _metrics_back),
     Fault("EIO in the checkpoints", **_eio("/checkpoints/")),
     Fault("EIO in `metrics.jsonl`", **_eio("metrics.jsonl")),
