@@ -42,7 +42,7 @@ def read_bytes(path: epath.Path) -> bytes:
       ValueError: it is no regular file, or too large.
     """
     check_regular(path)
-    size = path.stat().length
+    size = epath.Path(path).stat().length
     if size > LARGEST:
         raise ValueError(f"has {size:,} bytes; expected at most {LARGEST:,}")
     return path.read_bytes()
