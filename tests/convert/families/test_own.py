@@ -66,10 +66,7 @@ BAD = {
     "unknown keyword": ({"arch": {"colour": 1}}, "describes no network"),
     "no arch": ({"arch": None}, "describes no network"),
     "too deep": ({"arch": {"depth": 10**6}}, "describes no network: arch.depth=1000000"),
-    "too many patches": (
-        {"arch": {"image_size": 10**6}},
-        "describes no network: arch.image_size=1000000",
-    ),
+    "too many patches": ({"arch": {"image_size": 10**6}}, "no network: arch.image_size=1000000"),
     "negative": ({"arch": {"depth": -1}}, "describes no network: arch.depth=-1"),
     "nothing": ({"arch": {"patch_size": 0}}, "describes no network"),
     "wider": ({"arch": {"width": 64}}, "is not a fd_jax file"),
