@@ -24,6 +24,10 @@ class HangError(DataError):
     """Storage that does not respond. The process exits, since a blocked thread cannot be ended."""
 
 
+class StorageError(UserError):
+    """Files cannot be read or written. The process exits, since threads may wait for them."""
+
+
 class ConversionError(UserError):
     """A weights file that does not match its source name, or cannot be read safely."""
 

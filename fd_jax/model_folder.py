@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -18,7 +19,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from fd_jax import checkpoint, digests, sharding
+from fd_jax import checkpoint, digests, files, sharding
 from fd_jax.errors import ConfigError, DataError, ModelFolderError, first_few
 from fd_jax.models import cropping, sizes
 from fd_jax.models.attention_map import AttentionMap
@@ -29,6 +30,7 @@ from fd_jax.models.spec import ModelSpec
 
 DIGESTS = "digests.json"
 PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics")
+MOST_VALUES = 2**31  # in all arrays beside those that the description gives the shapes of
 WINDOWS = 4  # windows of a picture that `Model.segment` computes together
 
 
@@ -169,9 +171,9 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
     """
     folder = epath.Path(folder)
     spec, expected = _load_description(folder)
+    _check_against_spec(folder, spec)
     with _readable(folder):
         params = checkpoint.load_tree(folder / "params")
-    _check_against_spec(folder, spec, params)
     damaged = digests.damaged(digests.of_own(params), expected.get("arrays", {}))
     if damaged:
         raise ModelFolderError(
@@ -186,11 +188,13 @@ def _digests(folder: epath.Path) -> dict[str, Any]:
     path = folder / DIGESTS
     if not path.exists():
         return {}
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
+        found = files.parse_object(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("arrays"), dict):
+        found = {}
+    arrays = found.get("arrays")
+    if not isinstance(arrays, dict) or not all(type(value) is int for value in arrays.values()):
         raise ModelFolderError(
             f"{path} is damaged; delete it to read the model without a check of its weights"
         )
@@ -199,7 +203,10 @@ def _digests(folder: epath.Path) -> dict[str, Any]:
 
 def _text(path: epath.Path) -> str:
     """The text of a small file; bytes that are no text become signs that no JSON has."""
-    return path.read_bytes().decode(errors="replace")
+    try:
+        return files.read_bytes(path).decode(errors="replace")
+    except ValueError as error:
+        raise ModelFolderError(f"{path} {error}; convert, copy or train the model again") from error
 
 
 def describe(
@@ -450,10 +457,19 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
     return Model(spec, params)
 
 
-def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
-    parts = described(spec)
+def _check_against_spec(folder: epath.Path, spec: ModelSpec) -> None:
+    """Compares the headers of the arrays with the description; reads no values."""
+    _refuse_special_files(folder)
+    with _readable(folder):
+        described_arrays = checkpoint.describe_tree(folder / "params")
+    found = {path: shape for path, (shape, _) in described_arrays.items()}
+    try:
+        parts = described(spec)
+    except ConfigError as error:
+        raise ModelFolderError(f"{folder / 'model.json'} describes no network: {error}") from error
+    _refuse_more(folder, {path: s for path, s in found.items() if _part(path) not in parts})
     expected = flat_shapes(parts)
-    stored = flat_shapes({name: params[name] for name in parts if name in params})
+    stored = {path: shape for path, shape in found.items() if _part(path) in parts}
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -465,6 +481,31 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, A
     ]
     listing = "\n  ".join(problems)
     raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
+
+
+def _part(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _refuse_more(folder: epath.Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses arrays that no model folder has beside those that its description names."""
+    if unknown := sorted({_part(path) for path in shapes} - set(PARTS)):
+        raise ModelFolderError(f"{folder} has the parts {unknown}; a model folder has {PARTS}")
+    values = sum(map(math.prod, shapes.values()))
+    if values > MOST_VALUES:
+        raise ModelFolderError(
+            f"{folder} announces {values:,} numbers beside its encoder "
+            f"({first_few(sorted(shapes))}); expected at most {MOST_VALUES:,}"
+        )
+
+
+def _refuse_special_files(folder: epath.Path) -> None:
+    for parent, _, names in (folder / "params").walk():
+        for name in names:
+            try:
+                files.check_regular(epath.Path(parent) / name)
+            except ValueError as error:
+                raise ModelFolderError(f"{epath.Path(parent) / name} {error}") from error
 
 
 def described(spec: ModelSpec) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fd_jax.diagnose.landscape import Landscape
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.classify import ClassifyTask
-from fd_jax.training.feeds import open_data
+from fd_jax.training import account
 from tests import tiny
 
 COLOURS = {"ant": (250, 20, 20), "bee": (20, 250, 20), "cow": (20, 20, 250), "doe": (200, 200, 20)}
@@ -171,13 +171,13 @@ def test_names_that_do_not_fit_the_head_are_refused(names):
         ModelSpec("vit", tiny.TEACHER, classes=3, class_names=names)
 
 
-def test_the_start_of_a_run_says_what_its_folders_hold(data, capsys):
-    open_data(config_of("", data, "abc", **{"data.eval_split": "bc"}), None)
+def test_a_run_says_what_its_folders_hold(data):
+    config = config_of("", data, "abc", **{"data.eval_split": "bc"})
     root = data.removeprefix("folder:")
-    assert capsys.readouterr().out.splitlines() == [
-        f"{root.replace('{split}', 'abc')}: 3 pictures; 3 classes",
-        f"{root.replace('{split}', 'bc')}: 2 pictures; 2 classes",
-    ]
+    assert account.found(Feed(**config.data)) == (
+        f"{root.replace('{split}', 'abc')}: 3 pictures; 3 classes; "
+        f"held out: {root.replace('{split}', 'bc')}: 2 pictures; 2 classes"
+    )
 
 
 def test_features_come_with_labels_and_names(classifier, data, tmp_path):

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from fd_jax import console
-from fd_jax.errors import HangError, UserError
+from fd_jax import console, storage
+from fd_jax.errors import HangError, StorageError, UserError
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -26,11 +26,15 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         try:
             return main(argv)
-        except HangError as error:
-            _print_error(str(error))
-            os._exit(2)  # a regular exit would wait for the thread that hangs
+        except (HangError, StorageError) as error:
+            _exit_at_once(error)
         except UserError as error:
             _fail(str(error))
+        except Exception as error:
+            failure = storage.explained(error)
+            if failure is None:
+                raise
+            _exit_at_once(failure)
 
     if _asked("help", "helpshort", "h", "?"):
         print(_help())
@@ -39,6 +43,7 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
         print(console.version())
         sys.exit(0)
     logging.set_verbosity(logging.WARNING)
+    storage.quiet_threads()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     app.run(guarded, flags_parser=parse)
 
@@ -93,6 +98,12 @@ def _without_traceback(message: str) -> str:
 def _print_error(message: str) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _exit_at_once(error: UserError) -> NoReturn:
+    """Ends the process; a regular exit would wait for threads that hang."""
+    _print_error(str(error))
+    os._exit(2)
 
 
 def _fail(message: str) -> NoReturn:

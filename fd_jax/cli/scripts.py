@@ -19,6 +19,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs:
 _ACCEPT = flags.DEFINE_bool(
     "accept_config", False, "Continue in a workdir that was started with another config."
 )
+_ACCEPT_DATA = flags.DEFINE_bool(
+    "accept_data", False, "Continue although files of the data were added, removed or changed."
+)
 _FALL_BACK = flags.DEFINE_bool(
     "fall_back", False, "Resume from the newest whole checkpoint if the latest is damaged."
 )
@@ -74,6 +77,7 @@ def train(make_task: Callable[[Config], Task]) -> Action:
             config,
             workdir,
             accept_config=_ACCEPT.value,
+            accept_data=_ACCEPT_DATA.value,
             fall_back=_FALL_BACK.value,
         )
         if result.preempted:

@@ -71,6 +71,10 @@ class Source(Protocol):
         """Returns a description of one example, for messages."""
         ...
 
+    def files(self) -> list[tuple[str, str]]:
+        """Name within the split and path of each file that is read, in any order."""
+        ...
+
 
 class Dataset(Source, Protocol):
     """A source of labelled images.
@@ -157,6 +161,11 @@ class FolderDataset:
         """Returns the path of the file."""
         return self._files[index][0]
 
+    def files(self) -> list[tuple[str, str]]:
+        """Paths below the folder, and whole paths, of the images."""
+        root = self.name.removeprefix(FOLDER_PREFIX).rstrip("/")
+        return [(path[len(root) + 1 :], path) for path, _ in self._files]
+
 
 class TfdsRecords:
     """A split of a prepared TFDS dataset in ArrayRecord files, read record by record.
@@ -189,9 +198,11 @@ class TfdsRecords:
                 )
         _check_split(name, split, builder.info.splits or {})
         remedy = f"move {builder.data_dir} away and run\n  {prepare_command(name, data_dir)}"
-        shards.check(self.name, builder.info.splits[split].file_instructions, remedy=remedy)
+        parts = builder.info.splits[split].file_instructions
+        shards.check(self.name, parts, remedy=remedy)
         decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
         self._records: Any = builder.as_data_source(split, decoders=decoders)
+        self._shards = [(_examples_of(part), part.filename) for part in parts]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -203,6 +214,10 @@ class TfdsRecords:
         except BrokenImageError:
             file_name = ""
         return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
+
+    def files(self) -> list[tuple[str, str]]:
+        """Names of the shards with the range of their examples, and their paths."""
+        return self._shards
 
     def record(self, index: int) -> dict[str, Any]:
         """Reads all features of one example.
@@ -250,6 +265,10 @@ class View:
         self.name = dataset.name
         self.num_classes: int | None = dataset.num_classes
         self.class_names: tuple[str, ...] | None = dataset.class_names
+
+    def files(self) -> list[tuple[str, str]]:
+        """The files of the whole dataset."""
+        return self.dataset.files()
 
 
 class Subset(View):
@@ -332,6 +351,11 @@ def spread(dataset: Dataset, examples: int) -> Subset:
     """
     count = min(len(dataset), examples)
     return Subset(dataset, (np.arange(count) * len(dataset) // max(count, 1)).tolist())
+
+
+def _examples_of(part: Any) -> str:
+    """A shard of TFDS and the range of its examples."""
+    return f"{epath.Path(part.filename).name}[{part.skip}:{part.skip + part.take}]"
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:

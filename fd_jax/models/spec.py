@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.errors import ModelFolderError
-from fd_jax.models import kernels, resize, sizes
+from fd_jax.errors import ModelFolderError, first_few
+from fd_jax.models import description, kernels, resize, sizes
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
 from fd_jax.models.segmenter import Segmenter, widths_of
@@ -159,21 +159,23 @@ class ModelSpec:
         try:
             fields = json.loads(text)
             version = fields["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelFolderError(f"{where} is not a model description: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ModelFolderError(
+                f"{where} is not a model description: {error!s:.200}. It is damaged, or of another "
+                "program; convert, copy or train the model again"
+            ) from error
         if version != FORMAT_VERSION:
             raise ModelFolderError(
                 f"{where} has format version {version}, this fd_jax reads {FORMAT_VERSION}; "
                 "convert or train the model again"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ModelFolderError(f"{where} has unknown fields {unknown}")
-        try:
-            fields["mean"], fields["std"] = tuple(fields["mean"]), tuple(fields["std"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ModelFolderError(f"{where} lacks a field: {error}") from error
+        if wrong := description.problems(fields):
+            raise ModelFolderError(
+                f"{where} describes no network: {first_few(wrong)}. It is damaged, or of another "
+                "version of fd_jax; convert, copy or train the model again"
+            )
+        pairs = {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
+        return cls(**fields | pairs)
 
 
 def _check_names(names: Any, classes: int) -> None:

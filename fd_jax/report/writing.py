@@ -35,7 +35,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
             f"{workdir} is not a workdir: it has no config.json; use the --workdir of train.py or "
             "finetune.py"
         )
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    config = ml_collections.ConfigDict(workdirs.read_config(workdir))
     kind = registry.kind_of(config)
     model_folder.load_spec(workdir / workdirs.MODEL)  # refuses a run that is not finished
     rows = metric_writer.read(workdir)

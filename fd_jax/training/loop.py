@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import errno
 import time
 from typing import Any
 
@@ -12,13 +13,13 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import digests, model_folder, settings, sharding
+from fd_jax import digests, model_folder, settings, sharding, storage
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.console import Bar, bar, say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
-from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
 from fd_jax.training import account, metric_writer, signals
@@ -58,6 +59,7 @@ def fit(
     workdir: epath.PathLike,
     *,
     accept_config: bool = False,
+    accept_data: bool = False,
     fall_back: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
@@ -70,15 +72,17 @@ def fit(
     Args:
       task: task to train.
       config: config of the run; configs/base.py describes its fields.
-      workdir: folder that receives config.json, checkpoints/, metrics.jsonl, tensorboard/, model/.
+      workdir: folder that receives config.json, data.json, checkpoints/, metrics.jsonl,
+        tensorboard/ and model/.
       accept_config: whether to continue if the config differs from the one in `workdir`.
+      accept_data: whether to continue if files of the data were added, removed or changed.
       fall_back: whether to continue from an earlier checkpoint if the latest is damaged.
 
     Raises:
       UserError: the config, the data, the workdir or a model folder is invalid.
     """
     workdir = epath.Path(workdir)
-    with contextlib.ExitStack() as resources:
+    with storage.one_message(workdir), contextlib.ExitStack() as resources:
         # This comes first because restoring and compiling take minutes, and because
         # jax.distributed installs a handler that would swallow the signal.
         stop_requested = resources.enter_context(signals.on_sigterm())
@@ -94,6 +98,10 @@ def fit(
             say("note: data.eval_split is the training split, so its figures are not held out")
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
+        workdirs.check_checkpoints(workdir)
+        contents = feed.contents()
+        workdirs.check_data(workdir, contents, accept=accept_data)
+        model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         program = build(
             task,
@@ -113,13 +121,14 @@ def fit(
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every or None,
         )
-        resources.callback(checkpoints.close)
+        resources.enter_context(checkpoints)
         state, start, record = initial_state(
             task, program, checkpoints, config.seed, initial, fall_back=fall_back
         )
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
+        workdirs.claim_data(workdir, contents)
         rows = [row for row in metric_writer.read(workdir) if row["step"] <= start]
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
@@ -336,7 +345,7 @@ class Run:
             say(note)
 
     def _save(self, step: int, state: TrainState) -> None:
-        self._check_lock()
+        self._check_workdir()
         saved = state.to_dict()
         known, wrong = digests.examine(saved)
         self._refuse_nonfinite(wrong)
@@ -394,9 +403,16 @@ class Run:
                 "Lower optim.peak_lr, raise optim.eps, or set dtype=float32"
             )
 
-    def _check_lock(self) -> None:
-        if self.lock is not None:
-            self.lock.check()
+    def _check_workdir(self) -> None:
+        """Refuses to write where the workdir is another run's, or no longer there.
+
+        Orbax would make a new folder in the place of one that was moved away or unmounted.
+        """
+        if self.lock is None:
+            return
+        self.lock.check()
+        if not (self.workdir / workdirs.CONFIG).exists():
+            raise StorageError(storage.message(errno.ENOENT, str(self.workdir / workdirs.CONFIG)))
 
     def _export(self, state: TrainState) -> None:
         notes = ""
@@ -414,7 +430,7 @@ class Run:
         self._write_model(workdirs.BEST, params, state, notes)
 
     def _write_model(self, name: str, params: PyTree, state: TrainState, notes: str) -> None:
-        self._check_lock()
+        self._check_workdir()
         spec, parts = self.task.export(params, state.extra)
         self._refuse_nonfinite(digests.not_finite(parts))
         spec = dataclasses.replace(spec, notes=notes or spec.notes)

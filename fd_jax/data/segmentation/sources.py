@@ -162,6 +162,11 @@ class FolderScenes:
         """Returns the path of the picture."""
         return self._files[index][1]
 
+    def files(self) -> list[tuple[str, str]]:
+        """Names and paths of the pictures and of their masks."""
+        pictures = [(f"picture {name}", picture) for name, picture, _ in self._files]
+        return pictures + [(f"mask {name}", mask) for name, _, mask in self._files]
+
 
 class TfdsScenes(TfdsRecords):
     """A prepared TFDS dataset with an image and a mask, an image of one 8-bit channel.
