@@ -14,13 +14,22 @@ RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
+.PHONY: quickstart quickstart-says quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
 
 # --- quickstart, on a laptop -----------------------------------------------------------------
 
-quickstart: quickstart-data
+quickstart: quickstart-says quickstart-data
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
 	$(BIN)/python -m fd_jax.report --workdir=$(RUN)
+
+quickstart-says:
+	@echo "make quickstart, with times for two idle cores; a slow or busy machine takes a multiple:"
+	@echo "  1. installs packages into $(VENV), for minutes and without a word, unless they are there"
+	@echo "  2. converts a DINOv2 teacher and prepares photographs: a minute, once"
+	@echo "  3. distils the teacher into a small student in 400 steps: 5 minutes;"
+	@echo "     after ten steps it says how long it takes here, and it resumes if it is stopped"
+	@echo "  4. writes the report: half a minute"
+	@echo "The report will be $(RUN)/report/report.html, which any browser opens."
 
 quickstart-data: $(TEACHER)/model.json
 	$(BIN)/python -m fd_jax.data.prepare --name=photos --data_dir=$(DATA)

@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 The same command on the same workdir resumes. Any field of the config can be set on the command
-line (`--config.batch_size=1024`). `--help` lists the flags for several processes.
+line (`--config.batch_size=1024`).
 """
 
 from fd_jax.cli import scripts

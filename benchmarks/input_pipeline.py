@@ -129,6 +129,7 @@ class Jpegs:
 
     name = "synthesised"
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, jpegs: list[bytes], size: int):
         self.jpegs, self.size = jpegs, size

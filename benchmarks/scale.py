@@ -29,6 +29,8 @@ SLICES = {
     "l": {"v5e": "v5e:8x8", "v4": "v4:4x4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x8"},
     "g": {"v5p": "v5p:4x4x4"},
 }
+_OF_SEGMENTATION = {"v5e": "v5e:2x4"}  # for the batch of 16
+
 # Rows that need more: linear probes' batch of 16,384, Swins, 577 tokens per image.
 LARGER_SLICES = {
     **dict.fromkeys(
@@ -89,6 +91,8 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ft_clip_336_l": ("configs/ft_clip_vit_l14_336.py", "openai_clip_vit_l14_336", _SHARDED),
     "linear_b": ("configs/linear_vit_b16.py", B16, ()),
     "linear_l": ("configs/linear_vit_l14.py", L14, _SHARDED),
+    "segment_b": ("configs/segment_clip_vit_b16.py", B16, ()),
+    "segment_l": ("configs/segment_clip_vit_l14.py", L14, ("--config.mesh.fsdp=8",)),
     "distill_esvit_vit_b": ("configs/distill_esvit_vit_b16.py", "", ()),
     "distill_esvit_swin_b": (ESVIT, "", ()),
     "finetune_esvit_swin_b": ("configs/finetune_esvit_swin_b.py", ESVIT, ()),
@@ -130,6 +134,8 @@ class Row:
     @property
     def slice(self) -> str:
         """The topology that it is compiled for."""
+        if self.run.startswith("segment_"):
+            return _OF_SEGMENTATION[self.chip]
         return LARGER_SLICES.get(self.name) or SLICES[self.run[-1]][self.chip]
 
     @property

@@ -104,14 +104,14 @@ def ours(family: str, folder: Path, batch: int) -> Functions:
 
 
 def serve(make: Callable[..., Functions], arguments: tuple, pipe: Any) -> None:
-    """The process of one side: runs what it is asked to and returns seconds and features."""
+    """The process of one side: runs what it is asked to, and returns seconds and any array."""
     runs = make(*arguments)
     pipe.send("ready")
     while (name := pipe.recv()) is not None:
         start = time.perf_counter()
         result = runs[name]()
         seconds = time.perf_counter() - start
-        pipe.send((seconds, np.asarray(result) if name == "forward" else None))
+        pipe.send((seconds, np.asarray(result) if hasattr(result, "shape") else None))
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ def common() -> Config:
         "epochs": 0.0,
         "batches": 20,  # 0: the whole split
         "knn": 0,  # > 0: also the accuracy with this many nearest neighbours
+        "keep_best": "",  # figure whose best weights are kept in workdir/best, such as "top1"
     }
     config.data = {
         "name": "imagenet2012",  # TFDS name, or folder:/path
@@ -69,8 +70,10 @@ def common() -> Config:
         "crop": "retried",  # until it fits; "single": drawn once and clipped (linear probe)
         "flip": True,
         "rand_augment": "",  # policy in timm's notation, such as "rand-m9-mstd0.5-inc1"
+        "exif": False,  # True: turn pictures as their EXIF orientation says
         "eval_resize": 256 / 224,  # short side of a held-out picture / side of its centre crop
         "eval_crop": True,  # False: the whole picture is squeezed into the square
+        "match_classes": "name",  # "number": the k-th class is class k; see docs/data.md
         "skip_official": False,  # leave out the 27 files that the original skips
         "threads": 16,  # decoding threads per worker process
         "workers": 0,  # worker processes; 0 decodes in this one
@@ -365,6 +368,7 @@ def segmentation(
         "root": "ADEChallengeData2016",  # or of "folders": what holds `images` and `labels`
         "images": "images/{split}",  # of "folders", below `root`
         "labels": "annotations/{split}",
+        "class_names": "",  # of "folders": a file below `root`, a name per line from stored 0 on
         "ignore": 255,  # stored label that is neither trained on nor counted
         "reduce_zero_label": True,  # a stored 0 is ignored too, and a stored k is class k - 1
         "split": "training",
@@ -386,6 +390,7 @@ def segmentation(
         "batches": 0,  # 0: the whole split
         "mode": "slide",  # windows over the picture
         "stride": 341,  # pixels between windows
+        "keep_best": "",  # figure whose best weights are kept in workdir/best, such as "miou"
         "scales": (1.0,),  # several: probabilities are averaged
         "flip": False,  # True: and over the mirror image
     }

@@ -15,9 +15,9 @@ SIDE = 112  # pixels: eight patches of the quickstart's student
 
 def get_config(arg: str = ""):
     """See configs/base.py for the fields; argument: smoke."""
-    config = base.segmentation(peak_lr=2e-3, layer_decay=0.9, drop_path=0.0, channels=64)
+    config = base.segmentation(peak_lr=1e-3, layer_decay=1.0, drop_path=0.0, channels=32)
     config.update(batch_size=8, steps=700, log_every=20)
-    config.segment.update(classes=11, auxiliary_channels=32)
+    config.segment.update(classes=11, auxiliary_channels=16, dropout=0.0)
     config.data.update(
         name="digit_scenes",
         root="",
@@ -26,9 +26,10 @@ def get_config(arg: str = ""):
         data_dir="data",
         reduce_zero_label=False,
         image_size=SIDE,
-        scale=(4 * SIDE, SIDE),
-        ratio=(0.75, 1.5),
-        max_share=0.95,  # nine tenths of a picture are background
+        scale=(600, 150),  # a card is two to four patches wide
+        ratio=(0.9, 1.1),
+        flip=False,  # the mirror image of a digit is none
+        distort=False,
         threads=2,
     )
     config.eval.update(every=350, stride=2 * SIDE // 3)

@@ -2,5 +2,6 @@
 
 from fd_jax.__about__ import __version__
 from fd_jax.model_folder import Model, load_model
+from fd_jax.show.pictures import pca_picture
 
-__all__ = ["Model", "__version__", "load_model"]
+__all__ = ["Model", "__version__", "load_model", "pca_picture"]

@@ -5,21 +5,28 @@ devices continue to work. Orbax commits a checkpoint when it is complete, and on
 checkpoints are restored.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import re
-from typing import Any
+import threading
+from typing import Any, Self
 
 from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fd_jax import digests, sharding
-from fd_jax.errors import CheckpointError, DamagedCheckpointError, differences, first_few
+from fd_jax import digests, sharding, storage
+from fd_jax.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    StorageError,
+    differences,
+    first_few,
+)
 from fd_jax.typing import PyTree
 
 
@@ -98,9 +105,10 @@ def save_tree(path: epath.Path, tree: PyTree) -> dict[str, int]:
             checkpointer.save(path.resolve(), tree)  # Orbax refuses relative paths
     except ValueError as error:
         # TensorStore reports errors of the system only in the text of its own error.
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-        raise
+        code = storage.code_of(error)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
     return host.digests if lazy else digests.of_tree(tree)
 
 
@@ -125,8 +133,9 @@ Description = dict[str, tuple[tuple[int, ...], str]]  # by "a/b" path, shape and
 
 def describe_tree(path: epath.Path) -> Description:
     """Returns shape and dtype of every array of a saved tree by "a/b" path; reads no values."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = _description(checkpointer, path.resolve())
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        # A checkpointer would warn that part of a checkpoint is not a checkpoint of its own.
+        tree = handler.metadata(path.resolve()).tree
     return {
         name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in digests.by_path(tree).items()
     }
@@ -138,6 +147,12 @@ def _kind(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 _DIGESTS = "digests"  # in the record of a checkpoint
+_REST = ""  # among the digests: that of the rest of the record, under a name that no array has
+PATIENCE = 8.0  # seconds for a checkpoint that is being written when the storage fails elsewhere
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
 
 
 class Checkpoints:
@@ -173,22 +188,28 @@ class Checkpoints:
         """Starts to write a checkpoint and returns before it is complete.
 
         All processes call this with the same step. A step that is already saved is left as it is.
+        An error while it is written is raised by the next `save`, `wait` or `close`.
 
         Args:
           step: number of the checkpoint.
           state: tree of arrays.
           record: JSON-serializable values.
           known: digests of `state`, see `digests.of_tree`; None to compute them.
+
+        Raises:
+          StorageError: this checkpoint or the one before cannot be written.
         """
         if step in self._manager.all_steps():
             return
-        record = {**record, _DIGESTS: digests.of_tree(state) if known is None else known}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
-            ),
-        )
+        known = digests.of_tree(state) if known is None else known
+        record = {**record, _DIGESTS: {**known, _REST: digests.of_text(_canonical(record))}}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
+                ),
+            )
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads one checkpoint.
@@ -222,7 +243,9 @@ class Checkpoints:
         state, record = restored["state"], restored["record"]
         if not saved:
             raise self._damaged(step, "is damaged: the metadata of its arrays cannot be read")
-        self._refuse_damage(step, saved, state, record.pop(_DIGESTS, {}))
+        expected = record.pop(_DIGESTS, {})
+        self._refuse_damaged_record(step, record, expected)
+        self._refuse_damage(step, saved, state, expected)
         return state, record
 
     def set_aside(self, steps: Collection[int]) -> None:
@@ -239,6 +262,14 @@ class Checkpoints:
                 (self._folder / str(step)).rename(aside / str(step))
         sharding.barrier("checkpoints_set_aside")
         self._manager.reload()
+
+    def _refuse_damaged_record(
+        self, step: int, record: dict[str, Any], expected: dict[str, int]
+    ) -> None:
+        renamed = any(isinstance(value, dict) and _REST in value for value in record.values())
+        found = digests.of_text(_canonical(record))
+        if renamed or expected.get(_REST, found) != found:
+            raise self._damaged(step, "is damaged: its record is not what was written")
 
     def _refuse_damage(
         self, step: int, saved: Description, state: PyTree, expected: dict[str, int]
@@ -285,10 +316,45 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits until all checkpoints are complete."""
-        self._manager.wait_until_finished()
+        """Waits until all checkpoints are complete.
+
+        Raises:
+          StorageError: one of them cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until all checkpoints are complete, and releases the writer threads."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes; after an error of the storage without waiting for what may never be complete.
+
+        Orbax's threads wait for each other, for minutes after one of them has failed.
+        """
+        if error is None or storage.explained(error) is None:
+            self.close()
+            return
+        closing = threading.Thread(target=self._close_quietly, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever Orbax raises about files into a `StorageError`."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            raise storage.explained(error, self._folder) or StorageError(
+                f"{self._folder}: a checkpoint cannot be written ({str(error)[:100]}), as when its "
+                f"files are moved or deleted meanwhile. {storage.AGAIN}"
+            ) from error
+
+    def _close_quietly(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()

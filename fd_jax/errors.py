@@ -24,6 +24,10 @@ class HangError(DataError):
     """Storage that does not respond. The process exits, since a blocked thread cannot be ended."""
 
 
+class StorageError(UserError):
+    """Files cannot be read or written. The process exits, since threads may wait for them."""
+
+
 class ConversionError(UserError):
     """A weights file that does not match its source name, or cannot be read safely."""
 
@@ -77,6 +81,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)  # a new field that is None does not count
     ]
+
+
+def printable(text: str) -> str:
+    """A text for any stream; bytes of a file name that are no text are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def first_few(names: Sequence[str], count: int = 3) -> str:

@@ -5,8 +5,8 @@
 
 The file holds "cls" [N, D] and "mean" [N, D] (the class token and the mean of the patch tokens,
 after the final norm where the network has one), "labels" [N] int32 (-1 where there are none) and
-"names" [N], in the order of the data. All devices of this process share the work. Reading data
-needs the packages of the extra "train".
+"names" [N], in the order of the data, and "class_names" [K] where the classes have names. All
+devices of this process share the work. Reading data needs the packages of the extra "train".
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax import sharding
+from fd_jax import console, sharding
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
@@ -46,6 +46,7 @@ def extract(
     batch_size: int | None = None,
     threads: int = 16,
     max_broken: int = 0,
+    exif: bool = False,
 ) -> dict[str, np.ndarray]:
     """Runs every image of a dataset through a network, resized and cropped as for evaluation.
 
@@ -56,10 +57,12 @@ def extract(
       batch_size: batch size over all devices; None for 32 per device.
       threads: number of threads that decode images.
       max_broken: number of unreadable images that may be left out.
+      exif: whether pictures are turned as their EXIF orientation says.
 
     Returns:
-      float32 [N, ...] for each of `tokens`, "labels" int32 [N], "names" str [N] and, with "full",
-      the "grid" (H, W) of the patches. N is the number of images that could be read.
+      float32 [N, ...] for each of `tokens`, "labels" int32 [N], "names" str [N], with "full" the
+      "grid" (H, W) of the patches, and "class_names" str [K] where the dataset has them. N is the
+      number of images that could be read.
 
     Raises:
       ConfigError: unknown or unavailable tokens, or a batch that the devices cannot divide.
@@ -83,7 +86,7 @@ def extract(
     keep = jax.jit(lambda features: {kind: TOKEN_KINDS[kind](features) for kind in tokens})
     batches = pipeline.eval_batches(
         dataset,
-        transforms.LabelledImage(transforms.EvalTransform(image_size)),
+        transforms.LabelledImage(transforms.EvalTransform(image_size, exif=exif)),
         batch_size=batch_size,
         threads=threads,
         max_broken=max_broken,
@@ -99,6 +102,8 @@ def extract(
     if not len(index):
         raise DataError(f"{dataset.name} has no readable image")
     stored["names"] = np.array([dataset.describe(int(i)) for i in index], np.str_)
+    if dataset.class_names is not None:
+        stored["class_names"] = np.array(dataset.class_names, np.str_)
     if "full" in tokens:
         stored["grid"] = np.array(layout.grid)
     return stored
@@ -138,9 +143,7 @@ def _collect(computed: Iterator[tuple[Any, Any]], total: int) -> dict[str, np.nd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser("python -m fd_jax.features", __doc__)
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--input", required=True, help="TFDS name, or folder of images")
     parser.add_argument("--output", required=True, help="file to write; its name ends in .npz")
@@ -160,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max_broken", type=int, default=0, help="number of unreadable images that may be left out"
     )
+    parser.add_argument(
+        "--exif", action="store_true", help="turn pictures as their EXIF orientation says"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     try:
@@ -176,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from fd_jax.data import datasets
 
+    console.open_devices()
     output = epath.Path(args.output)
     temporary = _create_temporary(output, overwrite=args.overwrite)
     try:
@@ -189,6 +196,7 @@ def _run(args: argparse.Namespace) -> None:
             tokens=tuple(filter(None, args.tokens.split(","))),
             batch_size=args.batch_size,
             max_broken=args.max_broken,
+            exif=args.exif,
         )
         _save(arrays, temporary, output)
     finally:

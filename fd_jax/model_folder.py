@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -18,9 +19,10 @@ from flax import nnx
 import jax
 import numpy as np
 
-from fd_jax import checkpoint, digests, sharding
-from fd_jax.errors import DataError, ModelFolderError, first_few
-from fd_jax.models import sizes
+from fd_jax import checkpoint, digests, files, sharding
+from fd_jax.errors import ConfigError, DataError, ModelFolderError, first_few
+from fd_jax.models import cropping, sizes
+from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import maps_of, sliding
 from fd_jax.models.sizes import ImageSize
@@ -28,6 +30,7 @@ from fd_jax.models.spec import ModelSpec
 
 DIGESTS = "digests.json"
 PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics")
+MOST_VALUES = 2**31  # in all arrays beside those that the description gives the shapes of
 WINDOWS = 4  # windows of a picture that `Model.segment` computes together
 
 
@@ -168,9 +171,9 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
     """
     folder = epath.Path(folder)
     spec, expected = _load_description(folder)
+    _check_against_spec(folder, spec)
     with _readable(folder):
         params = checkpoint.load_tree(folder / "params")
-    _check_against_spec(folder, spec, params)
     damaged = digests.damaged(digests.of_own(params), expected.get("arrays", {}))
     if damaged:
         raise ModelFolderError(
@@ -185,11 +188,13 @@ def _digests(folder: epath.Path) -> dict[str, Any]:
     path = folder / DIGESTS
     if not path.exists():
         return {}
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
+        found = files.parse_object(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("arrays"), dict):
+        found = {}
+    arrays = found.get("arrays")
+    if not isinstance(arrays, dict) or not all(type(value) is int for value in arrays.values()):
         raise ModelFolderError(
             f"{path} is damaged; delete it to read the model without a check of its weights"
         )
@@ -198,7 +203,10 @@ def _digests(folder: epath.Path) -> dict[str, Any]:
 
 def _text(path: epath.Path) -> str:
     """The text of a small file; bytes that are no text become signs that no JSON has."""
-    return path.read_bytes().decode(errors="replace")
+    try:
+        return files.read_bytes(path).decode(errors="replace")
+    except ValueError as error:
+        raise ModelFolderError(f"{path} {error}; convert, copy or train the model again") from error
 
 
 def describe(
@@ -224,19 +232,44 @@ def _readable(folder: epath.Path) -> Iterator[None]:
 
 
 class Model:
-    """A loaded network, called on normalised images; `preprocess` normalises uint8 images.
+    """A loaded network, called on normalised images; `preprocess` makes these from pictures.
+
+        model = fd_jax.load_model("runs/quickstart/model")
+        images = model.preprocess(pictures, resize=True)  # uint8 [h, w, 3] each, of any sizes
+        features = model(images)  # features.patches [B, H*W, D], features.cls_token [B, D]
+        colours = fd_jax.pca_picture(features)  # [B, H, W, 3]
+        last = model.attention_maps(images, blocks=[-1])[0].weights()  # [B, heads, N, N]
+        labels = model.segment(pictures)  # of a network with a segmenter
 
     Args:
       spec: description of the encoder.
       params: parts of the model folder, float32.
+
+    Attributes:
+      class_names: name of each output of the classifier head; None where they are not known.
     """
 
     def __init__(self, spec: ModelSpec, params: dict[str, Any]):
         self.spec = spec
         self.params = params
+        self.class_names = spec.class_names
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
         self._logits = jax.jit(functools.partial(segmenter_logits, spec))
+
+    def __repr__(self) -> str:
+        size, arch = sizes.describe(self.spec.arch["image_size"]), self.spec.arch
+        encoder = self.params["encoder"]
+        network: Any = nnx.merge(self._definition, encoder)
+        values = sum(leaf.size for leaf in jax.tree.leaves(encoder))
+        parts = ", ".join(name for name in PARTS if name in self.params)
+        classes = f", {self.spec.classes} classes" if self.spec.classes else ""
+        return (
+            f"<Model {self.spec.source!r}: {self.spec.family}, {values / 1e6:.3g} M parameters, "
+            f"{size} px, {network.grid[0]} x {network.grid[1]} patches of width {network.width}, "
+            f"{'class token' if arch.get('cls_token') else 'no class token'}{classes}; "
+            f"parts: {parts}>"
+        )
 
     def __call__(self, images: jax.Array) -> FeatureMap:
         """Returns the features after the final norm, class token first.
@@ -246,15 +279,50 @@ class Model:
         """
         return self._forward(self.params["encoder"], images)
 
-    def preprocess(self, images: np.ndarray) -> jax.Array:
-        """Normalises images with the mean and std of the network. uint8 [B, H, W, 3] -> float32.
+    def preprocess(
+        self, images: np.ndarray | Sequence[np.ndarray], *, resize: bool = False
+    ) -> jax.Array:
+        """Normalises images with the mean and std of the network.
+
+        Args:
+          images: uint8 [B, H, W, 3] RGB. With `resize`, a list of pictures uint8 [h, w, 3] of any
+            sizes also serves.
+          resize: whether to bring the images to the network's size as evaluation does: the short
+            side is resized to 256 / 224 of it, and the centre is cropped.
+
+        Returns:
+          float32 [B, H, W, 3].
 
         Raises:
           DataError: the images have another dtype or shape, which would give other features
             without a sign of it.
         """
-        check_images(images)
-        return self.spec.normalize(images)
+        batch: Any = images
+        if resize:
+            batch = self._resized([np.asarray(image) for image in images])
+        check_images(batch)
+        return self.spec.normalize(batch)
+
+    def attention_maps(
+        self, images: jax.Array, blocks: Sequence[int] | None = None
+    ) -> list[AttentionMap]:
+        """The attention of blocks, from which weights and logits are derived on request.
+
+        Args:
+          images: normalised images [B, H, W, 3], float32.
+          blocks: numbers of the blocks; negative ones count from the last. None for all.
+
+        Raises:
+          ConfigError: there is no such block.
+        """
+        network: Any = nnx.merge(self._definition, self.params["encoder"])
+        numbers = range(network.depth) if blocks is None else blocks
+        if wrong := [n for n in numbers if not -network.depth <= n < network.depth]:
+            raise ConfigError(
+                f"blocks={list(numbers)}: the network has {network.depth} blocks, so there is no "
+                f"block {wrong[0]}"
+            )
+        return network.attention_maps(images, [n % network.depth for n in numbers])
 
     def segment(
         self, pictures: Sequence[np.ndarray] | np.ndarray, *, logits: bool = False
@@ -288,6 +356,12 @@ class Model:
             return self._window_logits(self._check_windows(np.asarray(pictures)))
         return [self._labels(np.asarray(picture)) for picture in pictures]
 
+    def _resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        for picture in pictures:
+            check_images(picture[None])
+        size = self.spec.arch["image_size"]
+        return np.stack([cropping.for_evaluation(picture, size) for picture in pictures])
+
     def _labels(self, picture: np.ndarray) -> np.ndarray:
         check_images(picture[None])
         height, width = sizes.sides(self.spec.arch["image_size"])
@@ -296,7 +370,7 @@ class Model:
                 f"pictures are cut into squares, but this network reads {height} x {width} pixels; "
                 "load it with image_size=N"
             )
-        cut = sliding.Sliding(height, stride=2 * height // 3, scale=(4 * height, height))
+        cut = sliding.Sliding(side=height, stride=2 * height // 3, scale=(4 * height, height))
         views = cut.views(picture)
         return cut.labels(views, [self._in_parts(views[0].windows)], picture.shape[:2])
 
@@ -331,13 +405,14 @@ def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array)
     Args:
       spec: of the folder; it has a segmenter.
       params: the parts of the folder.
-      images: normalised images [B, H, W, 3] at the network's own size.
+      images: normalised images [B, H, W, 3], of any size that the network can have.
 
     Returns:
       [B, h, w, K] float32 at the finest level of the segmenter.
     """
     assert spec.segmenter is not None
-    encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
+    sized, weights = spec.resized(params["encoder"], images.shape[1:3])
+    encoder: Any = nnx.merge(sized.abstract()[0], weights)
     segment: Any = nnx.merge(spec.abstract_segmenter()[0], params["segmenter"])
     maps = maps_of(encoder, images, spec.segmenter["blocks"])
     return segment(maps, params["segmenter_statistics"]).logits
@@ -382,10 +457,19 @@ def load_model(folder: epath.PathLike, *, image_size: ImageSize | None = None) -
     return Model(spec, params)
 
 
-def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, Any]) -> None:
-    parts = described(spec)
+def _check_against_spec(folder: epath.Path, spec: ModelSpec) -> None:
+    """Compares the headers of the arrays with the description; reads no values."""
+    _refuse_special_files(folder)
+    with _readable(folder):
+        described_arrays = checkpoint.describe_tree(folder / "params")
+    found = {path: shape for path, (shape, _) in described_arrays.items()}
+    try:
+        parts = described(spec)
+    except ConfigError as error:
+        raise ModelFolderError(f"{folder / 'model.json'} describes no network: {error}") from error
+    _refuse_more(folder, {path: s for path, s in found.items() if _part(path) not in parts})
     expected = flat_shapes(parts)
-    stored = flat_shapes({name: params[name] for name in parts if name in params})
+    stored = {path: shape for path, shape in found.items() if _part(path) in parts}
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -397,6 +481,31 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec, params: dict[str, A
     ]
     listing = "\n  ".join(problems)
     raise ModelFolderError(f"the weights in {folder} do not match its model.json:\n  {listing}")
+
+
+def _part(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _refuse_more(folder: epath.Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses arrays that no model folder has beside those that its description names."""
+    if unknown := sorted({_part(path) for path in shapes} - set(PARTS)):
+        raise ModelFolderError(f"{folder} has the parts {unknown}; a model folder has {PARTS}")
+    values = sum(map(math.prod, shapes.values()))
+    if values > MOST_VALUES:
+        raise ModelFolderError(
+            f"{folder} announces {values:,} numbers beside its encoder "
+            f"({first_few(sorted(shapes))}); expected at most {MOST_VALUES:,}"
+        )
+
+
+def _refuse_special_files(folder: epath.Path) -> None:
+    for parent, _, names in (folder / "params").walk():
+        for name in names:
+            try:
+                files.check_regular(epath.Path(parent) / name)
+            except ValueError as error:
+                raise ModelFolderError(f"{epath.Path(parent) / name} {error}") from error
 
 
 def described(spec: ModelSpec) -> dict[str, Any]:

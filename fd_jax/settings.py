@@ -11,15 +11,25 @@ network's sizes by its class, and the length of the data by `total_steps` and `c
 from collections.abc import Callable, Mapping
 import dataclasses
 import difflib
-import math
-from typing import Any, Protocol, get_args
-
-import numpy as np
+from typing import Any
 
 from fd_jax import losses
 from fd_jax.data.base import IGNORED, Crop, Interpolation
+from fd_jax.data.class_names import Match
 from fd_jax.errors import ConfigError
-from fd_jax.models import attention, heads, kernels, layers, segmenter, swin_v2, vit
+from fd_jax.fields import (
+    FLAG,
+    LARGEST_WHOLE,
+    Choice,
+    Number,
+    Rule,
+    Several,
+    Text,
+    choice,
+    whole,
+)
+from fd_jax.models import heads, kernels, segmenter
+from fd_jax.models.architectures import ARCHITECTURES
 from fd_jax.models.backbone import REMAT_POLICIES
 from fd_jax.models.spec import FAMILIES
 from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
@@ -27,181 +37,19 @@ from fd_jax.precision import DTYPES
 from fd_jax.tasks import classify, goal, registry, segment
 from fd_jax.typing import Config
 
-# Devices count in int32 and compute in float32.
-LARGEST_WHOLE = 2**31 - 1
-LARGEST = float(np.finfo(np.float32).max)
-SMALLEST = float(np.finfo(np.float32).tiny)
-
-
-class Rule(Protocol):
-    """What the value of one field has to be."""
-
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, as the end of a line that begins with it; None if nothing."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Number:
-    """A finite number within bounds. True and False are no numbers.
-
-    A number that is not whole is compared as a float32, which is what devices hold: a decay of
-    0.999999999 is 1 there, and 1e-60 is 0.
-
-    Attributes:
-      whole: whether it has to be a whole number.
-      least, most: bounds that are allowed themselves, or None.
-      above, below: bounds that are not allowed themselves, or None.
-      special: a value outside of the bounds that is allowed, or None.
-      unit: unit or meaning, which follows "a number" in messages.
-      hint: what to do instead.
-    """
-
-    whole: bool = False
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    special: float | None = None
-    unit: str = ""
-    hint: str = ""
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        kinds = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return self._expected(self.most)
-        if value == self.special or self._allows(value):
-            return None
-        too_large = self.most is None and self._limit < abs(value) < math.inf
-        return self._expected(self._limit if too_large else self.most)
-
-    @property
-    def _limit(self) -> float:
-        """The largest value, which is that of its dtype if there is no bound."""
-        if self.most is not None:
-            return self.most
-        return LARGEST_WHOLE if self.whole else LARGEST
-
-    def _allows(self, value: float) -> bool:
-        if not self.whole:
-            if not abs(value) <= LARGEST:  # NaN and infinities too
-                return False
-            value = _as_float32(value)
-        return (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and value <= self._limit
-        )
-
-    def _expected(self, most: float | None) -> str:
-        if self.least is not None and most is not None:
-            bounds = f" from {self.least:.10g} to {most:.10g}"
-        else:
-            words = {"of at least": self.least, "above": self.above}
-            words |= {"of at most": most, "below": self.below}
-            named = [f"{word} {bound:.10g}" for word, bound in words.items() if bound is not None]
-            bounds = f" {' and '.join(named)}" if named else ""
-        kind = "a whole number" if self.whole else "a finite number"
-        special = "" if self.special is None else f", or {self.special:g}"
-        unit = f" ({self.unit})" if self.unit else ""
-        hint = f"; {self.hint}" if self.hint else ""
-        return f": expected {kind}{bounds}{special}{unit}{hint}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of several names; `removed` maps names of earlier versions to what to write instead."""
-
-    names: tuple[str, ...]
-    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        if isinstance(value, str) and value in self.names:
-            return None
-        if isinstance(value, str) and value in self.removed:
-            return f" was removed, since {self.removed[value]}"
-        return f" is unknown; expected one of {', '.join(map(repr, self.names))}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A text; it may be empty if `optional`."""
-
-    what: str
-    optional: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        if isinstance(value, str) and (value.strip() or (self.optional and not value)):
-            return None
-        return f": expected {self.what}" + (", or '' for none" if self.optional else "")
-
-
-class Flag:
-    """True or False."""
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        return None if isinstance(value, bool) else ": expected True or False"
-
-
-@dataclasses.dataclass(frozen=True)
-class Several:
-    """A tuple or list of values that all follow one rule.
-
-    Attributes:
-      each: rule of the values.
-      length: number of values; 0 for any number above 0.
-      single: whether a value alone is allowed in place of the tuple.
-    """
-
-    each: Rule
-    length: int = 0
-    single: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        if self.single and not isinstance(value, tuple | list):
-            return self.each.problem(value)
-        if not isinstance(value, tuple | list) or len(value) != (self.length or len(value) or 1):
-            number = self.length or "one or more"
-            return f": expected {number} values in parentheses, such as (a, b)"
-        problems = (self.each.problem(item) for item in value)
-        return next((f"{problem}, for each value" for problem in problems if problem), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class OrNone:
-    """A rule that None also follows."""
-
-    rule: Rule
-
-    def problem(self, value: Any) -> str | None:
-        """See `Rule`."""
-        problem = None if value is None else self.rule.problem(value)
-        return problem and f"{problem}, or None"
-
-
-def whole(least: int, unit: str = "", *, most: int | None = None, **kwargs: Any) -> Number:
-    """A whole number of at least `least`."""
-    return Number(whole=True, least=least, most=most, unit=unit, **kwargs)
-
-
-def choice(literal: Any, *more: str) -> Choice:
-    """One of the names of a `Literal`, or of `more`."""
-    return Choice((*more, *get_args(literal)))
-
-
-FLAG = Flag()
 RATE = "learning rate for optim.lr_batch images"
 SHARE = Number(least=0, most=1, unit="probability")
 DECAY = Number(least=0, below=1, unit="share that is kept at every step")
 DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
-EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
 AXIS = whole(1, "devices", special=-1, hint="-1 takes all devices that remain")
+
+
+def _figure(*names: str) -> Choice:
+    """None, or a figure of a task's evaluations, of the weights or of their moving average."""
+    return Choice(("", *names, *(f"ema_{name}" for name in names)))
+
+
+_NEIGHBOURS = ("knn_top1", "knn_top5")
 
 # The fields of every run (configs/base.py, `common`).
 COMMON: dict[str, Rule] = {
@@ -259,6 +107,8 @@ _PICTURES: dict[str, Rule] = {
     "data.rand_augment": Text("a policy such as rand-m9-mstd0.5-inc1", optional=True),
     "data.eval_resize": Number(least=1, most=4, unit="side of the picture / side of its crop"),
     "data.eval_crop": FLAG,
+    "data.exif": FLAG,
+    "data.match_classes": choice(Match),
     "data.skip_official": FLAG,
     "optim.start_lr": Number(least=0, unit=RATE),
     "optim.min_lr": Number(least=0, unit=RATE),
@@ -271,6 +121,7 @@ _PICTURES: dict[str, Rule] = {
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", "cosine", *_NEIGHBOURS),
         "student.family": Choice(tuple(FAMILIES)),
         "student.drop_path": DROP_PATH,
         "teacher.path": Text("the path of the teacher's model folder"),
@@ -290,6 +141,7 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
         "model.classes": whole(2, "classes"),
         "model.trains": choice(classify.Trains),
@@ -323,12 +175,14 @@ TASKS: dict[str, dict[str, Rule]] = {
         "data.root": Text("the path of a folder", optional=True),
         "data.images": Text("a pattern such as images/{split}"),
         "data.labels": Text("a pattern such as annotations/{split}"),
+        "data.class_names": Text("the name of a file below data.root", optional=True),
         "data.ignore": whole(0, "stored label", most=2**16 - 1),
         "data.reduce_zero_label": FLAG,
         "data.scale": Several(whole(1, "pixels"), length=2),
         "data.ratio": Several(Number(above=0, unit="factor of data.scale"), length=2),
         "data.max_share": Number(above=0, most=1, unit="share of a crop"),
         "data.distort": FLAG,
+        "eval.keep_best": _figure("miou", "macc", "aacc"),
         "eval.mode": Choice(("slide", "whole")),
         "eval.stride": whole(1, "pixels"),
         "eval.scales": Several(Number(above=0, unit="factor of data.scale")),
@@ -340,55 +194,12 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.CONTRAST.section: {
         **_PICTURES,
+        "eval.keep_best": _figure("loss", *_NEIGHBOURS),
         "contrast.family": Choice(tuple(FAMILIES)),
         "contrast.width": whole(1, "channels of the vectors that are compared"),
         "contrast.temperature": Number(above=0, unit="divisor of the cosines"),
         "contrast.min_area": Number(above=0, most=1, unit="share of the image that a view covers"),
         "contrast.jitter": SHARE,
-    },
-}
-
-_SWIN: dict[str, Rule] = {
-    "image_size": Several(whole(1, "pixels"), length=2, single=True),
-    "patch_size": whole(1, "pixels"),
-    "embed_width": whole(1, "channels"),
-    "depths": Several(whole(1, "blocks")),
-    "heads": Several(whole(1, "heads")),
-    "window": whole(1, "tokens on a side"),
-    "mlp_ratio": whole(1, "channels per channel"),
-    "activation": Choice(tuple(layers.ACTIVATIONS)),
-    "norm_eps": EPS,
-    "final_norm": FLAG,
-}
-
-# The fields of `student.arch`, `model.arch`, `segment.arch` and `contrast.arch`, by family.
-ARCHITECTURES: dict[str, dict[str, Rule]] = {
-    "vit": {
-        "image_size": Several(whole(1, "pixels"), length=2, single=True),
-        "patch_size": whole(1, "pixels"),
-        "width": whole(1, "channels"),
-        "depth": whole(1, "blocks"),
-        "heads": whole(1, "heads"),
-        "mlp_width": whole(1, "channels"),
-        "position": choice(vit.Position),
-        "cls_token": FLAG,
-        "registers": whole(0, "tokens"),
-        "ln_pre": FLAG,
-        "final_norm": FLAG,
-        "activation": Choice(tuple(layers.ACTIVATIONS)),
-        "norm_eps": EPS,
-        "layer_scale": OrNone(Number(unit="start of the factor of each branch")),
-        "qkv_bias": choice(attention.QkvBias),
-        "patch_bias": FLAG,
-        "rope_theta": Number(above=0, unit="base of the rotary frequencies"),
-    },
-    "swin": _SWIN,
-    "swin_v2": {
-        **_SWIN,
-        "position": choice(swin_v2.Position),
-        "pretrained_windows": Several(whole(0, "tokens on a side; 0 takes the stage's own")),
-        "residual_scale": Number(unit="start of the factor of each branch"),
-        "extra_norm_every": whole(0, "blocks; 0 is off"),
     },
 }
 
@@ -400,6 +211,7 @@ OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
     *(f"{name}.arch.rope_theta" for name in NETWORKS),
+    "eval.keep_best",  # configs of earlier versions
 )
 
 
@@ -457,6 +269,17 @@ RELATIONS = (
         ("eval.knn", "data.eval_split"),
         lambda knn, split: not knn or bool(split),
         "nearest neighbours are measured on a held-out split; set data.eval_split, or eval.knn=0",
+    ),
+    Relation(
+        ("eval.keep_best", "data.eval_split", "eval.knn", "ema_decay"),
+        lambda name, split, knn, decay: (
+            not name
+            or bool(split)
+            and (bool(knn) or "knn" not in name)
+            and (decay > 0 or name[:4] != "ema_")
+        ),
+        "it names a figure that this run does not measure; it needs data.eval_split, and eval.knn "
+        "or ema_decay for a figure of neighbours or of the average",
     ),
     Relation(
         ("optim.layer_decay",),
@@ -631,12 +454,6 @@ def check_neighbours(config: Config, examples: int) -> None:
             f"eval.knn={config.eval.knn}, but {config.data.name}/{config.data.split} has only "
             f"{examples} images; expected at most {examples} (neighbours), or 0 for off"
         )
-
-
-def _as_float32(value: float) -> float:
-    """The value that a device computes with; it takes the smallest numbers for 0."""
-    held = float(np.float32(value))
-    return held if abs(held) >= SMALLEST else 0.0
 
 
 def _suggestion(name: str, rows: Mapping[str, Rule]) -> str:

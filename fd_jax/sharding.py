@@ -5,6 +5,7 @@ parameter that does not match exactly one row of the first table is an error.
 """
 
 from collections.abc import Callable, Sequence
+import math
 import re
 from typing import Any
 
@@ -131,7 +132,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """
     check_positive("batch_size", batch_size)
     check_positive("accumulation", accumulation)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_parts(mesh)
     if batch_size % (shards * accumulation):
         multiple = shards * accumulation
         lower = batch_size // multiple * multiple
@@ -146,6 +147,11 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: examples are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts `batch_sharding` splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

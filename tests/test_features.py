@@ -115,7 +115,8 @@ def test_features_of_a_folder_at_another_input_size(teacher, pictures, tmp_path)
     tokens, layout = by_hand(teacher, dataset, image_size=48)
     assert layout.grid == (6, 6)
     extracted = np.load(output)
-    assert set(extracted.files) == {"cls", "mean", "labels", "names"}
+    assert set(extracted.files) == {"cls", "mean", "labels", "names", "class_names"}
+    assert list(extracted["class_names"]) == ["a", "b"]
     np.testing.assert_allclose(extracted["cls"], tokens[:, 0], atol=2e-5)
     np.testing.assert_allclose(extracted["mean"], tokens[:, 1:].mean(axis=1), atol=2e-5)
     assert list(extracted["labels"]) == [0, 0, 1]
@@ -128,7 +129,8 @@ def test_features_of_a_folder_at_another_input_size(teacher, pictures, tmp_path)
 def test_a_folder_without_classes_has_no_labels(teacher, pictures, tmp_path, prefix):
     output = tmp_path / "flat.npz"
     assert run(f"--model={teacher}", f"--input={prefix}{pictures}/a", f"--output={output}") == 0
-    assert list(np.load(output)["labels"]) == [-1, -1]
+    with np.load(output) as file:
+        assert list(file["labels"]) == [-1, -1] and "class_names" not in file
 
 
 def test_a_network_without_class_token_gives_only_the_mean(digits, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 
 import fd_jax
 from fd_jax import model_folder
-from fd_jax.errors import DataError, ModelFolderError
+from fd_jax.data.transforms import EvalTransform
+from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.evaluation import segmentation
 from fd_jax.models.spec import split
 from tests import tiny
@@ -69,6 +70,40 @@ def test_loaded_model_gives_the_features_of_the_saved_module(folder, parts):
     np.testing.assert_allclose(model(model.preprocess(images)).tokens, want, atol=1e-5)
     pixels = (images / 255.0 - np.array(model.spec.mean)) / np.array(model.spec.std)
     np.testing.assert_allclose(model.preprocess(images), pixels, atol=1e-5)
+
+
+def test_pictures_of_any_sizes_become_the_images_of_evaluation(folder):
+    model = fd_jax.load_model(folder)
+    pictures = [tiny.batch(1, side=side)["image"][0] for side in (50, 40)]
+    transform = EvalTransform(32)
+    want = model.preprocess(np.stack([transform(picture) for picture in pictures]))
+    got = model.preprocess(pictures, resize=True)
+    one_level = 1 / 255 / min(model.spec.std)
+    assert np.abs(np.asarray(got) - np.asarray(want)).max() < 1.01 * one_level
+    with pytest.raises(DataError, match="16-bit"):
+        model.preprocess([pictures[0].astype(np.uint16)], resize=True)
+
+
+def test_a_model_prints_what_it_is(folder):
+    shown = repr(fd_jax.load_model(folder))
+    spec, parts = model_folder.load(folder)
+    values = sum(leaf.size for leaf in jax.tree.leaves(parts["encoder"])) / 1e6
+    assert f"{spec.source!r}: vit, {values:.3g} M parameters, 32 px, 4 x 4 patches" in shown
+    assert "of width 48, class token; parts: encoder" in shown
+
+
+def test_attention_maps_are_those_of_the_network(folder, parts):
+    model = fd_jax.load_model(folder)
+    images = model.preprocess(tiny.batch(2)["image"])
+    network = nnx.merge(tiny.teacher_spec().abstract()[0], parts["encoder"])
+    want = [np.asarray(m.weights()) for m in network.attention_maps(images, [0, 1])]
+    got = [np.asarray(m.weights()) for m in model.attention_maps(images)]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    (last,) = model.attention_maps(images, blocks=[-1])
+    np.testing.assert_allclose(last.weights(), want[1], atol=1e-6)
+    assert np.abs(want[1] - want[0]).max() > 1e-3
+    with pytest.raises(ConfigError, match="has 2 blocks, so there is no block 2"):
+        model.attention_maps(images, blocks=[2])
 
 
 def test_model_can_be_loaded_for_another_image_size(folder):
@@ -153,8 +188,8 @@ def edit(folder, **fields):
     "fields,message",
     [
         ({"format_version": 99}, "format version 99"),
-        ({"colour": "red"}, "unknown fields \\['colour'\\]"),
-        ({"family": "resnet"}, "family 'resnet'"),
+        ({"colour": "red"}, "'colour': there is no such field"),
+        ({"family": "resnet"}, "family='resnet' is unknown"),
         ({"arch": {**tiny.TEACHER, "depth": 3}}, "missing encoder/blocks/2/"),
         ({"arch": {**tiny.TEACHER, "depth": 1}}, "unexpected encoder/blocks/1/"),
         ({"arch": {**tiny.TEACHER, "mlp_width": 64}}, r"has shape \(48, 96\), expected \(48, 64\)"),

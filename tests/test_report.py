@@ -1,20 +1,33 @@
 """Agreement against plain numpy, and the files of a report."""
 
+import base64
+from html.parser import HTMLParser
 import json
 
 from flax import nnx
 import jax
+import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
 
 from fd_jax import model_folder, report
 from fd_jax.data.feed import Feed
-from fd_jax.errors import UserError
+from fd_jax.errors import ModelFolderError, UserError
 from fd_jax.evaluation import agreement
+from fd_jax.report import distillation, training
 from fd_jax.show import pictures
 from fd_jax.tasks.distill import DistillTask
 from tests import tiny
+
+
+def agree(task, params, frozen, batches, mean):
+    return agreement.scores(agreement.measure(task, {"a": params}, frozen, batches), "a", mean)
+
+
+def mean_target(task, params, frozen, batches):
+    totals = agreement.measure(task, {"a": params}, frozen, batches)
+    return {kind: total.mean for kind, total in totals.items()}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +38,8 @@ def scores(teacher):
     frozen = task.load_frozen()
     train = [tiny.batch(seed=1), tiny.batch(seed=2)]
     held_out = [tiny.batch(seed=3), {**tiny.batch(seed=4), "weight": (np.arange(16) < 5) * 1.0}]
-    mean = agreement.mean_target(task, frozen, train)
-    result = agreement.agreement(task, params, frozen, held_out, mean)
+    mean = mean_target(task, params, frozen, train)
+    result = agree(task, params, frozen, held_out, mean)
     return task, params, frozen, train, held_out, result
 
 
@@ -60,10 +73,10 @@ def test_agreement_equals_its_formula_in_numpy(scores):
 def test_predicting_the_mean_has_r2_zero(scores, tmp_path):
     """The student's projector ignores its input and outputs the mean target."""
     task, params, frozen, train, _, _ = scores
-    mean = agreement.mean_target(task, frozen, train)
+    mean = mean_target(task, params, frozen, train)
     kernel = np.zeros_like(params["projector"]["kernel"])
     constant = {**params, "projector": {"kernel": kernel, "bias": mean["patch"]}}
-    result = agreement.agreement(task, constant, frozen, train, mean)
+    result = agree(task, constant, frozen, train, mean)
     assert result["patch"]["r2"] == pytest.approx(0, abs=1e-5)
     assert result["patch"]["cosine"] == pytest.approx(result["patch"]["cosine_of_mean"], abs=1e-6)
 
@@ -79,30 +92,139 @@ def test_colours_are_the_principal_components():
         assert abs(np.corrcoef(flat, tokens[..., channel].reshape(-1))[0, 1]) > 0.9
 
 
-def test_the_report_has_plots_and_an_improved_agreement(finished):
-    workdir, _ = finished
-    folder = report.write_report(workdir)
-    text = (folder / "report.md").read_text()
+def test_several_students_are_measured_in_one_pass(scores):
+    """Each has the figures that it has alone, and another student's are others."""
+    task, params, frozen, train, held_out, alone = scores
+    other = tiny.randomize(params, 9)
+    mean = mean_target(task, params, frozen, train)
+    both = agreement.measure(task, {"a": params, "b": other}, frozen, held_out)
+    for kind, values in alone.items():
+        assert agreement.scores(both, "a", mean)[kind] == pytest.approx(values, rel=1e-5)
+        assert agreement.scores(both, "b", mean)[kind]["r2"] != pytest.approx(values["r2"])
+
+
+@pytest.fixture(scope="module")
+def written(finished):
+    """The folder of the report of a finished distillation."""
+    return report.write_report(finished[0])
+
+
+class Page(HTMLParser):
+    """Pictures, texts of cells and addresses of an HTML file."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.pictures, self.cells, self.addresses = [], [], []
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self._cell = tag in ("td", "th")
+        self.addresses += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "img":
+            self.pictures.append(base64.b64decode(attrs["src"].split(",")[1]))
+
+    def handle_data(self, data):
+        if self._cell and data.strip():
+            self.cells.append(data)
+
+
+def test_the_report_has_plots_and_an_improved_agreement(written):
+    text = (written / "report.md").read_text()
     for name in ("loss.png", "maps.png"):
         assert f"({name})" in text
-        assert np.asarray(Image.open(folder / name)).std() > 10
-    scores = json.loads((folder / "agreement.json").read_text())
+        assert np.asarray(Image.open(written / name)).std() > 10
+    scores = json.loads((written / "agreement.json").read_text())
     assert scores["after"]["patch"]["r2"] > scores["before"]["patch"]["r2"]
-    assert str(folder) in report.summary(folder)
+    assert str(written) in report.summary(written)
+
+
+def test_the_html_report_opens_offline_and_has_the_same_content(written):
+    page = Page((written / "report.html").read_text())
+    text = (written / "report.md").read_text()
+    assert all(address.startswith("data:") for address in page.addresses)
+    names = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert page.pictures == [(written / name).read_bytes() for name in names]
+    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    assert page.cells == [cell for row in rows for cell in row.strip("| ").split(" | ") if cell]
+
+
+def test_maps_have_16_patches_a_side_although_training_had_4(finished, written):
+    config = ml_collections.ConfigDict(json.loads((finished[0] / "config.json").read_text()))
+    assert DistillTask(config).student.grid == (4, 4)
+    assert DistillTask(distillation.enlarged(config)).student.grid == (16, 16)
+    assert "16 x 16 patches; in training they had 4 x 4" in (written / "report.md").read_text()
+
+
+def test_maps_of_a_swin_keep_a_size_that_its_windows_allow(tmp_path):
+    teacher = tiny.save_swin(tmp_path / "swin", version=2)
+    config = tiny.swin_config(teacher)
+    config.teacher.source = "tiny"
+    enlarged = DistillTask(distillation.enlarged(config)).student
+    assert enlarged.grid[0] >= DistillTask(config).student.grid[0]
 
 
 @pytest.mark.slow
-def test_training_and_held_out_agreement_use_their_own_split(finished):
+def test_training_and_held_out_agreement_use_their_own_split(finished, written):
     workdir, _ = finished
-    scores = json.loads((report.write_report(workdir) / "agreement.json").read_text())
-    config, task, params = report._open_run(report.epath.Path(workdir))
+    scores = json.loads((written / "agreement.json").read_text())
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    task, params = DistillTask(config), distillation.load_trained(workdir)
     feed, frozen = Feed(**config.data), task.load_frozen()
-    mean = agreement.mean_target(task, frozen, feed.sequential("train", batch_size=32))
+
+    def batches(split):
+        chosen = np.arange(256) * feed.examples(split) // 256
+        images = np.stack([feed.image(split, i, 32) for i in chosen])
+        for part in np.split(images, 8):
+            yield {**tiny.batch(32), "image": part}
+
+    mean = mean_target(task, params, frozen, batches("train"))
     for name, split in (("training", "train"), ("after", "eval")):
-        batches = feed.sequential(split, batch_size=32)
-        result = agreement.agreement(task, params, frozen, batches, mean)
+        result = agree(task, params, frozen, batches(split), mean)
         assert scores[name]["patch"]["r2"] == pytest.approx(result["patch"]["r2"], abs=1e-5)
     assert scores["training"]["patch"]["r2"] != pytest.approx(result["patch"]["r2"], abs=1e-4)
+
+
+ROWS = [
+    {"step": 1, "loss": 2.0, "images_per_second": 10.0},
+    {"step": 2, "loss": 1.0, "images_per_second": 30.0},
+    {"step": 2, "eval_loss": 1.5, "eval_top1": 0.7},
+    {"step": 3, "loss": 0.5, "images_per_second": 20.0},
+    {"step": 3, "eval_loss": 1.6, "eval_top1": 0.6},
+]
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A finished workdir of fine-tuning, without its data."""
+    config = tiny.fine_tuning("somewhere")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.save_student(tmp_path / "model")
+    return tmp_path
+
+
+def test_the_report_of_fine_tuning_has_curves_rates_and_a_final_table(tuned):
+    folder = report.write_report(tuned)
+    text = (folder / "report.md").read_text()
+    assert "| init_from | somewhere |" in text and "| images/s | 20 |" in text
+    assert "| top1 | 0.60000 | 0.70000 | 2 |" in text  # best is the highest
+    assert "| loss | 1.60000 | 1.50000 | 2 |" in text  # best is the lowest
+    assert "(evaluation.png)" in text and "maps.png" not in text
+    assert "step 3: loss 1.60000  top1 0.60000" in report.summary(folder)
+
+
+def test_one_evaluation_is_a_table_without_a_curve(tuned):
+    rows = ROWS[:3]
+    text = str(training.blocks(tiny.fine_tuning(), rows, report.writing.epath.Path(tuned)))
+    assert "evaluation.png" not in text and "'top1', '0.70000'" in text
+
+
+def test_a_run_that_is_not_finished_is_refused(tuned):
+    (tuned / "model").rename(tuned / "elsewhere")
+    with pytest.raises(ModelFolderError, match="no model folder"):
+        report.write_report(tuned)
 
 
 def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
@@ -113,8 +235,9 @@ def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
 def test_the_untrained_student_is_the_initial_state_of_the_run(finished):
     """The report's untrained student has the parameters with which step 0 began."""
     workdir, _ = finished
-    config, task, _ = report._open_run(report.epath.Path(workdir))
-    untrained, _ = jax.jit(task.init)(jax.random.key(config.seed))
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    task = DistillTask(config)
+    untrained = distillation.initial(task, config.seed)
     spec, parts = model_folder.load(workdir / "model")
     assert spec.arch == task.student_spec.arch
     network = nnx.merge(task.student_def, untrained["encoder"])

@@ -121,6 +121,10 @@ def test_eval_only_gives_the_figures_of_the_run_and_shows_pictures(finished, con
     rows = list(csv.DictReader(io.StringIO((tmp_path / "per_class.csv").read_text())))
     found = [float(row["iou"]) for row in rows if row["iou"]]
     assert np.mean(found) == pytest.approx(figures["miou"], abs=1e-4)
+    counts = list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text())))
+    matrix = np.array([row[1:] for row in counts[1:]], int)
+    assert counts[0][1:] == [row[0] for row in counts[1:]] == sorted(counts[0][1:])
+    assert np.trace(matrix) / matrix.sum() == pytest.approx(figures["aacc"], abs=1e-9)
     assert (tmp_path / "overlays.html").read_text().count("<figure") == 3 * 3
 
 

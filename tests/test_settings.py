@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 
 from configs import ablations, ablations_cpu, base, finetune_teacher, miniature
-from fd_jax import settings
+from fd_jax import fields, settings
 from fd_jax.data import transforms
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
@@ -135,19 +135,19 @@ def test_the_names_of_filters_and_crops_are_those_that_exist():
 
 def wrong_values(rule):
     """Values that the rule has to refuse, whatever the field means."""
-    if isinstance(rule, settings.OrNone):
+    if isinstance(rule, fields.OrNone):
         return [value for value in wrong_values(rule.rule) if value is not None]
-    if isinstance(rule, settings.Several):
+    if isinstance(rule, fields.Several):
         inner = wrong_values(rule.each)
         lengths = [(), (1,) * 3] if rule.length else [()]
         return [*lengths, *((value,) * (rule.length or 1) for value in inner)]
-    if isinstance(rule, settings.Flag):
+    if isinstance(rule, fields.Flag):
         return [0, 1, "yes", None, *NOT_FINITE]
-    if isinstance(rule, settings.Choice):
+    if isinstance(rule, fields.Choice):
         return ["nonsense", 0, None, *NOT_FINITE]
-    if isinstance(rule, settings.Text):
+    if isinstance(rule, fields.Text):
         return [0, None, True, " ", *([] if rule.optional else [""]), *NOT_FINITE]
-    assert isinstance(rule, settings.Number)
+    assert isinstance(rule, fields.Number)
     beyond = [2**31 if rule.most is None else rule.most + 1] if rule.whole else [1e39, 10**400]
     values = [*NOT_FINITE, "1", True, False, None, (1,), *beyond]
     values += [] if rule.least is None else [rule.least - 1]

@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from fd_jax.errors import HangError, UserError
+from fd_jax import console, storage
+from fd_jax.errors import HangError, StorageError, UserError
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -25,15 +26,54 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         try:
             return main(argv)
-        except HangError as error:
-            _print_error(str(error))
-            os._exit(2)  # a regular exit would wait for the thread that hangs
+        except (HangError, StorageError) as error:
+            _exit_at_once(error)
         except UserError as error:
             _fail(str(error))
+        except Exception as error:
+            failure = storage.explained(error)
+            if failure is None:
+                raise
+            _exit_at_once(failure)
 
+    if _asked("help", "helpshort", "h", "?"):
+        print(_help())
+        sys.exit(0)
+    if _asked("version"):
+        print(console.version())
+        sys.exit(0)
     logging.set_verbosity(logging.WARNING)
+    storage.quiet_threads()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     app.run(guarded, flags_parser=parse)
+
+
+def _asked(*names: str) -> bool:
+    return any(argument.lstrip("-") in names for argument in sys.argv[1:] if argument[0:1] == "-")
+
+
+def _help() -> str:
+    """The docstring of the command, and a line for each of its own flags."""
+    about = sys.modules["__main__"].__doc__ or ""
+    lines = [about.rstrip(), "", "flags:"]
+    for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        if module == sys.argv[0] or module.startswith(("fd_jax.", "__main__")):
+            lines += [_line(flag) for flag in defined]
+    lines += [
+        f"  {'--config.FIELD':<24} Any field of the config, such as --config.batch_size=64.",
+        f"  {'--verbosity':<24} 0 also shows what libraries say, 1 more. Default: -1.",
+        f"  {'--version':<24} Print the version.",
+        f"  {'--helpfull':<24} List the flags of all libraries, too.",
+        "",
+        "configs/base.py describes every field of a config; configs/ has a file per experiment.",
+    ]
+    return "\n".join(lines)
+
+
+def _line(flag: flags.Flag) -> str:
+    default = "" if flag.default in (None, "", False) else f" Default: {flag.default}."
+    negation = "[no]" if flag.default is True else ""
+    return f"  {f'--{negation}{flag.name}':<24} {' '.join(str(flag.help).split())}{default}"
 
 
 def _unknown_field(message: str) -> str:
@@ -58,6 +98,12 @@ def _without_traceback(message: str) -> str:
 def _print_error(message: str) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _exit_at_once(error: UserError) -> NoReturn:
+    """Ends the process; a regular exit would wait for threads that hang."""
+    _print_error(str(error))
+    os._exit(2)
 
 
 def _fail(message: str) -> NoReturn:

@@ -17,6 +17,7 @@ from fd_jax.evaluation import classification, evaluators, passes
 from fd_jax.show import pictures, tables
 from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.training import account
 from fd_jax.training.program import build
 from fd_jax.typing import Config
 
@@ -63,6 +64,7 @@ def measure(
     # The training split does not have to exist, unless its images are the neighbours.
     split = config.data.split if config.eval.knn else config.data.eval_split
     feed = Feed(**{**config.data.to_dict(), "split": split})
+    say(f"data: {account.found(feed)}")
     task.check_data(feed)
     settings.check_neighbours(config, feed.examples("train"))
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
@@ -84,7 +86,8 @@ def measure(
             workdir, folder=config.init_from, data=measured_on, figures=figures
         )
         if per_class:
-            files.write_text(workdir / "per_class.md", tables.per_class(matrix))
+            table = tables.per_class(matrix, task.spec.class_names)
+            files.write_text(workdir / "per_class.md", table)
             pictures.confusion(matrix, workdir / "confusion.png")
     say(f"written to {workdir}")
     return figures

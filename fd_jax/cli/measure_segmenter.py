@@ -18,6 +18,7 @@ from fd_jax.evaluation import segmentation
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.models.spec import ModelSpec
 from fd_jax.show import overlays
+from fd_jax.tasks.segment import outside
 from fd_jax.typing import Config
 
 SHOWN = 12  # pictures of the page
@@ -40,7 +41,8 @@ def measure(
 ) -> dict[str, float]:
     """Evaluates the segmenter in `workdir`/model or, if there is none, in `config.init_from`.
 
-    Writes evaluation.json into the workdir, and per_class.csv and overlays.html on request.
+    Writes evaluation.json into the workdir; per_class.csv, confusion.csv and overlays.html on
+    request.
 
     Args:
       config: segmentation config, of which the data, evaluation and mesh fields are used.
@@ -57,7 +59,7 @@ def measure(
     folder, spec = _folder(config, workdir)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
-    evaluator = segmentation.Segmented.of(config)
+    evaluator = segmentation.Segmented.of(config, spec, fill=outside(spec))
     data = _held_out(config)
     model = model_folder.load_model(folder, image_size=config.data.image_size)
     say(f"measuring {folder} ({spec.source}) on {config.data.eval_split} of {data.name}")
@@ -73,6 +75,7 @@ def measure(
             names = data.class_names or [str(k) for k in range(evaluator.classes)]
             table = overlays.per_class(names, result.iou, result.accuracy)
             files.write_text(workdir / "per_class.csv", table)
+            files.write_text(workdir / "confusion.csv", overlays.confusion(names, matrix))
             files.write_text(workdir / "overlays.html", _page(model, data, names))
         say(f"written to {workdir}")
     return figures

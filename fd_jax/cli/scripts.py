@@ -1,11 +1,13 @@
 """Flags and start of processes, shared by the training scripts."""
 
 from collections.abc import Callable, Sequence
+import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from fd_jax.cli import application, config_flag, processes
+from fd_jax import console
+from fd_jax.cli import application, config_flag, next_steps, processes
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
@@ -16,6 +18,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, local or gs://.")
 _ACCEPT = flags.DEFINE_bool(
     "accept_config", False, "Continue in a workdir that was started with another config."
+)
+_ACCEPT_DATA = flags.DEFINE_bool(
+    "accept_data", False, "Continue although files of the data were added, removed or changed."
 )
 _FALL_BACK = flags.DEFINE_bool(
     "fall_back", False, "Resume from the newest whole checkpoint if the latest is damaged."
@@ -47,7 +52,7 @@ def run(action: Action) -> None:
             raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
         for flag in (_CONFIG, WORKDIR):
             if flag.value is None:
-                raise UserError(f"--{flag.name} is missing; see the top of {argv[0]}")
+                raise UserError(f"--{flag.name} is missing; see {argv[0]} --help")
         assert WORKDIR.value is not None
         config = config_flag.read(_CONFIG)
         processes.start(
@@ -57,6 +62,7 @@ def run(action: Action) -> None:
             process_id=_PROCESS.value,
             heartbeat_timeout=_HEARTBEAT.value,
         )
+        console.open_devices()
         return action(config, WORKDIR.value)
 
     application.run_app(main)
@@ -71,11 +77,13 @@ def train(make_task: Callable[[Config], Task]) -> Action:
             config,
             workdir,
             accept_config=_ACCEPT.value,
+            accept_data=_ACCEPT_DATA.value,
             fall_back=_FALL_BACK.value,
         )
         if result.preempted:
             say(f"stopped by SIGTERM at step {result.step}; the same command resumes from there")
             return loop.PREEMPTED
+        say(next_steps.at_end(config, workdir, sys.argv))
         return 0
 
     return action

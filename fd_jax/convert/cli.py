@@ -10,11 +10,21 @@ from typing import NoReturn
 from absl import logging
 import jax
 
+from fd_jax import console
 from fd_jax.convert import exporting, importing, inspecting, listing, verifying
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.rules.names import summarize
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models import sizes
+
+ABOUT = """Weights of public models in and out of fd_jax model folders.
+
+    {name} sources
+    {name} import --source=dino_vitb16 \\
+        --input=dino_vitbase16_pretrain.pth --output=teachers/dino_vitb16
+
+`{name} COMMAND --help` lists the flags of a command. docs/conversion.md says
+how each source was verified."""
 
 
 def run_as_script(name: str) -> NoReturn:
@@ -45,7 +55,7 @@ def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, description="Weights of public models in and out.")
+    parser = console.parser(name, ABOUT.format(name=name))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("sources", help="list what can be read and written")
@@ -77,7 +87,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="write a model folder for another library")
-    command.add_argument("--format", required=True, choices=FORMATS)
+    command.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     command.add_argument("--input", required=True, type=_path, help="model folder")
     command.add_argument(
         "--output", required=True, type=_path, help="file, or folder for huggingface"

@@ -90,9 +90,28 @@ class HuggingFace(Layout):
             **self.fields(spec),
         }
         if spec.classes:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(spec.classes)}
+            names = spec.class_names or [""] * spec.classes
+            labels = [name or _placeholder(i) for i, name in enumerate(names)]
+            config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            config["label2id"] = {label: i for i, label in enumerate(labels)}
         return config
+
+
+def class_names(config: Mapping[str, Any] | None, classes: int) -> list[str] | None:
+    """The names in a config.json; None if it has none, or not one for each output of the head."""
+    found = (config or {}).get("id2label")
+    if not classes or not isinstance(found, dict):
+        return None
+    labels = [found.get(str(i)) for i in range(classes)]
+    if len(found) != classes or not all(isinstance(label, str) for label in labels):
+        return None
+    names = ["" if name == _placeholder(i) else str(name) for i, name in enumerate(labels)]
+    return names if any(names) else None
+
+
+def _placeholder(i: int) -> str:
+    """What transformers calls a class without a name."""
+    return f"LABEL_{i}"
 
 
 def vit_fields(spec: ModelSpec) -> dict[str, Any]:

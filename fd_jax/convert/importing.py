@@ -13,7 +13,7 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.checkpoint import LazyArray
-from fd_jax.convert import families, identifying, networks, trees
+from fd_jax.convert import families, huggingface, identifying, networks, trees
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor
 from fd_jax.convert.rules import matching
@@ -150,9 +150,11 @@ def read(
     params = trees.nested(_counted(items, _counter(progress, "writing", _nbytes(items))))
     label = chosen.label(part)
     if not chosen.complete:
+        classes = params["head"]["kernel"].shape[1] if "head" in params else 0
         spec = dataclasses.replace(
             spec,
-            classes=params["head"]["kernel"].shape[1] if "head" in params else 0,
+            classes=classes,
+            class_names=huggingface.class_names(container.config, classes),
             source=label,
             source_sha256=digest,
             source_dtypes=_source_dtypes(found, tensors),

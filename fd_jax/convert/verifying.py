@@ -133,7 +133,7 @@ def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:
         for name, array in trees.flat(read.params).items()
         if name.startswith("encoder/")
     }
-    spec = dataclasses.replace(read.spec, classes=0)
+    spec = dataclasses.replace(read.spec, classes=0, class_names=None)
     FORMATS["huggingface"].write(spec, params, folder)
     return families.layout(HuggingFace, spec, set(params), format="huggingface")[0]
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fd_jax.data.class_names import Classes
 from fd_jax.data.elements import Elements
 from fd_jax.typing import Batch
 
@@ -40,12 +41,20 @@ class Data(Protocol):
         """
         ...
 
-    def check_labels(self) -> None:
-        """Checks the number of classes and the first label of each split.
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None if they have numbers only, or without labels."""
+        ...
+
+    def number_labels(self, head: Classes | None = None) -> None:
+        """Gives the classes of each split the numbers of a head, or of the training split, by name.
+
+        Args:
+          head: classes of a trained head; None for those of the training split.
 
         Raises:
-          DataError: there are no labels, a split hides them, or the splits have different numbers
-            of classes.
+          DataError: there are no labels, a split hides them, or a split has a class that is not
+            among those of the head or the training split.
         """
         ...
 

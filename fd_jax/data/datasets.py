@@ -6,9 +6,12 @@ from typing import Any, NamedTuple, Protocol
 from etils import epath
 import numpy as np
 
+from fd_jax.data import decoding, folders, shards
+from fd_jax.data.class_names import Classes, Match, numbering
+from fd_jax.data.decoding import BrokenImageError
 from fd_jax.errors import DataError
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = decoding.SUFFIXES
 FOLDER_PREFIX = "folder:"
 _SPLIT = "{split}"  # placeholder in the path of a folder
 
@@ -30,10 +33,6 @@ OFFICIAL_SKIPPED = tuple(
 )
 
 
-class BrokenImageError(Exception):
-    """An example cannot be read or decoded; training continues with another one."""
-
-
 class SkippedError(Exception):
     """An example is one of those that the user asked to skip."""
 
@@ -42,7 +41,7 @@ class Example(NamedTuple):
     """One labelled image.
 
     Attributes:
-      image: encoded bytes, or decoded pixels as uint8 [h, w, 3].
+      image: encoded bytes, or decoded pixels as `decoding.decode` takes them.
       label: class index; -1 if there is none.
     """
 
@@ -72,11 +71,21 @@ class Source(Protocol):
         """Returns a description of one example, for messages."""
         ...
 
+    def files(self) -> list[tuple[str, str]]:
+        """Name within the split and path of each file that is read, in any order."""
+        ...
+
 
 class Dataset(Source, Protocol):
-    """A source of labelled images."""
+    """A source of labelled images.
+
+    Attributes:
+      num_classes: number of classes; None without labels.
+      class_names: their names; None if they have numbers only, or without labels.
+    """
 
     num_classes: int | None
+    class_names: tuple[str, ...] | None
 
     def __getitem__(self, index: int) -> Example:
         """Reads one image and its label."""
@@ -124,31 +133,19 @@ def is_one_folder(name: str) -> bool:
 class FolderDataset:
     """The image files under a folder, indexed once as (path, label) and read in place.
 
-    The label of an image is the position of its sub-folder among the sorted sub-folders. A folder
-    without sub-folders has no labels.
+    The label of an image is the position of its sub-folder among the sorted sub-folders that hold
+    pictures. A folder without such sub-folders has no labels.
+
+    Attributes:
+      contents: what was found in the folder, and what is not read.
     """
 
     def __init__(self, folder: epath.PathLike, *, skip: Sequence[str] = ()):
-        root = epath.Path(folder)
-        if not root.is_dir():
-            raise DataError(f"no folder of images at {folder}")
-        self.name = f"{FOLDER_PREFIX}{root}"
-        children = [path for path in root.iterdir() if not path.name.startswith(".")]
-        classes = sorted(path.name for path in children if path.is_dir())
-        loose = [path.name for path in children if path.name.lower().endswith(IMAGE_SUFFIXES)]
-        if classes and loose:
-            raise DataError(
-                f"{folder} has {len(loose)} images ({loose[0]}...) next to its {len(classes)} "
-                "class folders; move each image into a class folder, or name a folder without "
-                "sub-folders"
-            )
-        self.num_classes = len(classes) or None
-        groups = [(root / name, label) for label, name in enumerate(classes)] or [(root, -1)]
-        self._files = [
-            (path, label) for group, label in groups for path in _image_files(group, skip)
-        ]
-        if not self._files:
-            raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
+        self.contents = folders.index(folder, skip=skip)
+        self.name = f"{FOLDER_PREFIX}{self.contents.folder}"
+        self.class_names = self.contents.class_names
+        self.num_classes = len(self.class_names) if self.class_names else None
+        self._files = self.contents.files
 
     def __len__(self) -> int:
         return len(self._files)
@@ -163,6 +160,11 @@ class FolderDataset:
     def describe(self, index: int) -> str:
         """Returns the path of the file."""
         return self._files[index][0]
+
+    def files(self) -> list[tuple[str, str]]:
+        """Paths below the folder, and whole paths, of the images."""
+        root = self.name.removeprefix(FOLDER_PREFIX).rstrip("/")
+        return [(path[len(root) + 1 :], path) for path, _ in self._files]
 
 
 class TfdsRecords:
@@ -195,8 +197,12 @@ class TfdsRecords:
                     f"{name} has no feature {feature!r}; its features are {sorted(self.features)}"
                 )
         _check_split(name, split, builder.info.splits or {})
+        remedy = f"move {builder.data_dir} away and run\n  {prepare_command(name, data_dir)}"
+        parts = builder.info.splits[split].file_instructions
+        shards.check(self.name, parts, remedy=remedy)
         decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
         self._records: Any = builder.as_data_source(split, decoders=decoders)
+        self._shards = [(_examples_of(part), part.filename) for part in parts]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -208,6 +214,10 @@ class TfdsRecords:
         except BrokenImageError:
             file_name = ""
         return f"{self.name}[{index}]" + (f" ({file_name})" if file_name else "")
+
+    def files(self) -> list[tuple[str, str]]:
+        """Names of the shards with the range of their examples, and their paths."""
+        return self._shards
 
     def record(self, index: int) -> dict[str, Any]:
         """Reads all features of one example.
@@ -222,37 +232,130 @@ class TfdsRecords:
 
 
 class TfdsDataset(TfdsRecords):
-    """The labelled images of a prepared TFDS dataset; the images are returned encoded."""
+    """The labelled images of a prepared TFDS dataset; the images are returned encoded.
+
+    A feature `label` that is not one number for each image is not read.
+    """
 
     def __init__(self, name: str, split: str, *, data_dir: str | None, skip: Sequence[str] = ()):
         super().__init__(name, split, data_dir=data_dir, encoded=("image",))
+        _check_images(name, self.features["image"])
         label = self.features["label"] if "label" in self.features else None
-        self.num_classes = getattr(label, "num_classes", None)
+        self._has_label = label is not None and _is_number(label)
+        self.num_classes = getattr(label, "num_classes", None) if self._has_label else None
+        self.class_names = _class_names(label) if self.num_classes else None
         self._skip = tuple(skip)
 
     def __getitem__(self, index: int) -> Example:
         record = self.record(index)
         if self._skip and _file_name(record).endswith(self._skip):
             raise SkippedError(_file_name(record))
-        return Example(record["image"], int(record.get("label", -1)))
+        return Example(record["image"], int(record["label"]) if self._has_label else -1)
 
 
-class Subset:
+class View:
+    """A dataset that shows another one in a different way.
+
+    Attributes:
+      dataset: the other one.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.name = dataset.name
+        self.num_classes: int | None = dataset.num_classes
+        self.class_names: tuple[str, ...] | None = dataset.class_names
+
+    def files(self) -> list[tuple[str, str]]:
+        """The files of the whole dataset."""
+        return self.dataset.files()
+
+
+class Subset(View):
     """Some examples of a dataset, in a given order."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]):
-        self._dataset, self._indices = dataset, indices
-        self.name, self.num_classes = dataset.name, dataset.num_classes
+        super().__init__(dataset)
+        self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self._dataset[self._indices[index]]
+        return self.dataset[self._indices[index]]
 
     def describe(self, index: int) -> str:
         """Returns the description of the example in the whole dataset."""
-        return self._dataset.describe(self._indices[index])
+        return self.dataset.describe(self._indices[index])
+
+
+class Renumbered(View):
+    """A dataset whose classes have the numbers of a head, or of another split.
+
+    Args:
+      dataset: labelled dataset.
+      wanted: classes whose numbers the labels get; without names, they take those of the dataset if
+        there are as many.
+      match: see `class_names.numbering`, which also says what is refused.
+    """
+
+    def __init__(self, dataset: Dataset, wanted: Classes, *, match: Match = "name"):
+        super().__init__(dataset)
+        self._numbers = numbering(classes_of(dataset), wanted, match=match)
+        self.num_classes: int | None = wanted.count
+        if wanted.names is not None:
+            self.class_names = tuple(wanted.names)
+        elif self._numbers != tuple(range(wanted.count)):
+            self.class_names = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = self.dataset[index]
+        return Example(image, self._numbers[label] if label >= 0 else label)
+
+    def describe(self, index: int) -> str:
+        """Returns the description of the example in the dataset itself."""
+        return self.dataset.describe(index)
+
+
+def original(dataset: Dataset) -> Dataset:
+    """The dataset behind all views of it."""
+    while isinstance(dataset, View):
+        dataset = dataset.dataset
+    return dataset
+
+
+def why_unlabelled(dataset: Dataset) -> str:
+    """What a TFDS dataset has in place of class labels, for messages; "" for other datasets."""
+    source = original(dataset)
+    if not isinstance(source, TfdsDataset):
+        return ""
+    if "label" in source.features:
+        return f" (its feature 'label' is {source.features['label']}, and no class for each image)"
+    return f" (it has no feature 'label'; its features are {sorted(source.features)})"
+
+
+def classes_of(dataset: Dataset) -> Classes:
+    """The classes of a dataset with labels."""
+    return Classes(dataset.name, dataset.num_classes or 0, dataset.class_names)
+
+
+def spread(dataset: Dataset, examples: int) -> Subset:
+    """Some examples, evenly spread, since datasets tend to be sorted by class; all if it has less.
+
+    Args:
+      dataset: the whole split.
+      examples: number of examples.
+    """
+    count = min(len(dataset), examples)
+    return Subset(dataset, (np.arange(count) * len(dataset) // max(count, 1)).tolist())
+
+
+def _examples_of(part: Any) -> str:
+    """A shard of TFDS and the range of its examples."""
+    return f"{epath.Path(part.filename).name}[{part.skip}:{part.skip + part.take}]"
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -310,16 +413,26 @@ def _check_split(name: str, split: str, splits: Any) -> None:
         raise DataError(f"{name} has no examples in {split!r}; the sizes of its splits are {sizes}")
 
 
+def _check_images(name: str, feature: Any) -> None:
+    """Refuses a feature `image` that is no picture of whole numbers with a known range."""
+    if len(feature.shape or ()) != 3 or feature.np_dtype not in (np.uint8, np.uint16):
+        raise DataError(
+            f"{name}: its feature 'image' is {feature}; expected a picture of 8 or 16 bits per "
+            "channel, such as Image()"
+        )
+
+
+def _is_number(label: Any) -> bool:
+    """Whether a feature is one whole number for each example."""
+    return label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+
+
+def _class_names(label: Any) -> tuple[str, ...] | None:
+    """The names of a `ClassLabel`; TFDS makes up numbers where there are none."""
+    names = tuple(label.names)
+    return None if names == tuple(str(k) for k in range(len(names))) else names
+
+
 def _file_name(record: dict[str, Any]) -> str:
     name = record.get("file_name", b"")
     return name.decode() if isinstance(name, bytes) else name
-
-
-def _image_files(folder: epath.Path, skip: Sequence[str]) -> list[str]:
-    """Returns the sorted paths of the images in a folder, at any depth."""
-    return sorted(
-        str(parent / name)
-        for parent, _, names in folder.walk()
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(tuple(skip))
-    )

@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from fd_jax.data import datasets, pipeline, transforms
+from fd_jax.data.class_names import Classes, Match
 from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
 
@@ -26,8 +27,10 @@ class Feed(Splits[datasets.Dataset]):
       crop: "retried" or "single", see `transforms.TrainTransform`.
       flip: whether half of the training images are mirrored.
       rand_augment: RandAugment policy in timm's notation; "" for none.
+      exif: whether pictures are turned as their EXIF orientation says.
       eval_resize: ratio of the short side of a held-out image to the side of its centre crop.
       eval_crop: whether held-out images are cropped; if False, they are squashed to the square.
+      match_classes: "name" or "number", see `class_names.numbering`.
       skip_official: whether to skip the files that the original skips
         (docs/reference.md#skipped-files).
       threads: number of decoding threads per process.
@@ -58,6 +61,8 @@ class Feed(Splits[datasets.Dataset]):
         threads: int,
         workers: int,
         max_broken: int,
+        exif: bool = False,  # configs of earlier versions have neither this one nor the next
+        match_classes: Match = "name",
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
@@ -82,15 +87,23 @@ class Feed(Splits[datasets.Dataset]):
                 flip=flip,
                 crop=crop,
                 rand_augment=rand_augment,
+                exif=exif,
             )
         )
         self.eval_transform = transforms.LabelledImage(
-            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop)
+            transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop, exif=exif)
         )
+        self._match: Match = match_classes
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
 
     def sequential(
-        self, split: str, *, batch_size: int, rows: np.ndarray | None = None, limit: int = 0
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        rows: np.ndarray | None = None,
+        limit: int = 0,
+        examples: int = 0,
     ) -> Iterator[HostBatch]:
         """Yields every image once, in order, without augmentation; the last batch is padded.
 
@@ -99,9 +112,11 @@ class Feed(Splits[datasets.Dataset]):
           batch_size: number of examples in the global batch.
           rows: rows of each global batch to produce; None for all of them.
           limit: maximum number of batches; 0 for no limit.
+          examples: number of images, evenly spread over the split; 0 for all of them.
         """
+        dataset = self._dataset(split)
         return pipeline.eval_batches(
-            self._dataset(split),
+            datasets.spread(dataset, examples) if examples else dataset,
             self.eval_transform,
             batch_size=batch_size,
             rows=rows,
@@ -121,20 +136,29 @@ class Feed(Splits[datasets.Dataset]):
             raise DataError(f"{self.train_dataset.name} has no class labels")
         return self.train_dataset.num_classes
 
-    def check_labels(self) -> None:
-        """Checks the number of classes and the first label of each split.
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None if they have numbers only, or without labels."""
+        return self.train_dataset.class_names
+
+    def number_labels(self, head: Classes | None = None) -> None:
+        """Gives the classes of each split the numbers of a head, or of the training split, by name.
+
+        The first label of each split is checked, too.
+
+        Args:
+          head: classes of a trained head; None for those of the training split.
 
         Raises:
-          DataError: there are no labels, a split hides them, or the splits have different numbers
-            of classes.
+          DataError: there are no labels, a split hides them, or a split has a class that is not
+            among those of the head or the training split.
         """
-        numbers = {}
         for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
             check_labelled(dataset)
-            numbers[dataset.name] = dataset.num_classes
-        if len(set(numbers.values())) > 1:
-            listed = " and ".join(f"{name} has {number}" for name, number in numbers.items())
-            raise DataError(f"both splits must have the same number of classes, but {listed}")
+        wanted = head or datasets.classes_of(self.train_dataset)
+        self.train_dataset = datasets.Renumbered(self.train_dataset, wanted, match=self._match)
+        if self.eval_dataset is not None:
+            self.eval_dataset = datasets.Renumbered(self.eval_dataset, wanted, match=self._match)
 
     def label(self, split: str, index: int) -> int:
         """Label of one image; -1 if it has none."""
@@ -154,8 +178,8 @@ def check_labelled(dataset: datasets.Dataset) -> None:
     """
     if dataset.num_classes is None:
         raise DataError(
-            f"{dataset.name} has no class labels; use a dataset that has them, or a folder with a "
-            "sub-folder for each class"
+            f"{dataset.name} has no class labels{datasets.why_unlabelled(dataset)}; use a dataset "
+            "that has them, or a folder with a sub-folder for each class"
         )
     index, label = _first_label(dataset)
     if label is not None and label < 0:

@@ -6,6 +6,7 @@ its step, and each host produces only its own rows.
 
 import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import errno
 import functools
 import itertools
 import multiprocessing
@@ -25,7 +26,7 @@ from fd_jax.data.background import Background
 from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
 from fd_jax.data.elements import Elements, Row
 from fd_jax.data.shared import SharedBatches
-from fd_jax.errors import DataError, HangError
+from fd_jax.errors import DataError, HangError, StorageError
 from fd_jax.typing import Batch
 
 HostBatch = dict[str, Any]
@@ -152,6 +153,7 @@ class TrainLoader:
         Raises:
           HangError: no batch arrived in time.
           DataError: there are too many broken images, or a worker died.
+          StorageError: /dev/shm is too small for workers.
         """
         try:
             delivery = self._batches.get(self._timeout)
@@ -161,6 +163,14 @@ class TrainLoader:
                 "Either the storage hangs or that process is stuck; run the same command again "
                 "once the storage responds"
             ) from None
+        except OSError as error:
+            # Locks are the only files without a name.
+            if not self._workers or error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            raise StorageError(
+                f"/dev/shm has no room for the locks of data.workers={self._workers}, which need "
+                "0.1 MB each; enlarge it (docker run --shm-size=1g), or set data.workers=0"
+            ) from error
         except RuntimeError as error:
             # This is how Grain reports a process that died.
             if "terminated unexpectedly" not in str(error):
@@ -441,7 +451,9 @@ def _batches(
     shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
     """Reads ahead and joins every `chunks` reads into a batch, in shared memory if it is given."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_PREFETCH * chunks)
+    ahead = _PREFETCH * chunks
+    # Grain warns of threads that could have nothing to do, for every evaluation of small batches.
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     stack = functools.partial(_stack, specified=specified, shared=shared)
     return reads.to_iter_dataset(options).batch(chunks, batch_fn=stack)
 

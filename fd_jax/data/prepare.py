@@ -5,15 +5,15 @@
 
 TFDS writes TFRecord by default, which has no random access, and its own command line needs a
 package that conflicts with the other dependencies. A dataset that is already prepared is left as
-it is.
+it is. Any folder of pictures can be used without this, as folder:/path/to/it.
 """
 
-import argparse
 from collections.abc import Sequence
 import sys
 
 from etils import epath
 
+from fd_jax import console
 from fd_jax.data import datasets
 from fd_jax.errors import DataError, UserError
 
@@ -61,9 +61,7 @@ def _check_manual_files(name: str, manual_dir: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser("python -m fd_jax.data.prepare", __doc__)
     parser.add_argument("--name", required=True, help="TFDS name")
     parser.add_argument("--data_dir", help="destination; by default that of TFDS")
     parser.add_argument("--manual_dir", help="folder with files that cannot be downloaded")

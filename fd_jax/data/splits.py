@@ -1,11 +1,11 @@
 """What the data of every kind of run shares: a split to train on, and one that is held out."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fd_jax.data import elements, pipeline
+from fd_jax.data import contents, elements, pipeline
 from fd_jax.data.datasets import Source
 from fd_jax.data.elements import Elements
 from fd_jax.errors import DataError
@@ -81,6 +81,15 @@ class Splits(Generic[Examples]):
     def examples(self, split: str) -> int:
         """Number of examples in a split, "train" or "eval"."""
         return len(self._dataset(split))
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What each split consists of, see `contents.of_files`; by "train" and "eval"."""
+        splits = {"train": self.train_dataset, "eval": self.eval_dataset}
+        return {
+            split: contents.of_files(dataset.files(), len(dataset))
+            for split, dataset in splits.items()
+            if dataset is not None
+        }
 
     def _dataset(self, split: str) -> Examples:
         dataset = {"train": self.train_dataset, "eval": self.eval_dataset}[split]

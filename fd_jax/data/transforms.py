@@ -4,20 +4,20 @@ All random numbers come from the generator that is passed in, so the augmentatio
 depends on the seed, the epoch and its position in the dataset alone.
 """
 
-import io
 import math
-import struct
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from fd_jax.data.base import Crop, Interpolation
-from fd_jax.data.datasets import BrokenImageError, Example
+from fd_jax.data.datasets import Example
+from fd_jax.data.decoding import decode
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
 from fd_jax.errors import ConfigError, check_choice
-from fd_jax.models import sizes
+from fd_jax.models import cropping, sizes
+from fd_jax.models.cropping import EVAL_RATIO
 from fd_jax.models.sizes import ImageSize
 
 _FILTERS = {
@@ -26,54 +26,6 @@ _FILTERS = {
 }
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman
-EVAL_RATIO = 256 / 224  # short side before the centre crop, divided by the side of the crop
-
-
-def decode(image: bytes | np.ndarray) -> np.ndarray:
-    """Decodes to RGB as torchvision's loader does: no EXIF rotation, alpha dropped.
-
-    OpenCV decodes the common case, a complete JPEG in grey or YCbCr, to the same pixels as Pillow
-    in three quarters of the time. Pillow decodes everything else. That includes truncated files,
-    which Pillow refuses and OpenCV would fill with grey.
-
-    Args:
-      image: encoded bytes, or pixels [h, w, 3 or 1] that need no decoding.
-
-    Returns:
-      Pixels, uint8 [h, w, 3].
-
-    Raises:
-      BrokenImageError: the bytes are not an image, or the image is truncated.
-    """
-    if isinstance(image, np.ndarray):
-        return image if image.shape[-1] == 3 else np.repeat(image, 3, axis=-1)
-    if _is_plain_jpeg(image):
-        import cv2
-
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
-        if pixels is not None:
-            return pixels
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except Exception as error:  # Pillow's readers raise a dozen types of errors for bad bytes
-        raise BrokenImageError(f"cannot decode: {error}") from error
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether the bytes are a JPEG with one or three 8-bit channels that has its end marker."""
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
-        return False
-    offset = 2
-    while offset + 10 <= len(data) and data[offset] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, offset + 1)
-        if marker in _JPEG_FRAMES:
-            bits, _, _, channels = struct.unpack_from(">BHHB", data, offset + 4)
-            return bits == 8 and channels in (1, 3)
-        offset += 2 + length
-    return False
 
 
 def resize(pixels: np.ndarray, height: int, width: int, method: Interpolation) -> np.ndarray:
@@ -162,6 +114,7 @@ class TrainTransform:
       flip: whether half of the images are mirrored.
       crop: "retried" to draw until the crop fits into the image, or "single" to draw once and clip.
       rand_augment: policy in timm's notation; "" for none.
+      exif: whether pictures are turned as their EXIF orientation says.
 
     Raises:
       ConfigError: `min_area` is out of range, or a filter, crop or policy is unknown.
@@ -176,6 +129,7 @@ class TrainTransform:
         flip: bool,
         crop: Crop = "retried",
         rand_augment: str = "",
+        exif: bool = False,
     ):
         check_choice("data.interpolation", interpolation, _FILTERS)
         check_choice("data.crop", crop, _CROPS)
@@ -186,11 +140,12 @@ class TrainTransform:
         self.interpolation: Interpolation = interpolation
         self.flip = flip
         self.crop_box = _CROPS[crop]
+        self.exif = exif
         self.augment = RandAugment.parse(rand_augment) if rand_augment else None
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Transforms an encoded or decoded image. -> uint8 [S, S, 3]"""
-        pixels = decode(image)
+        pixels = decode(image, exif=self.exif)
         top, left, h, w = self.crop_box(rng, *pixels.shape[:2], min_area=self.min_area)
         crop = pixels[top : top + h, left : left + w]
         out = resize(crop, self.image_size, self.image_size, self.interpolation)
@@ -208,18 +163,26 @@ class EvalTransform:
       image_size: side of a square result in pixels, or its height H and width W.
       ratio: ratio of the area that the resized image covers to the result, per side.
       crop: whether to crop; if False, the whole image is squashed to H x W instead.
+      exif: whether pictures are turned as their EXIF orientation says.
 
     Raises:
       ConfigError: the ratio is below 1, which would make the image smaller than the crop.
     """
 
-    def __init__(self, image_size: ImageSize, *, ratio: float = EVAL_RATIO, crop: bool = True):
+    def __init__(
+        self,
+        image_size: ImageSize,
+        *,
+        ratio: float = EVAL_RATIO,
+        crop: bool = True,
+        exif: bool = False,
+    ):
         if ratio < 1:
             raise ConfigError(f"data.eval_resize={ratio}; expected 1 or more")
         self.image_size = image_size
         self.sides = sizes.sides(image_size)
         self.covered = int(ratio * self.sides[0]), int(ratio * self.sides[1])
-        self.crop = crop
+        self.crop, self.exif = crop, exif
 
     @property
     def short_side(self) -> int:
@@ -231,18 +194,11 @@ class EvalTransform:
     ) -> np.ndarray:
         """Transforms an encoded or decoded image. -> uint8 [H, W, 3]; `rng` is not used."""
         del rng
-        pixels = decode(image)
-        (h, w), (rows, columns) = self.sides, self.covered
+        pixels = decode(image, exif=self.exif)
         if not self.crop:
-            return resize(pixels, h, w, "bicubic")
-        height, width = pixels.shape[:2]
-        if height * columns < width * rows:  # flatter than the result: its height is what counts
-            height, width = rows, int(rows * width / height)
-        else:
-            height, width = int(columns * height / width), columns
-        pixels = resize(pixels, height, width, "bicubic")
-        top, left = round((height - h) / 2), round((width - w) / 2)
-        return pixels[top : top + h, left : left + w]
+            return resize(pixels, *self.sides, "bicubic")
+        height, width = cropping.covering(pixels, self.covered)
+        return cropping.centre(resize(pixels, height, width, "bicubic"), self.sides)
 
 
 class ImageTransform(Protocol):

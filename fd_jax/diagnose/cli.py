@@ -17,6 +17,7 @@ import sys
 
 import jax
 
+from fd_jax import console
 from fd_jax.cli import processes
 from fd_jax.diagnose import catalogue
 from fd_jax.errors import UserError
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_processes=args.num_processes,
             process_id=args.process_id,
         )
+        console.open_devices()
         from fd_jax.diagnose import run  # needs the packages of the extra "train"
 
         run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
@@ -57,11 +59,7 @@ def _fail(message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fd_jax.diagnose",
-        description=f"{__doc__}" + _list_of_figures(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.parser("python -m fd_jax.diagnose", f"{__doc__}{_list_of_figures()}")
     add = parser.add_argument
     add(
         "--model",
@@ -100,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         default="zeroed",
         choices=["zeroed", "literal"],
         help="landscape: whether class token, positions and bias tables stay as they are",
+    )
+    add(
+        "--match_classes",
+        default="name",
+        choices=["name", "number"],
+        help="landscape: whether classes of the data are found in the head by name, or in order",
     )
     add("--points", type=int, default=51, help="landscape: number of points along a direction")
     add("--directions", type=int, default=5, help="landscape: number of random directions")

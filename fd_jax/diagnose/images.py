@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 
 from fd_jax.data import datasets, transforms
-from fd_jax.data.datasets import Dataset, Subset
+from fd_jax.data.datasets import Dataset
 from fd_jax.errors import ConfigError, DataError
 
 
@@ -39,9 +39,7 @@ def open_data(text: str, *, data_dir: str | None, num_images: int | None) -> Dat
             f"--num_images={num_images}, but {dataset.name} has {len(dataset)} images; expected a "
             "number from 1 to that"
         )
-    # A folder is sorted by class, so that its first images would all be of one class.
-    chosen = np.arange(num_images) * len(dataset) // num_images
-    return Subset(dataset, chosen.tolist())
+    return datasets.spread(dataset, num_images)
 
 
 def fingerprint(dataset: Dataset) -> str:

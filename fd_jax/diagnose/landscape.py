@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.data.datasets import Dataset
+from fd_jax.data.class_names import Classes, Match, numbering
+from fd_jax.data.datasets import Dataset, classes_of
 from fd_jax.data.feed import check_labelled
 from fd_jax.diagnose.classifier import ImageClassifier
 from fd_jax.diagnose.measurement import Figures, Sums
@@ -102,21 +103,30 @@ class Landscape:
         self.tables: Tables = tables
         self._classifier = ImageClassifier(folder, image_size=image_size, dtype=dtype)
         self.params = self._classifier.params
+        self._numbers: tuple[int, ...] | None = None  # by label of the dataset
         jax.eval_shape(self._direction, self.params, 0)  # a parameter without a row fails here
 
-    def check_dataset(self, dataset: Dataset) -> None:
-        """Refuses a dataset whose labels do not fit the head.
+    def check_dataset(self, dataset: Dataset, *, match: Match = "name") -> None:
+        """Refuses a dataset whose labels do not fit the head, and numbers them as the head does.
+
+        Args:
+          dataset: labelled images.
+          match: see `class_names.numbering`.
 
         Raises:
-          DataError: it has no labels, hides them, or has another number of classes.
+          DataError: it has no labels, hides them, or has classes that the head does not know.
         """
         check_labelled(dataset)
-        classes = self._classifier.spec.classes
-        if dataset.num_classes != classes:
-            raise DataError(
-                f"{dataset.name} has {dataset.num_classes} classes, but the head of {self.subject} "
-                f"has {classes}; measure its landscape on the classes that it was trained for"
-            )
+        spec = self._classifier.spec
+        head = Classes(f"the head of {self.subject}", spec.classes, spec.class_names)
+        self._numbers = numbering(classes_of(dataset), head, match=match)
+
+    def _label(self, label: jax.Array) -> jax.Array:
+        """The labels of a batch as the head numbers them. [B] int32 -> [B] int32"""
+        if self._numbers is None:
+            return label
+        numbers = jnp.asarray(self._numbers, jnp.int32)
+        return numbers.at[jnp.where(label < 0, len(numbers), label)].get(mode="fill", fill_value=-1)
 
     def sums(self, params: PyTree, batch: Batch) -> Sums:
         """Summed loss and number of correct images at each point of each direction.
@@ -129,7 +139,7 @@ class Landscape:
           "loss" and "correct", [directions, points] float32, and "unlabelled", the number of images
           whose label is not a class.
         """
-        label, weight = batch["label"], batch["weight"]
+        label, weight = self._label(batch["label"]), batch["weight"]
 
         def evaluate(params):
             logits = self._classifier.logits(params, batch["image"])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.diagnose.measurement import Figures
-from fd_jax.errors import ConfigError, DataError
+from fd_jax.errors import ConfigError
 from fd_jax.model_folder import Model
 from fd_jax.models import sizes
 from fd_jax.models.attention_map import AttentionMap
@@ -66,7 +66,7 @@ def figures(
     query = "class" if encoder.layout[layer].cls else "mean"
     result: Figures = {"picture": {"layer": layer, "query": query}}
     if "pca" in figures:
-        result["pca"] = _colours(model, images)
+        result["pca"] = pictures.pca_picture(model(images))[0].tolist()
     if "rollout" in figures:
         result["rollout"] = encoder.rollout(images).tolist()
     if "heads" in figures:
@@ -134,19 +134,6 @@ def _query(attention: AttentionMap) -> np.ndarray:
     else:
         query[attention.prefix :] = 1 / patches
     return query
-
-
-def _colours(model: Model, images: jax.Array) -> list[Any]:
-    features = model(images)
-    patches = np.asarray(features.patches[0])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        colours = pictures.principal_colours(patches)(patches)
-    if not np.isfinite(colours).all():
-        raise DataError(
-            "pca: the features of this picture's patches do not vary in three directions; use "
-            "another picture"
-        )
-    return colours.reshape(*features.grid, COLOURS).tolist()
 
 
 def _block(layer: int, depth: int) -> int:

@@ -166,7 +166,7 @@ def _landscape(
         tables=args.tables,
         dtype=compute_dtype(args.dtype),
     )
-    landscape.check_dataset(dataset)
+    landscape.check_dataset(dataset, match=args.match_classes)
     return landscape
 
 
@@ -180,7 +180,7 @@ def _settings(args: argparse.Namespace, figures: Sequence[str]) -> dict[str, Any
     if "similarity" in figures:
         settings["compare"] = args.compare
     if "landscape" in figures:
-        names = ("tables", "points", "directions", "radius", "seed")
+        names = ("tables", "points", "directions", "radius", "seed", "match_classes")
         settings |= {name: getattr(args, name) for name in names}
     return settings
 

@@ -1,7 +1,7 @@
 """How well a student predicts its teacher: R2 and cosine, compared with a constant prediction."""
 
-from collections.abc import Iterable
-import functools
+from collections.abc import Iterable, Mapping
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -36,32 +36,70 @@ def split_kinds(tokens: jax.Array, *, cls: bool) -> dict[str, jax.Array]:
     return {"cls": tokens[:, :1], "patch": tokens[:, 1:]}
 
 
-def mean_target(
-    task: Distillation, frozen: PyTree, batches: Iterable[PyTree]
-) -> dict[str, np.ndarray]:
-    """Mean target of each kind of token over a dataset. -> {"cls": [D], "patch": [D]}."""
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over the tokens of one kind, from which all figures of `scores` follow.
 
-    @jax.jit
-    def sums(frozen, batch):
-        kinds = split_kinds(task.teacher_target(frozen, batch), cls=task.cls)
-        weight = batch["weight"][:, None, None]
-        return {
-            kind: (jnp.sum(t * weight, axis=(0, 1)), jnp.sum(batch["weight"]) * t.shape[1])
-            for kind, t in kinds.items()
-        }
+    Attributes:
+      tokens: number of tokens.
+      target: sum of the targets. [D]
+      direction: sum of the targets at unit length. [D]
+      square: sum of the squares of all numbers in the targets.
+      residual, cosine: by student, the sum of squared differences between prediction and target,
+        and of their cosines.
+    """
 
-    totals = _add_up(sums(frozen, batch) for batch in batches)
-    return {kind: total / count for kind, (total, count) in totals.items()}
+    tokens: float
+    target: np.ndarray
+    direction: np.ndarray
+    square: float
+    residual: dict[str, float]
+    cosine: dict[str, float]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean target. [D]"""
+        return self.target / self.tokens
 
 
-def agreement(
+def measure(
     task: Distillation,
-    params: PyTree,
+    students: Mapping[str, PyTree],
     frozen: PyTree,
     batches: Iterable[PyTree],
-    mean: dict[str, np.ndarray],
+) -> dict[str, Totals]:
+    """Compares predictions with the teacher in a single pass, since the teacher costs the most.
+
+    Args:
+      task: defines student, teacher and target (target.kind "full").
+      students: parameters of student and projector, by the name of each student.
+      frozen: the teacher's weights.
+      batches: batches with "image" and "weight".
+
+    Returns:
+      The sums for "patch", and for "cls" if there are class tokens.
+    """
+
+    @jax.jit
+    def sums(students, frozen, batch):
+        targets = split_kinds(task.teacher_target(frozen, batch), cls=task.cls)
+        predicted = {
+            name: split_kinds(task.predict(params, batch), cls=task.cls)
+            for name, params in students.items()
+        }
+        return {
+            kind: _compare(target, {n: p[kind] for n, p in predicted.items()}, batch["weight"])
+            for kind, target in targets.items()
+        }
+
+    totals = _add_up(sums(students, frozen, batch) for batch in batches)
+    return {kind: Totals(**values) for kind, values in totals.items()}
+
+
+def scores(
+    totals: Mapping[str, Totals], student: str, mean: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
-    """Held-out agreement with the teacher for each kind of token.
+    """Agreement of one student with the teacher for each kind of token.
 
     R2 = 1 - sum (t - p)^2 / sum (t - m)^2, where t is the target, p the prediction and m the mean
     target of the training set; the sums are over all tokens of the kind and all channels. Tokens
@@ -69,44 +107,42 @@ def agreement(
     this is reported as "cosine_of_mean".
 
     Args:
-      task: defines student, teacher and target (target.kind "full").
-      params: parameters of student and projector.
-      frozen: the teacher's weights.
-      batches: held-out batches with "image" and "weight".
-      mean: result of `mean_target` for the training set.
+      totals: result of `measure`.
+      student: name of the student.
+      mean: mean target of the training set for each kind of token. [D]
 
     Returns:
       {"cls": {"r2", "cosine", "cosine_of_mean"}, "patch": {...}}; "cls" only if there are class
       tokens.
     """
+    return {kind: _scores(total, student, mean[kind]) for kind, total in totals.items()}
 
-    @jax.jit
-    def sums(params, frozen, batch):
-        target = split_kinds(task.teacher_target(frozen, batch), cls=task.cls)
-        predicted = split_kinds(task.predict(params, batch), cls=task.cls)
-        return {k: _compare(target[k], predicted[k], mean[k], batch["weight"]) for k in target}
 
-    totals = _add_up(sums(params, frozen, batch) for batch in batches)
+def _scores(total: Totals, student: str, mean: np.ndarray) -> dict[str, float]:
+    # sum (t - m)^2 and sum cos(t, m), written as sums that do not need m.
+    variance = total.square - 2 * mean @ total.target + total.tokens * mean @ mean
+    length = max(float(np.linalg.norm(mean)), 1e-12)
     return {
-        kind: {
-            "r2": float(1 - t["residual"] / t["variance"]),
-            "cosine": float(t["cosine"] / t["tokens"]),
-            "cosine_of_mean": float(t["cosine_of_mean"] / t["tokens"]),
-        }
-        for kind, t in totals.items()
+        "r2": float(1 - total.residual[student] / variance),
+        "cosine": float(total.cosine[student] / total.tokens),
+        "cosine_of_mean": float(total.direction @ mean / length / total.tokens),
     }
 
 
-def _compare(target, predicted, mean, weight):
-    per_token = functools.partial(jnp.sum, axis=-1)
-    values = {
-        "residual": per_token(jnp.square(target - predicted)),
-        "variance": per_token(jnp.square(target - mean)),
-        "cosine": losses.cosine_similarity(target, predicted),
-        "cosine_of_mean": losses.cosine_similarity(target, jnp.broadcast_to(mean, target.shape)),
-        "tokens": jnp.ones(target.shape[:2]),
+def _compare(target: jax.Array, predicted: dict[str, jax.Array], weight: jax.Array) -> PyTree:
+    """The fields of `Totals` for one batch. target, predicted: [B, T, D]; weight: [B]"""
+
+    def total(values: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+        return jnp.sum(values * weight[(...,) + (None,) * (values.ndim - 1)], axis=axis)
+
+    return {
+        "tokens": total(jnp.ones(target.shape[:2])),
+        "target": total(target, axis=(0, 1)),
+        "direction": total(losses.l2_normalize(target), axis=(0, 1)),
+        "square": total(jnp.square(target)),
+        "residual": {n: total(jnp.square(target - p)) for n, p in predicted.items()},
+        "cosine": {n: total(losses.cosine_similarity(target, p)) for n, p in predicted.items()},
     }
-    return {name: jnp.sum(value * weight[:, None]) for name, value in values.items()}
 
 
 def _add_up(parts: Iterable[PyTree]) -> PyTree:

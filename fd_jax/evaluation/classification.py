@@ -13,7 +13,7 @@ def accuracy_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> 
 
     A label is among the top k if all but fewer than k classes have a logit that is not higher, so
     that ties do not depend on a sorting order, and logits that are NaN make the answer wrong. With
-    five classes or fewer, top-5 accuracy is 1 unless there are such logits.
+    five classes or fewer there is no top-5 accuracy.
 
     Args:
       logits: [B, K].
@@ -25,11 +25,16 @@ def accuracy_metrics(logits: jax.Array, label: jax.Array, weight: jax.Array) -> 
     own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=-1)
     better = jnp.sum(~(logits <= own), axis=-1)
     known = ~jnp.isnan(own[:, 0])
-    return {
-        "loss": weighted(losses.cross_entropy(logits, target), weight),
-        "top1": weighted((known & (better < 1)).astype(jnp.float32), weight),
-        "top5": weighted((known & (better < 5)).astype(jnp.float32), weight),
+    right = {
+        f"top{k}": weighted((known & (better < k)).astype(jnp.float32), weight)
+        for k in reported(logits.shape[-1])
     }
+    return {"loss": weighted(losses.cross_entropy(logits, target), weight), **right}
+
+
+def reported(classes: int) -> tuple[int, ...]:
+    """The k of the top-k accuracies that say something: five of five classes are always right."""
+    return (1, 5) if classes > 5 else (1,)
 
 
 def confusion(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:

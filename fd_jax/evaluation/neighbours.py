@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fd_jax import losses
 from fd_jax.errors import ConfigError
+from fd_jax.evaluation.classification import reported
 from fd_jax.metrics import Mean
 from fd_jax.sharding import BATCH_AXES
 
@@ -40,7 +41,7 @@ class Features(NamedTuple):
 def accuracy(
     bank: Features, queries: Features, *, mesh: Mesh, classes: int, k: int
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of the neighbours' vote.
+    """Top-1 and top-5 accuracy of the neighbours' vote; only top-1 of five classes or fewer.
 
     Args:
       bank: labelled examples.
@@ -120,7 +121,8 @@ def _correct(vote: jax.Array, label: jax.Array, weight: jax.Array):
     # A class without any vote is never correct, even if few classes have more votes.
     voted = own[:, 0] > 0
     return {
-        f"knn_top{n}": (jnp.sum(((better < n) & voted) * weight), jnp.sum(weight)) for n in (1, 5)
+        f"knn_top{n}": (jnp.sum(((better < n) & voted) * weight), jnp.sum(weight))
+        for n in reported(vote.shape[-1])
     }
 
 

@@ -9,11 +9,13 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from fd_jax import sharding
 from fd_jax.data.base import IGNORED, Picture
 from fd_jax.data.global_batch import Placement
 from fd_jax.errors import ConfigError, DataError, check_choice
 from fd_jax.evaluation.evaluators import Averaged, Compiled, Evaluator, Weights
 from fd_jax.models.segmenter import sliding
+from fd_jax.models.spec import ModelSpec
 from fd_jax.typing import Config, PyTree
 
 
@@ -72,19 +74,24 @@ def scores(matrix: np.ndarray) -> Scores:
 class Segmented:
     """Mean IoU over the held-out pictures at their own sizes; see `models.segmenter.sliding`.
 
-    Each process takes some of the pictures. Windows of consecutive pictures fill global batches of
-    one shape, so that nothing is compiled for the size of a picture.
+    With sliding windows, each process takes some of the pictures. Windows of consecutive pictures
+    fill global batches of one shape, so that nothing is compiled for the size of a picture.
+
+    Whole pictures are computed as many at a time as the mesh splits a batch into, if they have one
+    size. Every process reads all of them, so that all start the same programs, one for each size.
 
     Attributes:
       batch_size: number of windows in a global batch.
       classes: number of classes.
       window: side of a window.
       scale: bounds of the long and the short side to which pictures are scaled.
-      mode: "slide". mmsegmentation's "whole", one pass over a scaled picture, is refused.
+      mode: "slide", or "whole" for one pass over a scaled picture.
       stride: pixels between windows.
       scales: factors on `scale`, whose probabilities are averaged.
       flip: whether mirror images are averaged in as well.
       limit: 0 for all pictures, otherwise the first limit * batch_size of them.
+      patch: side of a patch, to a multiple of which whole pictures are filled.
+      fill: grey levels of the pixels that are added, RGB.
 
     Raises:
       ConfigError: another mode, or windows that leave pixels out.
@@ -99,24 +106,31 @@ class Segmented:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     limit: int = 0
+    patch: int = 1
+    fill: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self):
         check_choice("eval.mode", self.mode, ("slide", "whole"))
-        if self.mode == "whole":
-            raise ConfigError(
-                "eval.mode='whole' runs the network on a whole picture, but position tables, "
-                "windows of attention and the compiled program have one input size here, and "
-                "squeezing a picture into it gives other logits; set eval.mode='slide'"
-            )
-        _ = self._sliding  # refuses windows that leave pixels out
+        _ = self._views  # refuses windows that leave pixels out
 
     @classmethod
-    def of(cls, config: Config) -> "Segmented":
+    def of(cls, config: Config, spec: ModelSpec, *, fill: tuple[int, int, int]) -> "Segmented":
         """The evaluation that a segmentation config describes.
 
+        Args:
+          config: the config.
+          spec: of the network.
+          fill: grey levels of pixels outside of a picture, RGB.
+
         Raises:
-          ConfigError: see `Segmented`.
+          ConfigError: see `Segmented`; or a network that cannot take whole pictures.
         """
+        if config.eval.mode == "whole" and spec.family != "vit":
+            raise ConfigError(
+                f"eval.mode='whole' runs the network at the size of every picture, but a network "
+                f"of the family {spec.family!r} takes only sizes that its windows of attention "
+                "divide; set eval.mode='slide'"
+            )
         return cls(
             config.batch_size,
             config.segment.classes,
@@ -127,18 +141,24 @@ class Segmented:
             scales=tuple(config.eval.scales),
             flip=config.eval.flip,
             limit=config.eval.batches,
+            patch=spec.arch["patch_size"],
+            fill=fill,
         )
 
     @property
-    def _sliding(self) -> sliding.Sliding:
-        return sliding.Sliding(self.window, self.stride, self.scale, self.scales, self.flip)
+    def _views(self) -> sliding.Views:
+        common: Any = {"scale": self.scale, "scales": self.scales, "flip": self.flip}
+        if self.mode == "whole":
+            return sliding.Whole(patch=self.patch, fill=self.fill, **common)
+        return sliding.Sliding(side=self.window, stride=self.stride, **common)
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Any) -> dict[str, float]:
         """The scores of the whole set.
 
         Args:
           compiled: `predict`, jitted (params, extra, frozen, {"image": uint8 [B, S, S, 3]}) ->
-            float32 [B, h, w, K] split over the batch, and its `mesh`.
+            float32 [B, h, w, K] split over the batch, and its `mesh`; for whole pictures, it takes
+            images of any whole number of patches.
           weights: the weights to evaluate.
           data: `examples("eval")`, the number of pictures, and `pictures("eval", indices)`.
 
@@ -150,22 +170,45 @@ class Segmented:
 
     def confusion_matrix(self, compiled: Any, weights: Weights, data: Any) -> np.ndarray:
         """The confusion matrix of the whole set, int64 [K, K]. See `__call__`."""
-        placement = Placement(compiled.mesh, self.batch_size)
-        share = _share(placement.rows, self.batch_size)
+        whole = self.mode == "whole"
+        batch_size = sharding.batch_parts(compiled.mesh) if whole else self.batch_size
+        placement = Placement(compiled.mesh, batch_size)
+        share = _share(placement.rows, batch_size)
         count = data.examples("eval")
         if self.limit:
             count = min(count, self.limit * self.batch_size)
-        pictures = data.pictures("eval", range(share.first, count, share.step))
 
         def predict(windows: np.ndarray) -> jax.Array:
             batch = placement.put({"image": windows})
             return compiled.predict(weights.params, weights.extra, weights.frozen, batch)
 
+        if whole:
+            pictures = data.pictures("eval", range(count))
+            predicted = self._predicted_whole(pictures, predict, placement.rows, batch_size)
+        else:
+            pictures = data.pictures("eval", range(share.first, count, share.step))
+            predicted = self._predicted(pictures, predict, len(placement.rows))
         matrix = np.zeros((self.classes, self.classes), np.int64)
-        for picture, labels in self._predicted(pictures, predict, len(placement.rows)):
+        for picture, labels in predicted:
             _check_mask(picture, self.classes)
             matrix += confusion(picture.mask, labels, classes=self.classes)
         return _sum_over_processes(matrix if share.counts else np.zeros_like(matrix))
+
+    def _predicted_whole(
+        self, pictures: Iterable[Picture], predict: Any, rows: np.ndarray, batch_size: int
+    ) -> Iterator[tuple[Picture, np.ndarray]]:
+        """The pictures in this process's rows of each batch, with their labels."""
+        for batch in _by_size(map(self._work, pictures), batch_size):
+            own = [batch[row] for row in rows if row < len(batch)]
+            for view in range(len(batch[0].views)):
+                windows = [work.views[view].windows for work in own]
+                empty = np.zeros_like(batch[0].views[view].windows)
+                windows += [empty] * (len(rows) - len(own))
+                logits = _local_rows(predict(np.concatenate(windows)))
+                for work, each in zip(own, logits, strict=False):
+                    work.logits.append(each)
+            for work in own:
+                yield work.picture, self._labels(work)
 
     def _predicted(
         self, pictures: Iterable[Picture], predict: Any, rows: int
@@ -178,25 +221,26 @@ class Segmented:
                     yield work.picture, self._labels(work)
 
     def _windows(self, pictures: Iterable[Picture]) -> Iterator[tuple["_Work", np.ndarray]]:
-        for picture in pictures:
-            work = _Work(picture, self._sliding.views(picture.image))
+        for work in map(self._work, pictures):
             for view in work.views:
                 for window in view.windows:
                     yield work, window
 
+    def _work(self, picture: Picture) -> "_Work":
+        return _Work(picture, self._views.views(picture.image))
+
     def _labels(self, work: "_Work") -> np.ndarray:
-        ends = np.cumsum([len(view.windows) for view in work.views])
-        logits = np.split(np.stack(work.logits), ends[:-1])
-        return self._sliding.labels(work.views, logits, work.picture.mask.shape)
+        found = iter(work.logits)
+        logits = [np.stack([next(found) for _ in view.windows]) for view in work.views]
+        return self._views.labels(work.views, logits, work.picture.mask.shape)
 
 
-def from_config(config: Config) -> list[Evaluator]:
+def from_config(config: Config, spec: ModelSpec, *, fill: tuple[int, int, int]) -> list[Evaluator]:
     """The evaluators of a segmentation run, repeated on the average if there is one.
 
-    Raises:
-      ConfigError: as in `Segmented`.
+    Arguments and errors as in `Segmented.of`.
     """
-    evaluator = Segmented.of(config)
+    evaluator = Segmented.of(config, spec, fill=fill)
     return [evaluator, Averaged(evaluator)] if config.ema_decay else [evaluator]
 
 
@@ -211,6 +255,17 @@ class _Work:
     @property
     def count(self) -> int:
         return sum(len(view.windows) for view in self.views)
+
+
+def _by_size(works: Iterable[_Work], count: int) -> Iterator[list[_Work]]:
+    """Groups of at most `count` pictures whose views have the same sizes."""
+    waiting: dict[tuple[tuple[int, ...], ...], list[_Work]] = {}
+    for work in works:
+        key = tuple(view.windows.shape for view in work.views)
+        waiting.setdefault(key, []).append(work)
+        if len(waiting[key]) == count:
+            yield waiting.pop(key)
+    yield from waiting.values()
 
 
 def _computed(

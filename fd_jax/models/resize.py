@@ -6,9 +6,13 @@ and applied to rows and columns; the same code serves tables on the host and ima
 
 from collections.abc import Sequence
 import functools
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 PositionResize = Literal["size", "offset_0.1", "antialias"]
 
@@ -48,19 +52,19 @@ def antialias_matrix(
 
 
 def resize_pos_embed(
-    table: np.ndarray,
+    table: Array,
     source: tuple[int, int],
     target: tuple[int, int],
     *,
     prefix: int,
     method: PositionResize,
-) -> np.ndarray:
+) -> Array:
     """Resizes an absolute position table to another grid.
 
     See docs/reference.md#pos-embed-resize.
 
     Args:
-      table: [1, prefix + H*W, D].
+      table: [1, prefix + H*W, D]; an array of JAX is computed in float32, and may be traced.
       source: (H, W) of the table's patches.
       target: (H, W) wanted.
       prefix: leading rows that belong to no patch (class token); copied.
@@ -80,7 +84,7 @@ def resize_pos_embed(
         return table
     matrices = [_position_matrix(old, new, method) for old, new in zip(source, target, strict=True)]
     patches = _resize_axes(table[0, prefix:], source, matrices)[None]
-    return np.concatenate([table[:, :prefix], patches], axis=1)
+    return _concatenate([table[:, :prefix], patches], axis=1)
 
 
 def _position_matrix(source: int, target: int, method: PositionResize) -> np.ndarray:
@@ -91,8 +95,8 @@ def _position_matrix(source: int, target: int, method: PositionResize) -> np.nda
 
 
 def resize_rel_pos_table(
-    table: np.ndarray, source: tuple[int, int], target: tuple[int, int], *, extra: int
-) -> np.ndarray:
+    table: Array, source: tuple[int, int], target: tuple[int, int], *, extra: int
+) -> Array:
     """Resizes a relative position bias table to another grid.
 
     See docs/reference.md#rel-pos-resize.
@@ -102,7 +106,7 @@ def resize_rel_pos_table(
     through them. An axis that keeps its length keeps its offsets.
 
     Args:
-      table: [(2H - 1)(2W - 1) + extra, A].
+      table: [(2H - 1)(2W - 1) + extra, A]; an array of JAX as in `resize_pos_embed`.
       source: (H, W) of the table's patches.
       target: (H, W) wanted.
       extra: trailing rows that belong to no pair of patches (3 with a class token); copied.
@@ -119,7 +123,7 @@ def resize_rel_pos_table(
     if source == target:
         return table
     matrices = [_offset_matrix(old, new) for old, new in zip(source, target, strict=True)]
-    return np.concatenate([_resize_axes(table[:rows], offsets, matrices), table[rows:]])
+    return _concatenate([_resize_axes(table[:rows], offsets, matrices), table[rows:]])
 
 
 def _offset_matrix(source: int, target: int) -> np.ndarray:
@@ -151,13 +155,25 @@ def resize_patch_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
     return resized.astype(kernel.dtype)
 
 
-def _resize_axes(
-    rows: np.ndarray, grid: tuple[int, int], matrices: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Applies a [target, source] matrix to each axis of a row-major grid, in float64. [H*W, D]"""
-    image = rows.reshape(*grid, -1).astype(np.float64)
-    resized = np.einsum("ip,jq,pqd->ijd", *matrices, image, optimize=True)
+def _resize_axes(rows: Any, grid: tuple[int, int], matrices: Sequence[np.ndarray]) -> Any:
+    """Applies a [target, source] matrix to each axis of a row-major grid. [H*W, D]
+
+    NumPy computes in float64, JAX in float32.
+    """
+    image, equation = rows.reshape(*grid, -1), "ip,jq,pqd->ijd"
+    if isinstance(rows, jax.Array):
+        factors = [jnp.asarray(matrix, jnp.float32) for matrix in matrices]
+        resized = jnp.einsum(
+            equation, *factors, image.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+    else:
+        resized = np.einsum(equation, *matrices, image.astype(np.float64), optimize=True)
     return resized.reshape(-1, rows.shape[-1]).astype(rows.dtype)
+
+
+def _concatenate(parts: list[Any], *, axis: int = 0) -> Any:
+    join = jnp.concatenate if isinstance(parts[0], jax.Array) else np.concatenate
+    return join(parts, axis=axis)
 
 
 def geometric_offsets(half: int, reach: int) -> np.ndarray:

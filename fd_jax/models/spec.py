@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.errors import ModelFolderError
-from fd_jax.models import kernels, resize, sizes
+from fd_jax.errors import ModelFolderError, first_few
+from fd_jax.models import description, kernels, resize, sizes
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
 from fd_jax.models.segmenter import Segmenter, widths_of
@@ -41,6 +41,8 @@ class ModelSpec:
       pixel_scale: factor from uint8 to the range of `mean` and `std`.
       position_resize: how this source's code resizes absolute positions, see `resize.py`.
       classes: outputs of the classifier head beside the encoder; 0 where there is none.
+      class_names: name of each output of that head, as the data calls the class, or "" for an
+        output that no class was trained on; None where they are not known.
       pooling: what that head reads, see `heads.Classifier`.
       segmenter: the segmenter on the encoder's maps: `blocks`, the numbers of the blocks whose maps
         it takes, and the keywords of `Segmenter` but the widths of these maps; None without one.
@@ -58,6 +60,7 @@ class ModelSpec:
     pixel_scale: float = 1 / 255
     position_resize: resize.PositionResize = "size"
     classes: int = 0
+    class_names: list[str] | None = None
     pooling: Pooling = "cls"
     segmenter: dict[str, Any] | None = None
     source: str = ""
@@ -69,6 +72,8 @@ class ModelSpec:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ModelFolderError(f"family {self.family!r}; expected one of {sorted(FAMILIES)}")
+        if self.class_names is not None:
+            _check_names(self.class_names, self.classes)
 
     def build(self, *, rngs: nnx.Rngs, **runtime) -> nnx.Module:
         """The network with fresh parameters; `runtime` is drop_path, init, dtype and the like."""
@@ -141,10 +146,11 @@ class ModelSpec:
         return kernels.choose(name, dtype=dtype, head_widths=widths)
 
     def to_json(self) -> str:
-        """The text of `model.json`; without a segmenter, it does not mention one."""
+        """The text of `model.json`; without a segmenter or class names, it does not mention any."""
         fields = dataclasses.asdict(self)
-        if self.segmenter is None:
-            del fields["segmenter"]  # earlier versions of this library do not know the field
+        for name in ("segmenter", "class_names"):  # earlier versions of this library know neither
+            if fields[name] is None:
+                del fields[name]
         return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
@@ -153,21 +159,31 @@ class ModelSpec:
         try:
             fields = json.loads(text)
             version = fields["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelFolderError(f"{where} is not a model description: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ModelFolderError(
+                f"{where} is not a model description: {error!s:.200}. It is damaged, or of another "
+                "program; convert, copy or train the model again"
+            ) from error
         if version != FORMAT_VERSION:
             raise ModelFolderError(
                 f"{where} has format version {version}, this fd_jax reads {FORMAT_VERSION}; "
                 "convert or train the model again"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ModelFolderError(f"{where} has unknown fields {unknown}")
-        try:
-            fields["mean"], fields["std"] = tuple(fields["mean"]), tuple(fields["std"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ModelFolderError(f"{where} lacks a field: {error}") from error
+        if wrong := description.problems(fields):
+            raise ModelFolderError(
+                f"{where} describes no network: {first_few(wrong)}. It is damaged, or of another "
+                "version of fd_jax; convert, copy or train the model again"
+            )
+        pairs = {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
+        return cls(**fields | pairs)
+
+
+def _check_names(names: Any, classes: int) -> None:
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) != classes:
+        raise ModelFolderError(
+            f"class_names {names!s:.80}: expected a list of {classes} names, one for each class"
+        )
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -16,6 +16,7 @@ import sys
 
 from etils import epath
 
+from fd_jax import console
 from fd_jax.errors import ConfigError, UserError, check_choice, check_positive
 from fd_jax.reproduce import cells, launching, page, paper, results, small
 from fd_jax.reproduce.cells import Cell
@@ -133,10 +134,9 @@ def _act(args: argparse.Namespace, extra: Sequence[str]) -> None:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and what follows a lone "--"."""
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m fd_jax.reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = console.parser(
+        "python -m fd_jax.reproduce",
+        __doc__,
         epilog="Flags after a lone -- are added to every command.",
         allow_abbrev=False,
     )

@@ -1,10 +1,13 @@
 """Plots of results as PNG files; matplotlib is imported only when one is drawn."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 import numpy as np
+
+from fd_jax.errors import DataError
+from fd_jax.models.features import FeatureMap
 
 
 def pyplot() -> Any:
@@ -31,8 +34,19 @@ def losses(rows: Iterable[Mapping[str, float]], path: epath.Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in name else "")
-    axes.set(xlabel="step", ylabel="smooth-L1 loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
+    save(figure, path)
+
+
+def curves(points: Mapping[str, Sequence[tuple[int, float]]], path: epath.Path) -> None:
+    """Plots figures over the steps, (step, value) by name: one panel each, as scales differ."""
+    figure, axes = pyplot().subplots(
+        1, len(points), figsize=(3.2 * len(points), 2.6), layout="constrained", squeeze=False
+    )
+    for axis, (name, values) in zip(axes[0], points.items(), strict=True):
+        axis.plot(*zip(*values, strict=True), marker=".")
+        axis.set(xlabel="step", title=name)
     save(figure, path)
 
 
@@ -54,7 +68,7 @@ def maps(
       reference: name of the network whose first three principal components define the colours.
     """
     colour = principal_colours(patches[reference])
-    columns = ["held-out picture", *patches]
+    columns = ["picture", *patches]
     figure, axes = pyplot().subplots(
         len(images),
         len(columns),
@@ -89,6 +103,31 @@ def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
 
     return colour
+
+
+def pca_picture(features: FeatureMap) -> np.ndarray:
+    """Shows features as colours: the first three principal components of the patches of all images.
+
+    Colours can be compared between the images of one call, not between calls.
+
+    Args:
+      features: what a network returns for B images.
+
+    Returns:
+      float [B, H, W, 3] in [0, 1], on the grid of the patches; matplotlib's `imshow` draws it.
+
+    Raises:
+      DataError: the features do not vary in three directions.
+    """
+    patches = np.asarray(features.on_grid(), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        colours = principal_colours(patches)(patches)
+    if not np.isfinite(colours).all():
+        raise DataError(
+            "pca: the features of these patches do not vary in three directions; use another "
+            "picture, or several"
+        )
+    return colours.reshape(len(patches), *features.grid, 3)
 
 
 def confusion(matrix: np.ndarray, path: epath.Path) -> None:

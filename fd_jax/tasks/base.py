@@ -37,7 +37,10 @@ class Task(Protocol):
         ...
 
     def check_data(self, data: Data) -> None:
-        """Raises an error for data that this task cannot use, before anything is computed."""
+        """Raises an error for data that this task cannot use, before anything is computed.
+
+        A task with a head numbers the classes of the data, and keeps their names for `export`.
+        """
         ...
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

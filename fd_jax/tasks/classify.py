@@ -17,6 +17,7 @@ from fd_jax.console import say
 from fd_jax.cost import flops
 from fd_jax.data import mixing
 from fd_jax.data.base import Data
+from fd_jax.data.class_names import Classes
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import classification, evaluators
 from fd_jax.metrics import weighted
@@ -70,6 +71,7 @@ class ClassifyTask:
         self.spec = dataclasses.replace(
             transfer.target_spec(initial, self.changes),
             classes=model.classes,
+            class_names=initial.class_names if self.changes.keep_head else None,
             pooling=model.pooling,
             source=start.source_name(config, initial, how),
         )
@@ -92,12 +94,19 @@ class ClassifyTask:
             )
 
     def check_data(self, data: Data) -> None:
-        """Refuses data whose labels do not fit the head.
+        """Refuses data whose labels do not fit the head, and keeps the names of the classes.
+
+        A trained head gives its classes their numbers, a fresh one takes those of the data.
 
         Raises:
-          DataError: there are no labels, or more classes than the head has outputs.
+          DataError: there are no labels, more classes than the head has outputs, or classes that a
+            trained head does not know.
         """
-        data.check_labels()
+        head = None
+        if self.changes.keep_head:
+            where = f"the head in {self.config.init_from}"
+            head = Classes(where, self.spec.classes, self.spec.class_names)
+        data.number_labels(head)
         head_classes, data_classes, name = self.spec.classes, data.classes, data.name
         if data_classes > head_classes:
             raise DataError(
@@ -106,6 +115,9 @@ class ClassifyTask:
             )
         if data_classes < head_classes:
             say(f"note: model.classes={head_classes}, but {name} has only {data_classes} classes")
+        if data.class_names is not None:
+            names = [*data.class_names, *[""] * (head_classes - data_classes)]
+            self.spec = dataclasses.replace(self.spec, class_names=names)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters; only the head has any where the encoder is frozen."""

@@ -71,7 +71,7 @@ class ContrastiveTask:
     def check_data(self, data: Data) -> None:
         """Checks that there are labels if `eval.knn` needs them; training reads none."""
         if self.config.eval.knn:
-            data.check_labels()
+            data.number_labels()
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random network and a random projector."""

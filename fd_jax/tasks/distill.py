@@ -113,7 +113,7 @@ class DistillTask:
     def check_data(self, data: Data) -> None:
         """Checks that there are labels if `eval.knn` needs them; nothing else reads labels."""
         if self.config.eval.knn:
-            data.check_labels()
+            data.number_labels()
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random student and a random projector for each teacher."""

@@ -55,8 +55,6 @@ class SegmentTask:
         """
         segment = config.segment
         self.config = config
-        # Made here, so that an evaluation that cannot work is refused before the run starts.
-        self._evaluators = segmentation.from_config(config)
         self.dtype = compute_dtype(config.dtype)
         self.frozen = segment.trains == "head"
         initial = init_spec or start.initial_spec(config, "segment")
@@ -82,6 +80,8 @@ class SegmentTask:
             source=start.source_name(config, initial, how),
         )
         self.fill = outside(self.spec)
+        # Made here, so that an evaluation that cannot work is refused before the run starts.
+        self._evaluators = segmentation.from_config(config, self.spec, fill=self.fill)
         self.segmenter_def, shapes, _ = self.spec.abstract_segmenter(**self._dtypes())
         self.segmenter: Any = nnx.merge(self.segmenter_def, shapes)
 
@@ -176,7 +176,10 @@ class SegmentTask:
         }
 
     def predict(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-        """Logits of an unprepared batch at the finest level. -> [B, h, w, K] float32."""
+        """Logits of an unprepared batch at the finest level. -> [B, h, w, K] float32.
+
+        Pictures may have another size than in training, for which position tables are resized.
+        """
         maps = self._maps(params, frozen, self.spec.normalize(batch["image"], self.dtype), None)
         return nnx.merge(self.segmenter_def, params["segmenter"])(maps, extra).logits
 
@@ -231,7 +234,11 @@ class SegmentTask:
     ) -> list[FeatureMap]:
         """The maps that the segmenter reads, after the final norm if the encoder has one."""
         weights = jax.lax.stop_gradient(frozen["encoder"]) if self.frozen else params["encoder"]
-        encoder: Any = nnx.merge(self.encoder_def, weights)
+        spec, weights = self.spec.resized(weights, images.shape[1:3])
+        definition = self.encoder_def
+        if spec is not self.spec:
+            definition, _ = spec.abstract(**self._encoder_runtime())
+        encoder: Any = nnx.merge(definition, weights)
         assert self.spec.segmenter is not None
         return maps_of(encoder, images, self.spec.segmenter["blocks"], drops=drops)
 

@@ -19,10 +19,11 @@ class Clock:
         self._batch_size, self._last_step, self._total = batch_size, start, total
         self._waited = self._excluded = 0.0
         self._lap_start = self._step_time = 0.0
+        self._first_step, self._run_start, self._run_excluded = start, 0.0, 0.0
 
     def start(self) -> None:
         """Starts the first lap."""
-        self._lap_start = time.monotonic()
+        self._lap_start = self._run_start = time.monotonic()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -37,6 +38,7 @@ class Clock:
         start = time.monotonic()
         yield
         self._excluded += time.monotonic() - start
+        self._run_excluded += time.monotonic() - start
 
     def lap(self, step: int) -> dict[str, float]:
         """Ends a lap and starts the next one.
@@ -57,6 +59,12 @@ class Clock:
         self._lap_start, self._last_step = now, step
         self._waited = self._excluded = 0.0
         return means
+
+    def expected(self, step: int) -> str:
+        """Estimates the time of all steps of this run from those until `step`, as h:mm:ss."""
+        elapsed = time.monotonic() - self._run_start - self._run_excluded
+        done, total = step - self._first_step, self._total - self._first_step
+        return str(datetime.timedelta(seconds=round(elapsed / done * total)))
 
     def remaining(self, step: int) -> str:
         """Estimates the time to the end at the rate of the last lap, as h:mm:ss."""

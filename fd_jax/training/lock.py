@@ -22,7 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from fd_jax import files
+from fd_jax import files, storage
 from fd_jax.console import say
 from fd_jax.errors import CheckpointError
 
@@ -123,7 +123,7 @@ def held(
         except CheckpointError as error:
             refusal = str(error)
         except OSError as error:
-            refusal = f"cannot write in the workdir {workdir}: {error}"
+            refusal = str(storage.explained(error, workdir))
     if not _agreed(not refusal):
         raise CheckpointError(refusal or f"the first process cannot use the workdir {workdir}")
     try:
@@ -131,8 +131,9 @@ def held(
     finally:
         if lock is not None:
             lock.release()
-            if is_new and not any(workdir.iterdir()):
-                workdir.rmdir()
+            with contextlib.suppress(OSError):  # the workdir may be gone
+                if is_new and not any(workdir.iterdir()):
+                    workdir.rmdir()
 
 
 def _agreed(fine: bool) -> bool:
@@ -217,10 +218,9 @@ def _changes(path: epath.Path, before: dict[str, Any], silence: float) -> dict[s
 def _read(path: epath.Path) -> dict[str, Any]:
     """The content of a lock file; {} where it is missing, or being written, or no lock file."""
     try:
-        found = json.loads(path.read_text())
+        return files.read_object(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _token(content: dict[str, Any]) -> str:

@@ -3,27 +3,27 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import errno
 import time
 from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-from fd_jax import digests, model_folder, settings, sharding
+from fd_jax import digests, model_folder, settings, sharding, storage
 from fd_jax.checkpoint import Checkpoints
-from fd_jax.console import say
+from fd_jax.console import Bar, bar, say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
-from fd_jax.errors import CheckpointError, DamagedCheckpointError, first_few
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.tasks.base import Task
+from fd_jax.training import account, metric_writer, signals
 from fd_jax.training import lock as locks
-from fd_jax.training import metric_writer, signals
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
 from fd_jax.training.feeds import AnyFeed, open_data
@@ -31,8 +31,10 @@ from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
+from fd_jax.training.watch import Best, Watch
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
+FIRST_STEPS = 10  # after which the time of all steps is estimated
 PREEMPTED = 75  # exit status after SIGTERM: the state is saved, and the same command resumes
 
 
@@ -57,6 +59,7 @@ def fit(
     workdir: epath.PathLike,
     *,
     accept_config: bool = False,
+    accept_data: bool = False,
     fall_back: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
@@ -69,15 +72,17 @@ def fit(
     Args:
       task: task to train.
       config: config of the run; configs/base.py describes its fields.
-      workdir: folder that receives config.json, checkpoints/, metrics.jsonl, tensorboard/, model/.
+      workdir: folder that receives config.json, data.json, checkpoints/, metrics.jsonl,
+        tensorboard/ and model/.
       accept_config: whether to continue if the config differs from the one in `workdir`.
+      accept_data: whether to continue if files of the data were added, removed or changed.
       fall_back: whether to continue from an earlier checkpoint if the latest is damaged.
 
     Raises:
       UserError: the config, the data, the workdir or a model folder is invalid.
     """
     workdir = epath.Path(workdir)
-    with contextlib.ExitStack() as resources:
+    with storage.one_message(workdir), contextlib.ExitStack() as resources:
         # This comes first because restoring and compiling take minutes, and because
         # jax.distributed installs a handler that would swallow the signal.
         stop_requested = resources.enter_context(signals.on_sigterm())
@@ -93,9 +98,11 @@ def fit(
             say("note: data.eval_split is the training split, so its figures are not held out")
         recorded = _with_chosen_attention(config, task)
         workdirs.check(workdir, recorded, accept=accept_config)
+        workdirs.check_checkpoints(workdir)
+        contents = feed.contents()
+        workdirs.check_data(workdir, contents, accept=accept_data)
+        model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
-        say("attention: " + ", ".join(f"{k} {v}" for k, v in task.attention.items()))
-
         program = build(
             task,
             config,
@@ -104,6 +111,9 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
+        say(account.at_start(config, program, feed, attention=task.attention, workdir=workdir))
+        for note in account.doubts(config, program):
+            say(note)
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
         checkpoints = Checkpoints(
@@ -111,13 +121,15 @@ def fit(
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every or None,
         )
-        resources.callback(checkpoints.close)
+        resources.enter_context(checkpoints)
         state, start, record = initial_state(
             task, program, checkpoints, config.seed, initial, fall_back=fall_back
         )
         del initial  # host memory that the run does not need
         # Comes after all that a user can get wrong, so a refused command claims no workdir.
         workdirs.claim(workdir, recorded, accept=accept_config)
+        workdirs.claim_data(workdir, contents)
+        rows = [row for row in metric_writer.read(workdir) if row["step"] <= start]
         writer = metric_writer.Writer(workdir, resume_step=start)
         resources.callback(writer.close)
         placement = Placement(mesh, config.batch_size)
@@ -143,6 +155,8 @@ def fit(
             placement=placement,
             loader=loader,
             progress=Progress(record),
+            watch=Watch(config, rows, total_steps),
+            best=Best(config.eval.get("keep_best", ""), rows),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
@@ -185,7 +199,7 @@ def _newest(
             damaged.append(step)
             continue
         checkpoints.set_aside(damaged)
-        logging.info("resuming at step %d", step)
+        say(f"resuming at step {step}")
         return TrainState.from_dict(tree), step, record
     raise CheckpointError(
         f"none of the checkpoints of steps {sorted(damaged)} is whole; use another workdir to "
@@ -206,6 +220,7 @@ class Run:
       checkpoints, writer: destinations of the state and of the metrics.
       frozen: frozen weights, on the mesh.
       progress, clock: measurements since the last line of the log.
+      watch, best: what the log so far says about the run.
       start, total_steps: first step, and number of steps of the whole schedule.
       eval_every: number of steps between evaluations; 0 for none.
     """
@@ -222,6 +237,8 @@ class Run:
     placement: Placement
     loader: TrainLoader
     progress: Progress
+    watch: Watch
+    best: Best
     clock: Clock
     start: int
     total_steps: int
@@ -247,7 +264,10 @@ class Run:
         pending = None  # metrics are read one step late, while the device runs the next step
         stop = False
         self.clock.start()
-        with contextlib.closing(self._trace()) as trace:
+        with (
+            contextlib.closing(self._trace()) as trace,
+            bar(start=self.start, total=self.total_steps) as shown,
+        ):
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_requested())
@@ -259,7 +279,11 @@ class Run:
                 if self._due(step + 1, self.config.log_every):
                     stop = self._read(step, pending) or stop
                     pending = None
-                    self._log(step + 1)
+                    self._log(step + 1, shown)
+                shown.step()
+                if step + 1 == self.start + FIRST_STEPS:
+                    expected = self.clock.expected(step + 1)
+                    say(f"all steps take about {expected}, and evaluations come on top")
                 # Save before evaluating, which may take longer than a preemption allows.
                 if stop or self._due(step + 1, self.config.checkpoint.every):
                     if pending is not None:
@@ -305,20 +329,23 @@ class Run:
             )
         return stop
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, shown: Bar) -> None:
         scalars = self.progress.means()
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
         scalars |= self.utilization.metrics(scalars["images_per_second"])
         self.writer.write(step, scalars)
-        say(
-            f"step {step}/{self.total_steps}  loss {scalars.get('loss', float('nan')):.5f}  "
-            f"lr {scalars['learning_rate']:.3g}  {scalars['images_per_second']:.1f} images/s  "
-            f"ETA {self.clock.remaining(step)}"
+        state = (
+            f"loss {scalars.get('loss', float('nan')):.5f}  lr {scalars['learning_rate']:.3g}  "
+            f"{scalars['images_per_second']:.1f} images/s"
         )
+        ahead = f"ETA {self.clock.remaining(step)}"
+        shown.log(f"step {step}/{self.total_steps}  {state}  {ahead}", short=state)
+        for note in self.watch.logged(step, scalars):
+            say(note)
 
     def _save(self, step: int, state: TrainState) -> None:
-        self._check_lock()
+        self._check_workdir()
         saved = state.to_dict()
         known, wrong = digests.examine(saved)
         self._refuse_nonfinite(wrong)
@@ -339,8 +366,13 @@ class Run:
             for evaluator in self.task.evaluators():
                 figures = evaluator(self.program, weights, self.feed)
                 evaluation |= {f"eval_{name}": value for name, value in figures.items()}
+        # Before the figures are written: a run that is killed here evaluates this step again.
+        if self.best.improved_by(step, evaluation):
+            self._export_best(step, state)
         self.writer.write(step, evaluation)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
+        for note in self.watch.evaluated(step, evaluation):
+            say(note)
         return evaluation
 
     def _evaluation_at_start(self, state: TrainState) -> dict[str, float]:
@@ -371,16 +403,38 @@ class Run:
                 "Lower optim.peak_lr, raise optim.eps, or set dtype=float32"
             )
 
-    def _check_lock(self) -> None:
-        if self.lock is not None:
-            self.lock.check()
+    def _check_workdir(self) -> None:
+        """Refuses to write where the workdir is another run's, or no longer there.
+
+        Orbax would make a new folder in the place of one that was moved away or unmounted.
+        """
+        if self.lock is None:
+            return
+        self.lock.check()
+        if not (self.workdir / workdirs.CONFIG).exists():
+            raise StorageError(storage.message(errno.ENOENT, str(self.workdir / workdirs.CONFIG)))
 
     def _export(self, state: TrainState) -> None:
-        self._check_lock()
+        notes = ""
+        if self.best.step is not None:
+            notes = (
+                f"step {self.total_steps}, the last one; by {self.best.name}, step "
+                f"{self.best.step} was the best"
+            )
         params = state.params if state.ema is None else state.ema
+        self._write_model(workdirs.MODEL, params, state, notes)
+
+    def _export_best(self, step: int, state: TrainState) -> None:
+        params = state.ema if self.best.averaged else state.params
+        notes = f"step {step}, the best one by {self.best.name}: {self.best.value:.5f}"
+        self._write_model(workdirs.BEST, params, state, notes)
+
+    def _write_model(self, name: str, params: PyTree, state: TrainState, notes: str) -> None:
+        self._check_workdir()
         spec, parts = self.task.export(params, state.extra)
         self._refuse_nonfinite(digests.not_finite(parts))
-        model_folder.save(self.workdir / workdirs.MODEL, spec, parts, overwrite=True)
+        spec = dataclasses.replace(spec, notes=notes or spec.notes)
+        model_folder.save(self.workdir / name, spec, parts, overwrite=True)
 
 
 def _with_chosen_attention(config: Config, task: Task) -> Config:

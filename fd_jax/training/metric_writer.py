@@ -6,7 +6,8 @@ import json
 from etils import epath
 import jax
 
-from fd_jax import files
+from fd_jax import console, files
+from fd_jax.errors import CheckpointError
 
 FILE_NAME = "metrics.jsonl"
 
@@ -25,7 +26,8 @@ class Writer:
         self._board = None
         if jax.process_index() != 0:
             return
-        from clu import metric_writers  # imports TensorFlow, so only the writing process does this
+        with console.quiet():  # it imports TensorFlow, so only the writing process does this
+            from clu import metric_writers
 
         self._board = metric_writers.AsyncWriter(
             metric_writers.SummaryWriter(str(workdir / "tensorboard"))
@@ -48,17 +50,37 @@ class Writer:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Reads all complete rows of `metrics.jsonl`, oldest first; [] if the file does not exist."""
+    """Reads all complete rows of `metrics.jsonl`, oldest first; [] if the file does not exist.
+
+    Raises:
+      CheckpointError: a row is damaged; the message names its line.
+    """
     path = epath.Path(workdir) / FILE_NAME
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # an interrupted run left an incomplete row
-    return rows
+    try:
+        lines = files.read_text(path).splitlines(keepends=True)
+        # An interrupted run left the last row incomplete, which has no end of line then.
+        complete = [line for line in lines if line.endswith("\n")]
+        return [_row(line, number) for number, line in enumerate(complete, start=1)]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} {error}: it is damaged. Delete what is wrong with an editor, or move the file "
+            "away; the run then resumes without its earlier figures"
+        ) from error
+
+
+def _row(line: str, number: int) -> dict[str, float]:
+    try:
+        row = files.parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} {error}") from error
+    if type(row.get("step")) is not int:
+        raise ValueError(f"line {number} has no step")
+    for name, value in row.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"line {number} has {name}={value!r:.40}, which is no number")
+    return row
 
 
 def read_evaluation(workdir: epath.PathLike, step: int) -> dict[str, float]:

@@ -32,6 +32,7 @@ class Program:
 
     Attributes:
       mesh: device mesh.
+      total_steps: number of updates of the whole run.
       schedule: learning rate as a function of the optimizer step.
       state, frozen, batch, seed: shapes with their shardings.
       create: (key, initial host arrays) -> TrainState, created already sharded.
@@ -43,6 +44,7 @@ class Program:
     """
 
     mesh: Mesh
+    total_steps: int
     schedule: Schedule
     state: TrainState
     frozen: PyTree
@@ -133,6 +135,7 @@ def build(
     step = make_train_step(task, tx, accumulation=config.accumulation, ema_decay=ema_decay)
     return Program(
         mesh=mesh,
+        total_steps=total_steps,
         schedule=schedule,
         state=state,
         frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),

@@ -18,6 +18,7 @@ class Pictures:
 
     name = "pictures"
     num_classes = 7
+    class_names = None
 
     def __init__(self, size, *, broken=(), skipped=()):
         self.size, self.broken, self.skipped = size, broken, skipped

@@ -447,6 +447,7 @@ class Labels:
     num_classes: int | None
     label: int = 0
     name: str = "some/split"
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self):
         return 1

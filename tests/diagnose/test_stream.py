@@ -44,6 +44,7 @@ class Failing:
     def __init__(self, dataset, index, error):
         self._dataset, self._index, self._error = dataset, index, error
         self.name, self.num_classes = dataset.name, dataset.num_classes
+        self.class_names = dataset.class_names
         self.read = set()
 
     def __len__(self):

@@ -4,6 +4,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from fd_jax.evaluation import classification
@@ -81,3 +82,18 @@ def test_per_class_table_shows_the_most_frequent_mistake():
         "| 1 | 0 |  |  |",
         "| 2 | 4 | 0.5000 | 1 (2) |",
     ]
+
+
+def test_the_table_has_the_names_of_classes_where_there_are_any():
+    names = ["ant", "", "a|b\udce9"]
+    table = tables.per_class(np.array([[3.0, 0, 1], [0, 0, 0], [0, 2, 2]]), names)
+    rows = table.splitlines()[2:]
+    assert rows[0].startswith("| ant | 4 |") and rows[0].endswith(r"| a\|b� (1) |")
+    assert rows[1].startswith("| 1 | 0 |")  # no class was trained on this output
+    assert table.encode("utf-8")
+
+
+@pytest.mark.parametrize("classes,names", [(5, {"loss", "top1"}), (6, {"loss", "top1", "top5"})])
+def test_there_is_no_top5_of_five_classes(classes, names):
+    logits, labels = jnp.zeros((2, classes)), jnp.zeros(2, jnp.int32)
+    assert classification.accuracy_metrics(logits, labels, jnp.ones(2)).keys() == names

@@ -1,6 +1,7 @@
 """Predictions for whole pictures and their mean IoU, against plain loops in torch and OpenCV."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fd_jax import sharding
+from fd_jax import model_folder, sharding
 from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import evaluators, segmentation
@@ -233,6 +234,81 @@ def test_nothing_is_compiled_for_the_size_of_a_picture(made):
     assert set(result) == {"miou", "macc", "aacc"}
 
 
+def whole_labels(made, params, picture, *, fill, cut=True, ratio=1.0, mirrored=False):
+    """One pass over the picture, with position tables that NumPy resized. -> [K, h, w] logits"""
+    height, width = picture.image.shape[:2]
+    factor = min(int(64 * ratio) / max(height, width), int(36 * ratio) / min(height, width))
+    size = round(height * factor + 1e-9), round(width * factor + 1e-9)
+    image = sliding.resize_picture(picture.image, size)
+    image = image[:, ::-1] if mirrored else image
+    patch = made.arch["patch_size"]
+    filled = [-(-side // patch) * patch for side in size]
+    padded = np.tile(np.array(fill, np.uint8), (*filled, 1))
+    padded[: size[0], : size[1]] = image
+    spec, encoder = made.resized(params["encoder"], filled)
+    images = made.normalize(padded[None])
+    run = jax.jit(functools.partial(model_folder.segmenter_logits, spec))
+    found = run({**params, "encoder": encoder}, images)
+    logits = torch.from_numpy(np.array(found[0])).permute(2, 0, 1)
+    if cut:
+        logits = resized(logits, filled)[:, : size[0], : size[1]]
+    logits = resized(logits, picture.mask.shape)
+    return logits.flip(-1) if mirrored else logits
+
+
+def whole_matrix(made, pictures, **options):
+    params = segments.parts(made)
+    labels = [whole_labels(made, params, p, **options).argmax(dim=0).numpy() for p in pictures]
+    return np.sum([counted(p.mask, each) for p, each in zip(pictures, labels, strict=True)], axis=0)
+
+
+FILL = 124, 116, 104
+WHOLE_SIZES = (40, 57), (90, 50), (80, 114)  # the first and third become one
+
+
+@pytest.fixture(scope="module")
+def whole_run(made):
+    """The segmenter on two devices, for pictures of any size."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+
+    def predict(params, extra, frozen, batch):
+        del frozen
+        parts = {**params, "segmenter_statistics": extra}
+        return model_folder.segmenter_logits(made, parts, made.normalize(batch["image"]))
+
+    split = sharding.batch_sharding(mesh)
+    return segments.Compiled(mesh, jax.jit(predict, out_shardings=split))
+
+
+def test_whole_pictures_equal_one_pass_over_each(made, whole_run):
+    pictures = segments.held_out(WHOLE_SIZES)
+    whole = evaluator(mode="whole", patch=made.arch["patch_size"], fill=FILL)
+    got = whole.confusion_matrix(whole_run, segments.weights(made, whole_run.mesh), pictures)
+    assert (got[:-1].sum(axis=0) > 0).sum() >= 4
+    assert moved(got, whole_matrix(made, pictures.items, fill=FILL)) < 2e-4
+    assert whole_run.predict._cache_size() == len(WHOLE_SIZES) - 1  # one for each size
+    for wrong in ({"fill": (0, 0, 0)}, {"fill": FILL, "cut": False}):
+        assert moved(got, whole_matrix(made, pictures.items, **wrong)) > 2e-3
+
+
+@pytest.mark.slow
+def test_whole_pictures_at_several_scales(made, whole_run):
+    pictures = segments.held_out(WHOLE_SIZES[:1])
+    whole = evaluator(
+        mode="whole", patch=made.arch["patch_size"], fill=FILL, scales=(0.75, 1.0), flip=True
+    )
+    got = whole.confusion_matrix(whole_run, segments.weights(made, whole_run.mesh), pictures)
+    params, (picture,) = segments.parts(made), pictures.items
+    views = [
+        whole_labels(made, params, picture, fill=FILL, ratio=ratio, mirrored=mirrored).softmax(0)
+        for ratio in (0.75, 1.0)
+        for mirrored in (False, True)
+    ]
+    want = counted(picture.mask, np.array(torch.stack(views).sum(0).argmax(0)))
+    assert moved(got, want) < 2e-3  # one pixel
+    assert moved(got, counted(picture.mask, np.array(views[2].argmax(0)))) > 0.01
+
+
 @pytest.mark.slow
 def test_a_task_measures_the_pictures_of_a_folder(tmp_path):
     pictures = segments.held_out().items
@@ -259,7 +335,7 @@ def test_a_task_measures_the_pictures_of_a_folder(tmp_path):
         task, config, mesh, steps_per_epoch=1, total_steps=4, elements=feed.elements
     )
     state = run.create(jax.random.key(0), {})
-    mine, averaged = segmentation.from_config(config)
+    mine, averaged = segmentation.from_config(config, task.spec, fill=task.fill)
     weights = evaluators.Weights(state.params, state.extra, {}, state.params)
     matrix = mine.confusion_matrix(run, weights, feed)
     same = mine.confusion_matrix(run, weights, segments.Pictures(pictures))
@@ -302,8 +378,11 @@ def test_scores_equal_sets_of_pixels():
 
 
 def test_refusals(made):
-    with pytest.raises(ConfigError, match="eval.mode='whole'.*eval.mode='slide'"):
-        evaluator(mode="whole")
+    whole = tiny.segmentation(**{"eval.mode": "whole"})
+    swin = dataclasses.replace(made, family="swin_v2")
+    with pytest.raises(ConfigError, match="'swin_v2' takes only sizes.*set eval.mode='slide'"):
+        segmentation.Segmented.of(whole, swin, fill=(0, 0, 0))
+    assert segmentation.Segmented.of(whole, made, fill=(1, 2, 3)).fill == (1, 2, 3)
     with pytest.raises(ConfigError, match="eval.mode='Slide' is unknown"):
         evaluator(mode="Slide")
     for stride in (0, 33):

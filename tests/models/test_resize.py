@@ -2,6 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
 import numpy as np
 import pytest
 from scipy.interpolate import make_interp_spline
@@ -199,3 +200,20 @@ def test_polynomials_are_reproduced_for_few_points():
     matrix = resize.spline_matrix(knots, queries)
     parabola = 2 + knots - 3 * knots**2
     np.testing.assert_allclose(matrix @ parabola, 2 + queries - 3 * queries**2, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [(9, 4), (6, 6), (3, 11)])
+def test_traced_tables_equal_those_of_numpy(target):
+    rng = np.random.default_rng(0)
+    positions = rng.normal(size=(1, 1 + 36, 8)).astype(np.float32)
+    bias = rng.normal(size=(11 * 11 + 3, 4)).astype(np.float32)
+
+    def both(positions, bias):
+        return (
+            resize.resize_pos_embed(positions, (6, 6), target, prefix=1, method="offset_0.1"),
+            resize.resize_rel_pos_table(bias, (6, 6), target, extra=3),
+        )
+
+    for got, want in zip(jax.jit(both)(positions, bias), both(positions, bias), strict=True):
+        assert got.dtype == np.float32 and got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=1e-5)

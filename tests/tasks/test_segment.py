@@ -1,6 +1,7 @@
 """Segmentation: training steps against torch, the frozen encoder, the recipe, the refusals."""
 
 import dataclasses
+import functools
 import types
 
 from flax import nnx
@@ -358,6 +359,21 @@ def test_exported_folder_has_the_network_that_was_trained(student, fields, tmp_p
 
 
 # The recipe
+
+
+@pytest.mark.slow
+def test_pictures_of_another_size_are_predicted_with_resized_positions(student):
+    """Against the folder's own resizing on the host; the position bias of the network matters."""
+    task, params, extra, frozen = initialized(student)
+    image = tiny.segmented_batch(2, classes=modules.CLASSES, seed=0)["image"][:, :24]
+    image = np.concatenate([image, image[:, ::-1]], axis=2)
+    got = jax.jit(task.predict)(params, extra, frozen, {"image": image})
+    host = jax.tree.map(np.asarray, params["encoder"])
+    assert image.shape[1:3] == (24, 64)
+    spec, encoder = task.spec.resized(host, (24, 64))
+    parts = {**params, "encoder": encoder, "segmenter_statistics": extra}
+    logits = jax.jit(functools.partial(model_folder.segmenter_logits, spec))
+    np.testing.assert_allclose(got, logits(parts, spec.normalize(image)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

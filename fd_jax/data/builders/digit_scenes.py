@@ -1,10 +1,10 @@
-"""Photographs with handwritten digits on them, and the class of every pixel."""
+"""Photographs with cards on them, each with a handwritten digit, and the class of every pixel."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 import tensorflow_datasets as tfds
 
 from fd_jax.data.base import IGNORED
@@ -14,18 +14,18 @@ from fd_jax.data.builders.photos import PHOTOS, TRAIN_SHARE, encode_png, load_ph
 CLASS_NAMES = ("background", *(f"digit {digit}" for digit in range(10)))
 PICTURES = {"train": 600, "test": 120}
 SIDES = 128, 192  # limits of height and width; the narrowest held-out part of a photo is 135 wide
-DIGIT_SIDES = 32, 64  # limits of the side of a digit of 8 x 8 pixels after it is enlarged
-DIGITS = 12, 24  # limits of the number of digits that are placed; one without room is left out
-BORDER = 2  # pixels around a digit that are ignored
-_INK = 128  # level from which a pixel belongs to the digit
-_SHADES = 56  # number of levels of each channel of a dark digit, and of a light one
+CARD_SIDES = 36, 56  # limits of the side of a card, with its border
+CARDS = 40, 60  # limits of the number of cards that are tried; one without room is left out
+BORDER = 2  # pixels around a card that are ignored
+_MARGIN = 1  # pixels of paper around a digit of 8 x 8 pixels, before it is enlarged
+_SHADES = 80  # number of levels of each channel of ink, and of paper
 _SEEDS = {"train": 0, "test": 1}
 
 
 def draw_scene(
     rng: np.random.Generator, photo: np.ndarray, digits: Sequence[tuple[np.ndarray, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts digits at random places of a random part of a photo.
+    """Puts cards with a digit at random places of a random part of a photo.
 
     Args:
       rng: source of the random numbers.
@@ -38,36 +38,37 @@ def draw_scene(
     height, width = (_between(rng, SIDES[0], min(SIDES[1], side)) for side in photo.shape[:2])
     top = _between(rng, 0, photo.shape[0] - height)
     left = _between(rng, 0, photo.shape[1] - width)
-    picture = photo[top : top + height, left : left + width].astype(np.float32)
+    picture = photo[top : top + height, left : left + width].copy()
     mask = np.zeros((height, width), np.uint8)
-    for _ in range(_between(rng, *DIGITS)):
+    for _ in range(_between(rng, *CARDS)):
         digit, label = digits[_between(rng, 0, len(digits) - 1)]
-        side = _between(rng, *DIGIT_SIDES)
+        side = _between(rng, *CARD_SIDES)
         top, left = _between(rng, 0, height - side), _between(rng, 0, width - side)
         box = slice(top, top + side), slice(left, left + side)
-        shade = rng.uniform(0, _SHADES, 3)
+        card = draw_card(rng, digit, side - 2 * BORDER)
         if not mask[box].any():
-            ink = enlarge(digit, side)
-            share = ink[..., None].astype(np.float32) / 255
-            colour = 255 - shade if picture[box].mean() < 128 else shade  # stands out
-            picture[box] += share * (colour - picture[box])
-            mask[box] = label_digit(ink, label + 1)
-    return np.round(picture).astype(np.uint8), mask
+            mask[box] = IGNORED
+            inside = tuple(slice(s.start + BORDER, s.stop - BORDER) for s in box)
+            mask[inside], picture[inside] = label + 1, card
+    return picture, mask
 
 
-def enlarge(digit: np.ndarray, side: int) -> np.ndarray:
-    """Enlarges a digit bilinearly. uint8 [8, 8] -> uint8 [side, side], with a border of no ink"""
-    inner = side - 2 * BORDER
-    enlarged = Image.fromarray(digit).resize((inner, inner), Image.Resampling.BILINEAR)
-    return np.pad(np.asarray(enlarged), BORDER)
+def draw_card(rng: np.random.Generator, digit: np.ndarray, side: int) -> np.ndarray:
+    """Draws a digit in dark ink on light paper, of random colours.
 
+    Args:
+      rng: source of the random numbers.
+      digit: ink, uint8 [8, 8].
+      side: side of the card in pixels.
 
-def label_digit(ink: np.ndarray, label: int) -> np.ndarray:
-    """Labels the pixels of a digit, and ignores those around it. uint8 [side, side] -> the same"""
-    inside = ink >= _INK
-    grown = Image.fromarray(inside.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * BORDER + 1))
-    around = np.where(np.asarray(grown) > 0, IGNORED, 0)
-    return np.where(inside, label, around).astype(np.uint8)
+    Returns:
+      uint8 [side, side, 3].
+    """
+    ink, paper = rng.uniform(0, _SHADES, 3), 255 - rng.uniform(0, _SHADES, 3)
+    small = Image.fromarray(np.pad(digit, _MARGIN))
+    large = small.resize((side, side), Image.Resampling.BILINEAR)
+    share = np.asarray(large, np.float32)[..., None] / 255
+    return np.round(paper + share * (ink - paper)).astype(np.uint8)
 
 
 def photo_part(name: str, split: str) -> np.ndarray:
@@ -82,19 +83,19 @@ def _between(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
-    """Digits of scikit-learn on the photos of the dataset `photos`, in 11 classes.
+    """Cards with digits of scikit-learn on the photos of `photos`, in 11 classes.
 
-    Class 0 is the background, and class k shows the digit k - 1. The two pixels around a digit are
-    ignored (255). The splits share neither a digit nor a pixel of a photo.
+    Class 0 is the background, and class k is a card with the digit k - 1. The two pixels around a
+    card are ignored (255). The splits share neither a digit nor a pixel of a photo.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version.", "2.0.0": "Cards with digits, labelled as a whole."}
     name = "digit_scenes"
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            description="Handwritten digits on photographs, with the class of every pixel.",
+            description="Cards with digits on photographs, with the class of every pixel.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),

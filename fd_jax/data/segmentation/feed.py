@@ -28,6 +28,8 @@ class SegmentationFeed(Splits[sources.Scenes]):
       root: folder of ADEChallengeData2016 or of "folders"; "" for TFDS.
       images: pattern of the pictures of "folders" below `root`.
       labels: pattern of the masks of "folders" below `root`.
+      class_names: file of "folders" below `root` with the names of the classes, one per line and
+        from the stored 0 on; "" for none.
       ignore: stored label of pixels that are neither trained on nor counted.
       reduce_zero_label: whether a stored 0 is ignored as well, and a stored k is class k - 1.
       split: training split.
@@ -59,6 +61,7 @@ class SegmentationFeed(Splits[sources.Scenes]):
         root: str,
         images: str,
         labels: str,
+        class_names: str = "",
         ignore: int,
         reduce_zero_label: bool,
         split: str,
@@ -99,12 +102,14 @@ class SegmentationFeed(Splits[sources.Scenes]):
             root=root,
             images=images,
             labels=labels,
+            class_names=class_names,
             data_dir=data_dir or None,
         )
         self.train_dataset = open_scenes(split=split)
         self.eval_dataset = open_scenes(split=eval_split) if eval_split else None
         self.threads, self.workers, self.max_broken = threads, workers, max_broken
         self._check()
+        _check_names(self)
 
     def pictures(self, split: str, indices: Sequence[int] | None = None) -> Iterator[Picture]:
         """Yields pictures at their original size, in order, decoded ahead by a few threads.
@@ -162,6 +167,16 @@ class SegmentationFeed(Splits[sources.Scenes]):
             for index in range(min(len(dataset), self.max_broken + 1)):
                 if isinstance(_read(dataset, self.labels, index), Picture):
                     break
+
+
+def _check_names(data: "SegmentationFeed") -> None:
+    names, labels = data.class_names, data.labels
+    if names is not None and len(names) != labels.classes:
+        raise DataError(
+            f"{data.name} has names for {len(names)} classes with data.reduce_zero_label="
+            f"{labels.reduce_zero}, but segment.classes={labels.classes}; data.class_names has a "
+            "line for each stored value from 0 on"
+        )
 
 
 def _read(dataset: sources.Scenes, labels: Labels, index: int) -> Picture | str:

@@ -9,6 +9,8 @@ a folder; there, files match that differ in their suffix alone.
 - Cityscapes, 19 classes, 255 ignored, data.reduce_zero_label=False:
   images="leftImg8bit/{split}/{name}_leftImg8bit.png",
   labels="gtFine/{split}/{name}_gtFine_labelTrainIds.png", split="train", eval_split="val".
+- Names of the classes are read from the file data.class_names below data.root, one per line and
+  from the stored 0 on.
 - Pascal VOC, 21 classes with the background, 255 ignored, data.reduce_zero_label=False. Its masks
   are PNGs with a palette, whose indices are the classes. It lists its splits in text files, so link
   the listed files into a folder per split first:
@@ -52,7 +54,14 @@ class Scenes(Source, Protocol):
 
 
 def open_scenes(
-    name: str, split: str, *, root: str, images: str, labels: str, data_dir: str | None
+    name: str,
+    split: str,
+    *,
+    root: str,
+    images: str,
+    labels: str,
+    data_dir: str | None,
+    class_names: str = "",
 ) -> Scenes:
     """Opens a split of pictures with masks.
 
@@ -63,6 +72,8 @@ def open_scenes(
       images: pattern of the pictures of "folders".
       labels: pattern of the masks of "folders".
       data_dir: folder in which TFDS keeps prepared data; None for the default of TFDS.
+      class_names: file below `root` with a name per line, for each value of the masks of "folders";
+        "" for none.
 
     Raises:
       DataError: the data is missing, is of another kind, or its pictures and masks do not match.
@@ -70,7 +81,9 @@ def open_scenes(
     if name == ADE20K:
         return open_ade20k(_folder(root, name), split)
     if name == FOLDERS:
-        return FolderScenes(_folder(root, name), split, images=images, labels=labels)
+        folder = _folder(root, name)
+        names = _listed_names(folder / class_names) if class_names else None
+        return FolderScenes(folder, split, images=images, labels=labels, class_names=names)
     return TfdsScenes(name, split, data_dir=data_dir)
 
 
@@ -87,7 +100,14 @@ def open_ade20k(root: epath.Path, split: str) -> "FolderScenes":
     """
     _check_release(root)
     images, labels = _ADE20K_PATTERNS
-    scenes = FolderScenes(root, split, images=images, labels=labels, stored=ADE20K_STORED)
+    scenes = FolderScenes(
+        root,
+        split,
+        images=images,
+        labels=labels,
+        stored=ADE20K_STORED,
+        class_names=_ade20k_names(root / "objectInfo150.txt"),
+    )
     wanted = _ADE20K_SIZES.get(split, len(scenes))
     if len(scenes) != wanted:
         say(f"{scenes.name} holds {len(scenes):,} pictures of the {wanted:,} of ADE20K")
@@ -103,20 +123,28 @@ class FolderScenes:
       images: pattern of the pictures; see the docstring of this module.
       labels: pattern of the masks.
       stored: number of values that masks can have, if it is known.
+      class_names: names of these values, if they are known.
 
     Raises:
       DataError: a folder is missing or empty, or pictures and masks do not match.
     """
 
     def __init__(
-        self, root: epath.Path, split: str, *, images: str, labels: str, stored: int | None = None
+        self,
+        root: epath.Path,
+        split: str,
+        *,
+        images: str,
+        labels: str,
+        stored: int | None = None,
+        class_names: tuple[str, ...] | None = None,
     ):
         pictures = _find(root, images, split, IMAGE_SUFFIXES, "data.images")
         masks = _find(root, labels, split, _MASK_SUFFIXES, "data.labels")
         _check_pairs(pictures, masks)
         self.name = f"{root}/{split}"
         self.stored = stored
-        self.class_names: tuple[str, ...] | None = None
+        self.class_names = class_names
         self._files = [(name, pictures[name], masks[name]) for name in sorted(pictures)]
 
     def __len__(self) -> int:
@@ -133,6 +161,11 @@ class FolderScenes:
     def describe(self, index: int) -> str:
         """Returns the path of the picture."""
         return self._files[index][1]
+
+    def files(self) -> list[tuple[str, str]]:
+        """Names and paths of the pictures and of their masks."""
+        pictures = [(f"picture {name}", picture) for name, picture, _ in self._files]
+        return pictures + [(f"mask {name}", mask) for name, _, mask in self._files]
 
 
 class TfdsScenes(TfdsRecords):
@@ -171,6 +204,38 @@ def _check_mask_feature(name: str, mask: Any) -> None:
             f"{name}: its feature 'mask' is {mask}; expected an image of one 8-bit channel, "
             "Image(shape=(None, None, 1)) or LabeledImage"
         )
+
+
+def _ade20k_names(path: epath.Path) -> tuple[str, ...] | None:
+    """Returns the names in objectInfo150.txt, after one for 0; None if the file is missing.
+
+    Its columns, separated by tabs, are Idx, Ratio, Train, Val, Stuff and Name.
+    """
+    if not path.exists():
+        return None
+    lines = [line.split("\t") for line in _lines(path)[1:]]
+    numbers = [line[0].strip() for line in lines]
+    if numbers != [str(k) for k in range(1, ADE20K_STORED)] or any(len(x) < 6 for x in lines):
+        raise DataError(
+            f"{path}: expected a line of titles and one for each class from 1 to 150, of 6 columns "
+            "separated by tabs that end with the name; unpack it again, or remove it to go without "
+            "names"
+        )
+    return ("other", *(line[5].partition(",")[0].strip() for line in lines))
+
+
+def _listed_names(path: epath.Path) -> tuple[str, ...]:
+    """Returns the lines of data.class_names."""
+    if not path.is_file():
+        raise DataError(f"data.class_names: no file {path}; expected a name per line, or ''")
+    return tuple(line.strip() for line in _lines(path))
+
+
+def _lines(path: epath.Path) -> list[str]:
+    try:
+        return path.read_text().strip().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def _folder(root: str, name: str) -> epath.Path:

@@ -1,13 +1,16 @@
-"""Labels for pictures of any size from a network of one size, as mmsegmentation makes them.
+"""Labels for pictures of any size, as mmsegmentation makes them.
 
-The picture is scaled and cut into square windows that overlap. Logits of a window are enlarged to
-the window, added up, divided by the number of windows that cover a pixel, and resized to the
-picture's own size; the class with the highest one is the label. Windows form a grid and all of
-these steps are linear along each axis, so they are one matrix for rows and one for columns, applied
-to the logits as they leave the network. It happens on the host: nothing is compiled for the size of
-a picture, and logits at the size of a picture exist only for a tile of it at a time.
+`Sliding` needs a network of one size. The picture is scaled and cut into square windows that
+overlap. Logits of a window are enlarged to the window, added up, divided by the number of windows
+that cover a pixel, and resized to the picture's own size; the class with the highest one is the
+label. Windows form a grid and all of these steps are linear along each axis, so they are one matrix
+for rows and one for columns, applied to the logits as they leave the network. It happens on the
+host: nothing is compiled for the size of a picture, and logits at the size of a picture exist only
+for a tile of it at a time. `Whole` takes the scaled picture itself as the only window, so its
+network has to take every size.
 """
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -78,7 +81,7 @@ class View(NamedTuple):
     """One of the versions of a picture that a network sees.
 
     Attributes:
-      windows: uint8 [N, S, S, 3], row by row.
+      windows: uint8 [N, S, T, 3], row by row.
       size: (height, width) of the picture out of which they are cut.
       flipped: whether that is the mirror image.
     """
@@ -88,33 +91,48 @@ class View(NamedTuple):
     flipped: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Sliding:
-    """How pictures are cut into windows, and logits of windows put together.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views(abc.ABC):
+    """How a network sees a picture, and how its logits become labels.
 
     Attributes:
-      side: side of a window, the network's input size.
-      stride: pixels between two windows.
       scale: bounds of the long and the short side, see `scaled_size`.
       scales: factors on `scale`, of which each gives a view of the picture.
       flip: whether the mirror image of each is a view too.
+
+    Raises:
+      ConfigError: there is no scale, or one that is not above 0.
     """
 
-    side: int
-    stride: int
     scale: tuple[float, float]
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
 
     def __post_init__(self):
-        check_positive("the side of a window", self.side)
-        if not 0 < self.stride <= self.side:
-            raise ConfigError(
-                f"windows of {self.side} pixels with a stride of {self.stride}: expected a stride "
-                f"from 1 to {self.side}, so that every pixel is in a window"
-            )
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"scales={self.scales}: expected at least one factor above 0")
+
+    @property
+    @abc.abstractmethod
+    def smallest(self) -> int:
+        """Pixels that the short side of a scaled picture has at least."""
+
+    @abc.abstractmethod
+    def windows(self, picture: np.ndarray) -> np.ndarray:
+        """What the network sees of a scaled picture: uint8 [N, S, T, 3], row by row."""
+
+    @abc.abstractmethod
+    def matrix(self, length: int, target: int, *, low: int) -> np.ndarray:
+        """From the logits of windows beside each other to those of a picture, along one axis.
+
+        Args:
+          length: pixels of the scaled picture.
+          target: pixels of the result.
+          low: logits of a window.
+
+        Returns:
+          float32 [target, windows * low].
+        """
 
     def views(self, picture: np.ndarray) -> list[View]:
         """All views of a picture, uint8 [h, w, 3] RGB."""
@@ -126,13 +144,9 @@ class Sliding:
 
     def _view(self, picture: np.ndarray, factor: float, flipped: bool) -> View:
         scale = int(self.scale[0] * factor), int(self.scale[1] * factor)
-        size = scaled_size(picture.shape[0], picture.shape[1], scale, side=self.side)
+        size = scaled_size(picture.shape[0], picture.shape[1], scale, side=self.smallest)
         picture = resize_picture(picture, size)
-        if flipped:
-            picture = picture[:, ::-1]
-        places = windows(*size, self.side, self.stride)
-        cut = [picture[top : top + self.side, left : left + self.side] for top, left in places]
-        return View(np.stack(cut), size, flipped)
+        return View(self.windows(picture[:, ::-1] if flipped else picture), size, flipped)
 
     def labels(
         self, views: Sequence[View], logits: Sequence[np.ndarray], size: tuple[int, int]
@@ -160,14 +174,88 @@ class Sliding:
         return labels
 
     def _stitched(self, view: View, logits: np.ndarray, size: tuple[int, int]) -> "_Stitched":
-        (_, height, width, classes), cut = logits.shape, {"side": self.side, "stride": self.stride}
-        rows = stitching_matrix(view.size[0], size[0], low=height, **cut)
-        columns = stitching_matrix(view.size[1], size[1], low=width, **cut)
+        _, height, width, classes = logits.shape
+        rows = self.matrix(view.size[0], size[0], low=height)
+        columns = self.matrix(view.size[1], size[1], low=width)
         if view.flipped:
             columns = columns[::-1]
         grid = rows.shape[1] // height, columns.shape[1] // width
         beside = logits.reshape(*grid, height, width, classes).transpose(0, 2, 1, 3, 4)
         return _Stitched(rows, columns, beside.reshape(grid[0] * height, grid[1] * width, classes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sliding(Views):
+    """A picture is cut into windows, whose logits are put together.
+
+    Attributes:
+      side: side of a window, the network's input size.
+      stride: pixels between two windows.
+
+    Raises:
+      ConfigError: windows leave pixels out.
+    """
+
+    side: int
+    stride: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive("the side of a window", self.side)
+        if not 0 < self.stride <= self.side:
+            raise ConfigError(
+                f"windows of {self.side} pixels with a stride of {self.stride}: expected a stride "
+                f"from 1 to {self.side}, so that every pixel is in a window"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """See `Views`."""
+        return self.side
+
+    def windows(self, picture: np.ndarray) -> np.ndarray:
+        """See `Views`."""
+        places = windows(picture.shape[0], picture.shape[1], self.side, self.stride)
+        cut = [picture[top : top + self.side, left : left + self.side] for top, left in places]
+        return np.stack(cut)
+
+    def matrix(self, length: int, target: int, *, low: int) -> np.ndarray:
+        """See `Views`."""
+        return stitching_matrix(length, target, side=self.side, stride=self.stride, low=low)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(Views):
+    """A picture is one window, filled at the bottom and on the right up to whole patches.
+
+    Attributes:
+      patch: side of a patch.
+      fill: grey levels of the pixels that are added, RGB.
+    """
+
+    patch: int
+    fill: tuple[int, int, int]
+
+    @property
+    def smallest(self) -> int:
+        """See `Views`."""
+        return 1
+
+    def windows(self, picture: np.ndarray) -> np.ndarray:
+        """See `Views`."""
+        height, width = picture.shape[:2]
+        window = np.empty((self.filled(height), self.filled(width), 3), np.uint8)
+        window[:] = self.fill
+        window[:height, :width] = picture
+        return window[None]
+
+    def matrix(self, length: int, target: int, *, low: int) -> np.ndarray:
+        """See `Views`."""
+        return cutting_matrix(length, target, filled=self.filled(length), low=low)
+
+    def filled(self, length: int) -> int:
+        """Pixels of a side after it is filled: a pyramid needs two patches at least."""
+        return max(-(-length // self.patch), 2) * self.patch
 
 
 class _Stitched(NamedTuple):
@@ -208,6 +296,23 @@ def stitching_matrix(length: int, target: int, *, side: int, stride: int, low: i
         covered[start : start + side] += 1
     mean = (canvas / covered).reshape(length, -1)
     return (bilinear_matrix(length, target, align_corners=False) @ mean).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=128)
+def cutting_matrix(length: int, target: int, *, filled: int, low: int) -> np.ndarray:
+    """From the logits of a filled picture to those of the picture, along one axis.
+
+    Args:
+      length: pixels of the picture before it was filled.
+      target: pixels of the result.
+      filled: pixels of the filled picture.
+      low: logits of the filled picture.
+
+    Returns:
+      float32 [target, low].
+    """
+    enlarged = bilinear_matrix(low, filled, align_corners=False)[:length]
+    return (bilinear_matrix(length, target, align_corners=False) @ enlarged).astype(np.float32)
 
 
 def _scores(stitched: Sequence[_Stitched], ys: slice, xs: slice) -> np.ndarray:

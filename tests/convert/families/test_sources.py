@@ -252,6 +252,25 @@ def test_export_to_huggingface_opens_with_the_same_features(name, tmp_path):
     np.testing.assert_allclose(np.moveaxis(theirs, 1, -1), ours, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_folders_of_huggingface_hold_the_class_names_and_give_them_back(named, tmp_path):
+    import transformers
+
+    name = "swin_base_patch4_window7_224_hf"
+    result, _ = imported(name, None, tmp_path)
+    assert result.spec.class_names is None  # the file is alone
+    names = [f"animal {i}" for i in range(result.spec.classes)]
+    names[1] = ""  # an output that no class was trained on
+    spec = dataclasses.replace(result.spec, class_names=names if named else None)
+    model_folder.save(tmp_path / "model", spec, result.params)
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "hf")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    shown = [n or "LABEL_1" for n in names] if named else [f"LABEL_{i}" for i in range(len(names))]
+    assert theirs.id2label == dict(enumerate(shown))
+    assert theirs.label2id == {label: i for i, label in enumerate(shown)}
+    assert importing.read(name, tmp_path / "hf").spec.class_names == spec.class_names
+
+
 @pytest.mark.parametrize(
     "name", ["fd_official_distilled_clip_vit_b", "fd_official_distilled_esvit_swin_b"]
 )

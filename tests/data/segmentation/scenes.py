@@ -48,7 +48,9 @@ def ade20k(folder):
             write(root / "images" / split / f"{name}.jpg", encode(pixels, "JPEG", **kind))
             mask = blocks(number, height, width, range(151))
             write(root / "annotations" / split / f"{name}.png", encode(mask))
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n")
+    lines = [f"{k}\t0.1\t9\t1\t0\tname {k}, synonym" for k in range(1, 151)]
+    lines.insert(0, "Idx\tRatio\tTrain\tVal\tStuff\tName")
+    (root / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
     (root / "sceneCategories.txt").write_text("ADE_train_00000001 airport_terminal\n")
     return root
 
@@ -68,6 +70,7 @@ FIELDS = {
     "root": "",
     "images": "images/{split}",
     "labels": "annotations/{split}",
+    "class_names": "",
     "ignore": 255,
     "reduce_zero_label": True,
     "split": "training",

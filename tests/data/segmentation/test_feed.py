@@ -197,6 +197,37 @@ def test_the_first_mask_of_each_split_is_checked_at_the_start(root):
     feed(root=str(root), eval_split="")
 
 
+def test_classes_have_the_names_of_the_data(root, tmp_path):
+    names = feed(root=str(root)).class_names
+    assert names is not None and len(names) == 150
+    assert names[0] == "name 1" and names[-1] == "name 150"
+    whole = feed(root=str(root), reduce_zero_label=False, classes=151).class_names
+    assert whole is not None and whole[:2] == ("other", "name 1")
+    folders = {"root": str(root), "name": "folders"}
+    assert feed(**folders).class_names is None
+    listed = root / "names.txt"
+    listed.write_text("\n".join(f"class {k}" for k in range(151)))
+    named = feed(**folders, class_names="names.txt").class_names
+    assert named is not None and named[0] == "class 1" and len(named) == 150
+    with pytest.raises(DataError, match="names for 151 classes .*=False, but segment.classes=150"):
+        feed(**folders, class_names="names.txt", reduce_zero_label=False)
+    with pytest.raises(DataError, match="data.class_names: no file .*missing.txt"):
+        feed(**folders, class_names="missing.txt")
+    listed.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="names.txt is not text in UTF-8"):
+        feed(**folders, class_names="names.txt")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-30], lambda text: text.replace("\t", " ")])
+def test_a_damaged_list_of_names_is_refused(root, damage):
+    path = root / "objectInfo150.txt"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError, match="objectInfo150.txt: expected a line of titles"):
+        feed(root=str(root))
+    path.unlink()
+    assert feed(root=str(root)).class_names is None
+
+
 def test_another_number_of_classes_is_refused(root):
     with pytest.raises(DataError, match="training has 150 classes .*=True, but segment.classes=19"):
         feed(root=str(root), classes=19)

@@ -1,0 +1,55 @@
+"""What a finished run leaves, and the commands to give next."""
+
+from collections.abc import Sequence
+import shlex
+
+from etils import epath
+
+from fd_jax.tasks import registry
+from fd_jax.training import metric_writer
+from fd_jax.training import workdir as workdirs
+from fd_jax.typing import Config
+
+
+def at_end(config: Config, workdir: epath.PathLike, command: Sequence[str]) -> str:
+    """The lines with which a run ends; every command in them works as it stands.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      command: words of the command that trained, without that of the interpreter.
+    """
+    workdir = epath.Path(workdir)
+    best = workdir / workdirs.BEST
+    lines = [
+        "finished",
+        f"  model      {workdir / workdirs.MODEL}",
+        *([f"  best       {best}, by {config.eval.keep_best}"] if best.exists() else []),
+        f"  metrics    {workdir / metric_writer.FILE_NAME} and {workdir / 'tensorboard'}",
+        f"  report     {workdir / 'report' / 'report.html'}, by the first of these commands",
+        "next",
+    ]
+    return "\n".join(lines + [f"  {text}" for text in commands(config, workdir, command)])
+
+
+def commands(config: Config, workdir: epath.Path, command: Sequence[str]) -> list[str]:
+    """The commands of `at_end`."""
+    kind = registry.kind_of(config)
+    found = [["-m", "fd_jax.report", f"--workdir={workdir}"]]
+    if kind is not registry.SEGMENTATION:
+        found.append(_features(config, workdir))
+    if kind in (registry.CLASSIFICATION, registry.SEGMENTATION) and config.data.eval_split:
+        found.append([*command, "--eval_only", "--per_class"])
+    return [shlex.join(["python", *words]) for words in found]
+
+
+def _features(config: Config, workdir: epath.Path) -> list[str]:
+    data = config.data
+    return [
+        *("-m", "fd_jax.features"),
+        f"--model={workdir / workdirs.MODEL}",
+        f"--input={data.name}",
+        f"--split={data.eval_split or data.split}",
+        *([f"--data_dir={data.data_dir}"] if data.data_dir else []),
+        f"--output={workdir / 'features.npz'}",
+    ]

@@ -1,0 +1,57 @@
+"""The fields of each family's architecture, in configs and in `model.json`, with their bounds.
+
+The bounds are far above any network of today, and so low that defining a network within them takes
+seconds and little memory, whoever wrote its description.
+"""
+
+from fd_jax.fields import FLAG, Choice, Number, OrNone, Rule, Several, choice, whole
+from fd_jax.models import attention, layers, swin_v2, vit
+
+MOST_BLOCKS = 256
+EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
+
+_SWIN: dict[str, Rule] = {
+    "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+    "patch_size": whole(1, "pixels", most=1024),
+    "embed_width": whole(1, "channels", most=2**13),
+    "depths": Several(whole(1, "blocks", most=MOST_BLOCKS), most=8),
+    "heads": Several(whole(1, "heads", most=1024), most=8),
+    "window": whole(1, "tokens on a side", most=256),
+    "mlp_ratio": whole(1, "channels per channel", most=64),
+    "activation": Choice(tuple(layers.ACTIVATIONS)),
+    "norm_eps": EPS,
+    "final_norm": FLAG,
+}
+
+# The fields of `student.arch`, `model.arch`, `segment.arch` and `contrast.arch`, by family.
+ARCHITECTURES: dict[str, dict[str, Rule]] = {
+    "vit": {
+        "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+        "patch_size": whole(1, "pixels", most=1024),
+        "width": whole(1, "channels", most=2**16),
+        "depth": whole(1, "blocks", most=MOST_BLOCKS),
+        "heads": whole(1, "heads", most=1024),
+        "mlp_width": whole(1, "channels", most=2**18),
+        "position": choice(vit.Position),
+        "cls_token": FLAG,
+        "registers": whole(0, "tokens", most=1024),
+        "ln_pre": FLAG,
+        "final_norm": FLAG,
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        "layer_scale": OrNone(Number(unit="start of the factor of each branch")),
+        "qkv_bias": choice(attention.QkvBias),
+        "patch_bias": FLAG,
+        "rope_theta": Number(above=0, unit="base of the rotary frequencies"),
+    },
+    "swin": _SWIN,
+    "swin_v2": {
+        **_SWIN,
+        "position": choice(swin_v2.Position),
+        "pretrained_windows": Several(
+            whole(0, "tokens on a side; 0 takes the stage's own", most=256), most=8
+        ),
+        "residual_scale": Number(unit="start of the factor of each branch"),
+        "extra_norm_every": whole(0, "blocks; 0 is off"),
+    },
+}

@@ -1,0 +1,105 @@
+"""The fields of `model.json`, and what their values have to be.
+
+A description may come from a stranger. It is compared with these tables before a network is
+defined, since a size of it decides how long that takes and how much memory.
+"""
+
+from collections.abc import Mapping
+import math
+import reprlib
+from typing import Any
+
+from fd_jax.errors import ConfigError
+from fd_jax.fields import Choice, Named, Number, OrNone, Rule, Several, Text, choice, whole
+from fd_jax.models import heads, resize, segmenter, sizes
+from fd_jax.models.architectures import ARCHITECTURES, MOST_BLOCKS
+from fd_jax.models.segmenter.network import Neck
+
+MOST_TOKENS = 2**16  # an image of 4096 pixels in patches of 16
+MOST_ROTATIONS = 2**24  # tokens x channels of a head, of which a table is computed
+MOST_CLASSES = 2**20
+
+# The fields of `ModelSpec`, except `arch` and `segmenter`.
+FIELDS: dict[str, Rule] = {
+    "family": Choice(tuple(ARCHITECTURES)),
+    "mean": Several(Number(least=-1000, most=1000, unit="scaled pixel value"), length=3),
+    "std": Several(Number(above=0, most=1000, unit="scaled pixel value"), length=3),
+    "pixel_scale": Number(above=0, most=255, unit="factor of a value from 0 to 255"),
+    "position_resize": choice(resize.PositionResize),
+    "classes": whole(0, "classes; 0 without a head", most=MOST_CLASSES),
+    "class_names": OrNone(Several(Text("a name", optional=True), most=MOST_CLASSES)),
+    "pooling": choice(heads.Pooling),
+    "source": Text("a name", optional=True),
+    "source_sha256": OrNone(Text("64 hexadecimal digits")),
+    "source_dtypes": Named("a dtype per tensor name"),
+    "notes": Text("a text", optional=True),
+    "format_version": whole(0),
+}
+REQUIRED = ("family", "arch")
+
+# The fields of `segmenter`; those of `Segmenter` may be missing where it has a default.
+SEGMENTER: dict[str, Rule] = {
+    "blocks": Several(whole(0, "number of a block", most=MOST_BLOCKS), most=8),
+    "classes": whole(1, "classes", most=MOST_CLASSES),
+    "neck": choice(Neck),
+    "decoder": choice(segmenter.Decoder),
+    "channels": whole(1, "channels", most=2**14),
+    "auxiliary_channels": whole(0, "channels; 0 for no auxiliary head", most=2**14),
+    "dropout": Number(least=0, below=1, unit="probability of dropping a channel"),
+}
+_SEGMENTER_REQUIRED = ("blocks", "classes", "neck", "decoder")
+
+
+def problems(fields: Mapping[str, Any]) -> list[str]:
+    """One line for each problem of a description; [] if a network can be defined from it."""
+    plain = {name: value for name, value in fields.items() if name not in ("arch", "segmenter")}
+    found = _compare(plain, FIELDS, required=("family",))
+    if found:
+        return found
+    rows = ARCHITECTURES[fields["family"]]
+    found = _section("arch", fields.get("arch"), rows, [n for n in rows if n != "rope_theta"])
+    if not found:
+        found = _too_large(fields["arch"])
+    if fields.get("segmenter") is not None:
+        found += _section("segmenter", fields["segmenter"], SEGMENTER, _SEGMENTER_REQUIRED)
+    return found
+
+
+def _section(
+    name: str, values: Any, rows: Mapping[str, Rule], required: list[str] | tuple[str, ...]
+) -> list[str]:
+    if not isinstance(values, dict):
+        return [f"{name}={reprlib.repr(values)}: expected the fields {', '.join(rows)}"]
+    return _compare(values, rows, required=required, prefix=f"{name}.")
+
+
+def _compare(
+    values: Mapping[str, Any],
+    rows: Mapping[str, Rule],
+    *,
+    required: list[str] | tuple[str, ...],
+    prefix: str = "",
+) -> list[str]:
+    found = [f"{prefix}{name} is missing" for name in required if name not in values]
+    for name, value in values.items():
+        if name not in rows:
+            found.append(f"{prefix}{reprlib.repr(name)}: there is no such field")
+        elif problem := rows[name].problem(value):
+            found.append(f"{prefix}{name}={reprlib.repr(value)}{problem}")
+    return found
+
+
+def _too_large(arch: Mapping[str, Any]) -> list[str]:
+    """What follows from several sizes together, each of which is within its bounds."""
+    try:
+        sizes.check_patches(arch["image_size"], arch["patch_size"])
+    except ConfigError as error:
+        return [f"arch: {error}"]
+    tokens = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
+    if tokens > MOST_TOKENS:
+        return [f"arch: {tokens} patches; expected at most {MOST_TOKENS}"]
+    if sum(arch.get("depths", ())) > MOST_BLOCKS:
+        return [f"arch.depths={arch['depths']}: expected at most {MOST_BLOCKS} blocks in all"]
+    if arch.get("position") == "rope" and tokens * arch["width"] // arch["heads"] > MOST_ROTATIONS:
+        return [f"arch: {tokens} patches and {arch['heads']} heads need too large rotary tables"]
+    return []

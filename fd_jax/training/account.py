@@ -1,0 +1,115 @@
+"""What a run says about itself before its first step, and what in its settings trains nothing."""
+
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fd_jax.data import datasets
+from fd_jax.tasks import registry
+from fd_jax.training.feeds import AnyFeed
+from fd_jax.training.program import Program
+from fd_jax.typing import Config, PyTree
+
+# Share of optim.peak_lr below which the scaled rate is doubtful, and share of the run above which
+# the warm-up is.
+LITTLE_RATE = 0.1
+LONG_WARMUP = 0.5
+
+
+def at_start(
+    config: Config,
+    program: Program,
+    feed: AnyFeed,
+    *,
+    attention: dict[str, str],
+    workdir: epath.Path,
+) -> str:
+    """The block of lines with which a run begins.
+
+    Args:
+      config: of the run.
+      program: of the run.
+      feed: its data.
+      attention: attention implementation by network.
+      workdir: its folder.
+    """
+    peak, warmup = _peak(program)
+    frozen = count(program.frozen)
+    steps_per_epoch = feed.steps_per_epoch(config.batch_size)
+    epochs = program.total_steps / steps_per_epoch
+    facts = {
+        "task": f"{registry.kind_of(config).name}: {_millions(count(program.state.params))} "
+        f"parameters are trained{f', {_millions(frozen)} are frozen' if frozen else ''}",
+        "devices": _devices(program),
+        "data": found(feed),
+        "batch": f"{config.batch_size} pictures of {config.data.image_size} px, "
+        f"{steps_per_epoch} steps an epoch",
+        "peak rate": f"{peak:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
+        f"{config.optim.lr_batch} pictures)",
+        "steps": f"{program.total_steps} ({epochs:.4g} epochs)",
+        "attention": ", ".join(f"{network} {name}" for network, name in attention.items()),
+        "workdir": str(workdir),
+    }
+    return "\n".join(f"  {name:<10} {text}" for name, text in facts.items())
+
+
+def found(feed: AnyFeed) -> str:
+    """What each split holds; of folders also what is not read in them."""
+    splits = [_split(feed.train_dataset)]
+    if feed.eval_dataset is not None:
+        splits.append(f"held out: {_split(feed.eval_dataset)}")
+    return "; ".join(splits)
+
+
+def _split(dataset: Any) -> str:
+    source = datasets.original(dataset)
+    if isinstance(source, datasets.FolderDataset):
+        return str(source.contents)
+    classes = getattr(dataset, "num_classes", None)
+    labelled = f"; {classes:,} classes" if classes else ""
+    return f"{dataset.name}: {len(dataset):,} pictures{labelled}"
+
+
+def doubts(config: Config, program: Program) -> list[str]:
+    """Notes on settings with which a run is allowed, but hardly trains anything."""
+    peak, warmup = _peak(program)
+    notes = []
+    if peak < LITTLE_RATE * config.optim.peak_lr:
+        notes.append(
+            f"note: the learning rate reaches only {peak:.3g}, because optim.peak_lr="
+            f"{config.optim.peak_lr:g} is for {config.optim.lr_batch} pictures and a batch has "
+            f"{config.batch_size}; for few pictures, set optim.lr_batch to the batch size and "
+            "choose optim.peak_lr for it"
+        )
+    if warmup > LONG_WARMUP * program.total_steps:
+        field = "warmup_steps" if "warmup_steps" in config.optim else "warmup_epochs"
+        notes.append(
+            f"note: the warm-up takes {warmup} of {program.total_steps} steps; lower "
+            f"optim.{field}={config.optim[field]:g}, or train longer"
+        )
+    return notes
+
+
+def count(tree: PyTree) -> int:
+    """Number of values in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _peak(program: Program) -> tuple[float, int]:
+    """The highest learning rate of the run, and its first step that has it."""
+    rates = np.asarray(program.schedule(jnp.arange(program.total_steps)))
+    return float(rates.max()), int(rates.argmax())
+
+
+def _devices(program: Program) -> str:
+    devices = list(program.mesh.devices.flat)
+    axes = ", ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind}{processes}, mesh {axes}"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3g} M"

@@ -1,0 +1,127 @@
+"""Looks at the figures of a run as they come: whether it gets nowhere, and which step was best."""
+
+from collections.abc import Mapping, Sequence
+import math
+
+from fd_jax.errors import ConfigError
+from fd_jax.typing import Config
+
+ROUNDS = 3  # evaluations in a row, each worse than the one before
+NEAR_CHANCE = 0.1  # share of log K
+LOWER_IS_BETTER = ("loss",)  # endings of names; of other figures, a higher one is better
+EVALUATION = "eval_"
+
+Rows = Sequence[Mapping[str, float]]
+
+
+class Watch:
+    """Says once what is wrong with a run that goes on.
+
+    Args:
+      config: of the run.
+      rows: what its log holds so far, see `metric_writer.read`.
+      total_steps: number of its steps.
+    """
+
+    def __init__(self, config: Config, rows: Rows, total_steps: int):
+        self._total, self._noted = total_steps, set[str]()
+        self._losses = [row["loss"] for row in rows if "loss" in row]
+        self._name = EVALUATION + (config.eval.get("keep_best", "") or _usual(config))
+        self._points = [(int(r["step"]), r[self._name]) for r in rows if self._name in r]
+        self._peak_lr = config.optim.peak_lr
+        probe = "model" in config and config.model.trains == "head"
+        self._chance = math.log(config.model.classes) if probe else None
+
+    def logged(self, step: int, scalars: Mapping[str, float]) -> list[str]:
+        """Notes on the losses so far; `scalars` are those of the step's line of the log."""
+        if "loss" in scalars:
+            self._losses.append(scalars["loss"])
+        if self._chance is None or step < self._total / 2 or not self._losses:
+            return []
+        if any(abs(loss - self._chance) > NEAR_CHANCE * self._chance for loss in self._losses):
+            return []
+        return self._once(
+            f"note: after {step} of {self._total} steps, the probe's loss is still near "
+            f"{self._chance:.3f}, that of a guess; raise optim.peak_lr={self._peak_lr:g} (which is "
+            "for optim.lr_batch pictures), train longer, or look at the labels",
+            "chance",
+        )
+
+    def evaluated(self, step: int, evaluation: Mapping[str, float]) -> list[str]:
+        """Notes on the evaluations so far; `evaluation` is that of the step."""
+        if self._name not in evaluation:
+            return []
+        self._points.append((step, evaluation[self._name]))
+        last = self._points[-ROUNDS - 1 :]
+        worse = [better(self._name, a[1], b[1]) for a, b in zip(last[:-1], last[1:], strict=True)]
+        if len(worse) < ROUNDS or not all(worse):
+            return []
+        return self._once(
+            f"note: {self._name} has got worse {ROUNDS} times in a row, from {last[0][1]:.5f} at "
+            f"step {last[0][0]} to {last[-1][1]:.5f}; a shorter run or a lower rate may be better, "
+            f"and eval.keep_best={self._name.removeprefix(EVALUATION)} keeps the best weights",
+            "worse",
+        )
+
+    def _once(self, note: str, kind: str) -> list[str]:
+        if kind in self._noted:
+            return []
+        self._noted.add(kind)
+        return [note]
+
+
+class Best:
+    """The best evaluation so far by the figure that `eval.keep_best` names.
+
+    Args:
+      name: of the figure, such as "top1"; "" for none.
+      rows: what the log of the run holds so far.
+
+    Attributes:
+      step, value: of the best evaluation; step is None before the first one.
+    """
+
+    def __init__(self, name: str, rows: Rows):
+        self.name = name
+        self.step: int | None = None
+        self.value = math.nan
+        for row in rows:
+            if EVALUATION + name in row:
+                self._keep_if_better(int(row["step"]), row[EVALUATION + name])
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the figure is that of the moving average of the weights."""
+        return self.name.startswith("ema_")
+
+    def improved_by(self, step: int, evaluation: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best one so far, which then is remembered.
+
+        Raises:
+          ConfigError: the run does not measure such a figure.
+        """
+        if not self.name:
+            return False
+        if EVALUATION + self.name not in evaluation:
+            measured = ", ".join(name.removeprefix(EVALUATION) for name in evaluation)
+            raise ConfigError(
+                f"eval.keep_best={self.name!r}, but this run measures {measured}; choose one of "
+                "them, or '' for none"
+            )
+        return self._keep_if_better(step, evaluation[EVALUATION + self.name])
+
+    def _keep_if_better(self, step: int, value: float) -> bool:
+        first = self.step is None and not math.isnan(value)
+        if first or better(self.name, value, self.value):
+            self.step, self.value = step, value
+            return True
+        return False
+
+
+def better(name: str, value: float, than: float) -> bool:
+    """Whether a value of a figure is better than another one; NaN is not."""
+    return value < than if name.endswith(LOWER_IS_BETTER) else value > than
+
+
+def _usual(config: Config) -> str:
+    return "miou" if "segment" in config else "loss"
