@@ -4,7 +4,7 @@ The implementations are files of `fd_jax.models.kernels`. What they compute can 
 parts, logits, weights and values, for diagnostics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ from fd_jax.models.kernels.xla import attention_logits
 from fd_jax.models.layers import Dense, linear, zeros
 
 QkvBias = Literal["qkv", "qv", "none"]
+NOTHING_SUMMED = (None, None, None)  # neither of queries, keys nor values
 
 
 def attend(
@@ -30,6 +31,7 @@ def attend(
     bias: jax.Array | None,
     scale: float,
     implementation: str,
+    **sums: Any,
 ) -> jax.Array:
     """Softmax attention: softmax(scale * q k^T + bias) v.
 
@@ -41,11 +43,13 @@ def attend(
         bias g belongs to the rows g, g + G, g + 2G, ... (the windows of one image are G rows).
       scale: factor on q k^T.
       implementation: key of `kernels.IMPLEMENTATIONS`; all are equal within rounding.
+      **sums: further arguments of implementations with `sums_gradients`.
 
     Returns:
       [B, N, A, d] in the dtype of `v`.
     """
-    return kernels.IMPLEMENTATIONS[implementation].attend(q, k, v, bias=bias, scale=scale)
+    chosen = kernels.IMPLEMENTATIONS[implementation]
+    return chosen.attend(q, k, v, bias=bias, scale=scale, **sums)
 
 
 @functools.partial(
@@ -69,10 +73,16 @@ class AttentionInputs:
     bias: jax.Array | None
     scale: float
 
-    def attend(self, implementation: str) -> jax.Array:
+    def attend(self, implementation: str, **sums: Any) -> jax.Array:
         """The weighted average of values. -> [B, N, A, d]."""
         return attend(
-            self.q, self.k, self.v, bias=self.bias, scale=self.scale, implementation=implementation
+            self.q,
+            self.k,
+            self.v,
+            bias=self.bias,
+            scale=self.scale,
+            implementation=implementation,
+            **sums,
         )
 
     def logits(self) -> jax.Array:
@@ -85,7 +95,13 @@ class AttentionInputs:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; one qkv kernel [D, 3, D] (axis 1: q, k, v; head-major)."""
+    """Multi-head self-attention; one qkv kernel [D, 3, D] (axis 1: q, k, v; head-major).
+
+    Attributes:
+      sums_biases: whether a kernel may sum the gradients of the biases of q, k and v.
+    """
+
+    sums_biases = True
 
     def __init__(
         self,
@@ -113,29 +129,52 @@ class Attention(nnx.Module):
         self.rel_pos_bias = rel_pos_bias
         self.proj = Dense(width, width, kernel_init=out_init, **common)
 
-    def qkv_heads(self, x: jax.Array, rotate: "Rotation | None") -> tuple[jax.Array, ...]:
+    def qkv_heads(
+        self,
+        x: jax.Array,
+        rotate: "Rotation | None",
+        summed: Sequence[jax.Array | None] = NOTHING_SUMMED,
+    ) -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, summed)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v
 
-    def project(self, x: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d]."""
+    def project(
+        self, x: jax.Array, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
+    ) -> list[jax.Array]:
+        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d].
+
+        Args:
+          x: tokens.
+          summed: those of the three biases whose gradients the kernel sums; they get none here.
+        """
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
         batch, tokens, width = x.shape
         rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
         parts = []
-        for index, bias in enumerate((self.q_bias, self.k_bias, self.v_bias)):
+        for index, (bias, elsewhere) in enumerate(zip(self._biases(), summed, strict=True)):
+            if elsewhere is not None:
+                bias = jax.lax.stop_gradient(bias)
             part: jax.Array = linear(
-                rows,
-                kernel[:, index],
-                None if bias is None else bias[...],
-                self.qkv.dtype,
-                self.qkv.grad_dtype,
+                rows, kernel[:, index], bias, self.qkv.dtype, self.qkv.grad_dtype
             )
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts
+
+    def _biases(self) -> list[jax.Array | None]:
+        """Those of queries, keys and values, [D] float32."""
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        return [None if bias is None else bias[...] for bias in biases]
+
+    def _summed(self, rotate: "Rotation | None") -> tuple[jax.Array | None, ...]:
+        """The biases whose gradients the kernel sums: it does not see those that are rotated."""
+        sums = kernels.IMPLEMENTATIONS[self.implementation].sums_gradients
+        if not sums or not self.sums_biases:
+            return NOTHING_SUMMED
+        q, k, v = self._biases()
+        return (q, k, v) if rotate is None else (None, None, v)
 
     def scaled(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, float]:
         """What the logits are the scaled product of: queries, keys, and the factor."""
@@ -153,8 +192,8 @@ class Attention(nnx.Module):
         """What attention is computed from; arguments as in `__call__`."""
         return self._inputs(x, self._bias(shared_bias, mask, indices), rotate)
 
-    def _inputs(self, x, bias, rotate) -> AttentionInputs:
-        q, k, v = self.qkv_heads(x, rotate)
+    def _inputs(self, x, bias, rotate, summed=NOTHING_SUMMED) -> AttentionInputs:
+        q, k, v = self.qkv_heads(x, rotate, summed)
         q, k, scale = self.scaled(q, k)
         return AttentionInputs(q, k, v, bias, scale)
 
@@ -189,15 +228,19 @@ class Attention(nnx.Module):
         tokens, bias = x.shape[1], self._bias(shared_bias, mask, indices)
         added = kernels.IMPLEMENTATIONS[self.implementation].padding(tokens, bias is not None)
         if bias is None or not added or rotate is not None:
-            return self.output(self._inputs(x, bias, rotate))
+            summed = self._summed(rotate)
+            return self.output(self._inputs(x, bias, rotate, summed), summed)
         # What a kernel needs beside the real tokens is added before there are queries, keys and
         # values, and taken off after the projection: two copies instead of eight.
         x = jnp.pad(x, ((0, 0), (0, added), (0, 0)))
         return self.output(self._inputs(x, kernels.mask_keys(bias, added), None))[:, :tokens]
 
-    def output(self, inputs: AttentionInputs) -> jax.Array:
+    def output(
+        self, inputs: AttentionInputs, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
+    ) -> jax.Array:
         """Weighted averages of values through the output projection. -> [B, N, D]."""
-        average = inputs.attend(self.implementation)
+        sums = {"added": summed} if any(bias is not None for bias in summed) else {}
+        average = inputs.attend(self.implementation, **sums)
         return self.proj(average.reshape(*average.shape[:2], -1))
 
 

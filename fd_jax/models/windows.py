@@ -3,6 +3,7 @@
 Everything that depends on sizes alone is a numpy constant, computed once per size.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.models import layers
-from fd_jax.models.attention import Attention
+from fd_jax.models.attention import NOTHING_SUMMED, Attention
 
 # Logit of a pair that the shift brought together from afar (docs/reference.md#swin-shift-mask).
 MASKED = -100.0
@@ -147,8 +148,13 @@ class ContinuousBias(nnx.Module):
 class WindowAttention(Attention):
     """Attention inside windows, which are the rows of the batch."""
 
-    def project(self, x: jax.Array) -> list[jax.Array]:
+    sums_biases = False  # they are added to all three at once
+
+    def project(
+        self, x: jax.Array, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
+    ) -> list[jax.Array]:
         """Queries, keys and values. [B, N, D] -> 3 x [B, N, A, d]."""
+        del summed
         # One matmul, unlike a ViT, and heads before the axis of three moves: only so does the
         # compiler for TPUs take the softmax of most windows together with the matmul of its
         # logits, without which a step moves a tenth more and a forward pass two fifths.

@@ -1,7 +1,9 @@
 """The fused attention for TPUs, interpreted without one, against XLA's attention and numpy."""
 
+import dataclasses
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
-from fd_jax.models.kernels import base, pallas_tpu, xla
-from tests.models.arrays import rand
+from fd_jax.models.attention import Attention, RelativePositionBias, Rotation
+from fd_jax.models.kernels import pallas_tpu, xla
+from tests.models.arrays import init, rand
 from tests.models.attentions import inputs, with_gradients, worst
 
 TOLERANCE = 5e-6  # of the largest value; float32
@@ -59,6 +62,57 @@ def test_without_a_gradient_it_computes_the_same():
     with_a_gradient, _ = jax.vjp(lambda q: attend(q, k, v, bias=bias, scale=0.125), q)
     without = attend(q, k, v, bias=bias, scale=0.125)
     np.testing.assert_array_equal(with_a_gradient, without)
+
+
+def layer_with_gradients(implementation, monkeypatch, *, summed=True, **kwargs):
+    """Output of an attention layer of 9 tokens; its gradients for the tokens and all parameters."""
+    interpreted = dataclasses.replace(
+        pallas_tpu.IMPLEMENTATION, attend=attend, sums_gradients=summed
+    )
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_tpu", interpreted)
+    layer = Attention(
+        64,
+        2,
+        qkv_bias="qkv",
+        rel_pos_bias=RelativePositionBias((2, 4), 2, cls_token=True),
+        implementation=implementation,
+        dtype=jnp.float32,
+        kernel_init=init,
+        out_init=init,
+        rngs=nnx.Rngs(0),
+    )
+    graph, params = nnx.split(layer)
+    params = jax.tree.map(lambda x: jnp.asarray(rand(*x.shape, seed=x.size, scale=0.1)), params)
+    x, weights = rand(2, 9, 64), rand(2, 9, 64, seed=1)
+
+    def loss(params, x):
+        out = nnx.merge(graph, params)(x, shared_bias=None, **kwargs)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, jnp.asarray(x))
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(grads)}
+    return {"out": out, **flat}
+
+
+@pytest.mark.parametrize("rotate", [None, Rotation((2, 4), 1, 32, theta=100.0)])
+def test_a_layer_has_the_gradients_of_xla_whoever_sums_those_of_its_biases(monkeypatch, rotate):
+    want = layer_with_gradients("xla", monkeypatch, rotate=rotate)
+    assert len(want) == 9  # output, tokens, two kernels, four biases and the table
+    for summed in (True, False):
+        got = layer_with_gradients("pallas_tpu", monkeypatch, summed=summed, rotate=rotate)
+        for name, array in want.items():
+            # The keys' bias adds the same to all logits of a query where nothing is rotated: its
+            # gradient is zero but for rounding.
+            largest = max(np.abs(array).max(), 1.0)
+            assert np.abs(got[name] - array).max() < TOLERANCE * largest, name
+
+
+def test_a_bias_that_nobody_sums_would_be_seen(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "_start_sums", lambda refs, here: None)
+    want = layer_with_gradients("xla", monkeypatch)
+    got = layer_with_gradients("pallas_tpu", monkeypatch)
+    (name,) = (name for name in want if "v_bias" in name)
+    assert not np.abs(got[name] - want[name]).max() < 1e-2 * np.abs(want[name]).max()
 
 
 def exact_attention(q, k, v, bias, scale):
@@ -115,7 +169,7 @@ def test_each_device_computes_its_own_examples_and_heads(groups):
     arrays = inputs(9, batch=32, groups=groups)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with kernels.split_over(mesh, batch=sharding.BATCH_AXES, heads="tensor"):
-        got = with_gradients(base.per_device(attend), arrays)
+        got = with_gradients(attend, arrays)
     assert worst(got, with_gradients(xla.attend, arrays)) < TOLERANCE
 
 
@@ -153,7 +207,7 @@ def test_a_sum_that_starts_anew_with_every_program_would_be_seen(monkeypatch):
 def work(batch, tokens, heads, width, groups=1):
     q = jax.ShapeDtypeStruct((batch, tokens, heads * width), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((groups, heads, tokens, tokens), jnp.float32)
-    return pallas_tpu._Work.of(q, bias, heads, interpret=False)
+    return pallas_tpu._Work.of(q, bias, width, interpret=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax import shard_map
@@ -16,7 +16,14 @@ class Attend(Protocol):
     """The signature that all implementations share, see `fd_jax.models.attention.attend`."""
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, *, bias: jax.Array | None, scale: float
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        bias: jax.Array | None,
+        scale: float,
+        **sums: Any,
     ) -> jax.Array:
         """[B, N, A, d] x 3, bias [A, N, N] or [G, A, N, N] float32 -> [B, N, A, d]."""
         ...
@@ -33,12 +40,17 @@ class Implementation:
         that begins with its name; None where it can.
       padding: (number of tokens, is there a bias) -> how many tokens it adds to compute. A caller
         that adds them earlier, see `mask_keys`, spares copies of queries, keys, values and result.
+      sums_gradients: whether `attend` takes `added`, for each of q, k and v: a float32 vector
+        [A * d] that is in it already, at every row and token, or None. Its gradient is a sum over
+        rows and tokens, which a kernel takes while it has the numbers at hand. Whoever passes a
+        vector here has to stop its gradient where it was added.
     """
 
     name: str
     attend: Attend
     refuses: Callable[[str, jnp.dtype, Sequence[int]], str | None]
     padding: Callable[[int, bool], int] = lambda tokens, biased: 0
+    sums_gradients: bool = False
 
 
 MASKED = -1e9  # bias of an added key: its weight is zero in float32, and so is its gradient
@@ -106,29 +118,33 @@ def split_over(mesh: Mesh, *, batch: tuple[str, ...], heads: str) -> Iterator[No
 def per_device(attend: Attend) -> Attend:
     """The same attention, computed by each device on what it holds, see `split_over`.
 
-    The gradient of the bias is summed over the devices that share it, in the dtype of the bias.
+    Heads may be an axis of their own, or lie side by side in the last one. Gradients of the bias,
+    and of what was added to queries, keys and values, are summed over the devices that share it.
     """
 
-    def attend_on_mesh(q, k, v, *, bias, scale):
+    def attend_on_mesh(q, k, v, *, bias, scale, **sums):
         split = _SPLIT.get()
         if split is None or split.mesh.size == 1:
-            return attend(q, k, v, bias=bias, scale=scale)
+            return attend(q, k, v, bias=bias, scale=scale, **sums)
         tokens = PartitionSpec(split.batch, None, split.heads)
-        inputs, specs = (q, k, v), (tokens,) * 3
+        pairs = PartitionSpec(split.heads)
         if bias is not None:
-            inputs = (*inputs, bias)
             # A bias for each row lies with its row; one for each window of an image, or for all
             # rows, is needed by every device.
             rows = (split.batch if bias.shape[0] == q.shape[0] else None,) * (bias.ndim - 3)
-            specs = (*specs, PartitionSpec(*rows, split.heads))
+            pairs = PartitionSpec(*rows, split.heads)
 
-        def local(q, k, v, bias=None):
-            return attend(q, k, v, bias=bias, scale=scale)
+        def local(q, k, v, bias, sums):
+            return attend(q, k, v, bias=bias, scale=scale, **sums)
 
         mapped = shard_map(
-            local, mesh=split.mesh, in_specs=specs, out_specs=tokens, check_vma=False
+            local,
+            mesh=split.mesh,
+            in_specs=(tokens, tokens, tokens, pairs, PartitionSpec(split.heads)),
+            out_specs=tokens,
+            check_vma=False,
         )
-        return mapped(*inputs)
+        return mapped(q, k, v, bias, sums)
 
     return attend_on_mesh
 

@@ -17,9 +17,9 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
 from fd_jax.models.kernels.base import Implementation, per_device
 
@@ -38,6 +38,7 @@ def attend(
     *,
     bias: jax.Array | None,
     scale: float,
+    added: Sequence[jax.Array | None] = (None, None, None),
     interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention, see `fd_jax.models.attention.attend`.
@@ -48,43 +49,57 @@ def attend(
       v: values.
       bias: [A, N, N] or [G, A, N, N] float32, or None.
       scale: factor on q k^T.
+      added: see `Implementation.sums_gradients`.
       interpret: runs the programs without a TPU, for tests.
     """
-    batch, tokens, heads, width = q.shape
+    width = q.shape[-1]
+    local = functools.partial(_attend_flat, width=width, interpret=interpret)
+    flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    return per_device(local)(*flat, bias=bias, scale=scale, added=tuple(added)).reshape(q.shape)
+
+
+def _attend_flat(q, k, v, *, bias, scale, added, width, interpret):
+    """Heads lie side by side, [B, N, A * d]: a matmul's result that is cut up would be copied."""
     if bias is not None:
-        groups = bias.shape[0] if bias.ndim == 4 else 1
         # Keys along the rows, as the programs have their logits.
-        bias = bias.reshape(groups, heads, tokens, tokens).swapaxes(-1, -2)
-    flat = (x.reshape(batch, tokens, heads * width) for x in (q, k, v))
-    return _attention(*flat, bias, heads, scale, interpret).reshape(q.shape)
+        bias = bias.reshape(-1, *bias.shape[-3:]).swapaxes(-1, -2)
+    return _attention(q, k, v, bias, added, width, scale, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q, k, v, bias, heads, scale, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, bias, added, width, scale, interpret):
     """[B, N, A * d] x 3 and bias [G, A, keys, queries] or None -> [B, N, A * d]."""
-    work = _Work.of(q, bias, heads, interpret)
-    program = functools.partial(_forward_program, scale=scale, width=work.width)
-    out, _ = work.call(program, (q, k, v, bias), (work.like(q), None), matmuls=2)
+    del added  # in q, k and v already
+    work = _Work.of(q, bias, width, interpret)
+    program = functools.partial(_forward_program, scale=scale, width=width)
+    out, _ = work.call(program, (q, k, v, bias), (_like(q), None), matmuls=2, sums=False)
     return out
 
 
-def _attention_forward(q, k, v, bias, heads, scale, interpret):
-    work = _Work.of(q, bias, heads, interpret)
-    program = functools.partial(_forward_program, scale=scale, width=work.width)
-    outputs = (work.like(q), work.per_query())
-    out, lse = work.call(program, (q, k, v, bias), outputs, matmuls=2)
-    return out, (q, k, v, bias, lse)
+def _attention_forward(q, k, v, bias, added, width, scale, interpret):
+    work = _Work.of(q, bias, width, interpret)
+    program = functools.partial(_forward_program, scale=scale, width=width)
+    outputs = (_like(q), work.per_query())
+    out, lse = work.call(program, (q, k, v, bias), outputs, matmuls=2, sums=False)
+    summed = tuple(vector is not None for vector in added)
+    return out, (q, k, v, bias, summed, lse)
 
 
-def _attention_backward(heads, scale, interpret, residuals, g):
-    q, k, v, bias, lse = residuals
-    work = _Work.of(q, bias, heads, interpret)
-    program = functools.partial(_backward_program, scale=scale, width=work.width)
-    outputs = (*(work.like(q),) * 3, None if bias is None else work.like(bias))
-    return work.call(program, (q, k, v, bias, lse, g), outputs, matmuls=5)
+def _attention_backward(width, scale, interpret, residuals, g):
+    q, k, v, bias, summed, lse = residuals
+    work = _Work.of(q, bias, width, interpret)
+    program = functools.partial(_backward_program, scale=scale, width=width)
+    sums = tuple(work.per_channel() if wanted else None for wanted in summed)
+    outputs = (*(_like(q),) * 3, None if bias is None else _like(bias), sums)
+    *gradients, sums = work.call(program, (q, k, v, bias, lse, g), outputs, matmuls=5, sums=True)
+    return (*gradients, tuple(None if x is None else x[0] for x in sums))
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _like(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _forward_program(q_ref, k_ref, v_ref, bias_ref, out_ref, lse_ref, *, scale, width):
@@ -115,16 +130,14 @@ def _backward_program(
     dk_ref,
     dv_ref,
     dbias_ref,
+    sum_refs,
     *,
     scale,
     width,
 ):
-    if dbias_ref is not None:
-
-        @pl.when(pl.program_id(_BATCH) == 0)
-        def _start_sum():
-            dbias_ref[...] = jnp.zeros_like(dbias_ref)
-
+    first_row = pl.program_id(_BATCH) == 0
+    _start_sums([dbias_ref], first_row)
+    _start_sums(sum_refs, first_row & (pl.program_id(_GROUPS) == 0))
     for row, tile in _tiles(q_ref.shape, width):
         q, k, v, g = (ref[row, :, tile.lanes] for ref in (q_ref, k_ref, v_ref, g_ref))
         q, k_turned = _times(q, scale), k.T
@@ -142,9 +155,21 @@ def _backward_program(
             dk.append(_dot(dlogits, q, 1, 0))
             # Turned around twice: keys and this result are smaller than the logits' gradient.
             dq.append(_dot(tile.rows(k_turned, head), dlogits, 1, 0))
-        dq_ref[row, :, tile.lanes] = _times(jnp.concatenate(dq).T, scale).astype(dq_ref.dtype)
-        dk_ref[row, :, tile.lanes] = tile.merge(dk).astype(dk_ref.dtype)
-        dv_ref[row, :, tile.lanes] = tile.merge(dv).astype(dv_ref.dtype)
+        results = jnp.concatenate(dq).T * scale, tile.merge(dk), tile.merge(dv)
+        for ref, sum_ref, result in zip((dq_ref, dk_ref, dv_ref), sum_refs, results, strict=True):
+            ref[row, :, tile.lanes] = result.astype(ref.dtype)
+            if sum_ref is not None:
+                sum_ref[:, tile.lanes] += jnp.sum(result, axis=0, keepdims=True)
+
+
+def _start_sums(refs, here):
+    """Zeros for what programs add up, in the first of those that share it."""
+
+    @pl.when(here)
+    def _zero():
+        for ref in refs:
+            if ref is not None:
+                ref[...] = jnp.zeros_like(ref)
 
 
 def _logits(q, k, bias_ref, row, head):
@@ -240,10 +265,10 @@ class _Work:
     interpret: bool
 
     @classmethod
-    def of(cls, q, bias, heads: int, interpret: bool) -> "_Work":
+    def of(cls, q, bias, width: int, interpret: bool) -> "_Work":
         batch, tokens, channels = q.shape
         groups = 1 if bias is None else bias.shape[0]
-        width = channels // heads
+        heads = channels // width
         logits = math.ceil(tokens / 8) * 8 * math.ceil(tokens / LANES) * LANES
         block_heads = _largest(
             heads,
@@ -255,7 +280,7 @@ class _Work:
             rows = _largest(batch if groups == 1 else groups, MAX_LOGITS // (logits * heads))
         return cls(batch, tokens, heads, width, groups, rows, block_heads, interpret)
 
-    def call(self, program, inputs, outputs, *, matmuls: int):
+    def call(self, program, inputs, outputs, *, matmuls: int, sums: bool):
         """Runs a program for all heads and rows.
 
         Args:
@@ -263,6 +288,7 @@ class _Work:
           inputs: arrays, or None.
           outputs: shapes and dtypes of the results, or None.
           matmuls: number of its products of [N, N] and [N, d] per head.
+          sums: whether programs add to results that they share, so that they cannot run at once.
         """
         products = self.batch * self.heads * self.tokens**2
         cost = pl.CostEstimate(
@@ -279,7 +305,7 @@ class _Work:
             out_specs=jax.tree.map(self._spec, outputs),
             out_shape=outputs,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                dimension_semantics=("parallel", *["arbitrary" if sums else "parallel"] * 2),
                 vmem_limit_bytes=VMEM_BYTES,
             ),
             cost_estimate=cost,
@@ -287,12 +313,13 @@ class _Work:
             name=f"attention_{matmuls}",
         )(*inputs)
 
-    def like(self, x) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
     def per_query(self) -> jax.ShapeDtypeStruct:
-        """One number for each query of each head. Its axis of one makes any block of heads legal."""
+        """A number for each query of each head; its axis of one makes any block of heads legal."""
         return jax.ShapeDtypeStruct((self.batch, self.heads, 1, self.tokens), jnp.float32)
+
+    def per_channel(self) -> jax.ShapeDtypeStruct:
+        """A number for each channel."""
+        return jax.ShapeDtypeStruct((1, self.heads * self.width), jnp.float32)
 
     @property
     def _grid(self) -> tuple[int, int, int]:
@@ -304,6 +331,8 @@ class _Work:
         return self.groups // self.rows if self.groups > 1 else 1
 
     def _spec(self, x) -> pl.BlockSpec:
+        if x.ndim == 2:  # numbers per channel
+            return pl.BlockSpec((1, self.block_heads * self.width), lambda h, g, i: (0, h))
         if x.ndim == 3:  # tokens
             block = (self.rows, self.tokens, self.block_heads * self.width)
             return pl.BlockSpec(block, lambda h, g, i: (i * self._bias_blocks + g, 0, h))
@@ -334,4 +363,4 @@ def _refuses(platform: str, dtype: jnp.dtype, head_widths: Sequence[int]) -> str
     return None
 
 
-IMPLEMENTATION = Implementation("pallas_tpu", per_device(attend), _refuses)
+IMPLEMENTATION = Implementation("pallas_tpu", attend, _refuses, sums_gradients=True)
