@@ -22,8 +22,9 @@ class Bounds:
       images_per_second: upper bound for the slice.
       mfu: upper bound: model FLOPs at that rate, divided by peak.
       chip_hours: lower bound for the whole run.
-      estimated_seconds: the compiler's estimated cycles of all instructions in sequence; it may
-        underestimate collectives. None below the compiler's full effort.
+      estimated_seconds: the compiler's estimated cycles of all instructions in sequence, and the
+        bundles of our kernels; it may underestimate collectives. None below the compiler's full
+        effort.
       estimated_mfu: MFU at the estimated time, or None.
     """
 
@@ -48,8 +49,17 @@ class Bounds:
         return max(times, key=lambda name: times[name])
 
 
-def step_bounds(experiment: Experiment, target: Slice, compiled: Compiled) -> Bounds:
-    """The bounds of a compiled step."""
+def step_bounds(
+    experiment: Experiment, target: Slice, compiled: Compiled, kernel_cycles: int = 0
+) -> Bounds:
+    """The bounds of a compiled step.
+
+    Args:
+      experiment: experiment to train.
+      target: slice to train on.
+      compiled: its step.
+      kernel_cycles: cycles of our kernels, see `plan.bundles`.
+    """
     chip, batch = target.chip, experiment.config.batch_size
     work = experiment.work
     peak = chip.bf16_flops * target.chips
@@ -61,7 +71,7 @@ def step_bounds(experiment: Experiment, target: Slice, compiled: Compiled) -> Bo
     seconds = max(compute, hbm, interconnect)
     estimated = None
     if compiled.effort == 0 and chip.clock_hz:
-        estimated = compiled.module.cycles() / chip.clock_hz
+        estimated = (compiled.module.cycles() + kernel_cycles) / chip.clock_hz
     return Bounds(
         compute=compute,
         hbm=hbm,

@@ -137,6 +137,21 @@ class Collective:
         return share * self.bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of ours, which the compiler does not look into.
+
+    Attributes:
+      name: its name in the code.
+      calls: number of its calls in a step.
+      flops: FLOPs of one call, by its own account.
+    """
+
+    name: str
+    calls: int
+    flops: int
+
+
 class Module:
     """The parsed text of a compiled program."""
 
@@ -189,13 +204,13 @@ class Module:
         """FLOPs of all matmuls and convolutions of a step, with two FLOPs per multiply-add.
 
         Unlike the compiler's count, this counts only matmuls, and it counts loop bodies as often
-        as they run.
+        as they run. Kernels of ours count with the FLOPs that they state.
 
         Returns:
           (FLOPs of all matmuls, FLOPs of those that the compiler repeats to save memory).
         """
         runs, repeats = self._counts
-        total = repeated = 0
+        total, repeated = sum(kernel.calls * kernel.flops for kernel in self.kernels), 0
         for name, instruction in self._executed_instructions():
             if instruction.opcode in matmuls.OPCODES:
                 shapes = [
@@ -207,6 +222,18 @@ class Module:
                 total += runs[name] * flops
                 repeated += (runs if instruction.rematerialized else repeats)[name] * flops
         return total, repeated
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The Pallas kernels of a step; equal ones are one entry."""
+        calls: dict[tuple[str, int], int] = collections.Counter()
+        for name, instruction in self._executed_instructions():
+            if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+                label = re.search(r'op_name="[^"]*?([^"/]+)/pallas_call"', instruction.attributes)
+                flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+                key = label[1] if label else instruction.name, int(flops[1]) if flops else 0
+                calls[key] += self.run_counts[name]
+        return [Kernel(name, count, flops) for (name, flops), count in calls.items()]
 
     @property
     def loops(self) -> list[int]:
@@ -227,7 +254,10 @@ class Module:
         )
 
     def cycles(self) -> int:
-        """Sum of the compiler's `estimated_cycles` over all instructions, as if run in sequence."""
+        """Sum of the compiler's `estimated_cycles` over all instructions, as if run in sequence.
+
+        It has no estimate for kernels of ours, see `plan.bundles`.
+        """
         total = 0
         for name, instruction in self._scheduled_instructions():
             match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)

@@ -7,7 +7,7 @@ from etils import epath
 
 from fd_jax import sharding
 from fd_jax.console import say
-from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
+from fd_jax.plan import advice, bounds, bundles, compiled, experiment, table, topology
 
 
 def plan_run(
@@ -54,5 +54,6 @@ def plan_run(
         return facts | table.not_fitting_facts(error, attempts)
     if hlo_file is not None:
         hlo_file.write_text(step.executable.as_text() or "")
-    limits = bounds.step_bounds(planned, target, step)
-    return facts | table.fitting_facts(planned, target, step, limits)
+    kernel_cycles = 0 if effort else bundles.cycles(step.module, target.name)
+    limits = bounds.step_bounds(planned, target, step, kernel_cycles)
+    return facts | table.fitting_facts(planned, target, step, limits, kernel_cycles)

@@ -50,9 +50,21 @@ def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int])
 
 
 def fitting_facts(
-    experiment: Experiment, target: Slice, compiled: Compiled, limits: Bounds
+    experiment: Experiment,
+    target: Slice,
+    compiled: Compiled,
+    limits: Bounds,
+    kernel_cycles: int = 0,
 ) -> dict[str, Any]:
-    """The facts of a plan whose step compiled and fits into memory."""
+    """The facts of a plan whose step compiled and fits into memory.
+
+    Args:
+      experiment: experiment that was planned.
+      target: slice that it was planned for.
+      compiled: its step.
+      limits: bounds of the step.
+      kernel_cycles: see `bounds.step_bounds`.
+    """
     batch, devices = experiment.config.batch_size, len(target.devices)
     work = experiment.work
     by_compiler = compiled.flops * devices / batch
@@ -82,6 +94,8 @@ def fitting_facts(
             ),
             "hbm_bytes_per_image": None if in_loops else compiled.hbm_traffic * devices / batch,
             "estimated_cycles": compiled.module.cycles() if compiled.effort == 0 else None,
+            "kernels": {kernel.name: kernel.calls for kernel in compiled.module.kernels},
+            "kernel_cycles": kernel_cycles,
         },
         "collectives": [hlo.to_json(c) for c in compiled.collectives],
         "bounds": {
@@ -215,6 +229,9 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
                 f"MFU {estimate['mfu']:.2f} (not a measurement)",
             )
         )
+        if plan["compiler"].get("kernel_cycles"):
+            counted = f"{plan['compiler']['kernel_cycles'] / 1e6:.1f} M cycles"
+            rows.append(("of which kernels", f"{counted}, the bundles of their code"))
     else:
         rows.append(("compiler's estimate", "none: cycles are only meaningful at full effort"))
     seconds, effort = plan["compile"]["seconds"], plan["compile"]["effort"]

@@ -224,7 +224,24 @@ def work(batch, tokens, heads, width, groups=1):
 def test_work_is_cut_into_programs(shape, rows, heads, grid, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "MAX_LOGITS", LIMIT)
     cut = work(*shape)
-    assert (cut.rows, cut.block_heads, cut._grid) == (rows, heads, grid)
+    assert (cut.rows, cut.block_heads, cut.grid) == (rows, heads, grid)
+
+
+@pytest.mark.parametrize("groups", [0, 64])
+def test_a_kernels_name_says_what_it_computes(groups):
+    q = jnp.zeros((64, 9, 3, 32), jnp.bfloat16)
+    bias = jnp.zeros((groups, 3, 9, 9)) if groups else None
+    jaxpr = str(jax.make_jaxpr(lambda q: attend(q, q, q, bias=bias, scale=1.0))(q))
+    name = f"attention_forward_64x9x3x32_{groups}_bfloat16"
+    assert name in jaxpr
+    call = pallas_tpu.parse(name)
+    assert call is not None and (call.q.shape, call.q.dtype) == ((64, 9, 96), jnp.bfloat16)
+    assert (call.kind, call.width, call.bias and call.bias.shape[0]) == (
+        "forward",
+        32,
+        groups or None,
+    )
+    assert pallas_tpu.parse("flash_attention") is None
 
 
 @pytest.mark.parametrize(

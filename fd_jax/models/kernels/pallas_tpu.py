@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+import re
+from typing import Literal
 
 import jax
 from jax.experimental import pallas as pl
@@ -27,6 +29,10 @@ LANES = 128  # numbers in a row of a vector register; heads that fill one togeth
 
 # Most logits of a program. Its code grows with them, since every register's work is written out.
 MAX_LOGITS = 12 * 256**2
+
+# Products of [N, N] and [N, d] of each head. "saving" also keeps what a backward pass needs.
+MATMULS = {"forward": 2, "saving": 2, "backward": 5}
+Kind = Literal["forward", "saving", "backward"]
 
 VMEM_BYTES = 100 * 2**20  # of the 128 MiB that a v5e or v6e has
 
@@ -72,7 +78,7 @@ def _attention(q, k, v, bias, added, width, scale, interpret):
     del added  # in q, k and v already
     work = _Work.of(q, bias, width, interpret)
     program = functools.partial(_forward_program, scale=scale, width=width)
-    out, _ = work.call(program, (q, k, v, bias), (_like(q), None), matmuls=2, sums=False)
+    out, _ = work.call(program, (q, k, v, bias), (_like(q), None), "forward")
     return out
 
 
@@ -80,7 +86,7 @@ def _attention_forward(q, k, v, bias, added, width, scale, interpret):
     work = _Work.of(q, bias, width, interpret)
     program = functools.partial(_forward_program, scale=scale, width=width)
     outputs = (_like(q), work.per_query())
-    out, lse = work.call(program, (q, k, v, bias), outputs, matmuls=2, sums=False)
+    out, lse = work.call(program, (q, k, v, bias), outputs, "saving")
     summed = tuple(vector is not None for vector in added)
     return out, (q, k, v, bias, summed, lse)
 
@@ -91,11 +97,65 @@ def _attention_backward(width, scale, interpret, residuals, g):
     program = functools.partial(_backward_program, scale=scale, width=width)
     sums = tuple(work.per_channel() if wanted else None for wanted in summed)
     outputs = (*(_like(q),) * 3, None if bias is None else _like(bias), sums)
-    *gradients, sums = work.call(program, (q, k, v, bias, lse, g), outputs, matmuls=5, sums=True)
+    *gradients, sums = work.call(program, (q, k, v, bias, lse, g), outputs, "backward")
     return (*gradients, tuple(None if x is None else x[0] for x in sums))
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of one of the programs, as its name says it: see `parse`.
+
+    Attributes:
+      kind: which program.
+      q: shape [B, N, A * d] and dtype of the queries.
+      bias: shape [G, A, N, N] of the bias, or None.
+      width: d.
+      programs: number of programs that it runs.
+    """
+
+    kind: Kind
+    q: jax.ShapeDtypeStruct
+    bias: jax.ShapeDtypeStruct | None
+    width: int
+    programs: int
+
+    def lower(self, sharding: jax.sharding.Sharding) -> jax.stages.Lowered:
+        """The call alone, for a device that may not be here. Biases' gradients are not summed."""
+        q, bias, lse = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (self.q, self.bias, _Work.of(self.q, self.bias, self.width, False).per_query()),
+        )
+        fixed = {"width": self.width, "scale": 1.0, "interpret": False}
+        nothing = (None, None, None)
+        if self.kind == "backward":
+
+            def backward(q, k, v, bias, lse, g):
+                residuals = q, k, v, bias, (False, False, False), lse
+                return _attention_backward(**fixed, residuals=residuals, g=g)
+
+            return jax.jit(backward).lower(q, q, q, bias, lse, q)
+        forward = _attention if self.kind == "forward" else _attention_forward
+        return jax.jit(
+            lambda q, k, v, bias: jax.tree.leaves(
+                forward(q, k, v, bias, nothing, self.width, 1.0, False)
+            )
+        ).lower(q, q, q, bias)
+
+
+def parse(name: str) -> Call | None:
+    """What a kernel computes, from its name in a compiled program; None for other kernels."""
+    match = re.fullmatch(r"attention_([a-z]+)_(\d+)x(\d+)x(\d+)x(\d+)_(\d+)_(\w+)", name)
+    if match is None or match[1] not in MATMULS:
+        return None
+    batch, tokens, heads, width, groups = map(int, match.groups()[1:6])
+    q = jax.ShapeDtypeStruct((batch, tokens, heads * width), jnp.dtype(match[7]))
+    square = (groups, heads, tokens, tokens)
+    bias = jax.ShapeDtypeStruct(square, jnp.float32) if groups else None
+    programs = math.prod(_Work.of(q, bias, width, False).grid)
+    return Call(match[1], q, bias, width, programs)
 
 
 def _like(x) -> jax.ShapeDtypeStruct:
@@ -280,38 +340,43 @@ class _Work:
             rows = _largest(batch if groups == 1 else groups, MAX_LOGITS // (logits * heads))
         return cls(batch, tokens, heads, width, groups, rows, block_heads, interpret)
 
-    def call(self, program, inputs, outputs, *, matmuls: int, sums: bool):
+    def call(self, program, inputs, outputs, kind: Kind):
         """Runs a program for all heads and rows.
 
         Args:
           program: function of the inputs' and the outputs' references.
           inputs: arrays, or None.
           outputs: shapes and dtypes of the results, or None.
-          matmuls: number of its products of [N, N] and [N, d] per head.
-          sums: whether programs add to results that they share, so that they cannot run at once.
+          kind: which program it is.
         """
         products = self.batch * self.heads * self.tokens**2
+        moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
         cost = pl.CostEstimate(
-            flops=2 * matmuls * products * self.width,
+            flops=2 * MATMULS[kind] * products * self.width,
             transcendentals=products,
-            bytes_accessed=sum(
-                x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))
-            ),
+            bytes_accessed=moved,
         )
+        # Programs of the backward pass add to sums that they share: those cannot run at once.
+        order = "arbitrary" if kind == "backward" else "parallel"
         return pl.pallas_call(
             program,
-            grid=self._grid,
+            grid=self.grid,
             in_specs=jax.tree.map(self._spec, inputs),
             out_specs=jax.tree.map(self._spec, outputs),
             out_shape=outputs,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", *["arbitrary" if sums else "parallel"] * 2),
-                vmem_limit_bytes=VMEM_BYTES,
+                dimension_semantics=("parallel", order, order), vmem_limit_bytes=VMEM_BYTES
             ),
             cost_estimate=cost,
             interpret=self.interpret,
-            name=f"attention_{matmuls}",
+            name=self._name(kind, inputs[0].dtype, biased=inputs[3] is not None),
         )(*inputs)
+
+    def _name(self, kind: Kind, dtype, *, biased: bool) -> str:
+        """A name from which `parse` knows what is computed, for profiles and plans."""
+        shape = "x".join(map(str, (self.batch, self.tokens, self.heads, self.width)))
+        groups = self.groups if biased else 0
+        return f"attention_{kind}_{shape}_{groups}_{jnp.dtype(dtype).name}"
 
     def per_query(self) -> jax.ShapeDtypeStruct:
         """A number for each query of each head; its axis of one makes any block of heads legal."""
@@ -322,7 +387,7 @@ class _Work:
         return jax.ShapeDtypeStruct((1, self.heads * self.width), jnp.float32)
 
     @property
-    def _grid(self) -> tuple[int, int, int]:
+    def grid(self) -> tuple[int, int, int]:
         blocks = self.batch // self.rows
         return self.heads // self.block_heads, self._bias_blocks, blocks // self._bias_blocks
 
