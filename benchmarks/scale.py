@@ -3,7 +3,8 @@ r"""Compiles the step of every run for TPU slices: what it needs and can reach (
     python -m benchmarks.scale                      # every row that has no result yet, in order
     python -m benchmarks.scale --rows distill_b,finetune_l@v4 --list
     python -m benchmarks.scale --table              # the table of docs/scale.md
-    python -m benchmarks.scale --baseline           # what a fused attention kernel has to beat
+    python -m benchmarks.scale --attention=pallas_tpu --rows distill_b@v5e    # another attention
+    python -m benchmarks.scale --baseline           # both attentions side by side
 
 Each row is planned in its own process (`python -m fd_jax.plan`) and saved as one JSON file in
 benchmarks/scale/, so the command can be stopped and resumed. To plan a row again, delete its file.
@@ -116,10 +117,11 @@ SAME_STEP = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a run on a slice."""
+    """One line of the table: a run on a slice, with an attention other than XLA's if it has one."""
 
     run: str
     chip: str
+    attention: str = ""
 
     @property
     def name(self) -> str:
@@ -129,7 +131,8 @@ class Row:
     @property
     def file(self) -> pathlib.Path:
         """The file of its result."""
-        return FOLDER / f"{self.run}_{self.chip}.json"
+        parts = (self.run, self.chip, *filter(None, [self.attention]))
+        return FOLDER / f"{'_'.join(parts)}.json"
 
     @property
     def slice(self) -> str:
@@ -143,11 +146,13 @@ class Row:
         """The plan command, without --output."""
         config, start, further = RUNS[self.run]
         flags = [f"--config={config}", f"--topology={self.slice}", *further]
+        flags += [f"--config.attention={self.attention}"] if self.attention else []
         return [*PLAN_SCRIPT, *flags, *([f"--start={start}"] if start else [])]
 
 
-# XLA attention, which a fused kernel has to beat: 128 images per chip for ViT-B, 64 for ViT-L.
+# Rows that are also compiled with the fused kernel: 128 images per chip for ViT-B, 64 for ViT-L.
 BASELINE = "distill_b@v5e,distill_b@v6e,distill_l@v6e"
+FUSED = "pallas_tpu"
 
 MAIN = ("distill_b", "distill_l", "finetune_b", "finetune_l")
 ROWS = [
@@ -211,25 +216,31 @@ def table(rows: list[Row]) -> str:
 
 
 def baseline() -> str:
-    """The rows of BASELINE as Markdown."""
+    """The rows of BASELINE, with XLA's attention and with the fused kernel, as Markdown."""
     lines = [
-        "| run | slice | images per chip | MB per image | temporaries GiB | "
-        "compiler's estimate: ms per step, images/s per chip |",
-        "|" + "---|" * 6,
+        "| run | slice | attention | images per chip | MB per image | temporaries GiB | cycles, M: "
+        "instructions, kernels | estimate: ms per step, images/s per chip, MFU |",
+        "|" + "---|" * 8,
     ]
     for row in select(BASELINE):
-        if not row.file.exists():
-            lines.append(f"| {row.run} | {row.slice} | not yet run |" + " |" * 3)
-            continue
-        plan = json.loads(row.file.read_text())
-        compiler, estimate = plan["compiler"], plan["estimate"]
-        lines.append(
-            f"| {row.run} | {row.slice} | {plan['batch_size'] // plan['chips']} | "
-            f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} | "
-            f"{plan['hbm_bytes_per_device']['temporaries'] / 2**30:.2f} | "
-            f"{estimate['step_seconds'] * 1e3:.0f}, {estimate['images_per_second_per_chip']:.0f} |"
-        )
+        lines += [_compared(row), _compared(dataclasses.replace(row, attention=FUSED))]
     return "\n".join(lines)
+
+
+def _compared(row: Row) -> str:
+    start = f"| {row.run} | {row.slice} | {row.attention or 'xla'} |"
+    if not row.file.exists():
+        return f"{start} not yet run |" + " |" * 4
+    plan = json.loads(row.file.read_text())
+    compiler, estimate = plan["compiler"], plan["estimate"]
+    return (
+        f"{start} {plan['batch_size'] // plan['chips']} | "
+        f"{compiler['hbm_bytes_per_image'] / 1e6:.0f} | "
+        f"{plan['hbm_bytes_per_device']['temporaries'] / 2**30:.2f} | "
+        f"{compiler['estimated_cycles'] / 1e6:.1f}, {compiler.get('kernel_cycles', 0) / 1e6:.1f} | "
+        f"{estimate['step_seconds'] * 1e3:.0f}, {estimate['images_per_second_per_chip']:.0f}, "
+        f"{estimate['mfu']:.2f} |"
+    )
 
 
 def _line(row: Row) -> str:
@@ -282,12 +293,13 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the rows and whether they ran")
     parser.add_argument("--table", action="store_true", help="print the table and plan nothing")
-    parser.add_argument("--baseline", action="store_true", help="print the rows for XLA attention")
+    parser.add_argument("--attention", default="", help="compile with this one instead of XLA's")
+    parser.add_argument("--baseline", action="store_true", help="print both attentions' rows")
     args = parser.parse_args()
     if args.baseline:
         print(baseline())
         return
-    rows = select(args.rows)
+    rows = [dataclasses.replace(row, attention=args.attention) for row in select(args.rows)]
     if args.table:
         print(table(rows))
         return

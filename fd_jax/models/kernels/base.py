@@ -4,29 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
 import dataclasses
-from typing import Any, Protocol
 
 import jax
 from jax import shard_map
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-
-class Attend(Protocol):
-    """The signature that all implementations share, see `fd_jax.models.attention.attend`."""
-
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        *,
-        bias: jax.Array | None,
-        scale: float,
-        **sums: Any,
-    ) -> jax.Array:
-        """[B, N, A, d] x 3, bias [A, N, N] or [G, A, N, N] float32 -> [B, N, A, d]."""
-        ...
+# (q, k, v, *, bias, scale): [B, N, A, d] x 3, bias [A, N, N] or [G, A, N, N] float32 or None
+# -> [B, N, A, d]; see `fd_jax.models.attention.attend`.
+Attend = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 from jax.experimental import pallas as pl
@@ -64,12 +64,13 @@ def attend(
     return per_device(local)(*flat, bias=bias, scale=scale, added=tuple(added)).reshape(q.shape)
 
 
-def _attend_flat(q, k, v, *, bias, scale, added, width, interpret):
+def _attend_flat(q, k, v, *, bias, scale, added, width, interpret) -> jax.Array:
     """Heads lie side by side, [B, N, A * d]: a matmul's result that is cut up would be copied."""
     if bias is not None:
         # Keys along the rows, as the programs have their logits.
         bias = bias.reshape(-1, *bias.shape[-3:]).swapaxes(-1, -2)
-    return _attention(q, k, v, bias, added, width, scale, interpret)
+    out: jax.Array = _attention(q, k, v, bias, added, width, scale, interpret)
+    return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -155,7 +156,7 @@ def parse(name: str) -> Call | None:
     square = (groups, heads, tokens, tokens)
     bias = jax.ShapeDtypeStruct(square, jnp.float32) if groups else None
     programs = math.prod(_Work.of(q, bias, width, False).grid)
-    return Call(match[1], q, bias, width, programs)
+    return Call(cast(Kind, match[1]), q, bias, width, programs)
 
 
 def _like(x) -> jax.ShapeDtypeStruct:
