@@ -43,7 +43,7 @@ def common() -> Config:
     config.accumulation = 1  # micro-batches per update
     config.dtype = "auto"  # matmuls and activations; auto: bfloat16 on accelerators, float32 on CPU
     config.grad_reduce_dtype = "float32"  # gradients, while they are summed over devices
-    config.attention = "auto"  # or "xla", "cudnn"; see docs/running.md#attention
+    config.attention = "auto"  # or "xla", "cudnn", "pallas_tpu"; see docs/running.md#attention
     config.remat = ""  # "full" or "dots": what blocks recompute in the backward pass
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that remain
     config.ema_decay = 0.0  # > 0: keep a moving average of the weights and evaluate it

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from configs import base
 from fd_jax import sharding
-from fd_jax.models import layers
+from fd_jax.models import kernels, layers
 from fd_jax.models.kernels import xla
 from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import compiled, experiment, topology
@@ -91,11 +91,12 @@ def breakage():
     return stack
 
 
-def measure(depth=2, *, broken=False):
+def measure(depth=2, *, broken=False, attention="xla"):
     """(the compiled step, facts about it as plain values)."""
     target = topology.describe(TOPOLOGY)
-    with breakage() if broken else contextlib.nullcontext():
-        fields = {"grad_reduce_dtype": "bfloat16"} if broken else {}
+    with breakage() if broken else contextlib.nullcontext(), kernels.compiling_for("tpu"):
+        fields = {"attention": attention}
+        fields |= {"grad_reduce_dtype": "bfloat16"} if broken else {}
         planned = define(config(depth, **fields))
         step = compiled.compile_step(planned, target, effort=-1.0)
     (state, frozen, *_), _ = step.executable.input_shardings
@@ -129,9 +130,10 @@ def main():
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--attention", default="xla")
     parser.add_argument("--renew", action="store_true")
     args = parser.parse_args()
-    step, facts = measure(args.depth, broken=args.broken)
+    step, facts = measure(args.depth, broken=args.broken, attention=args.attention)
     if args.output is not None:
         (args.output / "step.txt").write_text(step.executable.as_text())
         (args.output / "facts.json").write_text(json.dumps(facts))

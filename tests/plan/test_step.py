@@ -209,3 +209,28 @@ def _size(shape):
     for side in shape:
         size *= side
     return size
+
+
+def test_fused_attention_leaves_the_rest_of_the_step_as_it_is(step, tmp_path):
+    """Weights are gathered and gradients summed as before; matmuls of attention are in kernels."""
+    fused = Step(tmp_path, "--attention=pallas_tpu").wait()
+    counts = [sum(c.count for c in one.of_kind("all-gather")) for one in (fused, step)]
+    assert counts == [expected_gathers(2)] * 2
+    test_gradients_are_summed_once(fused)
+    assert reduced_dtypes(fused) == {"f32"}
+    assert fused.module.aliased_parameters() == set(range(fused.facts["state_leaves"]))
+    assert whole_kernels(fused, ".params") == whole_kernels(fused, "frozen") == []
+    found = {kernel.name.split("_")[1]: kernel.calls for kernel in fused.module.kernels}
+    assert found == {"forward": 2, "saving": 2, "backward": 2}  # teacher's, student's twice
+    assert step.module.kernels == []  # control
+    # The backward pass computes the logits of two blocks once more.
+    again = 2 * 2 * TOKENS**2 * STUDENT["width"]
+    total, _ = fused.module.matmul_flops()
+    assert total == IMAGES * (step.facts["closed_form"] + again)
+    squares = {
+        shape
+        for shape in fused.module.scheduled_shapes()
+        if shape.dims[:1] == (IMAGES,) and shape.dims[-2:] == (TOKENS, TOKENS)
+    }
+    assert squares == set()
+    assert fused.facts["figures"]["bytes_per_image"] < step.facts["figures"]["bytes_per_image"]
