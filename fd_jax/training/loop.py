@@ -9,7 +9,6 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
@@ -101,7 +100,8 @@ def fit(
         workdirs.check_checkpoints(workdir)
         contents = feed.contents()
         workdirs.check_data(workdir, contents, accept=accept_data)
-        model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
+        for written in (workdirs.MODEL, *([workdirs.BEST] if config.eval.get("keep_best") else [])):
+            model_folder.check_free(workdir / written, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         program = build(
             task,
@@ -111,8 +111,13 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
-        say(account.at_start(config, program, feed, attention=task.attention, workdir=workdir))
-        for note in account.doubts(config, program):
+        peak = account.peak(program)
+        say(
+            account.at_start(
+                config, program, feed, attention=task.attention, workdir=workdir, peak=peak
+            )
+        )
+        for note in account.doubts(config, program, peak=peak):
             say(note)
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
@@ -367,7 +372,8 @@ class Run:
                 figures = evaluator(self.program, weights, self.feed)
                 evaluation |= {f"eval_{name}": value for name, value in figures.items()}
         # Before the figures are written: a run that is killed here evaluates this step again.
-        if self.best.improved_by(step, evaluation):
+        # The first process decides, because hosts may have read different versions of the log.
+        if sharding.first_decides(self.best.improved_by(step, evaluation)):
             self._export_best(step, state)
         self.writer.write(step, evaluation)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
@@ -383,9 +389,8 @@ class Run:
         if not self.start or not self._due(self.start, self.eval_every):
             return {}
         recorded = metric_writer.read_evaluation(self.workdir, self.start)
-        missing = np.int32(not recorded)
-        # The first process decides, because hosts may read different versions of the file.
-        if multihost_utils.broadcast_one_to_all(missing):
+        # Hosts may read different versions of the file.
+        if sharding.first_decides(not recorded):
             return self._evaluate(self.start, state)
         return recorded
 
