@@ -30,7 +30,7 @@ from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
-from fd_jax.training.watch import Best, Watch
+from fd_jax.training.watch import Best, Watch, check_figure
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 FIRST_STEPS = 10  # after which the time of all steps is estimated
@@ -100,7 +100,8 @@ def fit(
         workdirs.check_checkpoints(workdir)
         contents = feed.contents()
         workdirs.check_data(workdir, contents, accept=accept_data)
-        for written in (workdirs.MODEL, *([workdirs.BEST] if config.eval.get("keep_best") else [])):
+        keep_best = config.eval.get("keep_best", "")
+        for written in (workdirs.MODEL, *([workdirs.BEST] if keep_best else [])):
             model_folder.check_free(workdir / written, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         program = build(
@@ -111,6 +112,8 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
+        if keep_best:
+            check_figure(keep_best, _figures(task, program, feed))
         peak = account.peak(program)
         say(
             account.at_start(
@@ -161,12 +164,19 @@ def fit(
             loader=loader,
             progress=Progress(record),
             watch=Watch(config, rows, total_steps),
-            best=Best(config.eval.get("keep_best", ""), rows),
+            best=Best(keep_best, rows),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
             eval_every=settings.eval_every(config, steps_per_epoch),
         ).train(state, stop_requested)
+
+
+def _figures(task: Task, program: Program, feed: AnyFeed) -> list[str]:
+    """The names of what the evaluators of a run measure."""
+    state = program.state
+    weights = Weights(state.params, state.extra, program.frozen, state.ema)
+    return [n for each in task.evaluators() for n in each.names(program, weights, feed)]
 
 
 def initial_state(
