@@ -151,6 +151,34 @@ _REST = ""  # among the digests: that of the rest of the record, under a name th
 PATIENCE = 8.0  # seconds for a checkpoint that is being written when the storage fails elsewhere
 
 
+# How Orbax and TensorStore report that what they have written is no longer there.
+_MOVED = ("No ArrayMetadata found", "NOT_FOUND: ")
+
+
+def _of_moved_files(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError) or str(error).startswith(_MOVED)
+
+
+def _reader() -> ocp.Checkpointer:
+    """Reads without waiting for the other processes, for one of which the files may be damaged."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _is_as_written(record: dict[str, Any], expected: dict[str, int]) -> bool:
+    """Whether the digest of a record is the one among `expected`, if there is one."""
+    # A flipped bit in the key "digests" leaves the digests in the record, under another name.
+    if any(isinstance(value, dict) and _REST in value for value in record.values()):
+        return False
+    found = digests.of_text(_canonical(record))
+    return expected.get(_REST, found) == found
+
+
 def _canonical(record: dict[str, Any]) -> str:
     return json.dumps(record, sort_keys=True)
 
@@ -222,31 +250,57 @@ class Checkpoints:
           The state, sharded like `like`, and the record.
 
         Raises:
-          DamagedCheckpointError: the files cannot be read, or an array is not what was written.
+          DamagedCheckpointError: some process cannot read the files, or an array is not what was
+            written.
           CheckpointError: the checkpoint has arrays other than `like`.
+          StorageError: the system does not let this process read the files.
         """
         saved = self._described(step)
         self._refuse_another_state(step, saved, like)
+        found = self._read(step, like, saved)
+        # Digests are exchanged between processes, so all of them have to go on from here.
+        damaged = sharding.anywhere(isinstance(found, DamagedCheckpointError))
+        if isinstance(found, DamagedCheckpointError):
+            raise found
+        if damaged:
+            raise self._damaged(step, "cannot be read by another process")
+        state, record, expected = found
+        self._refuse_damage(step, saved, state, expected)
+        return state, record
+
+    def _read(
+        self, step: int, like: PyTree, saved: Description
+    ) -> tuple[PyTree, dict[str, Any], dict[str, int]] | DamagedCheckpointError:
+        """The state, the record and the digests, or what is damaged for this process."""
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape), like
         )
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(like, restore_args=restore_args),
-                    record=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-            raise self._damaged(step, f"cannot be read: {error}") from error
-        state, record = restored["state"], restored["record"]
+            with _reader() as reader:
+                restored = reader.restore(
+                    (self._folder / str(step)).resolve(),
+                    args=ocp.args.Composite(
+                        state=ocp.args.PyTreeRestore(like, restore_args=restore_args),
+                        record=ocp.args.JsonRestore(),
+                    ),
+                )
+        except (ValueError, KeyError, OSError) as error:
+            self._refuse_closed_files(error)
+            damage = self._damaged(step, f"cannot be read: {error}")
+            damage.__cause__ = error
+            return damage
         if not saved:
-            raise self._damaged(step, "is damaged: the metadata of its arrays cannot be read")
+            return self._damaged(step, "is damaged: the metadata of its arrays cannot be read")
+        record = restored["record"]
         expected = record.pop(_DIGESTS, {})
-        self._refuse_damaged_record(step, record, expected)
-        self._refuse_damage(step, saved, state, expected)
-        return state, record
+        if not _is_as_written(record, expected):
+            return self._damaged(step, "is damaged: its record is not what was written")
+        return restored["state"], record, expected
+
+    def _refuse_closed_files(self, error: Exception) -> None:
+        """Files that the system does not let this process read may be whole."""
+        if storage.code_of(error) in storage.NOT_DAMAGE:
+            raise storage.explained(error, self._folder) or error from error
 
     def set_aside(self, steps: Collection[int]) -> None:
         """Moves checkpoints out of the way of those that will be saved; all processes call this.
@@ -262,14 +316,6 @@ class Checkpoints:
                 (self._folder / str(step)).rename(aside / str(step))
         sharding.barrier("checkpoints_set_aside")
         self._manager.reload()
-
-    def _refuse_damaged_record(
-        self, step: int, record: dict[str, Any], expected: dict[str, int]
-    ) -> None:
-        renamed = any(isinstance(value, dict) and _REST in value for value in record.values())
-        found = digests.of_text(_canonical(record))
-        if renamed or expected.get(_REST, found) != found:
-            raise self._damaged(step, "is damaged: its record is not what was written")
 
     def _refuse_damage(
         self, step: int, saved: Description, state: PyTree, expected: dict[str, int]
@@ -287,9 +333,11 @@ class Checkpoints:
     def _described(self, step: int) -> Description:
         """Shape and dtype of every array of a checkpoint; {} if its metadata is damaged."""
         try:
+            (self._folder / str(step)).stat()  # Orbax takes any error for a missing folder
             return describe_tree(self._folder / str(step) / "state")
-        except (ValueError, KeyError, OSError):
-            return {}  # `restore` will raise
+        except (ValueError, KeyError, OSError) as error:
+            self._refuse_closed_files(error)
+            return {}  # `_read` finds out what is damaged
 
     def _damaged(self, step: int, what: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(
@@ -346,14 +394,19 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns whatever Orbax raises about files into a `StorageError`."""
+        """Turns what Orbax raises about files into a `StorageError`."""
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            raise storage.explained(error, self._folder) or StorageError(
-                f"{self._folder}: a checkpoint cannot be written ({str(error)[:100]}), as when its "
-                f"files are moved or deleted meanwhile. {storage.AGAIN}"
-            ) from error
+            found = storage.explained(error, self._folder)
+            if found is None and _of_moved_files(error):
+                found = StorageError(
+                    f"{self._folder}: a checkpoint cannot be written ({str(error)[:100]}), since "
+                    f"its files were moved or deleted meanwhile. {storage.AGAIN}"
+                )
+            if found is None:
+                raise
+            raise found from error
 
     def _close_quietly(self) -> None:
         with contextlib.suppress(Exception):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import contextlib
 import logging as python_logging
 import os
+import select
 import sys
 import tempfile
 from typing import Any
@@ -75,8 +76,11 @@ def quiet() -> Iterator[None]:
     fails, and with --verbosity=0 or more; warnings of JAX itself, of a GPU that it cannot use, say,
     always are. Lines of other threads are withheld too, so the code should be no more than an
     import, or the first use of devices.
+
+    If C++ aborts the process inside, the text is lost. In distributed runs nothing is withheld,
+    since an abort is how jax.distributed reports that another process has died.
     """
-    if logging.get_verbosity() > logging.WARNING:
+    if logging.get_verbosity() > logging.WARNING or jax.distributed.is_initialized():
         yield
         return
     sys.stderr.flush()
@@ -94,6 +98,18 @@ def quiet() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(stream.fileno(), 2)
             python_logging.getLogger("jax").removeHandler(warnings)
+
+
+def reader_has_left() -> bool:
+    """Whether nobody reads what this process prints, as after `| head`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+
+
+def discard_output() -> None:
+    """Lets what is still to be printed vanish, so that the process can end quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def open_devices() -> None:

@@ -1,7 +1,7 @@
 """Errors that a user can cause. The message names the input, what was expected and what to do.
 
-Entry points print the message of a `UserError` and exit with status 2. Any other exception is a bug
-and keeps its traceback.
+Entry points print the message of a `UserError` and exit with status 2. So they do with an error of
+the system that `storage` can explain. Any other exception is a bug and keeps its traceback.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax import console, sharding
+from fd_jax import console, sharding, storage
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
 from fd_jax.model_folder import Model, load_model
@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     try:
-        _run(args)
+        with storage.one_message(args.output):
+            _run(args)
     except ModuleNotFoundError as error:
         print(f"error: {error}; install it with pip install 'fd_jax[train]'", file=sys.stderr)
         return 2

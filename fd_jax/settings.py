@@ -17,6 +17,7 @@ from fd_jax import losses
 from fd_jax.data.base import IGNORED, Crop, Interpolation
 from fd_jax.data.class_names import Match
 from fd_jax.errors import ConfigError
+from fd_jax.evaluation import classification
 from fd_jax.fields import (
     FLAG,
     LARGEST_WHOLE,
@@ -280,6 +281,13 @@ RELATIONS = (
         ),
         "it names a figure that this run does not measure; it needs data.eval_split, and eval.knn "
         "or ema_decay for a figure of neighbours or of the average",
+    ),
+    Relation(
+        ("eval.keep_best", "model.classes"),
+        lambda name, classes: (
+            name.removeprefix("ema_") != "top5" or 5 in classification.reported(classes)
+        ),
+        "there is no top-5 accuracy of five classes or fewer; set eval.keep_best='top1'",
     ),
     Relation(
         ("optim.layer_decay",),

@@ -208,6 +208,25 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def gathered(value: PyTree) -> np.ndarray:
+    """The values of all processes, along a new first axis; all of them call this."""
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether a flag is set in any process; all of them call this."""
+    return bool(gathered(np.int32(flag)).any())
+
+
+def first_decides(flag: bool) -> bool:
+    """The flag of the first process; all of them call this."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
 def _partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     rows = [axes for pattern, axes in PARAM_AXES if re.search(pattern, name)]
     if len(rows) != 1:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from typing import Any
 
 from absl import logging
@@ -52,13 +53,21 @@ REMEDIES: dict[int, str] = {
     errno.EBUSY: "another process uses it; stop it",
     errno.ENOMEM: "the machine has no memory left; free some, or lower data.workers",
 }
+# Errors that say nothing about what a file holds.
+NOT_DAMAGE = frozenset(
+    code for code, remedy in REMEDIES.items() if remedy in (_DENIED, _NETWORK, _HANDLES)
+) | {errno.ENOMEM}
 AGAIN = "What was saved before stays: mend this, and run the same command again"
 
-# How an error is named in the text of an error of another library.
+# How an error is named in the text of an error of another library. The words alone are common:
+# "ptxas: No such file or directory" is about a program, and no fault of the storage.
 _TEXTS = {os.strerror(code): code for code in REMEDIES}
-_NUMBERED = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")
-_PATHS = re.compile(r"""(?:file |directory |opening |writing |renaming )?["'](/[^"'\n]+)["']""")
-_CONTENTS = ("ocdbt.process_", "/d/", ".orbax-checkpoint-tmp")
+_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
+_NUMBERED = re.compile(r"\[Errno (\d+)\]")
+_PATHS = re.compile(r"""["'](/[^"'\n]+)["']|(?<!\S)(/[^\s"';:]+)""")
+_WRITERS = ("orbax", "tensorstore", "tensorflow")
+# Where the name of a checkpoint ends and those of its inner files begin.
+_CONTENTS = ("ocdbt.process_", ".orbax-checkpoint-tmp")
 
 
 def explained(error: BaseException, place: object = "") -> StorageError | None:
@@ -68,9 +77,9 @@ def explained(error: BaseException, place: object = "") -> StorageError | None:
       error: what was raised.
       place: what the command was writing or reading, for errors that name no path.
     """
-    if isinstance(error, StorageError):
-        return error
     for link in _causes(error):
+        if isinstance(link, StorageError):
+            return link
         code = code_of(link)
         if code is not None:
             path = _path(link) or str(place)
@@ -125,7 +134,10 @@ def message(code: int, path: str) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it says that it was raised from, and the members of groups."""
+    """The error, what it says that it was raised from, and the members of groups.
+
+    What a `UserError` was raised from is explained by it.
+    """
     waiting, seen = [error], set()
     while waiting:
         link = waiting.pop(0)
@@ -133,18 +145,43 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(link))
         yield link
+        if isinstance(link, UserError):
+            continue
         waiting += getattr(link, "exceptions", ())
         waiting += [link.__cause__] if link.__cause__ is not None else []
 
 
 def code_of(error: BaseException) -> int | None:
-    """The number of the system's error, if it is one, also where only the text says so."""
+    """The number in `REMEDIES` of the system's error; None if it is another error.
+
+    The text is read only if it says that it is about a file: a `UserError` may quote anything.
+    """
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
+        return error.errno if error.errno in REMEDIES and not _of_a_program(error) else None
     text = str(error)
+    if isinstance(error, UserError):
+        return None
+    if found := _TENSORSTORE.search(text):
+        return int(found[1])
+    if not (_PATHS.search(text) or _origin(error) in _WRITERS):
+        return None
     if found := _NUMBERED.search(text):
-        return int(found[1] or found[2])
+        return int(found[1]) if int(found[1]) in REMEDIES else None
     return next((code for words, code in _TEXTS.items() if words in text), None)
+
+
+def _of_a_program(error: BaseException) -> bool:
+    """Whether an error is that of a program that cannot be started."""
+    return _origin(error) == "subprocess"
+
+
+def _origin(error: BaseException) -> str:
+    """The package of an error, or else the one whose code raised it."""
+    package = type(error).__module__.partition(".")[0]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if package != "builtins" or not frames:
+        return package
+    return frames[-1][0].f_globals.get("__name__", "").partition(".")[0]
 
 
 def _path(error: BaseException) -> str:
@@ -152,7 +189,7 @@ def _path(error: BaseException) -> str:
     names = [getattr(error, name, None) for name in ("filename2", "filename")]
     named = next((os.fsdecode(name) for name in names if isinstance(name, str | bytes)), "")
     if not named and (found := _PATHS.search(str(error))):
-        named = found[1]
+        named = found[1] or found[2]
     for mark in _CONTENTS:
-        named = named.partition(mark)[0] if mark in named else named
+        named = named.partition(mark)[0]
     return named.rstrip("/.")

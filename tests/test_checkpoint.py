@@ -1,5 +1,13 @@
 """Checkpoints are restored as what they are, and nothing is cast from one kind to another."""
 
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -7,7 +15,9 @@ import numpy as np
 import pytest
 
 from fd_jax.checkpoint import Checkpoints
-from fd_jax.errors import CheckpointError
+from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -20,7 +30,8 @@ def saved(tmp_path):
 
 
 def like(**dtypes):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    sharding = jax.NamedSharding(mesh, jax.P())
     shapes = {"weight": (4,), "count": ()}
     return {
         name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=sharding)
@@ -50,3 +61,107 @@ def test_another_kind_of_numbers_is_refused(saved, dtypes, line):
 def test_floats_of_another_width_are_restored(saved):
     state, _ = saved.restore(3, like(weight=jnp.bfloat16, count=jnp.int32))
     assert state["weight"].dtype == jnp.bfloat16
+
+
+LIKE = {"weight": jnp.float32, "count": jnp.int32}
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A user who may not look into the folder of the checkpoints."""
+    folder, is_root = tmp_path / "checkpoints", os.geteuid() == 0
+    mode = folder.stat().st_mode
+    folder.chmod(0)
+    if is_root:
+        os.seteuid(65534)
+    yield
+    if is_root:
+        os.seteuid(0)
+    folder.chmod(mode)
+
+
+def test_a_checkpoint_that_the_system_does_not_let_us_read_is_not_damaged(saved, stranger):
+    with pytest.raises(StorageError, match="Permission denied; let the user of this process read"):
+        saved.restore(3, like(**LIKE))
+
+
+def test_a_missing_file_is_damage(saved, tmp_path):
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
+    with pytest.raises(DamagedCheckpointError, match="cannot be read"):
+        saved.restore(3, like(**LIKE))
+
+
+def test_files_that_vanish_while_they_are_written_are_an_error_of_the_storage(saved):
+    message = "No ArrayMetadata found for process_index=0 in the checkpoint directory"
+    with pytest.raises(StorageError, match="its files were moved or deleted meanwhile"):
+        with saved._writing():
+            raise ValueError(message)
+    with pytest.raises(ValueError, match="shapes"), saved._writing():
+        raise ValueError("shapes differ")
+
+
+def test_a_bug_while_a_checkpoint_is_written_keeps_its_traceback(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=1, keep_every=None)
+    used = jnp.ones(3)
+    used.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        checkpoints.save(3, {"weight": used}, {}, known={"weight": 0})
+
+
+READ = """
+import sys
+
+from etils import epath
+import jax
+
+from fd_jax.checkpoint import Checkpoints
+from fd_jax.errors import DamagedCheckpointError
+from tests.test_checkpoint import LIKE, like
+
+process, port, *folders = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+checkpoints = Checkpoints(epath.Path(folders[int(process)]), keep=1, keep_every=None)
+for step in checkpoints.steps():
+    try:
+        checkpoints.restore(step, like(**LIKE))
+    except DamagedCheckpointError as error:
+        print(step, str(error).splitlines()[0])
+    else:
+        print(step, "whole")
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_agree_on_what_is_damaged(tmp_path):
+    """A file that one of them reads differently, as from a cache of a file server."""
+    one, other = (tmp_path / name / "checkpoints" for name in ("one", "other"))
+    with Checkpoints(epath.Path(one), keep=2, keep_every=None) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, {"weight": jnp.ones(4), "count": jnp.int32(7)}, {"step": step})
+    shutil.copytree(one, other)
+    record = next((other / "4" / "record").iterdir())
+    record.write_text(json.dumps({**json.loads(record.read_text()), "step": 5}))
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ, str(process), str(port), str(one), str(other)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    lines = [[line for line in out.splitlines() if line[0].isdigit()] for out, _ in outputs]
+    assert lines[0] == ["3 whole", f"4 checkpoint {one / '4'} cannot be read by another process"]
+    assert lines[1][0] == "3 whole" and "its record is not what was written" in lines[1][1]

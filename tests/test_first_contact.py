@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fd_jax import __version__, features, sharding
-from fd_jax.cli import next_steps
+from fd_jax.cli import application, next_steps
 from fd_jax.convert import cli as convert
 from fd_jax.data import prepare
 from fd_jax.data.feed import Feed
@@ -98,7 +98,14 @@ def defined(teacher, embedded_data):
 
 def test_a_run_begins_with_what_it_found(defined, tmp_path):
     config, built, feed = defined(steps=20)
-    text = account.at_start(config, built, feed, attention={"student": "xla"}, workdir=tmp_path)
+    text = account.at_start(
+        config,
+        built,
+        feed,
+        attention={"student": "xla"},
+        workdir=tmp_path,
+        peak=account.peak(built),
+    )
     shown = {line.split()[0]: line for line in text.splitlines()}
     params, _ = DistillTask(config).init(jax.random.key(0))
     values = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -122,7 +129,7 @@ def test_a_run_begins_with_what_it_found(defined, tmp_path):
 )
 def test_settings_that_train_nothing_are_noted(defined, fields, message):
     config, built, _ = defined(steps=20, **fields)
-    notes = account.doubts(config, built)
+    notes = account.doubts(config, built, peak=account.peak(built))
     assert len(notes) == (message is not None)
     assert message is None or message in notes[0]
 
@@ -162,6 +169,16 @@ def test_after_fine_tuning_the_same_command_measures(tmp_path):
 NOISE = "import os; from fd_jax import console\nwith console.quiet(): os.write(2, b'noise')"
 
 
+DISTRIBUTED = """
+import socket
+import jax
+with socket.socket() as sock:
+    sock.bind(("localhost", 0))
+    port = sock.getsockname()[1]
+jax.distributed.initialize(f"localhost:{port}", 1, 0)
+"""
+
+
 WARNING = """
 import logging
 from fd_jax import console
@@ -177,11 +194,41 @@ with console.quiet():
         (WARNING, True),
         (f"{NOISE}; raise KeyError", True),
         (f"from absl import logging; logging.set_verbosity(0)\n{NOISE}", True),
+        (f"{DISTRIBUTED}{NOISE}", True),
     ],
 )
 def test_noise_of_libraries_is_shown_only_if_they_fail_or_on_request(code, shown):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ("noise" in done.stderr) == shown
+
+
+ENDLESS = """
+import sys
+from fd_jax.cli import application
+def main(argv):
+    while True:
+        print("line", flush=True)
+application.run_app(main)
+"""
+BROKEN = """
+import errno
+from fd_jax.cli import application
+def main(argv):
+    raise BrokenPipeError(errno.EPIPE, "a worker has died")
+application.run_app(main)
+"""
+
+
+def test_a_command_ends_quietly_when_nobody_reads_on():
+    command = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == application.READER_LEFT
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" in done.stderr and done.returncode == 1
 
 
 def test_a_bar_on_a_terminal_and_lines_in_a_file():

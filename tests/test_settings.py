@@ -395,3 +395,12 @@ def test_every_command_refuses_a_wrong_setting_and_leaves_no_workdir(command, tm
     assert result.stderr.splitlines()[-1].startswith(f"error: {name}="), result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["top5", "ema_top5"])
+def test_the_best_of_five_classes_is_not_chosen_by_top5(name):
+    config = tiny.fine_tuning(**{"eval.keep_best": name, "ema_decay": 0.5, "model.classes": 6})
+    settings.check(config)
+    config.model.classes = 5
+    with pytest.raises(ConfigError, match="no top-5 accuracy of five classes or fewer"):
+        settings.check(config)

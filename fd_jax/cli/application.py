@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from absl import app, flags, logging
 
 from fd_jax import console, storage
 from fd_jax.errors import HangError, StorageError, UserError
+
+READER_LEFT = 128 + signal.SIGPIPE  # exit status of a process whose output nobody reads any more
 
 
 def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -30,6 +33,11 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
             _exit_at_once(error)
         except UserError as error:
             _fail(str(error))
+        except BrokenPipeError:
+            if not console.reader_has_left():
+                raise
+            console.discard_output()
+            sys.exit(READER_LEFT)
         except Exception as error:
             failure = storage.explained(error)
             if failure is None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 from absl import logging
 import jax
 
-from fd_jax import console
+from fd_jax import console, storage
 from fd_jax.convert import exporting, importing, inspecting, listing, verifying
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.rules.names import summarize
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.
     """Runs one command; a mistake of the user becomes one message and the status 2."""
     arguments = _parser(name).parse_args(argv)
     try:
-        arguments.run(arguments)
+        with storage.one_message(getattr(arguments, "output", "")):
+            arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None, *, name: str = "convert_checkpoints.
         print("interrupted; what was at the output before is unchanged", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (`head`, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.discard_output()
     return 0
 
 

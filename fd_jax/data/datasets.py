@@ -1,6 +1,7 @@
 """Image sources: random access to encoded images and their labels."""
 
 from collections.abc import Sequence
+import re
 from typing import Any, NamedTuple, Protocol
 
 from etils import epath
@@ -9,7 +10,7 @@ import numpy as np
 from fd_jax.data import decoding, folders, shards
 from fd_jax.data.class_names import Classes, Match, numbering
 from fd_jax.data.decoding import BrokenImageError
-from fd_jax.errors import DataError
+from fd_jax.errors import DataError, first_few
 
 IMAGE_SUFFIXES = decoding.SUFFIXES
 FOLDER_PREFIX = "folder:"
@@ -362,21 +363,48 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     """Returns the TFDS builder with a name, which may be one of ours.
 
     Raises:
-      DataError: no builder has that name.
+      DataError: no builder has that name, or what describes the prepared data is damaged.
     """
     import tensorflow_datasets as tfds
 
     from fd_jax.data import builders  # noqa: F401  (registers photos and digits)
 
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        return _builder(name, data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        if "file_format" in str(error):
-            return tfds.builder(name, data_dir=data_dir)
         raise DataError(
             f"TFDS has no dataset {name!r}. Use a TFDS name, the name of a builder that was "
             f"imported or prepared in data_dir={data_dir}, or {FOLDER_PREFIX}/path/to/images"
         ) from error
+    except Exception as error:  # a builder reads its description, and each kind of damage differs
+        described = _descriptions(name, data_dir)
+        if not described:
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0][:200]
+        raise DataError(
+            f"{name}: TFDS cannot read {first_few(described)} ({reason}). Bring the file back, or "
+            f"move its folder away and run\n  {prepare_command(name, data_dir)}"
+        ) from error
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except ValueError as error:
+        if "file_format" not in str(error):
+            raise
+        return tfds.builder(name, data_dir=data_dir)
+
+
+def _descriptions(name: str, data_dir: str | None) -> list[str]:
+    """The files that describe the prepared versions of a dataset, and of its configs."""
+    from tensorflow_datasets.core.constants import DATA_DIR
+
+    folder = epath.Path(data_dir or DATA_DIR).expanduser() / re.split("[/:]", name)[0]
+    depths = ("*/dataset_info.json", "*/*/dataset_info.json")
+    return sorted(str(path) for depth in depths for path in folder.glob(depth))
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:

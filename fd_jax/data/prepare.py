@@ -13,7 +13,7 @@ import sys
 
 from etils import epath
 
-from fd_jax import console
+from fd_jax import console, storage
 from fd_jax.data import datasets
 from fd_jax.errors import DataError, UserError
 
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--manual_dir", help="folder with files that cannot be downloaded")
     args = parser.parse_args(argv)
     try:
-        print(prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir))
+        with storage.one_message(args.data_dir or "the data folder of TFDS"):
+            print(prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir))
     except (UserError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ import sys
 
 import jax
 
-from fd_jax import console
+from fd_jax import console, storage
 from fd_jax.cli import processes
 from fd_jax.diagnose import catalogue
 from fd_jax.errors import UserError
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.open_devices()
         from fd_jax.diagnose import run  # needs the packages of the extra "train"
 
-        run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
+        with storage.one_message(args.output):
+            run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
     except ModuleNotFoundError as error:
         return _fail(f"{error}; install it with pip install 'fd_jax[train]'")
     except UserError as error:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from fd_jax.data.base import Data
-from fd_jax.evaluation import neighbours, passes
+from fd_jax.evaluation import classification, neighbours, passes
 from fd_jax.metrics import Mean
 from fd_jax.typing import Config, PyTree
 
@@ -41,6 +41,11 @@ class Compiled(Protocol):
         ...
 
     @property
+    def batch(self) -> PyTree:
+        """Shapes of a batch."""
+        ...
+
+    @property
     def eval_step(self) -> Any:
         """(params, extra, frozen, batch) -> metrics."""
         ...
@@ -61,6 +66,10 @@ class Evaluator(Protocol):
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Data, /) -> dict[str, float]:
         """The measured numbers by name; the loop logs them as "eval_<name>"."""
+        ...
+
+    def names(self, compiled: Compiled, weights: Weights, data: Data, /) -> list[str]:
+        """The names of these numbers, for weights of which only the shapes are known."""
         ...
 
 
@@ -84,6 +93,12 @@ class HeldOut:
             total.add(compiled.eval_step(weights.params, weights.extra, weights.frozen, batch))
         return total.result()
 
+    def names(self, compiled: Compiled, weights: Weights, data: Data) -> list[str]:
+        """The names of the metrics of `task.evaluate`, which is traced."""
+        del data
+        arguments = weights.params, weights.extra, weights.frozen, compiled.batch
+        return sorted(jax.eval_shape(compiled.eval_step, *arguments))
+
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
@@ -103,6 +118,11 @@ class Neighbours:
         return neighbours.accuracy(
             bank, queries, mesh=compiled.mesh, classes=data.classes, k=self.k
         )
+
+    def names(self, compiled: Compiled, weights: Weights, data: Data) -> list[str]:
+        """Top-5 accuracy says nothing of five classes or fewer."""
+        del compiled, weights
+        return [f"knn_top{k}" for k in classification.reported(data.classes)]
 
     def _features(
         self, compiled: Compiled, weights: Weights, data: Data, split: str
@@ -126,6 +146,11 @@ class Averaged:
         averaged = dataclasses.replace(weights, params=weights.ema)
         metrics = self.evaluator(compiled, averaged, data)
         return {f"ema_{name}": value for name, value in metrics.items()}
+
+    def names(self, compiled: Compiled, weights: Weights, data: Data) -> list[str]:
+        """The other evaluator's names with the prefix."""
+        averaged = dataclasses.replace(weights, params=weights.ema)
+        return [f"ema_{name}" for name in self.evaluator.names(compiled, averaged, data)]
 
 
 def from_config(config: Config) -> list[Evaluator]:

@@ -1,12 +1,11 @@
 """Semantic segmentation of a held-out set: predictions for whole pictures, and their mean IoU."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from fd_jax import sharding
@@ -16,7 +15,7 @@ from fd_jax.errors import ConfigError, DataError, check_choice
 from fd_jax.evaluation.evaluators import Averaged, Compiled, Evaluator, Weights
 from fd_jax.models.segmenter import sliding
 from fd_jax.models.spec import ModelSpec
-from fd_jax.typing import Config, PyTree
+from fd_jax.typing import Config
 
 
 def confusion(mask: np.ndarray, predicted: np.ndarray, *, classes: int) -> np.ndarray:
@@ -79,6 +78,7 @@ class Segmented:
 
     Whole pictures are computed as many at a time as the mesh splits a batch into, if they have one
     size. Every process reads all of them, so that all start the same programs, one for each size.
+    A picture that one of them cannot read is left out by all.
 
     Attributes:
       batch_size: number of windows in a global batch.
@@ -147,10 +147,17 @@ class Segmented:
 
     @property
     def _views(self) -> sliding.Views:
-        common: Any = {"scale": self.scale, "scales": self.scales, "flip": self.flip}
         if self.mode == "whole":
-            return sliding.Whole(patch=self.patch, fill=self.fill, **common)
-        return sliding.Sliding(side=self.window, stride=self.stride, **common)
+            return self._whole
+        return sliding.Sliding(side=self.window, stride=self.stride, **self._common)
+
+    @property
+    def _whole(self) -> sliding.Whole:
+        return sliding.Whole(patch=self.patch, fill=self.fill, **self._common)
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"scale": self.scale, "scales": self.scales, "flip": self.flip}
 
     def __call__(self, compiled: Compiled, weights: Weights, data: Any) -> dict[str, float]:
         """The scores of the whole set.
@@ -168,6 +175,11 @@ class Segmented:
         result = scores(self.confusion_matrix(compiled, weights, data))
         return {"miou": result.miou, "macc": result.macc, "aacc": result.aacc}
 
+    def names(self, compiled: Compiled, weights: Weights, data: Any) -> list[str]:
+        """The names of the scores."""
+        del compiled, weights, data
+        return ["miou", "macc", "aacc"]
+
     def confusion_matrix(self, compiled: Any, weights: Weights, data: Any) -> np.ndarray:
         """The confusion matrix of the whole set, int64 [K, K]. See `__call__`."""
         whole = self.mode == "whole"
@@ -183,7 +195,7 @@ class Segmented:
             return compiled.predict(weights.params, weights.extra, weights.frozen, batch)
 
         if whole:
-            pictures = data.pictures("eval", range(count))
+            pictures = _readable_everywhere(data.pictures("eval", range(count)), count)
             predicted = self._predicted_whole(pictures, predict, placement.rows, batch_size)
         else:
             pictures = data.pictures("eval", range(share.first, count, share.step))
@@ -198,13 +210,13 @@ class Segmented:
         self, pictures: Iterable[Picture], predict: Any, rows: np.ndarray, batch_size: int
     ) -> Iterator[tuple[Picture, np.ndarray]]:
         """The pictures in this process's rows of each batch, with their labels."""
-        for batch in _by_size(map(self._work, pictures), batch_size):
-            own = [batch[row] for row in rows if row < len(batch)]
-            for view in range(len(batch[0].views)):
-                windows = [work.views[view].windows for work in own]
-                empty = np.zeros_like(batch[0].views[view].windows)
-                windows += [empty] * (len(rows) - len(own))
-                logits = _local_rows(predict(np.concatenate(windows)))
+        for shapes, batch in _by_size(pictures, self._whole.shapes, batch_size):
+            own = [self._work(batch[row]) for row in rows if row < len(batch)]
+            for view, shape in enumerate(shapes):
+                windows = np.zeros((len(rows), *shape, 3), np.uint8)
+                for row, work in enumerate(own):
+                    windows[row] = work.views[view].windows[0]
+                logits = _local_rows(predict(windows))
                 for work, each in zip(own, logits, strict=False):
                     work.logits.append(each)
             for work in own:
@@ -257,15 +269,44 @@ class _Work:
         return sum(len(view.windows) for view in self.views)
 
 
-def _by_size(works: Iterable[_Work], count: int) -> Iterator[list[_Work]]:
-    """Groups of at most `count` pictures whose views have the same sizes."""
-    waiting: dict[tuple[tuple[int, ...], ...], list[_Work]] = {}
-    for work in works:
-        key = tuple(view.windows.shape for view in work.views)
-        waiting.setdefault(key, []).append(work)
-        if len(waiting[key]) == count:
-            yield waiting.pop(key)
-    yield from waiting.values()
+_TOGETHER = 32  # pictures about which the processes exchange whether they can read them
+_WAITING = 256  # pictures that wait for others of their size, at their original size
+
+
+def _readable_everywhere(pictures: Iterable[Picture], count: int) -> Iterator[Picture]:
+    """Those of the first `count` pictures of a split that no process leaves out."""
+    coming = iter(pictures)
+    following = next(coming, None)
+    for first in range(0, count, _TOGETHER):
+        indices, read = range(first, min(first + _TOGETHER, count)), {}
+        while following is not None and following.index in indices:
+            read[following.index] = following
+            following = next(coming, None)
+        here = np.array([index in read for index in indices], np.int32)
+        everywhere = sharding.gathered(here).min(axis=0).tolist()
+        yield from (read[index] for index, whole in zip(indices, everywhere, strict=True) if whole)
+
+
+_Shapes = tuple[tuple[int, int], ...]
+
+
+def _by_size(
+    pictures: Iterable[Picture], shapes_of: Callable[[int, int], _Shapes], count: int
+) -> Iterator[tuple[_Shapes, list[Picture]]]:
+    """Groups of at most `count` pictures whose views have the same shapes.
+
+    A group is full, or has waited the longest when more than `_WAITING` pictures wait.
+    """
+    waiting: dict[_Shapes, list[Picture]] = {}
+    for picture in pictures:
+        shapes = shapes_of(*picture.image.shape[:2])
+        waiting.setdefault(shapes, []).append(picture)
+        if len(waiting[shapes]) == count:
+            yield shapes, waiting.pop(shapes)
+        elif sum(map(len, waiting.values())) > max(_WAITING, count):
+            oldest = next(iter(waiting))
+            yield oldest, waiting.pop(oldest)
+    yield from waiting.items()
 
 
 def _computed(
@@ -279,7 +320,7 @@ def _computed(
     pending: tuple[list[_Work], jax.Array] | None = None
     while True:
         taken = list(itertools.islice(windows, rows))
-        more = _anywhere(bool(taken))
+        more = sharding.anywhere(bool(taken))
         started = None
         if more:
             images = np.zeros((rows, side, side, 3), np.uint8)
@@ -311,7 +352,7 @@ def _share(rows: np.ndarray, batch_size: int) -> _Share:
       ConfigError: the rows of two processes overlap without being the same.
     """
     own = np.array([rows[0], len(rows)], np.int32)
-    gathered = _gather(own)
+    gathered = sharding.gathered(own)
     shares = np.unique(gathered, axis=0)
     if shares[:, 1].sum() != batch_size:
         raise ConfigError(
@@ -329,23 +370,12 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def _anywhere(flag: bool) -> bool:
-    return bool(_gather(np.int32(flag)).any())
-
-
 def _sum_over_processes(matrix: np.ndarray) -> np.ndarray:
     """The sum of int64 counts. JAX exchanges 32 bits, so each half of a count is sent by itself."""
     low = matrix & 0x7FFFFFFF
     halves = np.stack([matrix >> 31, low]).astype(np.int32)
-    high, low = _gather(halves).astype(np.int64).sum(axis=0)
+    high, low = sharding.gathered(halves).astype(np.int64).sum(axis=0)
     return (high << 31) + low
-
-
-def _gather(value: PyTree) -> np.ndarray:
-    """The values of all processes, along a new first axis."""
-    if jax.process_count() == 1:
-        return np.asarray(value)[None]
-    return np.asarray(multihost_utils.process_allgather(value))
 
 
 def _check_mask(picture: Picture, classes: int) -> None:

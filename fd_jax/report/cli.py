@@ -11,7 +11,7 @@ images, and the feature maps of teacher and student in colour.
 from collections.abc import Sequence
 import sys
 
-from fd_jax import console, report
+from fd_jax import console, report, storage
 from fd_jax.errors import UserError
 
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         console.open_devices()
-        print(report.summary(report.write_report(args.workdir)))
+        with storage.one_message(args.workdir):
+            print(report.summary(report.write_report(args.workdir)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ import sys
 
 from etils import epath
 
-from fd_jax import console
+from fd_jax import console, storage
 from fd_jax.errors import ConfigError, UserError, check_choice, check_positive
 from fd_jax.reproduce import cells, launching, page, paper, results, small
 from fd_jax.reproduce.cells import Cell
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
     args, extra = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        _act(args, extra)
+        with storage.one_message(args.workdir):
+            _act(args, extra)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ def at_start(
     *,
     attention: dict[str, str],
     workdir: epath.Path,
+    peak: tuple[float, int],
 ) -> str:
     """The block of lines with which a run begins.
 
@@ -35,8 +36,9 @@ def at_start(
       feed: its data.
       attention: attention implementation by network.
       workdir: its folder.
+      peak: see the function of that name.
     """
-    peak, warmup = _peak(program)
+    rate, warmup = peak
     frozen = count(program.frozen)
     steps_per_epoch = feed.steps_per_epoch(config.batch_size)
     epochs = program.total_steps / steps_per_epoch
@@ -47,7 +49,7 @@ def at_start(
         "data": found(feed),
         "batch": f"{config.batch_size} pictures of {config.data.image_size} px, "
         f"{steps_per_epoch} steps an epoch",
-        "peak rate": f"{peak:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
+        "peak rate": f"{rate:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
         f"{config.optim.lr_batch} pictures)",
         "steps": f"{program.total_steps} ({epochs:.4g} epochs)",
         "attention": ", ".join(f"{network} {name}" for network, name in attention.items()),
@@ -73,13 +75,13 @@ def _split(dataset: Any) -> str:
     return f"{dataset.name}: {len(dataset):,} pictures{labelled}"
 
 
-def doubts(config: Config, program: Program) -> list[str]:
+def doubts(config: Config, program: Program, *, peak: tuple[float, int]) -> list[str]:
     """Notes on settings with which a run is allowed, but hardly trains anything."""
-    peak, warmup = _peak(program)
+    rate, warmup = peak
     notes = []
-    if peak < LITTLE_RATE * config.optim.peak_lr:
+    if rate < LITTLE_RATE * config.optim.peak_lr:
         notes.append(
-            f"note: the learning rate reaches only {peak:.3g}, because optim.peak_lr="
+            f"note: the learning rate reaches only {rate:.3g}, because optim.peak_lr="
             f"{config.optim.peak_lr:g} is for {config.optim.lr_batch} pictures and a batch has "
             f"{config.batch_size}; for few pictures, set optim.lr_batch to the batch size and "
             "choose optim.peak_lr for it"
@@ -98,7 +100,7 @@ def count(tree: PyTree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def _peak(program: Program) -> tuple[float, int]:
+def peak(program: Program) -> tuple[float, int]:
     """The highest learning rate of the run, and its first step that has it."""
     rates = np.asarray(program.schedule(jnp.arange(program.total_steps)))
     return float(rates.max()), int(rates.argmax())

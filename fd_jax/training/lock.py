@@ -19,10 +19,8 @@ import uuid
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 
-from fd_jax import files, storage
+from fd_jax import files, sharding, storage
 from fd_jax.console import say
 from fd_jax.errors import CheckpointError
 
@@ -123,8 +121,8 @@ def held(
         except CheckpointError as error:
             refusal = str(error)
         except OSError as error:
-            refusal = str(storage.explained(error, workdir))
-    if not _agreed(not refusal):
+            refusal = str(storage.explained(error, workdir) or error)
+    if not sharding.first_decides(not refusal):
         raise CheckpointError(refusal or f"the first process cannot use the workdir {workdir}")
     try:
         yield lock
@@ -134,13 +132,6 @@ def held(
             with contextlib.suppress(OSError):  # the workdir may be gone
                 if is_new and not any(workdir.iterdir()):
                     workdir.rmdir()
-
-
-def _agreed(fine: bool) -> bool:
-    """Whether the first process could take the lock, in all processes."""
-    if jax.process_count() == 1:
-        return fine
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(fine)))
 
 
 def _acquire(path: epath.Path, pulse: float, silence: float) -> Lock:

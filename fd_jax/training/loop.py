@@ -9,7 +9,6 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
@@ -31,7 +30,7 @@ from fd_jax.training.program import STOP, Program, build
 from fd_jax.training.progress import NonFiniteError, Progress
 from fd_jax.training.step import TrainState
 from fd_jax.training.trace import Trace
-from fd_jax.training.watch import Best, Watch
+from fd_jax.training.watch import Best, Watch, check_figure
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 FIRST_STEPS = 10  # after which the time of all steps is estimated
@@ -101,7 +100,9 @@ def fit(
         workdirs.check_checkpoints(workdir)
         contents = feed.contents()
         workdirs.check_data(workdir, contents, accept=accept_data)
-        model_folder.check_free(workdir / workdirs.MODEL, overwrite=True)
+        keep_best = config.eval.get("keep_best", "")
+        for written in (workdirs.MODEL, *([workdirs.BEST] if keep_best else [])):
+            model_folder.check_free(workdir / written, overwrite=True)
         lock = resources.enter_context(locks.held(workdir))
         program = build(
             task,
@@ -111,8 +112,15 @@ def fit(
             total_steps=total_steps,
             elements=feed.elements,
         )
-        say(account.at_start(config, program, feed, attention=task.attention, workdir=workdir))
-        for note in account.doubts(config, program):
+        if keep_best:
+            check_figure(keep_best, _figures(task, program, feed))
+        peak = account.peak(program)
+        say(
+            account.at_start(
+                config, program, feed, attention=task.attention, workdir=workdir, peak=peak
+            )
+        )
+        for note in account.doubts(config, program, peak=peak):
             say(note)
         frozen = program.place_frozen(task.load_frozen())
         initial = None if workdirs.has_checkpoint(workdir) else task.load_initial()
@@ -156,12 +164,19 @@ def fit(
             loader=loader,
             progress=Progress(record),
             watch=Watch(config, rows, total_steps),
-            best=Best(config.eval.get("keep_best", ""), rows),
+            best=Best(keep_best, rows),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
             eval_every=settings.eval_every(config, steps_per_epoch),
         ).train(state, stop_requested)
+
+
+def _figures(task: Task, program: Program, feed: AnyFeed) -> list[str]:
+    """The names of what the evaluators of a run measure."""
+    state = program.state
+    weights = Weights(state.params, state.extra, program.frozen, state.ema)
+    return [n for each in task.evaluators() for n in each.names(program, weights, feed)]
 
 
 def initial_state(
@@ -367,7 +382,8 @@ class Run:
                 figures = evaluator(self.program, weights, self.feed)
                 evaluation |= {f"eval_{name}": value for name, value in figures.items()}
         # Before the figures are written: a run that is killed here evaluates this step again.
-        if self.best.improved_by(step, evaluation):
+        # The first process decides, because hosts may have read different versions of the log.
+        if sharding.first_decides(self.best.improved_by(step, evaluation)):
             self._export_best(step, state)
         self.writer.write(step, evaluation)
         say(f"step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in evaluation.items()))
@@ -383,9 +399,8 @@ class Run:
         if not self.start or not self._due(self.start, self.eval_every):
             return {}
         recorded = metric_writer.read_evaluation(self.workdir, self.start)
-        missing = np.int32(not recorded)
-        # The first process decides, because hosts may read different versions of the file.
-        if multihost_utils.broadcast_one_to_all(missing):
+        # Hosts may read different versions of the file.
+        if sharding.first_decides(not recorded):
             return self._evaluate(self.start, state)
         return recorded
 

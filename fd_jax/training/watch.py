@@ -102,12 +102,7 @@ class Best:
         """
         if not self.name:
             return False
-        if EVALUATION + self.name not in evaluation:
-            measured = ", ".join(name.removeprefix(EVALUATION) for name in evaluation)
-            raise ConfigError(
-                f"eval.keep_best={self.name!r}, but this run measures {measured}; choose one of "
-                "them, or '' for none"
-            )
+        check_figure(self.name, [name.removeprefix(EVALUATION) for name in evaluation])
         return self._keep_if_better(step, evaluation[EVALUATION + self.name])
 
     def _keep_if_better(self, step: int, value: float) -> bool:
@@ -116,6 +111,19 @@ class Best:
             self.step, self.value = step, value
             return True
         return False
+
+
+def check_figure(name: str, measured: Sequence[str]) -> None:
+    """Refuses a figure of `eval.keep_best` that is not one of those that a run measures.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if name not in measured:
+        raise ConfigError(
+            f"eval.keep_best={name!r}, but this run measures {', '.join(measured)}; choose one of "
+            "them, or '' for none"
+        )
 
 
 def better(name: str, value: float, than: float) -> bool:

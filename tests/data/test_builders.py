@@ -4,6 +4,8 @@ import collections
 import functools
 import gzip
 import os
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -141,3 +143,16 @@ def test_the_error_for_missing_fashion_mnist_files_names_the_package(monkeypatch
     monkeypatch.setattr(fashion_mnist_builder, "FOLDER", tmp_path / "nowhere")
     with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
         prepare.prepare("fashion_mnist_debian", data_dir=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b"\xff\xfe"], ids=str)
+def test_a_damaged_description_of_prepared_data_is_one_message(embedded_data, tmp_path, content):
+    for path in pathlib.Path(embedded_data, "digits").rglob("*.json"):
+        copy = tmp_path / path.relative_to(embedded_data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    description = next(tmp_path.rglob("dataset_info.json"))
+    description.write_bytes(content)
+    message = f"TFDS cannot read {description} .*move its folder away and run\n.*--name=digits"
+    with pytest.raises(DataError, match=message):
+        datasets.open_dataset("digits", "train", data_dir=str(tmp_path))

@@ -1,5 +1,6 @@
 """A small segmenter on a ViT and pictures of several sizes; as a script, one process of several."""
 
+from collections.abc import Collection
 import dataclasses
 import json
 import sys
@@ -9,7 +10,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from fd_jax import sharding
+from fd_jax import model_folder, sharding
 from fd_jax.evaluation import evaluators
 from fd_jax.models.spec import ModelSpec, split
 from tests import tiny
@@ -47,6 +48,7 @@ def parts(made):
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
+    index: int
     name: str
     image: np.ndarray
     mask: np.ndarray
@@ -60,7 +62,7 @@ def picture(index, size):
     image = np.clip(image + rng.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
     mask = rng.integers(0, CLASSES - 1, size).astype(np.uint8)
     mask[rng.random(size) < 0.2] = 255
-    return Picture(f"picture {index}", image, mask)
+    return Picture(index, f"picture {index}", image, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Pictures:
     """Held-out pictures as `SegmentationFeed` gives them."""
 
     items: list[Picture]
+    broken: Collection[int] = ()
 
     def examples(self, split):
         assert split == "eval"
@@ -76,7 +79,8 @@ class Pictures:
     def pictures(self, split, indices=None):
         assert split == "eval"
         for index in range(len(self.items)) if indices is None else indices:
-            yield self.items[index]
+            if index not in self.broken:
+                yield self.items[index]
 
 
 def held_out(sizes=SIZES):
@@ -104,6 +108,18 @@ def compiled(made, devices, **axes):
     return Compiled(mesh, jax.jit(predict, out_shardings=sharding.batch_sharding(mesh)))
 
 
+def of_any_size(made, devices):
+    """As `compiled`, for pictures of any size."""
+    mesh = sharding.make_mesh(devices=devices)
+
+    def predict(params, extra, frozen, batch):
+        del frozen
+        parts = {**params, "segmenter_statistics": extra}
+        return model_folder.segmenter_logits(made, parts, made.normalize(batch["image"]))
+
+    return Compiled(mesh, jax.jit(predict, out_shardings=sharding.batch_sharding(mesh)))
+
+
 def weights(made, mesh):
     whole = sharding.replicated(mesh)
     placed = jax.tree.map(lambda leaf: sharding.place(np.asarray(leaf), whole), parts(made))
@@ -111,12 +127,14 @@ def weights(made, mesh):
     return evaluators.Weights(placed, statistics, {})
 
 
-def main(process, count, port, tensor):
+def main(process, count, port, tensor, mode="slide", broken=""):
     """Prints the confusion matrix and the number of pictures that this process opened."""
     from fd_jax.evaluation import segmentation
 
     jax.distributed.initialize(f"localhost:{port}", int(count), int(process))
-    run = compiled(spec(), jax.devices(), tensor=int(tensor))
+    made, devices = spec(), jax.devices()
+    whole = mode == "whole"
+    run = of_any_size(made, devices) if whole else compiled(made, devices, tensor=int(tensor))
     data = held_out()
     opened = []
 
@@ -126,8 +144,10 @@ def main(process, count, port, tensor):
                 opened.append(item.name)
                 yield item
 
-    evaluator = segmentation.Segmented(8, CLASSES, SIDE, SCALE, stride=20)
-    matrix = evaluator.confusion_matrix(run, weights(spec(), run.mesh), Counted(data.items))
+    patch = made.arch["patch_size"]
+    evaluator = segmentation.Segmented(8, CLASSES, SIDE, SCALE, mode, 20, patch=patch)
+    counted = Counted(data.items, {int(broken)} if broken else ())
+    matrix = evaluator.confusion_matrix(run, weights(made, run.mesh), counted)
     print(json.dumps({"matrix": matrix.tolist(), "opened": opened}))
 
 

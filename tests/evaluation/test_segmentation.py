@@ -268,16 +268,7 @@ WHOLE_SIZES = (40, 57), (90, 50), (80, 114)  # the first and third become one
 
 @pytest.fixture(scope="module")
 def whole_run(made):
-    """The segmenter on two devices, for pictures of any size."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:2])
-
-    def predict(params, extra, frozen, batch):
-        del frozen
-        parts = {**params, "segmenter_statistics": extra}
-        return model_folder.segmenter_logits(made, parts, made.normalize(batch["image"]))
-
-    split = sharding.batch_sharding(mesh)
-    return segments.Compiled(mesh, jax.jit(predict, out_shardings=split))
+    return segments.of_any_size(made, jax.devices()[:2])
 
 
 def test_whole_pictures_equal_one_pass_over_each(made, whole_run):
@@ -398,14 +389,14 @@ def test_refusals(made):
         measured(made, data)
 
 
-def start(process, count, port, tensor, devices):
+def start(process, count, port, tensor, devices, *more):
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_optimization_level=0",
     }
     command = [sys.executable, "-m", "tests.evaluation.segments"]
-    command += [str(value) for value in (process, count, port, tensor)]
+    command += [str(value) for value in (process, count, port, tensor, *more)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -435,6 +426,44 @@ def test_two_processes_give_the_same_numbers(made, tensor, devices):
     assert moved(np.array(first["matrix"]), one) < 2e-4
 
 
+@pytest.mark.slow
+def test_a_picture_that_one_process_cannot_read_is_left_out_by_all(made, whole_run):
+    """Without an agreement, the processes would wait for each other with different programs."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    processes = [start(i, 2, port, 1, 1, "whole", i) for i in range(2)]
+    first, second = map(finish, processes)
+    items = segments.held_out().items
+    assert first["opened"] == [p.name for p in items if p.index != 0]
+    assert second["opened"] == [p.name for p in items if p.index != 1]
+    whole = evaluator(mode="whole", patch=made.arch["patch_size"])
+    rest = segments.Pictures(items, broken={0, 1})
+    one = whole.confusion_matrix(whole_run, segments.weights(made, whole_run.mesh), rest)
+    assert one.sum() == sum((p.mask != 255).sum() for p in items[2:])
+    assert first["matrix"] == second["matrix"]
+    assert moved(np.array(first["matrix"]), one) < 2e-4
+
+
+def test_pictures_of_many_sizes_do_not_all_wait(monkeypatch):
+    """Groups are full or the oldest, and few pictures are kept."""
+    monkeypatch.setattr(segmentation, "_WAITING", 3)
+    sizes = [(32, 32), (32, 40), (32, 48), (32, 56), (32, 40), (32, 40), (32, 32)]
+    read = []
+
+    def coming():
+        for picture in segments.held_out(sizes).items:
+            read.append(picture.index)
+            yield picture
+
+    given = []
+    for shapes, group in segmentation._by_size(coming(), lambda *size: (size,), 2):
+        given += [picture.index for picture in group]
+        assert {picture.image.shape[:2] for picture in group} == set(shapes)
+        assert len(group) <= 2 and len(read) - len(given) <= 3
+    assert given == [0, 1, 4, 2, 3, 5, 6]
+
+
 def test_counts_above_32_bits_survive_the_exchange(monkeypatch):
     matrix = np.array([[2**31 - 1, 2**31], [2**40 + 12345, 7]])
 
@@ -442,5 +471,5 @@ def test_counts_above_32_bits_survive_the_exchange(monkeypatch):
         assert halves.dtype == np.int32  # what JAX would make of int64
         return np.stack([halves, halves])
 
-    monkeypatch.setattr(segmentation, "_gather", gather)
+    monkeypatch.setattr(segmentation.sharding, "gathered", gather)
     np.testing.assert_array_equal(segmentation._sum_over_processes(matrix), 2 * matrix)

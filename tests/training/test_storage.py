@@ -5,6 +5,7 @@ import os
 import pathlib
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,11 @@ import numpy as np
 import pytest
 
 import fd_jax
-from fd_jax import checkpoint, storage
-from fd_jax.errors import ModelFolderError, StorageError
+from fd_jax import checkpoint, console, features, storage
+from fd_jax.convert import cli as convert
+from fd_jax.data import prepare
+from fd_jax.errors import DataError, ModelFolderError, StorageError
+from fd_jax.reproduce import __main__ as reproduce
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import loop, metric_writer
 from tests import tiny
@@ -48,12 +52,25 @@ def test_every_remedy_is_a_sentence_about_an_error_that_exists():
             errno.EFBIG,
         ),
         (
+            ValueError(
+                'Error reading local file "/mnt/d/run/checkpoints/28/state/ocdbt.process_0/d/1f": '
+                "Input/output error [os_error_code='5']"
+            ),
+            "/mnt/d/run/checkpoints/28/state",
+            errno.EIO,
+        ),
+        (
+            OSError(errno.ENOSPC, "full", "/mnt/d/runs/x/metrics.jsonl"),
+            "/mnt/d/runs/x/metrics.jsonl",
+            errno.ENOSPC,
+        ),
+        (
             RuntimeError("RESOURCE_EXHAUSTED: /run/tensorboard/events.1; No space left on device"),
-            "/run",
+            "/run/tensorboard/events.1",
             errno.ENOSPC,
         ),
     ],
-    ids=["path", "renamed", "no path", "TensorStore", "TensorFlow"],
+    ids=["path", "renamed", "no path", "TensorStore", "drive D", "a file of it", "TensorFlow"],
 )
 def test_errors_of_the_system_are_recognised_in_whatever_form(error, path, code):
     wrapped = RuntimeError("a thread failed")
@@ -68,6 +85,11 @@ def test_errors_of_the_system_are_recognised_in_whatever_form(error, path, code)
         TypeError("unsupported operand"),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes"),
         KeyError("step"),
+        RuntimeError("INTERNAL: ptxas: No such file or directory"),
+        ValueError("[Errno 5] is what they wrote into a column"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        DataError("a.jpg: [Errno 5] Input/output error: '/data/a.jpg'"),
     ],
     ids=repr,
 )
@@ -75,6 +97,11 @@ def test_other_errors_keep_their_traceback(error):
     assert storage.explained(error, "/run") is None
     with pytest.raises(type(error)), storage.one_message("/run"):
         raise error
+
+
+def test_a_program_that_does_not_exist_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError), storage.one_message("/run"):
+        subprocess.run(["/usr/nowhere/ptxas"])
 
 
 def test_an_error_while_another_is_handled_is_not_its_cause():
@@ -98,7 +125,7 @@ def fit(config, workdir, **kwargs):
 
 def at_step(monkeypatch, step, saved, action):
     """Something happens when the line of a step is printed and a checkpoint is complete."""
-    real = loop.say
+    real = console.say
 
     def say(text):
         real(text)
@@ -106,7 +133,7 @@ def at_step(monkeypatch, step, saved, action):
             wait_for(saved)
             action()
 
-    monkeypatch.setattr(loop, "say", say)
+    monkeypatch.setattr(console, "say", say)
 
 
 def wait_for(path):
@@ -198,12 +225,14 @@ def test_a_fault_in_mid_run_is_one_message_and_loses_nothing(
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_a_foreign_folder_in_the_place_of_the_model_is_refused_at_the_start(config, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "thesis.txt").write_text("precious")
-    with pytest.raises(ModelFolderError, match="run/model is not a model folder.*not overwritten"):
+@pytest.mark.parametrize("name", ["model", "best"])
+def test_a_foreign_folder_in_the_place_of_a_model_is_refused_at_the_start(config, tmp_path, name):
+    config.eval.keep_best = "loss"
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "thesis.txt").write_text("precious")
+    with pytest.raises(ModelFolderError, match=f"run/{name} is not a model folder.*not overwritte"):
         fit(config, tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "fails"), StorageError("fails")], ids=repr)
@@ -222,12 +251,14 @@ def test_threads_that_wait_for_the_storage_are_left_alone(error, tmp_path, monke
     checkpoints.wait()
 
 
-def test_after_any_other_error_a_checkpoint_in_progress_is_completed(tmp_path):
+@pytest.mark.parametrize("error", [KeyError("x"), DataError("/a.jpg: [Errno 5]")], ids=repr)
+def test_after_any_other_error_a_checkpoint_in_progress_is_completed(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.0)
     folder = epath.Path(tmp_path / "checkpoints")
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)):
         with checkpoint.Checkpoints(folder, keep=1, keep_every=None) as checkpoints:
-            checkpoints.save(3, {"weight": jnp.ones(1000)}, {})
-            raise KeyError("x")
+            checkpoints.save(3, {"weight": jnp.ones(1_000_000)}, {})
+            raise error
     assert checkpoint.Checkpoints(folder, keep=1, keep_every=None).steps() == [3]
 
 
@@ -256,3 +287,22 @@ def test_the_command_prints_one_line_and_ends(teacher, embedded_data, tmp_path):
     assert process.returncode == 2, output
     assert output.count("error: ") == 1 and "Traceback" not in output, output
     assert "File too large; raise the limit of the size of a file (`ulimit -f`)" in output
+
+
+@pytest.mark.parametrize("command", ["prepare", "reproduce", "features", "convert"])
+def test_every_command_explains_a_folder_that_is_a_file(command, teacher, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    below = str(tmp_path / "file" / "below")
+    mains = {
+        "prepare": lambda: prepare.main(["--name=digits", f"--data_dir={below}"]),
+        "reproduce": lambda: reproduce.main(["--scale=cpu", "--collect", f"--workdir={below}"]),
+        "features": lambda: features.main(
+            [f"--model={teacher}", f"--input={tmp_path}", f"--output={below}/f.npz"]
+        ),
+        "convert": lambda: convert.main(
+            ["export", "--format=timm", f"--input={teacher}", f"--output={below}/x.safetensors"]
+        ),
+    }
+    assert mains[command]() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error and "file" in error

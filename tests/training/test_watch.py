@@ -4,12 +4,15 @@ import math
 
 import ml_collections
 import numpy as np
+from PIL import Image
 import pytest
 
 from fd_jax import model_folder
 from fd_jax.cli import measure
 from fd_jax.errors import ConfigError
 from fd_jax.tasks.classify import ClassifyTask
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.teacher import Teacher
 from fd_jax.training import loop, metric_writer
 from fd_jax.training.watch import Best, Watch
 from tests import tiny
@@ -84,6 +87,40 @@ def test_the_best_is_the_first_of_equal_figures(name, best):
 def test_a_figure_that_is_not_measured_is_refused():
     with pytest.raises(ConfigError, match="this run measures loss, top1"):
         Best("top5", []).improved_by(1, {"eval_loss": 1.0, "eval_top1": 0.5})
+
+
+@pytest.mark.parametrize(
+    "start,fields,measured",
+    [
+        ("student", {"eval.keep_best": "knn_top5", "eval.knn": 3}, "loss, top1, knn_top1"),
+        ("teachers", {"eval.keep_best": "cosine"}, "cosine_a, cosine_b, loss"),
+    ],
+)
+def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(
+    start, fields, measured, embedded_data, tmp_path, capsys
+):
+    """It is a figure of the task, but these data or teachers do not have it."""
+    fields = {"data.data_dir": embedded_data, "data.eval_split": "test[:40]", **fields}
+    if start == "student":
+        for split in ("train", "test"):
+            for label in "abc":
+                folder = tmp_path / split / label
+                folder.mkdir(parents=True)
+                for index in range(6):
+                    Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index}.png")
+        data = {"data.name": f"folder:{tmp_path}/{{split}}", "data.eval_split": "test"}
+        student = tiny.save_student(tmp_path / "student")
+        config = tiny.fine_tuning(student, **{**fields, **data, "model.classes": 3})
+        task = ClassifyTask(config)
+    else:
+        teacher = tiny.save_teacher(tmp_path / "teacher")
+        config = tiny.config(teacher, **fields)
+        dtype = np.dtype("float32")
+        teachers = {name: Teacher(config.teacher, dtype=dtype, head=False) for name in "ab"}
+        task = DistillTask(config, teachers=teachers)
+    with pytest.raises(ConfigError, match=f"but this run measures {measured}; choose"):
+        loop.fit(task, config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_the_best_weights_are_kept_beside_the_last(embedded_data, tmp_path):

@@ -11,7 +11,7 @@ network has to take every size.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -137,14 +137,18 @@ class Views(abc.ABC):
     def views(self, picture: np.ndarray) -> list[View]:
         """All views of a picture, uint8 [h, w, 3] RGB."""
         return [
-            self._view(picture, factor, flipped)
-            for factor in self.scales
-            for flipped in ((False, True) if self.flip else (False,))
+            self._view(picture, size, flipped)
+            for size, flipped in self._kinds(picture.shape[0], picture.shape[1])
         ]
 
-    def _view(self, picture: np.ndarray, factor: float, flipped: bool) -> View:
-        scale = int(self.scale[0] * factor), int(self.scale[1] * factor)
-        size = scaled_size(picture.shape[0], picture.shape[1], scale, side=self.smallest)
+    def _kinds(self, height: int, width: int) -> Iterator[tuple[tuple[int, int], bool]]:
+        """The size of the scaled picture for each view, and whether that is the mirror image."""
+        for factor in self.scales:
+            scale = int(self.scale[0] * factor), int(self.scale[1] * factor)
+            size = scaled_size(height, width, scale, side=self.smallest)
+            yield from ((size, flipped) for flipped in ((False, True) if self.flip else (False,)))
+
+    def _view(self, picture: np.ndarray, size: tuple[int, int], flipped: bool) -> View:
         picture = resize_picture(picture, size)
         return View(self.windows(picture[:, ::-1] if flipped else picture), size, flipped)
 
@@ -252,6 +256,11 @@ class Whole(Views):
     def matrix(self, length: int, target: int, *, low: int) -> np.ndarray:
         """See `Views`."""
         return cutting_matrix(length, target, filled=self.filled(length), low=low)
+
+    def shapes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the window of each view of a picture, without making any."""
+        kinds = self._kinds(height, width)
+        return tuple((self.filled(size[0]), self.filled(size[1])) for size, _ in kinds)
 
     def filled(self, length: int) -> int:
         """Pixels of a side after it is filled: a pyramid needs two patches at least."""
