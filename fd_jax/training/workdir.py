@@ -83,11 +83,11 @@ def check_data(workdir: epath.Path, contents: Contents, *, accept: bool) -> None
         return
     try:
         before = files.read_object(path)
-        changed = [
-            f"  {split}: {line}"
+        changed = {
+            split: lines
             for split in sorted(before.keys() & contents.keys())
-            for line in changes(before[split], contents[split])
-        ]
+            if (lines := changes(before[split], contents[split]))
+        }
     except (AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{path} {error}: it is damaged. Delete it, or add --accept_data, to continue without "
@@ -96,8 +96,8 @@ def check_data(workdir: epath.Path, contents: Contents, *, accept: bool) -> None
     if changed:
         raise CheckpointError(
             f"the data of {workdir} have changed since it was started:\n"
-            + "\n".join(changed)
-            + "\nLater batches would differ. Bring the files back, use another workdir, or add "
+            + "\n".join(f"  {split}: {x}" for split, lines in changed.items() for x in lines)
+            + f"\nLater {'batches' if 'train' in changed else 'figures'} would differ. Bring the files back, use another workdir, or add "
             "--accept_data to continue with the new ones."
         )
 
