@@ -94,10 +94,12 @@ def check_data(workdir: epath.Path, contents: Contents, *, accept: bool) -> None
             "knowing whether the data are those that the run was started with"
         ) from error
     if changed:
+        what = "batches" if "train" in changed else "figures"
+        listed = [f"  {split}: {line}" for split, lines in changed.items() for line in lines]
         raise CheckpointError(
             f"the data of {workdir} have changed since it was started:\n"
-            + "\n".join(f"  {split}: {x}" for split, lines in changed.items() for x in lines)
-            + f"\nLater {'batches' if 'train' in changed else 'figures'} would differ. Bring the files back, use another workdir, or add "
+            + "\n".join(listed)
+            + f"\nLater {what} would differ. Bring the files back, use another workdir, or add "
             "--accept_data to continue with the new ones."
         )
 
