@@ -14,9 +14,7 @@ first. In every round each side runs once, so other load on the machine affects 
 """
 
 import argparse
-from collections.abc import Callable
 import json
-import multiprocessing
 import os
 from pathlib import Path
 import platform
@@ -27,7 +25,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from benchmarks.swin_vs_transformers import WORKS, Functions, serve
+from benchmarks.swin_vs_transformers import WORKS, Functions, Sides
 from fd_jax import files
 from fd_jax.convert import importing, verifying
 
@@ -145,34 +143,6 @@ def ours(folder: Path, side: int, threads: int) -> Functions:
     return dict(zip(WORKS, (lambda: np.asarray(forward(parts, images)), run_backward), strict=True))
 
 
-class Sides:
-    """A process for each side, which runs what it is asked to."""
-
-    def __init__(self, makers: dict[str, tuple[Callable[..., Functions], tuple]]):
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self._processes = {}, []
-        for name, (make, arguments) in makers.items():
-            self.pipes[name], other = context.Pipe()
-            given = (make, arguments, other)
-            self._processes.append(context.Process(target=serve, args=given, daemon=True))
-            self._processes[-1].start()
-            self.pipes[name].recv()
-
-    def run(self, work: str) -> dict[str, tuple[float, np.ndarray]]:
-        """Seconds and result of each side, one side after the other."""
-        answers = {}
-        for name, pipe in self.pipes.items():
-            pipe.send(work)
-            answers[name] = pipe.recv()
-        return answers
-
-    def close(self) -> None:
-        """Ends the processes."""
-        for pipe, process in zip(self.pipes.values(), self._processes, strict=True):
-            pipe.send(None)
-            process.join()
-
-
 def compare(sides: Sides) -> dict[str, dict[str, float]]:
     """How far the others' logits and losses are from ours, relative to the largest of ours.
 
@@ -199,7 +169,7 @@ def measure(sides: Sides, rounds: int) -> dict[str, dict[str, Any]]:
     for work in WORKS:
         sides.run(work)  # warm-up
         turns = [sides.run(work) for _ in range(rounds)]
-        seconds = {name: [turn[name][0] for turn in turns] for name in sides.pipes}
+        seconds = {name: [turn[name][0] for turn in turns] for name in turns[0]}
         ratios = {
             name: statistics.median(us / them for us, them in zip(seconds[OURS], each, strict=True))
             for name, each in seconds.items()

@@ -11,7 +11,7 @@ parameters.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import multiprocessing
 from pathlib import Path
 import statistics
@@ -114,6 +114,40 @@ def serve(make: Callable[..., Functions], arguments: tuple, pipe: Any) -> None:
         pipe.send((seconds, np.asarray(result) if hasattr(result, "shape") else None))
 
 
+class Sides:
+    """A process for each side, which runs what it is asked to.
+
+    Args:
+      makers: by name, what makes the functions of a side in its process, and its arguments. The
+        sides start one after the other, so that one may read what another writes.
+    """
+
+    def __init__(self, makers: Mapping[str, tuple[Callable[..., Functions], tuple]]):
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = {}, []
+        for name, (make, arguments) in makers.items():
+            self._pipes[name], other = context.Pipe()
+            given = (make, arguments, other)
+            self._processes.append(context.Process(target=serve, args=given, daemon=True))
+            self._processes[-1].start()
+            other.close()  # so that a side that fails is the end of the pipe
+            self._pipes[name].recv()
+
+    def run(self, work: str) -> dict[str, tuple[float, Any]]:
+        """Seconds and any array of each side, one side after the other."""
+        answers = {}
+        for name, pipe in self._pipes.items():
+            pipe.send(work)
+            answers[name] = pipe.recv()
+        return answers
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pipe, process in zip(self._pipes.values(), self._processes, strict=True):
+            pipe.send(None)
+            process.join()
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser()
@@ -121,38 +155,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for make in (theirs, ours):  # in this order: ours reads what theirs writes
-            pipe, other = context.Pipe()
-            given = (make, (arguments.family, Path(folder), arguments.batch), other)
-            processes.append(context.Process(target=serve, args=given, daemon=True))
-            processes[-1].start()
-            pipe.recv()
-            pipes.append(pipe)
-
-    def run(name: str) -> list[tuple[float, np.ndarray | None]]:
-        answers = []
-        for pipe in pipes:
-            pipe.send(name)
-            answers.append(pipe.recv())
-        return answers
-
-    (_, expected), (_, found) = run("forward")
+        common = (arguments.family, Path(folder), arguments.batch)
+        # In this order, since ours reads what theirs writes.
+        sides = Sides({"theirs": (theirs, common), "ours": (ours, common)})
+    (_, expected), (_, found) = sides.run("forward").values()
     off = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"features differ by {off:.1e} of the largest value")
     if off > verifying.TOLERANCE:
         raise SystemExit("the two networks differ, so their times are not compared")
     for name in WORKS:
-        run(name)  # warm-up
-        rows = [[seconds for seconds, _ in run(name)] for _ in range(arguments.rounds)]
+        sides.run(name)  # warm-up
+        turns = [sides.run(name).values() for _ in range(arguments.rounds)]
+        rows = [[seconds for seconds, _ in turn] for turn in turns]
         them, us = (statistics.median(column) for column in zip(*rows, strict=True))
         ratio = statistics.median(us / them for them, us in rows)
         print(f"{name}: ours {us:.2f} s, transformers {them:.2f} s, ours / theirs {ratio:.2f}")
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
-        process.join()
+    sides.close()
 
 
 if __name__ == "__main__":

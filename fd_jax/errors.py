@@ -84,7 +84,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """A text for any stream; bytes of a file name that are no text are escaped."""
+    """A text for any stream; bytes of a file name that are no text are escaped.
+
+    Nothing is lost, so a message still says which file it means. For pages, `show.html.printable`
+    also replaces control characters, which a terminal may show and an HTML file may not hold.
+    """
     return text.encode(errors="backslashreplace").decode()
 
 

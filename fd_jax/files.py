@@ -35,27 +35,27 @@ def check_regular(path: epath.Path) -> None:
         raise ValueError("is a pipe, socket or device, not a file")
 
 
-def read_bytes(path: epath.Path) -> bytes:
-    """The content of a small file.
+def read_bytes(path: epath.Path, *, any_size: bool = False) -> bytes:
+    """The content of a small file, or of one that may grow without bounds.
 
     Raises:
       ValueError: it is no regular file, or too large.
     """
     check_regular(path)
     size = epath.Path(path).stat().length
-    if size > LARGEST:
+    if size > LARGEST and not any_size:
         raise ValueError(f"has {size:,} bytes; expected at most {LARGEST:,}")
     return path.read_bytes()
 
 
-def read_text(path: epath.Path) -> str:
-    """The text of a small file.
+def read_text(path: epath.Path, *, any_size: bool = False) -> str:
+    """The text of a small file, or of one that may grow without bounds.
 
     Raises:
       ValueError: it is no regular file, too large, or not UTF-8.
     """
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path, any_size=any_size).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 at byte {error.start}") from error
 

@@ -157,6 +157,17 @@ def test_the_commands_after_distillation_work_as_they_stand(finished, monkeypatc
     assert np.load(workdir / "features.npz")["mean"].shape == (503, 32)
 
 
+@pytest.mark.parametrize("exif", [False, True])
+def test_features_are_those_of_pictures_turned_as_in_the_run(exif, tmp_path):
+    config = tiny.fine_tuning("somewhere", **{"data.exif": exif})
+    (words,) = [
+        shlex.split(command)
+        for command in next_steps.commands(config, tmp_path, ["finetune.py"])
+        if "fd_jax.features" in command
+    ]
+    assert ("--exif" in words) == exif
+
+
 def test_after_fine_tuning_the_same_command_measures(tmp_path):
     config = tiny.fine_tuning("somewhere")
     trained = ["finetune.py", "--config=a.py", "--config.note=two words"]

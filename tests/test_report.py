@@ -157,12 +157,21 @@ def test_maps_have_16_patches_a_side_although_training_had_4(finished, written):
     assert "16 x 16 patches; in training they had 4 x 4" in (written / "report.md").read_text()
 
 
-def test_maps_of_a_swin_keep_a_size_that_its_windows_allow(tmp_path):
-    teacher = tiny.save_swin(tmp_path / "swin", version=2)
-    config = tiny.swin_config(teacher)
+@pytest.mark.parametrize(
+    "size,window,trained,shown",
+    [
+        (32, 4, 2, 16),
+        (48, 3, 3, 3),  # windows of 3 do not divide maps of 16
+    ],
+)
+def test_maps_of_a_swin_keep_a_size_that_its_windows_allow(size, window, trained, shown, tmp_path):
+    arch = {"image_size": size, "window": window}
+    config = tiny.swin_config(tiny.save_swin(tmp_path / "swin", version=2, **arch))
+    config.student.arch.update(arch)
+    config.data.image_size = config.teacher.image_size = size
     config.teacher.source = "tiny"
-    enlarged = DistillTask(distillation.enlarged(config)).student
-    assert enlarged.grid[0] >= DistillTask(config).student.grid[0]
+    grids = [DistillTask(c).student.grid for c in (config, distillation.enlarged(config))]
+    assert grids == [(trained, trained), (shown, shown)]
 
 
 @pytest.mark.slow

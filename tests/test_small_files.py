@@ -61,6 +61,14 @@ def test_a_damaged_row_of_metrics_is_named(content, message, tmp_path):
         metric_writer.read(tmp_path)
 
 
+def test_the_log_of_a_run_may_be_larger_than_a_small_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST", 2 * len(ROW))
+    (tmp_path / "metrics.jsonl").write_bytes(3 * ROW)
+    assert len(metric_writer.read(tmp_path)) == 3
+    with pytest.raises(ValueError, match="has 75 bytes; expected at most 50"):
+        files.read_text(epath.Path(tmp_path / "metrics.jsonl"))
+
+
 @pytest.mark.parametrize("rest", [b"", b'{"step": 2, "lo', b"{", b'{"step": 2, "loss": 1.0}'])
 def test_a_last_row_without_its_end_is_what_an_interrupted_run_leaves(rest, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(ROW + rest)

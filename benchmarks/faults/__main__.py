@@ -28,7 +28,8 @@ from typing import Any
 from absl import logging
 
 from benchmarks.faults import damage, stops, storage
-from benchmarks.faults.runs import Lab
+from benchmarks.faults.runs import ROOT, Lab
+import fd_jax
 from fd_jax import storage as files
 
 SEEDS = {"kills": 1, "terms": 2, "bits": 3, "json": 4}
@@ -54,12 +55,18 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             found = measure(part, counts[part], pathlib.Path(folder), short=arguments.short)
         taken = round(time.monotonic() - began)
-        report["parts"][part] = {"count": counts[part], "seed": SEEDS.get(part), **found}
-        report["parts"][part]["seconds"] = taken
+        report["parts"][part] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "code": _code(),
+            "count": counts[part],
+            "seed": SEEDS.get(part),
+            "seconds": taken,
+            **found,
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
-    return int(not all(_is_fine(part, found) for part, found in report["parts"].items()))
+    return int(not all(is_fine(report, part) for part in report["parts"]))
 
 
 def measure(part: str, count: int, folder: pathlib.Path, *, short: bool) -> dict[str, Any]:
@@ -84,75 +91,80 @@ def measure(part: str, count: int, folder: pathlib.Path, *, short: bool) -> dict
 
 def table(report: dict[str, Any]) -> str:
     """Markdown of a report."""
-    kind = "the short form" if report["short"] else "in full"
     lines = [
-        f"`python -m benchmarks.faults{' --short' if report['short'] else ''}` ({kind}), "
-        f"{report['date']}, {report['processors']} processors, Python {report['python']}:",
+        f"`python -m benchmarks.faults{' --short' if report['short'] else ''}`, "
+        f"{report['processors']} processors, Python {report['python']}:",
         "",
-        "| part | tried | result | expected |",
-        "|---|---|---|---|",
+        "| part | tried | result | expected | date, code |",
+        "|---|---|---|---|---|",
     ]
-    for part in LONG:
-        if part in report["parts"]:
-            lines.append(_ROWS[part](report["parts"][part]))
-        else:
-            lines.append(f"| {part} | not yet run | | |")
+    for part, (title, cells) in _ROWS.items():
+        found = report["parts"].get(part)
+        end = f"{cells(found)} | {found['date']}, {found['code']}" if found else "not yet run | | |"
+        lines.append(f"| {title} | {end} |")
     faults = report["parts"].get("storage", {}).get("rows", [])
     if faults:
-        lines += ["", "| storage fault | seconds to the end | outcome |", "|---|---|---|"]
-        lines += [f"| {r['fault']} | {r.get('seconds', '')} | {r['outcome']} |" for r in faults]
+        lines += ["", "| storage fault | seconds to the end, since | outcome |", "|---|---|---|"]
+        lines += [f"| {r['fault']} | {_seconds(r)} | {r['outcome']} |" for r in faults]
     return "\n".join(lines)
 
 
-def _stops_row(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda found: (
-        f"| {name} at random moments | {found['signals']} in {found['runs']} runs | "
-        f"{found['models']} models and {found['rows']} rows differ | 0 and 0 |"
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['seconds']}, {row['since']}" if "seconds" in row else ""
+
+
+def _stops(found: dict[str, Any]) -> str:
+    return (
+        f"{found['signals']} in {found['runs']} runs | "
+        f"{found['models']} models and {found['rows']} rows differ | 0 and 0"
     )
 
 
-def _storage_row(found: dict[str, Any]) -> str:
+def _storage(found: dict[str, Any]) -> str:
     outcomes = [row["outcome"] for row in found["rows"]]
     missing = sum(outcome.startswith("not run") for outcome in outcomes)
     good = outcomes.count("one line, nothing lost")
     return (
-        f"| storage faults | {len(outcomes) - missing} ({missing} not run) | {good} with one line, "
-        f"an end within {storage.LIMIT:.0f} s and the same model after a rerun | all |"
+        f"{len(outcomes) - missing} ({missing} not run) | {good} with one line, "
+        f"an end within {storage.LIMIT:.0f} s and the same model after a rerun | all"
     )
 
 
-def _bits_row(found: dict[str, Any]) -> str:
+def _bits(found: dict[str, Any]) -> str:
     sums = {name: sum(t[name] for t in found["by_target"].values()) for name in damage.COUNTS}
     return (
-        f"| flipped bits in checkpoints and model folders | {sum(sums.values())} | "
+        f"{sum(sums.values())} | "
         f"{sums['refused']} refused, {sums['harmless']} without effect, {sums['silent']} silent, "
-        f"{sums['tracebacks']} tracebacks | 0 silent, 0 tracebacks |"
+        f"{sums['tracebacks']} tracebacks | 0 silent, 0 tracebacks"
     )
 
 
-def _json_row(found: dict[str, Any]) -> str:
+def _json(found: dict[str, Any]) -> str:
     return (
-        f"| mutated model.json | {found['count']} | {found['refused']} refused, {found['valid']} "
-        f"other networks, {found['equal']} equal, {found['tracebacks']} tracebacks | 0 tracebacks |"
+        f"{found['count']} | {found['refused']} refused, {found['valid']} "
+        f"other networks, {found['equal']} equal, {found['tracebacks']} tracebacks | 0 tracebacks"
     )
 
 
-def _soak_row(found: dict[str, Any]) -> str:
-    changes = ", ".join(f"{n} {a} -> {b}" for n, a, b in stops.losses(found["samples"]))
-    return f"| one long run | {found['steps']} steps | {changes} | flat |"
+def _soak(found: dict[str, Any]) -> str:
+    changes = ", ".join(f"{n} {a} -> {b}" for n, a, b in stops.changes(found["samples"]))
+    return f"{found['steps']} steps | {changes} | flat"
 
 
-_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "kills": _stops_row("SIGKILL"),
-    "terms": _stops_row("SIGTERM"),
-    "storage": _storage_row,
-    "bits": _bits_row,
-    "json": _json_row,
-    "soak": _soak_row,
+# What each part is called in the table, and its cells: what was tried, found and expected.
+_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "kills": ("SIGKILL at random moments", _stops),
+    "terms": ("SIGTERM at random moments", _stops),
+    "storage": ("storage faults", _storage),
+    "bits": ("flipped bits in checkpoints and model folders", _bits),
+    "json": ("mutated model.json", _json),
+    "soak": ("one long run, from a tenth of its steps to the end", _soak),
 }
 
 
-def _is_fine(part: str, found: dict[str, Any]) -> bool:
+def is_fine(report: dict[str, Any], part: str) -> bool:
+    """Whether the figures of a part are what they should be."""
+    found = report["parts"][part]
     if part == "storage":
         return not any(row["outcome"] == "wrong" for row in found["rows"])
     if part == "bits":
@@ -160,10 +172,24 @@ def _is_fine(part: str, found: dict[str, Any]) -> bool:
     if part == "json":
         return not found["tracebacks"]
     if part == "soak":
-        first, last = found["samples"][0], found["samples"][-1]
-        flat = last["memory_mb"] <= GROWTH * first["memory_mb"] and last["shm"] <= first["shm"]
-        return found["status"] == 0 and flat and last["files"] <= first["files"] + 8
+        whole = found["status"] == 0 and len(found["samples"]) == stops.SAMPLES
+        return whole and _is_flat(found["samples"], memory=not report["short"])
     return not (found["models"] or found["rows"])
+
+
+def _is_flat(samples: list[dict[str, int]], *, memory: bool) -> bool:
+    """Whether nothing grows; memory is still being filled after a tenth of a short run."""
+    first, last = samples[0], samples[-1]
+    if memory and last["memory_mb"] > GROWTH * first["memory_mb"]:
+        return False
+    return last["shm"] <= first["shm"] and last["files"] <= first["files"] + 8
+
+
+def _code() -> str:
+    """The commit of this code, marked if files differ from it; the version outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return found.stdout.strip() or fd_jax.__version__
 
 
 def _arguments() -> argparse.Namespace:
@@ -189,7 +215,6 @@ def _opened(path: pathlib.Path, *, short: bool) -> dict[str, Any]:
     """The report to add to; parts of another form or machine are not kept."""
     report = {
         "short": short,
-        "date": time.strftime("%Y-%m-%d"),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "parts": {},

@@ -109,16 +109,20 @@ class Process:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             ended = self.popen.poll() is not None
-            if text in self.output():
+            if text in "\n" + self.output():
                 return True
             if ended:
                 return False
             time.sleep(0.02)
         return False
 
-    def wait_for_step(self, step: int) -> bool:
+    def wait_for_step(self, step: int, seconds: float = 240.0) -> bool:
         """Waits until the line of a step is printed; False if the run ends first."""
-        return self.wait_for(f"\nstep {step}/")
+        return self.wait_for(f"\nstep {step}/", seconds)
+
+    def wait_for_error(self) -> bool:
+        """Waits until the line of an error is printed; False if the run ends first."""
+        return self.wait_for("\nerror: ")
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal, and counts the seconds to its end from here."""

@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.faults import runs
 from benchmarks.faults.runs import Lab, Process
 
+SAMPLES = 10  # of what a long run holds
+
 
 def run(
     lab: Lab, count: int, number: signal.Signals, seed: int, log: Callable[[str], None]
@@ -70,31 +72,38 @@ def soak(lab: Lab, steps: int, log: Callable[[str], None]) -> dict[str, Any]:
     workdir = lab.folder / "soak"
     process = lab.start(workdir, f"--config.steps={steps}")
     samples = []
-    for part in range(1, 11):
-        if not process.wait_for_step(part * steps // 10 - 1, seconds=3600.0):
+    for part in range(1, SAMPLES + 1):
+        step = part * steps // SAMPLES - 1  # one before the last, when the process is still there
+        if not process.wait_for_step(step, seconds=3600.0):
             break
-        samples.append(_held(process))
-        log(f"step {part * steps // 10}: {samples[-1]}")
+        if (found := held(process)) is None:
+            break
+        samples.append(found)
+        log(f"step {step}: {found}")
     ended = process.wait(seconds=600.0)
     result = {"steps": steps, "status": ended.status, "samples": samples}
     runs.remove(workdir)
     return result
 
 
-def _held(process: Process) -> dict[str, int]:
-    """Resident memory in MB, open files, threads, and files in /dev/shm."""
+def held(process: Process) -> dict[str, int] | None:
+    """Resident memory in MB, open files, threads, and mapped files of /dev/shm; None at its end."""
     folder = pathlib.Path("/proc") / str(process.popen.pid)
-    lines = (folder / "status").read_text().splitlines() if folder.exists() else []
-    values = dict(line.split(":", 1) for line in lines)
-    return {
-        "memory_mb": int(values["VmRSS"].split()[0]) // 1024,
-        "files": len(os.listdir(folder / "fd")),
-        "threads": int(values["Threads"]),
-        "shm": len(os.listdir("/dev/shm")),
-    }
+    try:
+        lines = (folder / "status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        mapped = [x for x in (folder / "maps").read_text().splitlines() if "/dev/shm/" in x]
+        return {
+            "memory_mb": int(values["VmRSS"].split()[0]) // 1024,
+            "files": len(os.listdir(folder / "fd")),
+            "threads": int(values["Threads"]),
+            "shm": len({line.split(maxsplit=5)[5] for line in mapped}),
+        }
+    except (OSError, KeyError):  # a process that has ended has no memory, and soon no folder
+        return None
 
 
-def losses(samples: list[dict[str, int]]) -> Iterator[tuple[str, int, int]]:
+def changes(samples: list[dict[str, int]]) -> Iterator[tuple[str, int, int]]:
     """Each quantity after a tenth of the steps and at the end."""
     for name in samples[0] if samples else ():
         yield name, samples[0][name], samples[-1][name]

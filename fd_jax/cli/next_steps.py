@@ -26,7 +26,7 @@ def at_end(config: Config, workdir: epath.PathLike, command: Sequence[str]) -> s
         f"  model      {workdir / workdirs.MODEL}",
         *([f"  best       {best}, by {config.eval.keep_best}"] if best.exists() else []),
         f"  metrics    {workdir / metric_writer.FILE_NAME} and {workdir / 'tensorboard'}",
-        f"  report     {workdir / 'report' / 'report.html'}, by the first of these commands",
+        f"  report     {workdir / 'report' / 'report.html'}, written by the first command below",
         "next",
     ]
     return "\n".join(lines + [f"  {text}" for text in commands(config, workdir, command)])
@@ -51,5 +51,6 @@ def _features(config: Config, workdir: epath.Path) -> list[str]:
         f"--input={data.name}",
         f"--split={data.eval_split or data.split}",
         *([f"--data_dir={data.data_dir}"] if data.data_dir else []),
+        *(["--exif"] if data.exif else []),
         f"--output={workdir / 'features.npz'}",
     ]

@@ -51,6 +51,8 @@ def numbering(found: Classes, wanted: Classes, *, match: Match = "name") -> tupl
         return tuple(range(found.count))
     if match == "number" or not _have_names(found, wanted):
         return _in_order(found, wanted)
+    if _same_names(found, wanted):  # also where two classes have one name
+        return tuple(range(found.count))
     names, known = _names(found), _positions(wanted)
     _check_known(found, wanted, names, known)
     return tuple(known[_normal(name)][0] for name in names)
@@ -67,6 +69,12 @@ def _have_names(found: Classes, wanted: Classes) -> bool:
     if len(with_names) == 1:
         return set(_names(found)) <= set(_names(wanted))
     return bool(with_names)
+
+
+def _same_names(found: Classes, wanted: Classes) -> bool:
+    """Whether both sides have the same names in the same order."""
+    ours, theirs = ([_normal(name) for name in _names(side)] for side in (found, wanted))
+    return ours == theirs
 
 
 def _positions(classes: Classes) -> Mapping[str, Sequence[int]]:

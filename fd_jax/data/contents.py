@@ -6,7 +6,7 @@ import hashlib
 import os
 from typing import Any
 
-from fd_jax.errors import first_few
+from fd_jax.errors import DataError, first_few, printable
 
 LISTED = 10_000  # files of a split up to which their names are kept
 _THREADS = 16  # that ask for sizes, which a file server answers one by one
@@ -25,18 +25,22 @@ def of_files(files: Iterable[File], examples: int) -> dict[str, Any]:
 
     Returns:
       JSON-serializable: "examples", "files", "digest", and "sizes" by name or None.
+
+    Raises:
+      DataError: the size of a file cannot be read.
     """
     ordered = sorted(files)
     sizes = _sizes([path for _, path in ordered])
     digest = hashlib.sha256()
     for (name, _), size in zip(ordered, sizes, strict=True):
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    named = {name: size for (name, _), size in zip(ordered, sizes, strict=True)}
+    few = len(ordered) <= LISTED
+    names = [name for name, _ in ordered] if few else []
     return {
         "examples": examples,
         "files": len(ordered),
         "digest": digest.hexdigest(),
-        "sizes": named if len(ordered) <= LISTED else None,
+        "sizes": dict(zip(names, sizes, strict=True)) if few else None,
     }
 
 
@@ -74,8 +78,12 @@ def _sizes_of_some(paths: Sequence[str]) -> list[int | None]:
     return [None if "://" in path else _size(path) for path in paths]
 
 
-def _size(path: str) -> int | None:
+def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:  # it is read, and replaced as broken, when its turn comes
-        return None
+    except OSError as error:
+        # A digest of what is there today would refuse the same data tomorrow.
+        raise DataError(
+            f"{printable(path)}: {error.strerror}, so it cannot be compared with the data of "
+            "another start; make it readable, or remove it"
+        ) from error

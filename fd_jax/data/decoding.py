@@ -124,7 +124,7 @@ def _rgb(picture: Image.Image, *, exif: bool) -> np.ndarray:
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG with one or three 8-bit channels that has its end marker."""
+    """Width and height of a whole JPEG with one or three 8-bit channels; None for others."""
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
         return None
     offset = 2

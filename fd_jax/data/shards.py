@@ -45,10 +45,8 @@ def _problem(instruction: Any) -> str | None:
         )
         found = reader.num_records()
         reader.close()
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # how ArrayRecord reports a file that is no whole one
+    # How ArrayRecord reports a file that is no whole one.
+    except (RuntimeError, ValueError) as error:
         return f"{path} is cut off or damaged ({str(error)[:80] or 'no end'})"
     expected = instruction.examples_in_shard
     if found != expected:

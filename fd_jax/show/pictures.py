@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.errors import DataError
@@ -88,15 +89,31 @@ def maps(
     save(figure, path)
 
 
-def principal_colours(tokens: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def principal_colours(
+    tokens: np.ndarray, *, eps: float | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """Maps the first three principal components of [..., D] tokens to red, green and blue.
+
+    Args:
+      tokens: features of the network that defines the colours.
+      eps: relative precision of the tokens, by which a component that is only rounding noise is
+        refused; None shows it.
 
     Returns:
       A function [..., D] -> [..., 3] in [0, 1], to be applied to every network in a comparison.
+
+    Raises:
+      DataError: the tokens do not vary in three directions.
     """
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     mean = flat.mean(axis=0)
-    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    _, sizes, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    # Rounding changes no singular value by more than the norm of what it changes.
+    if eps is not None and (len(sizes) < 3 or not sizes[2] > eps * np.linalg.norm(flat)):
+        raise DataError(
+            "pca: the features of these patches do not vary in three directions; use another "
+            "picture, or several"
+        )
     low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
 
     def colour(other: np.ndarray) -> np.ndarray:
@@ -120,13 +137,8 @@ def pca_picture(features: FeatureMap) -> np.ndarray:
       DataError: the features do not vary in three directions.
     """
     patches = np.asarray(features.on_grid(), np.float32)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        colours = principal_colours(patches)(patches)
-    if not np.isfinite(colours).all():
-        raise DataError(
-            "pca: the features of these patches do not vary in three directions; use another "
-            "picture, or several"
-        )
+    eps = float(jnp.finfo(features.tokens.dtype).eps)
+    colours = principal_colours(patches, eps=eps)(patches)
     return colours.reshape(len(patches), *features.grid, 3)
 
 

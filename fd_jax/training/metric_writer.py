@@ -59,7 +59,8 @@ def read(workdir: epath.PathLike) -> list[dict[str, float]]:
     if not path.exists():
         return []
     try:
-        lines = files.read_text(path).splitlines(keepends=True)
+        # A run of a million steps may log each of them.
+        lines = files.read_text(path, any_size=True).splitlines(keepends=True)
         # An interrupted run left the last row incomplete, which has no end of line then.
         complete = [line for line in lines if line.endswith("\n")]
         return [_row(line, number) for number, line in enumerate(complete, start=1)]

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 import math
 
+from etils import epath
+
+from fd_jax import model_folder
 from fd_jax.errors import ConfigError
 from fd_jax.typing import Config
 
@@ -76,16 +79,21 @@ class Best:
     Args:
       name: of the figure, such as "top1"; "" for none.
       rows: what the log of the run holds so far.
+      folder: model folder of the best evaluation. Rows count only if it was written by this figure,
+        which may have been chosen later than they were. None counts them all.
 
     Attributes:
       step, value: of the best evaluation; step is None before the first one.
+
+    Raises:
+      ModelFolderError: the folder is damaged.
     """
 
-    def __init__(self, name: str, rows: Rows):
+    def __init__(self, name: str, rows: Rows, folder: epath.Path | None = None):
         self.name = name
         self.step: int | None = None
         self.value = math.nan
-        for row in rows:
+        for row in rows if folder is None or _is_by(name, folder) else ():
             if EVALUATION + name in row:
                 self._keep_if_better(int(row["step"]), row[EVALUATION + name])
 
@@ -129,6 +137,13 @@ def check_figure(name: str, measured: Sequence[str]) -> None:
 def better(name: str, value: float, than: float) -> bool:
     """Whether a value of a figure is better than another one; NaN is not."""
     return value < than if name.endswith(LOWER_IS_BETTER) else value > than
+
+
+def _is_by(name: str, folder: epath.Path) -> bool:
+    """Whether a folder holds the best weights by a figure, according to its notes."""
+    if not (folder / "model.json").exists():
+        return False
+    return f"the best one by {name}:" in model_folder.load_spec(folder).notes
 
 
 def _usual(config: Config) -> str:

@@ -83,21 +83,23 @@ def check_data(workdir: epath.Path, contents: Contents, *, accept: bool) -> None
         return
     try:
         before = files.read_object(path)
-        changed = [
-            f"  {split}: {line}"
+        changed = {
+            split: lines
             for split in sorted(before.keys() & contents.keys())
-            for line in changes(before[split], contents[split])
-        ]
+            if (lines := changes(before[split], contents[split]))
+        }
     except (AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{path} {error}: it is damaged. Delete it, or add --accept_data, to continue without "
             "knowing whether the data are those that the run was started with"
         ) from error
     if changed:
+        what = "batches" if "train" in changed else "figures"
+        listed = [f"  {split}: {line}" for split, lines in changed.items() for line in lines]
         raise CheckpointError(
             f"the data of {workdir} have changed since it was started:\n"
-            + "\n".join(changed)
-            + "\nLater batches would differ. Bring the files back, use another workdir, or add "
+            + "\n".join(listed)
+            + f"\nLater {what} would differ. Bring the files back, use another workdir, or add "
             "--accept_data to continue with the new ones."
         )
 

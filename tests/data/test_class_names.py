@@ -40,6 +40,7 @@ def test_outputs_that_no_class_was_trained_on_have_no_name():
     assert number(["bee", "ant"], ["ant", "bee", "", ""]) == (1, 0)
     with pytest.raises(DataError, match="data has ''"):
         number([""], ["ant", ""])
+    assert number(["", "ant"], ["", "ant"]) == (0, 1)  # what a file leaves without a name
 
 
 def test_accents_are_compared_in_one_form():
@@ -53,6 +54,9 @@ def test_a_name_of_several_classes_is_refused():
     assert number(["ant"], crane) == (1,)
     with pytest.raises(DataError, match=r"head calls the classes \[0, 2\] 'crane'"):
         number(["crane"], crane)
+    assert number(crane, crane) == (0, 1, 2)  # the same dataset, as in its own training
+    with pytest.raises(DataError, match="calls the classes"):
+        number(["ant", "crane", "crane"], crane)
 
 
 @pytest.mark.parametrize(("found", "wanted"), [(["ant", "bee"], 2), (2, ["ant", "bee"])])

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from fd_jax.data import contents, datasets
-from fd_jax.errors import CheckpointError
+from fd_jax.errors import CheckpointError, DataError
 from fd_jax.training import workdir as workdirs
 
 
@@ -73,6 +73,13 @@ def test_a_large_split_keeps_no_names(folder, monkeypatch):
     ]
 
 
+def test_a_file_without_a_size_is_refused(folder):
+    dataset = datasets.FolderDataset(folder)
+    (folder / "cats/b.png").unlink()
+    with pytest.raises(DataError, match="cats/b.png: No such file or directory.*make it readable"):
+        contents.of_files(dataset.files(), len(dataset))
+
+
 def test_a_prepared_dataset_is_described_by_its_shards(embedded_data):
     whole = datasets.TfdsDataset("digits", "train", data_dir=embedded_data)
     part = datasets.TfdsDataset("digits", "train[:100]", data_dir=embedded_data)
@@ -82,6 +89,20 @@ def test_a_prepared_dataset_is_described_by_its_shards(embedded_data):
         assert contents.of_files(dataset.files(), len(dataset))["examples"] == examples
     ours, theirs = (contents.of_files(d.files(), len(d)) for d in (whole, part))
     assert contents.changes(theirs, ours)[0] == "examples: 100 -> 1442"
+
+
+@pytest.mark.parametrize(
+    "changed,what", [(["eval"], "figures"), (["train"], "batches"), (["eval", "train"], "batches")]
+)
+def test_a_refusal_says_what_would_differ(folder, tmp_path, changed, what):
+    workdir, before = epath.Path(tmp_path), found(folder)
+    workdirs.claim_data(workdir, {"train": before, "eval": before})
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "cats/a.png").unlink()
+    now = {"train": before, "eval": before} | dict.fromkeys(changed, found(folder))
+    with pytest.raises(CheckpointError, match=f"Later {what} would differ") as refused:
+        workdirs.check_data(workdir, now, accept=False)
+    assert str(refused.value).count("1 removed") == len(changed)
 
 
 def test_a_resumed_run_refuses_other_data_unless_they_are_accepted(folder, tmp_path):

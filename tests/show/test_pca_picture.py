@@ -10,8 +10,8 @@ from fd_jax.errors import DataError
 from fd_jax.models.features import FeatureMap
 
 
-def features(tokens):
-    return FeatureMap(jnp.asarray(tokens, jnp.float32), cls=1, registers=1, grid=(3, 4))
+def features(tokens, dtype=jnp.float32):
+    return FeatureMap(jnp.asarray(tokens, dtype), cls=1, registers=1, grid=(3, 4))
 
 
 def test_colours_are_the_components_of_the_patches_of_all_images():
@@ -29,7 +29,20 @@ def test_colours_are_the_components_of_the_patches_of_all_images():
         np.testing.assert_allclose(ours, theirs if sign > 0 else 1 - theirs, atol=1e-4)
 
 
-def test_features_without_three_directions_are_refused():
-    tokens = np.ones((1, 14, 16)) * np.arange(14)[None, :, None]
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_features_without_three_directions_are_refused(rank, dtype):
+    """The mean and the rounding of the tokens do not count as a direction."""
+    rng = np.random.default_rng(rank)
+    tokens = 10 + rng.normal(size=(2, 14, rank)) @ rng.normal(size=(rank, 16))
+    rounded = features(tokens, dtype)
+    if rank == 3:
+        assert np.isfinite(fd_jax.pca_picture(rounded)).all()
+    else:
+        with pytest.raises(DataError, match="three directions"):
+            fd_jax.pca_picture(rounded)
+
+
+def test_features_of_two_channels_are_refused():
     with pytest.raises(DataError, match="three directions"):
-        fd_jax.pca_picture(features(np.zeros_like(tokens)))
+        fd_jax.pca_picture(features(np.random.default_rng(0).normal(size=(1, 14, 2))))

@@ -136,8 +136,10 @@ def at_step(monkeypatch, step, saved, action):
     monkeypatch.setattr(console, "say", say)
 
 
-def wait_for(path):
+def wait_for(path, seconds=60.0):
+    deadline = time.monotonic() + seconds
     while not path.exists():
+        assert time.monotonic() < deadline, f"no {path} after {seconds} s"
         time.sleep(0.01)
 
 

@@ -1,7 +1,9 @@
 """Notes on runs that get nowhere, and the weights of the best evaluation."""
 
+import json
 import math
 
+from etils import epath
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -82,6 +84,29 @@ def test_the_best_is_the_first_of_equal_figures(name, best):
     improved = [s for s, v in values.items() if watched.improved_by(s, {f"eval_{name}": v})]
     assert (watched.step, watched.value) == best
     assert improved == [best[0]]
+
+
+@pytest.mark.parametrize(
+    "notes,counted",
+    [
+        ("step 3, the best one by top1: 0.90000", True),
+        ("step 3, the best one by ema_top1: 0.90000", False),
+        ("step 3, the best one by top5: 0.90000", False),
+        (None, False),  # no such folder: keep_best was set later
+    ],
+)
+def test_rows_count_if_the_best_weights_by_the_figure_are_there(notes, counted, tmp_path):
+    if notes is not None:
+        tiny.save_student(tmp_path / "best")
+        description = tmp_path / "best" / "model.json"
+        fields = json.loads(description.read_text())
+        description.write_text(json.dumps({**fields, "notes": notes}))
+        (tmp_path / "best" / "digests.json").unlink()  # they cover model.json
+    rows = [{"step": 3, "eval_top1": 0.9}]
+    watched = Best("top1", rows, epath.Path(tmp_path / "best"))
+    assert watched.step == (3 if counted else None)
+    assert watched.improved_by(6, {"eval_top1": 0.5}) != counted
+    assert Best("top1", rows).step == 3
 
 
 def test_a_figure_that_is_not_measured_is_refused():

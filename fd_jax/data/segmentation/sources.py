@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from etils import epath
 import numpy as np
 
+from fd_jax import files
 from fd_jax.console import say
 from fd_jax.data.datasets import IMAGE_SUFFIXES, BrokenImageError, Source, TfdsRecords
 from fd_jax.data.segmentation.labels import Scene
@@ -213,7 +214,7 @@ def _ade20k_names(path: epath.Path) -> tuple[str, ...] | None:
     """
     if not path.exists():
         return None
-    lines = [line.split("\t") for line in _lines(path)[1:]]
+    lines = [line.split("\t") for line in _text(path).strip().splitlines()[1:]]
     numbers = [line[0].strip() for line in lines]
     if numbers != [str(k) for k in range(1, ADE20K_STORED)] or any(len(x) < 6 for x in lines):
         raise DataError(
@@ -225,17 +226,17 @@ def _ade20k_names(path: epath.Path) -> tuple[str, ...] | None:
 
 
 def _listed_names(path: epath.Path) -> tuple[str, ...]:
-    """Returns the lines of data.class_names."""
+    """Returns the lines of data.class_names, which may be blank for a value without a name."""
     if not path.is_file():
         raise DataError(f"data.class_names: no file {path}; expected a name per line, or ''")
-    return tuple(line.strip() for line in _lines(path))
+    return tuple(line.strip() for line in _text(path).splitlines())
 
 
-def _lines(path: epath.Path) -> list[str]:
+def _text(path: epath.Path) -> str:
     try:
-        return path.read_text().strip().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+        return files.read_text(path)
+    except ValueError as error:
+        raise DataError(f"{path} {error}; expected a text file with names of classes") from error
 
 
 def _folder(root: str, name: str) -> epath.Path:

@@ -1,6 +1,7 @@
 """`SegmentationFeed`: batches through the real loader, held-out pictures, and what it refuses."""
 
 import logging
+import os
 
 import numpy as np
 from PIL import Image
@@ -213,8 +214,14 @@ def test_classes_have_the_names_of_the_data(root, tmp_path):
         feed(**folders, class_names="names.txt", reduce_zero_label=False)
     with pytest.raises(DataError, match="data.class_names: no file .*missing.txt"):
         feed(**folders, class_names="missing.txt")
+    listed.write_text("\n" + "\n".join(f"class {k}" for k in range(1, 151)) + "\n")
+    assert feed(**folders, class_names="names.txt").class_names == named  # 0 has no name
     listed.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match="names.txt is not text in UTF-8"):
+    with pytest.raises(DataError, match="names.txt is not UTF-8 at byte 0; expected a text file"):
+        feed(**folders, class_names="names.txt")
+    listed.unlink()
+    os.mkfifo(listed)  # which would block whoever reads it
+    with pytest.raises(DataError, match="names.txt is a pipe"):
         feed(**folders, class_names="names.txt")
 
 
