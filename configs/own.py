@@ -88,9 +88,10 @@ def pictures(given: dict[str, Any]) -> Pictures:
       DataError: there are no such pictures.
     """
     name, data_dir = datasets.name_of(given["data"]), given["data_dir"]
-    of_folder = name.startswith(datasets.FOLDER_PREFIX)
-    found = _splits_of_folder(name) if of_folder else _splits_of_tfds(name, data_dir)
-    name, split, eval_split = found
+    if name.startswith(datasets.FOLDER_PREFIX):
+        name, split, eval_split = _splits_of_folder(name)
+    else:
+        split, eval_split = _splits_of_tfds(name, data_dir)
     fields = {
         "name": name,
         "split": given["split"] or split,
@@ -128,19 +129,24 @@ def labelled(given: dict[str, Any]) -> Pictures:
 
 def _splits_of_folder(name: str) -> tuple[str, str, str]:
     """Name, training split and held-out split of a folder, which may have a sub-folder for each."""
-    template = f"{name.rstrip('/')}/{{split}}" if datasets.is_one_folder(name) else name
-    path = template.removeprefix(datasets.FOLDER_PREFIX)
-    there = [s for s in ("train", *HELD_OUT) if epath.Path(path.replace("{split}", s)).is_dir()]
-    if template == name:
-        return name, "train", next(iter(there[1:]), "")
-    return (template, *there[:2]) if there[:1] == ["train"] and there[1:] else (name, "train", "")
+    is_one = datasets.is_one_folder(name)
+    template = f"{name.rstrip('/')}/{{split}}" if is_one else name
+
+    def exists(split: str) -> bool:
+        path = template.removeprefix(datasets.FOLDER_PREFIX).replace("{split}", split)
+        return epath.Path(path).is_dir()
+
+    held_out = next(filter(exists, HELD_OUT), "")
+    if is_one and not (held_out and exists("train")):  # a class may be called "train"
+        return name, "train", ""
+    return template, "train", held_out
 
 
-def _splits_of_tfds(name: str, data_dir: str) -> tuple[str, str, str]:
-    """Name and splits of a TFDS dataset; the last tenth is held out where nothing else is."""
+def _splits_of_tfds(name: str, data_dir: str) -> tuple[str, str]:
+    """The splits of a TFDS dataset; the last tenth is held out where nothing else is."""
     splits = datasets.find_builder(name, data_dir or None).info.splits or {}
     held_out = next((split for split in HELD_OUT if split in splits), "")
-    return (name, "train", held_out) if held_out else (name, "train[:90%]", "train[90%:]")
+    return ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
 
 
 def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
@@ -152,7 +158,8 @@ def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
     """
     spec = model_folder.load_spec(epath.Path(given[name]))
     side = sizes.square_side(spec.arch["image_size"], network="a network in training")
-    return spec, int(given["size"]) or min(side, LARGEST_SIDE // stride(spec) * stride(spec))
+    largest = max(1, LARGEST_SIDE // stride(spec)) * stride(spec)
+    return spec, int(given["size"]) or min(side, largest)
 
 
 def stride(spec: ModelSpec) -> int:
@@ -219,7 +226,7 @@ def fit(
     config.data.update(**found.fields, image_size=size)
     config.eval.update(every=max(per_epoch, total // 20), epochs=0.0)
     config.checkpoint.every = max(1, min(1000, total // 10))
-    config.log_every = max(1, min(50, total // 100))
+    config.log_every = max(1, min(50, total // 50))
     return _smoke(config) if given["smoke"] else config
 
 
