@@ -144,6 +144,20 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
+def check_examples(examples: int, mesh: Mesh) -> None:
+    """Refuses data of which not every device gets an example.
+
+    Raises:
+      ConfigError: a batch has more parts than there are examples.
+    """
+    parts = batch_parts(mesh)
+    if examples < parts:
+        raise ConfigError(
+            f"there are {examples} training pictures, fewer than the {parts} devices over which a "
+            "batch is split; use more pictures, or fewer devices (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: examples are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -11,12 +11,14 @@ import sys
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
 import pytest
 
+from configs import own_finetune
 from fd_jax import __version__, features, sharding
 from fd_jax.cli import application, next_steps
 from fd_jax.convert import cli as convert
-from fd_jax.data import prepare
+from fd_jax.data import hold_out, prepare
 from fd_jax.data.feed import Feed
 from fd_jax.diagnose import cli as diagnose
 from fd_jax.report import cli as report
@@ -32,6 +34,7 @@ COMMANDS = {
     "prepare": (prepare.main, ("--name", "--data_dir", "--manual_dir")),
     "features": (features.main, ("--model", "--input", "--tokens")),
     "diagnose": (diagnose.main, ("--model", "--data", "--figures")),
+    "hold_out": (hold_out.main, ("--input", "--output", "--every")),
     "report": (report.main, ("--workdir",)),
     "reproduce": (reproduce.main, ("--scale", "--table")),
 }
@@ -150,6 +153,14 @@ def test_the_commands_after_distillation_work_as_they_stand(finished, monkeypatc
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     mains = {"fd_jax.report": report.main, "fd_jax.features": features.main}
     commands = [shlex.split(c) for c in next_steps.commands(config, workdir, ["train.py"])]
+    fine_tuning = commands.pop(1)
+    assert fine_tuning[:2] == ["python", "finetune.py"]
+    file, _, arguments = fine_tuning[2].partition(":")
+    assert file == "--config=configs/own_finetune.py"
+    tuned = own_finetune.get_config(arguments)
+    assert (tuned.init_from, tuned.model.classes) == (str(workdir / "model"), 13)
+    for field in ("name", "split", "eval_split", "data_dir", "image_size"):
+        assert tuned.data[field] == config.data[field]
     assert [words[:3] for words in commands] == [["python", "-m", name] for name in mains]
     for words in commands:
         assert mains[words[2]](words[3:]) == 0, capsys.readouterr().err
@@ -166,6 +177,21 @@ def test_features_are_those_of_pictures_turned_as_in_the_run(exif, tmp_path):
         if "fd_jax.features" in command
     ]
     assert ("--exif" in words) == exif
+
+
+def test_pictures_without_classes_or_held_out_ones_are_not_fine_tuned_on(finished, tmp_path):
+    workdir, _ = finished
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+
+    def offered():
+        return "own_finetune" in str(next_steps.commands(config, workdir, ["train.py"]))
+
+    assert offered()
+    config.data.eval_split = ""
+    assert not offered()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    config.data.update(name=f"folder:{tmp_path}", eval_split="test")
+    assert not offered()
 
 
 def test_after_fine_tuning_the_same_command_measures(tmp_path):

@@ -5,6 +5,8 @@ import shlex
 
 from etils import epath
 
+from fd_jax.data import datasets
+from fd_jax.errors import DataError
 from fd_jax.tasks import registry
 from fd_jax.training import metric_writer
 from fd_jax.training import workdir as workdirs
@@ -36,11 +38,40 @@ def commands(config: Config, workdir: epath.Path, command: Sequence[str]) -> lis
     """The commands of `at_end`."""
     kind = registry.kind_of(config)
     found = [["-m", "fd_jax.report", f"--workdir={workdir}"]]
+    if kind is registry.DISTILLATION and _labelled(config):
+        found.append(_fine_tuning(config, workdir))
     if kind is not registry.SEGMENTATION:
         found.append(_features(config, workdir))
     if kind in (registry.CLASSIFICATION, registry.SEGMENTATION) and config.data.eval_split:
         found.append([*command, "--eval_only", "--per_class"])
     return [shlex.join(["python", *words]) for words in found]
+
+
+def _labelled(config: Config) -> bool:
+    """Whether a classifier can be trained and measured on the data of the run."""
+    data = config.data
+    try:
+        dataset = datasets.open_dataset(data.name, data.split, data_dir=data.data_dir or None)
+    except DataError:  # it vanished during the run, whose results are complete
+        return False
+    return bool(data.eval_split) and (dataset.num_classes or 0) > 1
+
+
+def _fine_tuning(config: Config, workdir: epath.Path) -> list[str]:
+    data = config.data
+    given = {
+        "data": data.name,
+        "split": data.split,
+        "eval_split": data.eval_split,
+        **({"data_dir": data.data_dir} if data.data_dir else {}),
+        "init_from": workdir / workdirs.MODEL,
+    }
+    listed = ",".join(f"{name}={value}" for name, value in given.items())
+    return [
+        "finetune.py",
+        f"--config=configs/own_finetune.py:{listed}",
+        f"--workdir={workdir.parent / f'{workdir.name}_finetuned'}",
+    ]
 
 
 def _features(config: Config, workdir: epath.Path) -> list[str]:

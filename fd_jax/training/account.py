@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fd_jax import settings
 from fd_jax.data import datasets
 from fd_jax.tasks import registry
 from fd_jax.training.feeds import AnyFeed
@@ -52,10 +53,20 @@ def at_start(
         "peak rate": f"{rate:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
         f"{config.optim.lr_batch} pictures)",
         "steps": f"{program.total_steps} ({epochs:.4g} epochs)",
+        "intervals": _intervals(config, steps_per_epoch),
         "attention": ", ".join(f"{network} {name}" for network, name in attention.items()),
         "workdir": str(workdir),
     }
     return "\n".join(f"  {name:<10} {text}" for name, text in facts.items())
+
+
+def _intervals(config: Config, steps_per_epoch: int) -> str:
+    """How often the run evaluates, saves and logs."""
+    every = settings.eval_every(config, steps_per_epoch)
+    evaluated = f"evaluated every {every} steps" if config.data.eval_split and every else ""
+    saved = f"saved every {config.checkpoint.every}" if config.checkpoint.every else ""
+    logged = f"logged every {config.log_every}"
+    return ", ".join(filter(None, (evaluated, saved, logged)))
 
 
 def found(feed: AnyFeed) -> str:
