@@ -108,13 +108,14 @@ def principal_colours(
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     mean = flat.mean(axis=0)
     _, sizes, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
     # Rounding changes no singular value by more than the norm of what it changes.
-    if eps is not None and (len(sizes) < 3 or not sizes[2] > eps * np.linalg.norm(flat)):
+    directions = np.sum(sizes[:3] > (eps or 0) * np.linalg.norm(flat))
+    if eps is not None and (directions < 3 or not (high > low).all()):
         raise DataError(
             "pca: the features of these patches do not vary in three directions; use another "
             "picture, or several"
         )
-    low, high = np.percentile((flat - mean) @ axes[:3].T, [1, 99], axis=0)
 
     def colour(other: np.ndarray) -> np.ndarray:
         return np.clip(((other - mean) @ axes[:3].T - low) / (high - low), 0, 1)
