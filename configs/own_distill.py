@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     found = own.pictures(given)
     teacher, size = own.network(given, "teacher")
     config = base.distillation(teacher="", drop_path=0.1)
-    config.teacher.update(path=given["teacher"], image_size=size)
+    config.teacher.update(path=given["teacher"], source=teacher.source, image_size=size)
     family, arch = own.student(given["student"], teacher, size)
     config.student = {"family": family, "arch": arch, "drop_path": 0.1}
     config.eval.keep_best = "loss" if found.fields["eval_split"] else ""

@@ -18,11 +18,13 @@ def get_config(arg: str = ""):
     found = own.labelled(given)
     network, size = own.network(given, "init_from")
     recipe = base.swin_fine_tuning if own.is_swin(network) else base.fine_tuning
-    layer_decay = 0.8 if own.is_swin(network) else 0.65 if network.arch["depth"] <= 12 else 0.75
+    layer_decay, rate = (0.65, 1.8e-3) if network.arch.get("depth", 0) <= 12 else (0.75, 3.5e-4)
+    if own.is_swin(network):
+        layer_decay = 0.8
     config = recipe(drop_path=0.1, layer_decay=layer_decay, peak_lr=1.0, floor_lr=0.0)
     if found.count < own.FEW:
         config.mixing.update(mixup=0.0, cutmix=0.0, erasing=0.0)
         config.data.min_area = 0.35
     config.init_from, config.model.classes = given["init_from"], found.classes
     config.eval.keep_best = "top1"
-    return own.fit(config, given, found, size=size, rate=5e-4, epochs=100, steps=20_000)
+    return own.fit(config, given, found, size=size, rate=rate, epochs=100, steps=20_000)

@@ -20,7 +20,9 @@ from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(
-    path.stem for path in (ROOT / "configs").glob("[!_]*.py") if path.stem not in ("base",)
+    path.stem
+    for path in (ROOT / "configs").glob("[!_]*.py")
+    if path.stem != "base" and not path.stem.startswith("own")  # those: tests/test_own_data.py
 )
 # Arguments of the files that describe several experiments.
 ARGUMENTS = {
