@@ -29,6 +29,9 @@ from fd_jax.errors import (
 )
 from fd_jax.typing import PyTree
 
+# What Orbax raises for files that are damaged; the last for an unknown kind of sharding.
+_UNREADABLE = (ValueError, KeyError, OSError, NotImplementedError)
+
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
@@ -284,7 +287,7 @@ class Checkpoints:
                         record=ocp.args.JsonRestore(),
                     ),
                 )
-        except (ValueError, KeyError, OSError) as error:
+        except _UNREADABLE as error:
             self._refuse_closed_files(error)
             damage = self._damaged(step, f"cannot be read: {error}")
             damage.__cause__ = error
@@ -335,7 +338,7 @@ class Checkpoints:
         try:
             (self._folder / str(step)).stat()  # Orbax takes any error for a missing folder
             return describe_tree(self._folder / str(step) / "state")
-        except (ValueError, KeyError, OSError) as error:
+        except _UNREADABLE as error:
             self._refuse_closed_files(error)
             return {}  # `_read` finds out what is damaged
 

@@ -165,7 +165,7 @@ def fit(
             loader=loader,
             progress=Progress(record),
             watch=Watch(config, rows, total_steps),
-            best=Best(keep_best, rows),
+            best=Best(keep_best, rows, workdir / workdirs.BEST),
             clock=Clock(batch_size=config.batch_size, start=start, total=total_steps),
             start=start,
             total_steps=total_steps,
