@@ -212,7 +212,11 @@ OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
     *(f"{name}.arch.rope_theta" for name in NETWORKS),
-    "eval.keep_best",  # configs of earlier versions
+    # Fields that configs of earlier versions do not have.
+    "eval.keep_best",
+    "data.exif",
+    "data.match_classes",
+    "data.class_names",
 )
 
 

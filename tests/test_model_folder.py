@@ -321,7 +321,7 @@ def test_labels_equal_those_of_an_evaluation(segmenting):
     made = segments.spec()
     run = segments.compiled(made, jax.devices()[:1])
     items = [
-        segments.Picture(str(i), picture, label.astype(np.uint8))
+        segments.Picture(i, str(i), picture, label.astype(np.uint8))
         for i, (picture, label) in enumerate(zip(pictures, labels, strict=True))
     ]
     for stride, same in ((21, True), (32, False)):

@@ -100,7 +100,6 @@ def test_settings_that_cannot_work_leave_no_workdir(config, tmp_path):
     for fields, error, message in (
         ({"accumulation": 2}, ConfigError, "BatchNorms of a segmenter are over the whole batch"),
         ({"segment.classes": 4}, DataError, "segment.classes=4"),
-        ({"eval.mode": "whole"}, ConfigError, "set eval.mode='slide'"),
     ):
         wrong = ml_collections.ConfigDict(config.to_dict())
         wrong.update_from_flattened_dict(fields)

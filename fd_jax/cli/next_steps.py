@@ -82,6 +82,6 @@ def _features(config: Config, workdir: epath.Path) -> list[str]:
         f"--input={data.name}",
         f"--split={data.eval_split or data.split}",
         *([f"--data_dir={data.data_dir}"] if data.data_dir else []),
-        *(["--exif"] if data.exif else []),
+        *(["--exif"] if data.get("exif") else []),
         f"--output={workdir / 'features.npz'}",
     ]

@@ -25,7 +25,7 @@ OUTSIDE = {
     "rules": {"errors"},
     "made of": {"errors", "model_folder", "models"},
     "families": {"errors", "models"},
-    "commands": {"errors", "model_folder", "models", "checkpoint"},
+    "commands": {"errors", "model_folder", "models", "checkpoint", "console", "storage"},
 }
 
 

@@ -8,7 +8,7 @@ from fd_jax.data.datasets import spread as spread_over
 class Letters:
     """A dataset whose examples are letters."""
 
-    name, num_classes = "letters", 26
+    name, num_classes, class_names = "letters", 26, None
 
     def __len__(self):
         return 26
