@@ -74,6 +74,7 @@ def accuracy(folder, data, split, workdir, **fields):
 # --- evaluation of a head --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_missing_class_keeps_the_numbers_of_the_head(classifier, data, tmp_path):
     folder = classifier(("cow", "ant", "bee"), ["cow", "ant", "bee"])
     config = config_of(folder, data, "bc")

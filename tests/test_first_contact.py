@@ -148,6 +148,7 @@ def test_the_expected_time_is_that_of_the_first_steps_without_pauses(monkeypatch
     assert clock.expected(15) == "0:03:20"  # 100 steps of 2 s
 
 
+@pytest.mark.slow
 def test_the_commands_after_distillation_work_as_they_stand(finished, monkeypatch, capsys):
     workdir, _ = finished
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))

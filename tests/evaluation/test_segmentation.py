@@ -271,6 +271,7 @@ def whole_run(made):
     return segments.of_any_size(made, jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_whole_pictures_equal_one_pass_over_each(made, whole_run):
     pictures = segments.held_out(WHOLE_SIZES)
     whole = evaluator(mode="whole", patch=made.arch["patch_size"], fill=FILL)

@@ -85,6 +85,7 @@ def test_hosts_share_a_batch(root):
         assert_equal(batches(data, 2, rows=rows), part)
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_batches(root):
     alone = batches(feed(root=str(root)), 6)
     assert_equal(batches(feed(root=str(root), workers=2), 5, start_step=1), alone[1:])
