@@ -180,6 +180,7 @@ def test_features_are_those_of_pictures_turned_as_in_the_run(exif, tmp_path):
     assert ("--exif" in words) == exif
 
 
+@pytest.mark.slow
 def test_pictures_without_classes_or_held_out_ones_are_not_fine_tuned_on(finished, tmp_path):
     workdir, _ = finished
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))

@@ -200,7 +200,7 @@ class SmallFilesOnly(Fault):
     "kind",
     [
         FileInPlaceOfTheCheckpoints,
-        WorkdirMovedAway,
+        pytest.param(WorkdirMovedAway, marks=pytest.mark.slow),
         pytest.param(FolderInPlaceOfTheMetrics, marks=pytest.mark.slow),
         pytest.param(SmallFilesOnly, marks=pytest.mark.slow),
     ],
