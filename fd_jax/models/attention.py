@@ -20,7 +20,6 @@ from fd_jax.models.kernels.xla import attention_logits
 from fd_jax.models.layers import Dense, linear, zeros
 
 QkvBias = Literal["qkv", "qv", "none"]
-NOTHING_SUMMED = (None, None, None)  # neither of queries, keys nor values
 
 
 def attend(
@@ -54,7 +53,7 @@ def attend(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q", "k", "v", "bias"],
+    data_fields=["q", "k", "v", "bias", "added"],
     meta_fields=["scale"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,8 @@ class AttentionInputs:
       q, k, v: [B, N, A, d]; the windows of a windowed network are rows of the batch.
       bias: [A, N, N] or [G, A, N, N] float32, see `attend`; or None.
       scale: factor on q k^T.
+      added: what is in q, k and v already and has its gradient summed by the implementation, see
+        `kernels.Implementation.sums_gradients`; () for nothing.
     """
 
     q: jax.Array
@@ -72,9 +73,11 @@ class AttentionInputs:
     v: jax.Array
     bias: jax.Array | None
     scale: float
+    added: tuple[jax.Array | None, ...] = ()
 
-    def attend(self, implementation: str, **sums: Any) -> jax.Array:
+    def attend(self, implementation: str) -> jax.Array:
         """The weighted average of values. -> [B, N, A, d]."""
+        sums = {"added": self.added} if self.added else {}
         return attend(
             self.q,
             self.k,
@@ -130,33 +133,21 @@ class Attention(nnx.Module):
         self.proj = Dense(width, width, kernel_init=out_init, **common)
 
     def qkv_heads(
-        self,
-        x: jax.Array,
-        rotate: "Rotation | None",
-        summed: Sequence[jax.Array | None] = NOTHING_SUMMED,
+        self, x: jax.Array, rotate: "Rotation | None", biases: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
-        q, k, v = self.project(x, summed)
+        q, k, v = self.project(x, biases)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v
 
-    def project(
-        self, x: jax.Array, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
-    ) -> list[jax.Array]:
-        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d].
-
-        Args:
-          x: tokens.
-          summed: those of the three biases whose gradients the kernel sums; they get none here.
-        """
+    def project(self, x: jax.Array, biases: Sequence[jax.Array | None]) -> list[jax.Array]:
+        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d]."""
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
         batch, tokens, width = x.shape
         rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
         parts = []
-        for index, (bias, elsewhere) in enumerate(zip(self._biases(), summed, strict=True)):
-            if elsewhere is not None:
-                bias = jax.lax.stop_gradient(bias)
+        for index, bias in enumerate(biases):
             part: jax.Array = linear(
                 rows, kernel[:, index], bias, self.qkv.dtype, self.qkv.grad_dtype
             )
@@ -172,7 +163,7 @@ class Attention(nnx.Module):
         """The biases whose gradients the kernel sums: it does not see those that are rotated."""
         sums = kernels.IMPLEMENTATIONS[self.implementation].sums_gradients
         if not sums or not self.sums_biases:
-            return NOTHING_SUMMED
+            return ()
         q, k, v = self._biases()
         return (q, k, v) if rotate is None else (None, None, v)
 
@@ -192,10 +183,14 @@ class Attention(nnx.Module):
         """What attention is computed from; arguments as in `__call__`."""
         return self._inputs(x, self._bias(shared_bias, mask, indices), rotate)
 
-    def _inputs(self, x, bias, rotate, summed=NOTHING_SUMMED) -> AttentionInputs:
-        q, k, v = self.qkv_heads(x, rotate, summed)
+    def _inputs(self, x, bias, rotate, added=()) -> AttentionInputs:
+        biases = self._biases()
+        if added:  # those get their gradient there, and none here
+            pairs = zip(biases, added, strict=True)
+            biases = [b if a is None else jax.lax.stop_gradient(b) for b, a in pairs]
+        q, k, v = self.qkv_heads(x, rotate, biases)
         q, k, scale = self.scaled(q, k)
-        return AttentionInputs(q, k, v, bias, scale)
+        return AttentionInputs(q, k, v, bias, scale, added)
 
     def _bias(self, shared, mask, indices) -> jax.Array | None:
         bias = shared
@@ -228,19 +223,15 @@ class Attention(nnx.Module):
         tokens, bias = x.shape[1], self._bias(shared_bias, mask, indices)
         added = kernels.IMPLEMENTATIONS[self.implementation].padding(tokens, bias is not None)
         if bias is None or not added or rotate is not None:
-            summed = self._summed(rotate)
-            return self.output(self._inputs(x, bias, rotate, summed), summed)
+            return self.output(self._inputs(x, bias, rotate, self._summed(rotate)))
         # What a kernel needs beside the real tokens is added before there are queries, keys and
         # values, and taken off after the projection: two copies instead of eight.
         x = jnp.pad(x, ((0, 0), (0, added), (0, 0)))
         return self.output(self._inputs(x, kernels.mask_keys(bias, added), None))[:, :tokens]
 
-    def output(
-        self, inputs: AttentionInputs, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
-    ) -> jax.Array:
+    def output(self, inputs: AttentionInputs) -> jax.Array:
         """Weighted averages of values through the output projection. -> [B, N, D]."""
-        sums = {"added": summed} if any(bias is not None for bias in summed) else {}
-        average = inputs.attend(self.implementation, **sums)
+        average = inputs.attend(self.implementation)
         return self.proj(average.reshape(*average.shape[:2], -1))
 
 

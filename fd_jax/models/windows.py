@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.models import layers
-from fd_jax.models.attention import NOTHING_SUMMED, Attention
+from fd_jax.models.attention import Attention
 
 # Logit of a pair that the shift brought together from afar (docs/reference.md#swin-shift-mask).
 MASKED = -100.0
@@ -150,20 +150,16 @@ class WindowAttention(Attention):
 
     sums_biases = False  # they are added to all three at once
 
-    def project(
-        self, x: jax.Array, summed: Sequence[jax.Array | None] = NOTHING_SUMMED
-    ) -> list[jax.Array]:
+    def project(self, x: jax.Array, biases: Sequence[jax.Array | None]) -> list[jax.Array]:
         """Queries, keys and values. [B, N, D] -> 3 x [B, N, A, d]."""
-        del summed
         # One matmul, unlike a ViT, and heads before the axis of three moves: only so does the
         # compiler for TPUs take the softmax of most windows together with the matmul of its
         # logits, without which a step moves a tenth more and a forward pass two fifths.
         batch, tokens, width = x.shape
         qkv = self.qkv(x)  # [B, N, 3, D]
-        biases = (self.q_bias, self.k_bias, self.v_bias)
         if any(bias is not None for bias in biases):
             nothing = jnp.zeros((width,))
-            rows = [nothing if bias is None else bias[...] for bias in biases]
+            rows = [nothing if bias is None else bias for bias in biases]
             qkv = layers.add_parameter(qkv, jnp.stack(rows))
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
         return list(jnp.moveaxis(qkv, 2, 0))
