@@ -10,10 +10,10 @@ from typing import Any
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from fd_jax import sharding
 from fd_jax.typing import PyTree
 
 MODULUS = 2**32
@@ -66,9 +66,8 @@ def _measured(tree: PyTree, *measures: Callable[[list[np.ndarray]], int]) -> lis
     """For each measure the sums over all processes, modulo 2^32, by the path of the array."""
     named = by_path(tree)
     own = [[measure(parts) for measure in measures] for parts in map(_own_parts, named.values())]
-    sums = np.array(own, np.uint32).reshape(-1, len(measures))
-    if jax.process_count() > 1:
-        sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
+    sums = sharding.gathered(np.array(own, np.uint32).reshape(-1, len(measures)))
+    sums = sums.sum(axis=0, dtype=np.uint32)
     return [dict(zip(named, map(int, column), strict=True)) for column in sums.T]
 
 

@@ -9,7 +9,6 @@ import zipfile
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
@@ -104,10 +103,7 @@ def _check_agreement(totals: Totals, partial: epath.Path) -> None:
     Raises:
       UserError: the processes do not read the same partial sums.
     """
-    if jax.process_count() == 1:
-        return
-    starts = multihost_utils.process_allgather(np.int32(totals.batches))
-    if np.ptp(starts):
+    if np.ptp(sharding.gathered(np.int32(totals.batches))):
         raise UserError(
             f"the processes read different versions of {partial}; --output has to be a folder that "
             "all of them share"
