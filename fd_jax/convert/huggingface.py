@@ -124,6 +124,11 @@ def vit_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def vit_act(spec: ModelSpec) -> str:
+    """What transformers calls the activation of a network."""
+    return _THEIR_ACTIVATIONS[spec.arch["activation"]]
+
+
 def preprocessor(spec: ModelSpec) -> dict[str, Any]:
     """The contents of preprocessor_config.json."""
     size = spec.arch["image_size"]

@@ -17,6 +17,7 @@ from fd_jax.convert.networks.swin import BLOCK
 from fd_jax.convert.rules.tables import Derived, Rule, Table, linear, norm, only_where, prefixed
 from fd_jax.convert.rules.transforms import LINEAR, PER_HEAD
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 
@@ -60,6 +61,41 @@ _HUGGINGFACE = swin.HUGGINGFACE_TRUNK + Table(
     ),
     (),
     (_coordinates(HUGGINGFACE_SELF),),
+)
+
+
+# --- networks of any size
+
+_FIRST_SCALE = "layers.0.blocks.0.attn.logit_scale"
+STYLES = (
+    Style(
+        "timm_swin_v2",
+        "timm's SwinTransformerV2",
+        "swin_v2",
+        {"": swin.any_size(_table(TIMM_MERGING, "cpb_mlp"), swin.TIMM_HEAD)},
+        (*swin.TIMM_MARKS, _FIRST_SCALE),
+        unlike=("layers.0.downsample.*",),
+    ),
+    Style(
+        "microsoft_swin_v2",
+        "Microsoft's SwinTransformerV2",
+        "swin_v2",
+        {"": swin.any_size(_MICROSOFT, HEAD)},
+        (*swin.MICROSOFT_MARKS, _FIRST_SCALE),
+        unlike=("*.rpe_mlp.*",),
+    ),
+    Style(
+        "hf_swinv2",
+        "transformers' Swinv2Model",
+        "swin_v2",
+        {"": swin.any_size(_HUGGINGFACE, Table(linear("../classifier", "head")))},
+        (
+            "embeddings.patch_embeddings.projection.weight",
+            "encoder.layers.0.blocks.0.attention.self.logit_scale",
+        ),
+        bases=("swinv2.",),
+        configs=("swinv2",),
+    ),
 )
 
 
@@ -153,4 +189,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("swin_v2", SOURCES, LAYOUTS)
+FAMILY = Family("swin_v2", SOURCES, LAYOUTS, styles=STYLES)
