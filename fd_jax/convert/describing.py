@@ -14,11 +14,10 @@ from fd_jax.convert import configs
 from fd_jax.convert import networks as kinds
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.facts import TENSORS, Claim, claims, settle, show
-from fd_jax.convert.rules.names import summarize
+from fd_jax.convert.rules.tables import as_tuple
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Recognized, depths, parameter_shapes
 from fd_jax.errors import ConversionError, UserError
-from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 
 # The fields of `ModelSpec` beside `arch` that are facts.
@@ -59,9 +58,7 @@ def _pixels(told: Mapping[str, Any]) -> str:
     return f", {side * told['patch_size']} px" if side and side**2 == told["patches"] else ""
 
 
-def describe(
-    network: Recognized, container: Container, given: Sequence[Claim] = ()
-) -> Description:
+def describe(network: Recognized, container: Container, given: Sequence[Claim] = ()) -> Description:
     """Puts together what is known of a network.
 
     Args:
@@ -87,14 +84,10 @@ def describe(
     except UserError as error:
         raise ConversionError(f"{container.path}: {style.writer}: {error}") from error
     asked = kind.asks(told)
-    if any(path == "head/kernel" for rule in network.table.rules for path in _paths(rule)):
+    if any("head/kernel" in as_tuple(rule.paths) for rule in network.table.rules):
         asked = (*asked, "pooling")
     missing = tuple(fact for fact in asked if fact not in settled)
     return Description(network, settled, missing, told)
-
-
-def _paths(rule) -> tuple[str, ...]:
-    return (rule.paths,) if isinstance(rule.paths, str) else rule.paths
 
 
 def source(description: Description, container: Container) -> tuple[Source, list[str]]:

@@ -144,20 +144,6 @@ def preprocessor(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def config_conflicts(config: Mapping[str, Any], arch: Mapping[str, Any]) -> list[str]:
-    """What a config.json says otherwise than the architecture."""
-    vision = config.get("vision_config")
-    fields = {**config, **(vision if isinstance(vision, dict) else {})}
-    problems = []
-    act = fields.get("hidden_act", fields.get("hidden_activation"))
-    if act is not None and _ACTIVATIONS.get(act, act) != arch["activation"]:
-        problems.append(f"config.json says hidden_act {act!r}, expected {arch['activation']}")
-    eps = fields.get("layer_norm_eps")
-    if eps is not None and eps != arch["norm_eps"]:
-        problems.append(f"config.json says layer_norm_eps {eps}, expected {arch['norm_eps']}")
-    return problems
-
-
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Made = TypeVar("Made")
 

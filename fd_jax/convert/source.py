@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fd_jax.convert import huggingface, networks
+from fd_jax.convert import networks
 from fd_jax.convert.containers.tensors import Container, Tensor
 from fd_jax.convert.rules.matching import Match, match
 from fd_jax.convert.rules.tables import Table, required_names
@@ -53,8 +53,7 @@ class Source:
       published: how the SHA-256 of the public file begins, if its publisher says so (torch hub
         puts eight digits into the name). Another file is imported with a remark.
       unstack: prefix of tensors whose leading axis is the block number, see `unstacked`.
-      hf: whether the file has the names that a class of transformers expects, and a config.json
-        beside it gives activation and epsilon as transformers does.
+      hf: whether the file has the names that a class of transformers expects.
       complete: whether the spec came out of the file with every fact, so that nothing is added.
       style: name of the style whose names the file has, if files beside it may state facts; what
         they say has to agree with the spec.
@@ -97,8 +96,6 @@ class Source:
         found = match(chosen.table, tensors, networks.shapes(chosen.spec), arch)
         if outside:
             found.dropped[BESIDE] = outside
-        if self.hf and container.config is not None:
-            problems = problems + huggingface.config_conflicts(container.config, arch)
         return dataclasses.replace(found, problems=problems + found.problems), tensors
 
     def share_of_names(self, container: Container, part: str) -> float:

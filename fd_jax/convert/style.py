@@ -148,7 +148,7 @@ def _prefixes(marks: tuple[str, ...], names: Mapping[str, Tensor]) -> list[str]:
 def _under(
     prefix: str, bases: tuple[str, ...], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under a prefix, those of the model around it as "../name", and all other names."""
+    """The tensors under a prefix, those of the model around it as "../name", and other names."""
     base = next((base for base in bases if base and prefix.endswith(base)), "")
     outer = prefix.removesuffix(base)
     chosen: dict[str, Tensor] = {}
@@ -262,7 +262,8 @@ def _hollow(container: Container, tensor: Tensor) -> np.ndarray:
     """An array of a tensor's shape without its values, which takes no memory."""
     if math.prod(tensor.shape) > container.size:
         raise damaged(
-            container.path, f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, and the "
-            f"file {container.size} bytes"
+            container.path,
+            f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, and the "
+            f"file {container.size} bytes",
         )
     return np.broadcast_to(np.zeros((), np.int8), tensor.shape)

@@ -33,6 +33,7 @@ FIELDS: dict[str, Rule] = {
     "source_sha256": OrNone(Text("64 hexadecimal digits")),
     "source_dtypes": Named("a dtype per tensor name"),
     "notes": Text("a text", optional=True),
+    "origins": Named("a text per fact"),
     "format_version": whole(0),
 }
 REQUIRED = ("family", "arch")

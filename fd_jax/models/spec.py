@@ -67,6 +67,7 @@ class ModelSpec:
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: str = ""
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
@@ -148,8 +149,8 @@ class ModelSpec:
     def to_json(self) -> str:
         """The text of `model.json`; without a segmenter or class names, it does not mention any."""
         fields = dataclasses.asdict(self)
-        for name in ("segmenter", "class_names"):  # earlier versions of this library know neither
-            if fields[name] is None:
+        for name in ("segmenter", "class_names", "origins"):  # earlier versions know none of them
+            if not fields[name]:
                 del fields[name]
         return json.dumps(fields, indent=2) + "\n"
 

@@ -1,6 +1,6 @@
-"""What files beside the weights claim about a network: those of transformers, timm and open_clip."""
+"""What files beside weights claim about a network: those of transformers, timm and open_clip."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fd_jax.convert.configs import huggingface, open_clip, timm
@@ -30,3 +30,9 @@ def claims(container: Container, style: Style) -> list[Claim]:
     if huggingface.PREPROCESSOR in container.beside:
         found += huggingface.statistics(container.beside[huggingface.PREPROCESSOR])
     return found
+
+
+def styles(container: Container, known: Iterable[Style]) -> list[str]:
+    """Names of the styles that a config.json of transformers is for; [] without one."""
+    kind = huggingface.vision_type(container.config or {})
+    return [style.name for style in known if kind in style.configs]

@@ -1,7 +1,7 @@
 """config.json and preprocessor_config.json of transformers, as facts.
 
-A field that config.json lacks has the default of the class, which is part of the format: transformers
-leaves fields out that have it.
+A field that config.json lacks has the default of the class, which is part of the format:
+transformers leaves fields out that have it.
 """
 
 from collections.abc import Callable, Mapping
@@ -199,6 +199,11 @@ def claims(config: Mapping[str, Any], style: Style) -> list[Claim]:
     return [*found, *(Claim(fact, value, constant) for fact, value in kind.constants.items())]
 
 
+def vision_type(config: Mapping[str, Any]) -> str:
+    """The model_type of the network that sees; "None" if the config has none."""
+    return _vision(config)[1]
+
+
 def _vision(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
     """The fields of the vision tower, its type, and where in the file they are."""
     name = str(config.get("model_type"))
@@ -253,8 +258,10 @@ def statistics(fields: Mapping[str, Any]) -> list[Claim]:
         return []  # the class of the image processor has them in its code
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not _three_numbers(values, positive=name == "image_std"):
-            raise ConversionError(f"{PREPROCESSOR} has the {name} {values!r:.60}; expected three "
-                                  "numbers, positive ones for image_std")
+            raise ConversionError(
+                f"{PREPROCESSOR} has the {name} {values!r:.60}; expected three "
+                "numbers, positive ones for image_std"
+            )
     return [
         Claim("mean", list(map(float, mean)), f"{PREPROCESSOR}: image_mean"),
         Claim("std", list(map(float, std)), f"{PREPROCESSOR}: image_std"),

@@ -22,6 +22,9 @@ _HARMLESS = frozenset(
 _ARGUMENTS = types.MappingProxyType(
     {"img_size": "image_size", "num_heads": "heads", "window_size": "window"}
 )
+# What a vision transformer has not unless its facts say so. Some configs leave out that an MLP is
+# gated, and then what they say of the activation is wrong too.
+_PLAIN = types.MappingProxyType({"gated_mlp": False, "mlp_norm": False, "attn_norm": False})
 _ACTIVATIONS = types.MappingProxyType(
     {**huggingface.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
 )
@@ -42,6 +45,7 @@ def claims(config: Mapping[str, Any]) -> list[Claim]:
     found = changed + _pretrained(pretrained, _said(pretrained, changed))
     known = {claim.fact for claim in found}
     facts, origin = published.architecture(str(name), pretrained.get("tag"))
+    facts = {**_PLAIN, **facts} if "width" in facts else facts
     return found + [Claim(f, value, origin) for f, value in facts.items() if f not in known]
 
 

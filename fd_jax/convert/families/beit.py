@@ -171,7 +171,8 @@ HUGGINGFACE_STYLE = Style(
                         "relative_position",
                         "position_embeddings",
                         "pooler",
-                        "'layernorm",
+                        "layernorm.weight",
+                        "layernorm.bias",
                         "attention.query.bias",
                         "attention.key.bias",
                         "attention.value.bias",
@@ -192,13 +193,16 @@ HUGGINGFACE_STYLE = Style(
         (
             f"encoder.{_TABLE}",
             _LAYER.format(i=0) + f".attention.attention.{_TABLE}",
-            "embeddings.position_embeddings",
         ),
     ),
+    unlike=("embeddings.position_embeddings",),
     bases=("beit.", "data2vec_vision."),
     configs=("beit", "data2vec-vision"),
     renames=(
-        (r"(^|\.)layers\.(\d+)\.relative_position", r"\1layers.\2.attention.attention.relative_position"),
+        (
+            r"(^|\.)layers\.(\d+)\.relative_position",
+            r"\1layers.\2.attention.attention.relative_position",
+        ),
         (r"(^|\.)shared_position_bias\.", r"\1encoder.relative_position_bias."),
         *timm_vit.IN_MEMORY,
     ),
@@ -245,6 +249,7 @@ SOURCES = (
         },
         "transformers BeitForImageClassification",
         "the head reads fc_norm of the mean patch token; BEiT v2 has ImageNet statistics",
+        style="timm_beit",
     ),
 )
 

@@ -177,6 +177,7 @@ def _openai(size: str, file: str, part: Part) -> Source:
         _OPENAI_ORACLE,
         _NOTE,
         published=_PUBLISHED[size],
+        style="openai_clip",
     )
 
 
@@ -191,6 +192,7 @@ SOURCES = (
         _OPENAI_ORACLE,
         "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
+        style="hf_clip",
     ),
     Source(
         "hf_clip_vit_large_patch14",
@@ -199,6 +201,7 @@ SOURCES = (
         _OPENAI_ORACLE,
         "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
+        style="hf_clip",
     ),
     Source(
         "open_clip_vit_b16_laion2b",
@@ -214,6 +217,7 @@ SOURCES = (
         },
         _OPENAI_ORACLE,
         "OpenAI's names, but the exact GELU",
+        style="openai_clip",
     ),
 )
 

@@ -103,9 +103,7 @@ _GATED = "blocks.{i}.mlp.w12"
 
 def _hub_table(*, gated: bool) -> Table:
     rules = [rule for rule in HUB_REGISTERS.rules if not (gated and ".mlp." in str(rule.names))]
-    rules = [
-        dataclasses.replace(rule, optional=rule.names == "register_tokens") for rule in rules
-    ]
+    rules = [dataclasses.replace(rule, optional=rule.names == "register_tokens") for rule in rules]
     mlp = (*packed_mlp(_GATED), *linear("blocks.{i}.mlp.w3", f"{BLOCK}/mlp/fc2")) if gated else ()
     heads = Drop("*_head.*", "the heads of DINO and iBOT")
     return Table((*rules, *mlp), (*HUB_REGISTERS.drops, heads))
@@ -140,9 +138,7 @@ def _hf_table(*mlp: Rule) -> Table:
     rules = [rule for rule in HUGGINGFACE.rules if not (mlp and ".mlp." in str(rule.names))]
     register = Rule("embeddings.register_tokens", "encoder/register_tokens", optional=True)
     classifier = (
-        dataclasses.replace(drop, names="../classifier.*")
-        if drop.names == "classifier.*"
-        else drop
+        dataclasses.replace(drop, names="../classifier.*") if drop.names == "classifier.*" else drop
         for drop in HUGGINGFACE.drops
     )
     return Table((*rules, register, *mlp), tuple(classifier))
@@ -212,6 +208,7 @@ def _hub(size: str) -> Source:
         {"backbone": Part(HUB, _spec(size, 0, "offset_0.1"))},
         "transformers Dinov2Model",
         "positions are resized by a scale factor of (g + 0.1)/37",
+        style="dinov2_hub",
     )
 
 
@@ -224,6 +221,7 @@ def _huggingface(size: str) -> Source:
         "transformers Dinov2Model",
         "positions are resized to a size, not by the hub's scale factor",
         hf=True,
+        style="hf_dinov2",
     )
 
 
@@ -239,6 +237,7 @@ def _hub_registers(size: str) -> Source:
         {"backbone": Part(HUB_REGISTERS, _spec(size, 4, "antialias"))},
         _REGISTERS_ORACLE,
         _REGISTERS_NOTE,
+        style="dinov2_hub",
     )
 
 
@@ -252,6 +251,7 @@ def _huggingface_registers(size: str) -> Source:
         _REGISTERS_ORACLE,
         _REGISTERS_NOTE,
         hf=True,
+        style="hf_dinov2",
     )
 
 

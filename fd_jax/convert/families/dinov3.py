@@ -211,6 +211,7 @@ def _hub(size: str) -> Source:
         _ORACLE,
         "k biases are masked out; a mask of NaN (never initialised) is refused; gated licence",
         published=_HASHES[size],
+        style="dinov3_hub",
     )
 
 
@@ -223,6 +224,7 @@ def _huggingface(size: str) -> Source:
         _ORACLE,
         "no k bias; gated licence",
         hf=True,
+        style="hf_dinov3",
     )
 
 

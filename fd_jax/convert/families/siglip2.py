@@ -160,6 +160,7 @@ SOURCES = (
         _ORACLE,
         "no class token",
         hf=True,
+        style="hf_siglip",
     ),
 )
 

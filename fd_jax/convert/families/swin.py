@@ -221,6 +221,7 @@ SOURCES = (
         _classifier(HUGGINGFACE + OPTIONAL_HEAD, arch("B", 224, 7), ("swin.",)),
         _ORACLE,
         hf=True,
+        style="hf_swin",
     ),
     Source(
         "timm_swin_base_patch4_window7_224",
@@ -228,6 +229,7 @@ SOURCES = (
         _classifier(TIMM, arch("B", 224, 7)),
         _ORACLE,
         TIMM_NOTE,
+        style="timm_swin",
     ),
 )
 

@@ -121,7 +121,7 @@ def _classifier(table: Table, arch: Mapping[str, Any], **where: tuple[str, ...])
 def _microsoft(size: str, name: str, image_size: int, window: int, **changes: Any) -> Source:
     network = arch(size, image_size, window, **changes)
     parts = _classifier(_MICROSOFT + HEAD, network, under=("model/", ""))
-    return Source(name, f"{name}.pth", parts, _ORACLE)
+    return Source(name, f"{name}.pth", parts, _ORACLE, style="microsoft_swin_v2")
 
 
 SOURCES = (
@@ -154,6 +154,7 @@ SOURCES = (
         _classifier(_HUGGINGFACE + swin.OPTIONAL_HEAD, arch("B", 256, 8), strip=("swinv2.",)),
         _ORACLE,
         hf=True,
+        style="hf_swinv2",
     ),
     Source(
         "timm_swinv2_base_window8_256",
@@ -161,6 +162,7 @@ SOURCES = (
         _classifier(_TIMM, arch("B", 256, 8)),
         _ORACLE,
         swin.TIMM_NOTE,
+        style="timm_swin_v2",
     ),
 )
 

@@ -157,11 +157,8 @@ IN_MEMORY = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-_HF_MORE = (
-    Rule("embeddings.cls_token", "encoder/cls_token"),
-    *linear("../classifier", "head"),
-    *linear("../cls_classifier", "head"),
-)
+_HF_CLASS = Rule("embeddings.cls_token", "encoder/cls_token")
+_HF_DISTILLED = "distilled"
 _HF_DROPS = (
     Drop("embeddings.mask_token", "only masked-image training uses it"),
     Drop("pooler.dense.*", "the pooler, which no task here reads"),
@@ -170,7 +167,8 @@ _HF_DROPS = (
 )
 
 
-def _hf_variant(rows: str) -> Table:
+def _hf_variant(rows: str, word: str) -> Table:
+    head = linear("../cls_classifier" if word else "../classifier", "head")
     own = ("embeddings.cls_token", "embeddings.position_embeddings")
     rules = [
         dataclasses.replace(rule, optional="bias" in str(rule.paths) and "attn" in str(rule.paths))
@@ -178,23 +176,32 @@ def _hf_variant(rows: str) -> Table:
         if rule.names not in own
     ]
     positions = position_rules(own[1], rows, "embeddings.distillation_token")
-    return Table((*positions, *rules, *optional(_HF_MORE)), _HF_DROPS)
+    return Table((*positions, *rules, *optional((_HF_CLASS, *head))), _HF_DROPS)
 
 
 def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
-    token = tensors.get("embeddings.distillation_token")
-    return position_rows(
+    distilled = "embeddings.distillation_token" in tensors
+    rows = position_rows(
         tensors.get("embeddings.position_embeddings"),
         cls="embeddings.cls_token" in tensors,
-        registers=0 if token is None else 1,
+        registers=int(distilled),
     )
+    return _hf_name(rows, _HF_DISTILLED if distilled else "")
+
+
+def _hf_name(*words: str) -> str:
+    return "+".join(filter(None, words))
 
 
 HUGGINGFACE_STYLE = Style(
     "hf_vit",
     "transformers' ViTModel",
     "vit",
-    {rows: _hf_variant(rows) for rows in (CLASS_ROW, NO_ROW, ALL_ROWS)},
+    {
+        _hf_name(rows, word): _hf_variant(rows, word)
+        for rows in (CLASS_ROW, NO_ROW, ALL_ROWS)
+        for word in ("", _HF_DISTILLED)
+    },
     (
         "embeddings.patch_embeddings.projection.weight",
         "encoder.layer.0.layernorm_before.weight",
@@ -234,6 +241,7 @@ SOURCES = (
         "dino_vitbase16_pretrain.pth",
         {"backbone": Part(TABLE, DINO)},
         _ORACLE,
+        style="timm_vit",
     ),
     Source(
         "dino_vitb16_full_checkpoint",
@@ -252,6 +260,7 @@ SOURCES = (
         "transformers ViTForImageClassification",
         "the head reads the class token",
         published="b5f2ef4d",
+        style="timm_vit",
     ),
     Source(
         "mae_vit_base_pretrain",
@@ -259,6 +268,7 @@ SOURCES = (
         {"encoder": Part(TABLE, DEIT, ("model/",))},
         _ORACLE,
         "the position table is the fixed sine-cosine one, stored in the file",
+        style="timm_vit",
     ),
     Source(
         "mae_vit_base_full",

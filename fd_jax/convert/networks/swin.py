@@ -191,7 +191,8 @@ def _arch_v2(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     return {
         **arch,
         "position": "rpb",
-        "pretrained_windows": list(settled["pretrained_windows"].value),
+        # transformers has four by default, whatever the number of stages.
+        "pretrained_windows": list(settled["pretrained_windows"].value)[: len(arch["depths"])],
         # The start of fresh norms; a file has the trained ones.
         "residual_scale": 0.0,
         "extra_norm_every": 0,

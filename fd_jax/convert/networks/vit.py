@@ -50,18 +50,16 @@ _BLOCK_TABLE = f"{_FIRST}/attn/rel_pos_bias/table"
 # The start value of gamma in a network with fresh weights; a file has the trained ones.
 _SCALE_START = 1.0
 # Fields that plain networks do not have, by the parameter that shows them.
-_EXTRAS = {
+EXTRAS = {
     "gated_mlp": f"{_FIRST}/mlp/gate/kernel",
     "mlp_norm": f"{_FIRST}/mlp/norm/scale",
     "attn_norm": f"{_FIRST}/attn/norm/scale",
 }
-_ROPE = ("rope_theta", "rope_pairs", "rope_reference", "rope_offset")
+_ROPE = ("rope_theta", "rope_pairs", "rope_reference", "rope_offset", "rope_axes")
 _POSITION_TABLES = ("encoder/pos_embed", _SHARED_TABLE, _BLOCK_TABLE)
 
 
-def _told(
-    shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _told(shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     del tensors
     patch_size, width = patches(shapes)
     biases = "".join(name for name in "qkv" if f"{_FIRST}/attn/{name}_bias" in shapes)
@@ -77,10 +75,10 @@ def _told(
         "registers": registers[1],
         "ln_pre": "encoder/ln_pre/scale" in shapes,
         "final_norm": "encoder/norm/scale" in shapes,
-        "layer_scale": _SCALE_START if f"{_FIRST}/gamma_1" in shapes else None,
+        "scaled": f"{_FIRST}/gamma_1" in shapes,
         "qkv_bias": _BIASES[biases],
         "patch_bias": "encoder/patch_embed/bias" in shapes,
-        **{name: True for name, path in _EXTRAS.items() if path in shapes},
+        **{name: path in shapes for name, path in EXTRAS.items()},
     }
     return found | _positions(shapes, int(found["cls_token"]))
 
@@ -115,7 +113,7 @@ def _asks(told: Mapping[str, Any]) -> tuple[str, ...]:
 
 _PLAIN = (
     "patch_size width depth heads mlp_width cls_token registers ln_pre final_norm activation "
-    "norm_eps layer_scale qkv_bias patch_bias"
+    "norm_eps qkv_bias patch_bias"
 ).split()
 _KINDS = {
     (None, True): "rope",
@@ -134,8 +132,9 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
         raise ConversionError("it has rotary positions beside a table of relative ones")
     size, remarks = _image_size(settled)
     arch = {name: facts[name] for name in _PLAIN}
+    arch["layer_scale"] = facts.get("layer_scale", _SCALE_START) if facts["scaled"] else None
     arch |= {"image_size": sizes.plain(size), "position": _KINDS[kind], **rotary}
-    arch |= {name: True for name in _EXTRAS if facts.get(name)}
+    arch |= {name: True for name in EXTRAS if facts.get(name)}
     if any(side % facts["patch_size"] for side in sizes.sides(size)):
         arch["partial_patches"] = "crop"
     return arch, remarks

@@ -1,7 +1,8 @@
 """The layout changes between files and fd_jax, each with its inverse and shapes.
 
 Arrays go in and come out in order. Nothing is computed on values, so an inverse gives the very bits
-back; the one exception, `folded_positions`, says so. Shapes: `file_shapes` gets the shapes of the fd_jax side and returns the file's.
+back; the one exception, `folded_positions`, says so. Shapes: `file_shapes` gets the shapes of the
+fd_jax side and returns the file's.
 """
 
 from collections.abc import Callable
@@ -127,7 +128,6 @@ PACKED_GATE_BIAS = Transform(
 )
 
 
-
 def folded_positions(cls: int) -> Transform:
     """Registers and a position table of all tokens <-> registers that have their positions.
 
@@ -148,9 +148,7 @@ def folded_positions(cls: int) -> Transform:
         rows = (table[:, :cls], np.zeros_like(registers), table[:, cls:])
         return registers, np.concatenate(rows, axis=1)
 
-    return Transform(
-        fold, unfold, lambda r, table: (r, (1, r[1] + table[1], r[2]))
-    )
+    return Transform(fold, unfold, lambda r, table: (r, (1, r[1] + table[1], r[2])))
 
 
 def split_qkv_heads(heads: int) -> Transform:
