@@ -102,8 +102,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_export)
 
     command = commands.add_parser("verify", help="compare a model folder with torch, by block")
-    command.add_argument("--source", required=True, help="source of the file")
+    command.add_argument("--source", default=importing.AUTO, help="source of the file")
     command.add_argument("--input", required=True, type=_path, help="the file")
+    _add_facts(command)
     command.add_argument("--model", required=True, type=_path, help="the model folder made from it")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
@@ -161,6 +162,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         arguments.model,
         part=arguments.part,
         allow_other_hash=arguments.allow_other_hash,
+        arch=arguments.arch,
+        facts=arguments.fact,
     )
     print(verifying.report(compared))
     if not compared.agrees:

@@ -121,7 +121,8 @@ _VITS = ModelType(_B16, _VIT, _ON_CLASS_TOKEN)
 # The MLP of DINOv2 is a ratio, and two thirds of it where it is gated: its tensors tell.
 _DINOV2_NAMES = {field: fact for field, fact in _VIT.items() if fact != "mlp_width"}
 _DINOV2 = {**_B16, "layer_norm_eps": 1e-6, "patch_size": 14}
-_SWINS = {"use_absolute_embeddings": False}
+# Their norms of patches and mergings have torch's epsilon, whatever the config says.
+_SWINS = {"use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
 
 TYPES: Mapping[str, ModelType] = types.MappingProxyType(
     {
