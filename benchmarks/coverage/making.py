@@ -240,7 +240,7 @@ def _final_tokens(model: Any, pixels: torch.Tensor, interpolate: bool) -> torch.
 
 def _open_clip(folder: Path, name: str) -> Made:
     import open_clip
-    from open_clip import factory
+    from open_clip.constants import HF_CONFIG_NAME
     from safetensors.torch import save_file
 
     model_name, _, tag = name.partition(".")
@@ -259,7 +259,7 @@ def _open_clip(folder: Path, name: str) -> Made:
     save_file({key: value.contiguous() for key, value in state.items()}, _weights(folder))
     preprocess = {key: weights[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
-    (folder / "hub" / factory.HF_CONFIG_NAME).write_text(text)
+    (folder / "hub" / HF_CONFIG_NAME).write_text(text)
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     tower = model.visual
     size = tower.image_size if isinstance(tower.image_size, int) else tower.image_size[0]

@@ -87,8 +87,8 @@ def _norms(module: nn.Module) -> Iterator[nn.LayerNorm]:
         if isinstance(part, nn.LayerNorm):
             _require(part.weight is not None and part.bias is not None, "LayerNorm without a bias")
             yield part
-        else:
-            _require("norm" not in name.lower() or name == "GlobalResponseNorm", _norm_name(name))
+        elif hasattr(part, "eps"):
+            _require(name == "GlobalResponseNorm", _norm_name(name))
 
 
 def _norm_name(name: str) -> str:
@@ -132,11 +132,11 @@ _BLOCKS = {
 def _common(model: Any) -> Facts:
     """What the vision transformers of timm share."""
     embed, first, width = model.patch_embed, model.blocks[0], model.embed_dim
+    eps = epsilon(model)
     _require(type(embed).__name__ == "PatchEmbed", f"a stem of the kind {type(embed).__name__}")
     _require(isinstance(embed.norm, nn.Identity), "a norm of the patches")
     _require(embed.proj.kernel_size == embed.proj.stride, "patches that overlap")
     _check_attention(first.attn, width)
-    eps = epsilon(model)
     registers = getattr(model, "num_prefix_tokens", 1) - int(model.cls_token is not None)
     return {
         "image_size": side(embed.img_size),

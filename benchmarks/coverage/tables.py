@@ -74,10 +74,21 @@ def timm_table() -> dict[str, Any]:
         if type(model).__name__ not in reading.TIMM:
             made.set_aside(architecture, type(model).__name__)
             continue
-        made.add_architecture(architecture, _timm_facts(model))
+        made.add_architecture(architecture, _timm_facts(model, model.pretrained_cfg))
+        known = {_changes_of_network(model.pretrained_cfg): model}
         for tag in tags.get(architecture, ()):
-            made.add(architecture, tag, _timm_facts(_timm_model(f"{architecture}.{tag}")))
+            config = timm.get_pretrained_cfg(f"{architecture}.{tag}").to_dict()
+            changes = _changes_of_network(config)
+            if changes not in known:
+                known[changes] = _timm_model(f"{architecture}.{tag}")
+            made.add(architecture, tag, _timm_facts(known[changes], config))
     return made.finished()
+
+
+def _changes_of_network(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What timm gives its modules of the configuration of a tag, apart from classes."""
+    size = tuple(config["input_size"]) if config.get("fixed_input_size") else None
+    return config.get("global_pool"), size
 
 
 _MODULES = {
@@ -100,8 +111,7 @@ def _timm_model(name: str) -> Any:
         return timm.create_model(name, pretrained=False)
 
 
-def _timm_facts(model: Any) -> Facts:
-    config = model.pretrained_cfg
+def _timm_facts(model: Any, config: dict[str, Any]) -> Facts:
     size = {"image_size": reading.side(config["input_size"][1:])}
     style = reading.style_of_timm(model)
     return _facts(style, lambda: {**size, **reading.of_timm(model)}, config["mean"], config["std"])
@@ -170,9 +180,16 @@ def _facts(style: str, read: Callable[[], Facts], mean: Any, std: Any) -> Facts:
         facts = {name: value for name, value in read().items() if value is not None}
     except reading.LackingError as lacking:
         return {"style": style, "lacks": str(lacking)}
-    known = {pair: name for name, pair in STATISTICS.items()}
+    return {"style": style, **facts, "statistics": _statistics(mean, std)}
+
+
+def _statistics(mean: Any, std: Any) -> str:
+    """The name of a pair of statistics; one that few networks have is called by its numbers."""
     pair = tuple(map(float, mean)), tuple(map(float, std))
-    return {"style": style, **facts, "statistics": known[pair]}
+    known = {pair: name for name, pair in STATISTICS.items()}
+    name = known.get(pair, " ".join(f"{value:g}" for row in pair for value in row))
+    STATISTICS[name] = pair
+    return name
 
 
 class _Table:
