@@ -1,13 +1,26 @@
 """Vision transformers: parameter paths, published sizes, what other libraries take for granted."""
 
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
 from fd_jax.convert.layout import FINAL_NORM, need
 from fd_jax.convert.networks.network import Network
+from fd_jax.models import vit
+from fd_jax.models.rotary import Rope
 
 NETWORK = Network(
     depths=lambda arch: [arch["depth"]],
     width=lambda arch: arch["width"],
     positions=lambda arch: arch["position"],
 )
+
+
+def _is_dinov3s(arch: Mapping[str, Any]) -> bool:
+    others = (field for field in dataclasses.fields(Rope) if field.name != "theta")
+    given = (arch.get(f"rope_{field.name}", field.default) == field.default for field in others)
+    return arch["position"] == "rope" and all(given)
+
 
 BLOCK = "encoder/blocks/{i}"
 QKV = f"{BLOCK}/attn/qkv/kernel"
@@ -28,8 +41,8 @@ ABSOLUTE = need("absolute positions", lambda arch: arch["position"] == "ape")
 SHARED_TABLE = need(
     "a shared relative position table", lambda arch: arch["position"] == "shared_rpb"
 )
-ROTARY = need("rotary positions", lambda arch: arch["position"] == "rope")
-NOT_ROTARY = need("positions that are not rotary", lambda arch: arch["position"] != "rope")
+ROTARY = need("DINOv3's rotary positions", _is_dinov3s)
+NOT_ROTARY = need("positions that are not rotary", lambda arch: arch["position"] not in vit.ROTARY)
 BIASES_QKV = need("biases of q, k and v", lambda arch: arch["qkv_bias"] == "qkv")
 BIASES_QV = need("biases of q and v alone", lambda arch: arch["qkv_bias"] == "qv")
 LAYER_SCALE = need("layer scale", lambda arch: arch["layer_scale"] is not None)
