@@ -158,8 +158,9 @@ def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
     """
     spec = model_folder.load_spec(epath.Path(given[name]))
     side = sizes.square_side(spec.arch["image_size"], network="a network in training")
-    largest = max(1, LARGEST_SIDE // stride(spec)) * stride(spec)
-    return spec, int(given["size"]) or min(side, largest)
+    # A side that the student's patches fill: those of some teachers leave a rest of theirs unread.
+    tokens = min(side, max(LARGEST_SIDE, stride(spec))) // stride(spec)
+    return spec, int(given["size"]) or tokens * stride(spec)
 
 
 def stride(spec: ModelSpec) -> int:

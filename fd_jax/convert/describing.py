@@ -14,14 +14,14 @@ from fd_jax.convert import configs
 from fd_jax.convert import networks as kinds
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.facts import TENSORS, Claim, claims, settle, show
-from fd_jax.convert.rules.tables import as_tuple
+from fd_jax.convert.rules.tables import Rule, Table, as_tuple
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Recognized, depths, parameter_shapes
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models.spec import ModelSpec
 
 # The fields of `ModelSpec` beside `arch` that are facts.
-_FIELDS = ("mean", "std", "pixel_scale", "position_resize", "pooling")
+_FIELDS = ("mean", "std", "pixel_scale", "position_resize", "pooling", "pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +96,16 @@ def source(description: Description, container: Container) -> tuple[Source, list
     Raises:
       ConversionError: the facts together make no network.
     """
-    network, settled = description.network, description.settled
+    network, settled, remarks = description.network, description.settled, []
+    table = network.table
+    if "pool" not in settled and (pools := pool_rules(table)):
+        table = dataclasses.replace(table, rules=tuple(r for r in table.rules if r not in pools))
+        remarks.append("its pooling head is left out: nothing tells its heads and activation")
+    elif "pool" in settled and not pool_rules(table):
+        settled = {name: claim for name, claim in settled.items() if name != "pool"}
     kind = kinds.NETWORKS[network.style.network]
     try:
-        arch, remarks = kind.arch(settled)
+        arch, told = kind.arch(settled)
         fields = {name: settled[name].value for name in _FIELDS if name in settled}
         fields |= {n: tuple(fields[n]) for n in ("mean", "std") if n in fields}
         spec = ModelSpec(network.style.network, arch, **fields, origins=origins(settled))
@@ -107,9 +113,10 @@ def source(description: Description, container: Container) -> tuple[Source, list
         kinds.shapes(spec)
     except (UserError, ValueError) as error:
         raise ConversionError(f"{container.path}: {description.summary}: {error}") from error
+    remarks += told
     if network.prefix:
         remarks.append(f"its tensors are below {network.prefix!r}")
-    part = Part(network.table, spec)
+    part = Part(table, spec)
     made = Source(
         network.source,
         network.style.writer,
@@ -119,6 +126,11 @@ def source(description: Description, container: Container) -> tuple[Source, list
         remarks=tuple(remarks),
     )
     return made, remarks
+
+
+def pool_rules(table: Table) -> list[Rule]:
+    """The rules of a pool."""
+    return [rule for rule in table.rules if as_tuple(rule.paths)[0].startswith("pool/")]
 
 
 def origins(settled: Mapping[str, Claim]) -> dict[str, str]:

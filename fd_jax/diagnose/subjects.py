@@ -75,8 +75,8 @@ def about(model: Model) -> dict[str, Any]:
         network = nnx.merge(definition, params)
         return network.attention_maps(images, range(network.depth))
 
-    height, width = sizes.sides(model.spec.arch["image_size"])
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    size, patch = (model.spec.arch[name] for name in ("image_size", "patch_size"))
+    images = jax.ShapeDtypeStruct((1, *sizes.sides(size), 3), jnp.float32)
     maps = jax.eval_shape(attention, shapes, images)
     return {
         "family": model.spec.family,
@@ -84,7 +84,7 @@ def about(model: Model) -> dict[str, Any]:
         "layers": len(maps),
         "heads": [layer.inputs.q.shape[2] for layer in maps],
         "grid": [list(layer.grid) for layer in maps],
-        "patch": [height // layer.grid[0] for layer in maps],
+        "patch": [sizes.token_side(size, patch, layer.grid) for layer in maps],
         "window": [layer.window for layer in maps],
         "prefix": maps[0].prefix,
     }

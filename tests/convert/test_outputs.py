@@ -101,7 +101,9 @@ def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
     assert off(ours(shifted, got.params["encoder"], side), expected) > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")]
+)
 def test_pooled_vectors_are_those_of_the_library(name, tmp_path):
     found = saved(name)
     model = importing.model(read(found, tmp_path))

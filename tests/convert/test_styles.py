@@ -281,7 +281,9 @@ def test_stated_facts_answer_and_are_kept_with_their_origin(tmp_path):
     found = importing.read("auto", alone(folder), facts=stated)
     assert found.spec.arch == expected.spec.arch
     assert set(found.spec.origins.values()) == {"--fact"}
-    with pytest.raises(ConversionError, match=r"does not agree: heads is 8 \(--fact\), but 4 \(config.json"):
+    with pytest.raises(
+        ConversionError, match=r"does not agree: heads is 8 \(--fact\), but 4 \(config.json"
+    ):
         importing.read("auto", folder, facts=["heads=8"])
 
 

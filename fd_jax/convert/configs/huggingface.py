@@ -104,6 +104,17 @@ def _gated(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"activation": "silu"} if fields.get("use_swiglu_ffn") else {}
 
 
+def _siglip_pool(fields: Mapping[str, Any]) -> dict[str, Any]:
+    pool = {
+        "kind": "attention",
+        "heads": fields["num_attention_heads"],
+        "mlp_width": fields["intermediate_size"],
+        "activation": activation(fields["hidden_act"], f"{FILE}: hidden_act"),
+        "norm_eps": fields["layer_norm_eps"],
+    }
+    return {"pool": pool} if fields.get("vision_use_head", True) else {}
+
+
 _SIZED = {"position_resize": "size"}
 _ON_CLASS_TOKEN = {**_SIZED, "pooling": "cls"}
 _CLIP = ModelType(
@@ -113,6 +124,7 @@ _SIGLIP = ModelType(
     {**_B16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     _VIT,
     {**_SIZED, "pooling": "mean"},
+    more=_siglip_pool,
 )
 _BEIT = ModelType(
     _B16, _VIT, _SIZED, {"use_absolute_position_embeddings": False}, more=_beit_pooling

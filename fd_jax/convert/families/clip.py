@@ -11,6 +11,7 @@ from fd_jax.convert.networks.vit import (
     BLOCK,
     CLASS_TOKEN,
     NORM_BEFORE_BLOCKS,
+    PROJECTION,
     QKV,
     QKV_BIASES,
     SIZES,
@@ -20,6 +21,7 @@ from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
     FUSED_QKV_BIAS,
+    LINEAR,
     MATRIX_TOKENS,
     SPLIT_QKV,
     VECTOR_TOKEN,
@@ -67,6 +69,7 @@ OPENAI = prefixed(_TOWER, "visual.") + Table((), tuple(Drop(*pair) for pair in _
 _ANY_TOWER = Table(
     (
         *(dataclasses.replace(r, optional="ln_pre" in str(r.names)) for r in _TOWER.rules),
+        Rule("proj", PROJECTION, optional=True),
         Rule(f"{_RES}.ls_1.gamma", f"{BLOCK}/gamma_1", optional=True),
         Rule(f"{_RES}.ls_2.gamma", f"{BLOCK}/gamma_2", optional=True),
     ),
@@ -117,13 +120,14 @@ _HF_OUTSIDE = (
 HUGGINGFACE = prefixed(_VISION_MODEL, "vision_model.") + Table(
     (), tuple(Drop(*pair) for pair in _HF_OUTSIDE)
 )
+_PROJECTION = Rule("../visual_projection.weight", PROJECTION, LINEAR)
 HUGGINGFACE_STYLE = Style(
     "hf_clip",
     "transformers' CLIPVisionModel",
     "vit",
     {
         "": Table(
-            (*_VISION_MODEL.rules, *optional(linear("../classifier", "head"))),
+            (*_VISION_MODEL.rules, *optional((_PROJECTION, *linear("../classifier", "head")))),
             (*_VISION_MODEL.drops, *(Drop(f"../{name}", why) for name, why in _HF_OUTSIDE)),
         )
     },

@@ -12,7 +12,6 @@ from fd_jax.convert.huggingface import HuggingFace, vit_fields
 from fd_jax.convert.layout import FINAL_NORM
 from fd_jax.convert.networks.vit import (
     BLOCK,
-    CENTRED,
     CLASS_TOKEN,
     LAYER_SCALE,
     PATCH_BIAS,
@@ -253,7 +252,7 @@ LAYOUTS = (
         "DINOv3ViTModel",
         "vit",
         HUGGINGFACE_STYLE.tables[""],
-        (CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ROTARY, CENTRED, LAYER_SCALE, REGISTERS),
+        (CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ROTARY, LAYER_SCALE, REGISTERS),
         model_type="dinov3_vit",
         fields=_fields,
         extra=_mask_token,

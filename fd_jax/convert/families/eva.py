@@ -15,6 +15,7 @@ from fd_jax.convert.networks.vit import (
     packed_mlp,
     position_rows,
     position_rules,
+    timm_pool,
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, optional
 from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
@@ -43,6 +44,7 @@ _SOMETIMES = (
     *norm("norm", "encoder/norm"),
     *norm("fc_norm", "fc_norm"),
     *linear("head", "head"),
+    *timm_pool("attn_pool"),
 )
 _DROPS = (
     Drop("attn_pool.*", "the attention pooling head"),

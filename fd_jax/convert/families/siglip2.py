@@ -11,12 +11,17 @@ from fd_jax.convert.networks.vit import (
     BLOCK,
     NO_CLASS_TOKEN,
     PATCH_BIAS,
+    POOL,
+    POOL_BIASES,
+    POOL_QKV,
     QKV,
     QKV_BIASES,
     SIZES,
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import (
+    FUSED_QKV,
+    FUSED_QKV_BIAS,
     MATRIX_TOKENS,
     SPLIT_QKV,
     heads_bias,
@@ -101,13 +106,22 @@ _OUTSIDE = (
 HUGGINGFACE = prefixed(_VISION_MODEL, "vision_model.") + Table(
     (), tuple(Drop(*pair) for pair in _OUTSIDE)
 )
+_HEAD = (
+    Rule("head.probe", f"{POOL}/latent"),
+    Rule("head.attention.in_proj_weight", POOL_QKV, FUSED_QKV),
+    Rule("head.attention.in_proj_bias", POOL_BIASES, FUSED_QKV_BIAS),
+    *linear("head.attention.out_proj", f"{POOL}/attn/proj"),
+    *norm("head.layernorm", f"{POOL}/norm"),
+    *linear("head.mlp.fc1", f"{POOL}/mlp/fc1"),
+    *linear("head.mlp.fc2", f"{POOL}/mlp/fc2"),
+)
 HUGGINGFACE_STYLE = Style(
     "hf_siglip",
     "transformers' SiglipVisionModel",
     "vit",
     {
         "": Table(
-            (*_VISION_MODEL.rules, *optional(linear("../classifier", "head"))),
+            (*_VISION_MODEL.rules, *optional((*_HEAD, *linear("../classifier", "head")))),
             (*_VISION_MODEL.drops, *(Drop(f"../{name}", why) for name, why in _OUTSIDE)),
         )
     },

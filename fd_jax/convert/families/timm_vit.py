@@ -28,6 +28,7 @@ from fd_jax.convert.networks.vit import (
     packed_mlp,
     position_rows,
     position_rules,
+    timm_pool,
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
@@ -65,6 +66,7 @@ _MORE = (
     Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
     *norm("fc_norm", "fc_norm"),
     *linear("head", "head"),
+    *timm_pool("attn_pool"),
 )
 _DROPS = (
     Drop("head_dist.*", "the head of the distillation token"),

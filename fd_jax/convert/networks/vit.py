@@ -1,6 +1,7 @@
 """Vision transformers: parameter paths, published sizes, what shapes tell of them."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -14,20 +15,32 @@ from fd_jax.convert.networks.network import (
     patches,
     shape_of,
 )
-from fd_jax.convert.rules.tables import Rule
+from fd_jax.convert.rules.tables import Rule, linear, norm, optional
 from fd_jax.convert.rules.transforms import (
+    HALVES,
     PACKED_GATE,
-    PACKED_GATE_BIAS,
     PATCH_POSITIONS,
+    QUERY_AND_KEY_VALUE,
     SAME,
     folded_positions,
 )
 from fd_jax.errors import ConversionError
-from fd_jax.models import sizes
+from fd_jax.models import sizes, vit
+from fd_jax.models.rotary import Rope
+
+
+def _is_dinov3s(arch: Mapping[str, Any]) -> bool:
+    others = (field for field in dataclasses.fields(Rope) if field.name != "theta")
+    given = (arch.get(f"rope_{field.name}", field.default) == field.default for field in others)
+    return arch["position"] == "rope" and all(given)
+
 
 BLOCK = "encoder/blocks/{i}"
 QKV = f"{BLOCK}/attn/qkv/kernel"
 QKV_BIASES = (f"{BLOCK}/attn/q_bias", f"{BLOCK}/attn/k_bias", f"{BLOCK}/attn/v_bias")
+
+POOL = "pool"
+PROJECTION = f"{POOL}/projection/kernel"
 
 SIZES = {
     "S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
@@ -55,7 +68,7 @@ EXTRAS = {
     "mlp_norm": f"{_FIRST}/mlp/norm/scale",
     "attn_norm": f"{_FIRST}/attn/norm/scale",
 }
-_ROPE = ("rope_theta", "rope_pairs", "rope_reference", "rope_offset", "rope_axes")
+_ROPE = {f"rope_{field.name}": field.default for field in dataclasses.fields(Rope)}
 _POSITION_TABLES = ("encoder/pos_embed", _SHARED_TABLE, _BLOCK_TABLE)
 
 
@@ -80,7 +93,14 @@ def _told(shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]) 
         "patch_bias": "encoder/patch_embed/bias" in shapes,
         **{name: path in shapes for name, path in EXTRAS.items()},
     }
-    return found | _positions(shapes, int(found["cls_token"]))
+    return found | _positions(shapes, int(found["cls_token"])) | _pool(shapes)
+
+
+def _pool(shapes: Shapes) -> dict[str, Any]:
+    """The projection of the class token, if that is how one vector is made of a picture."""
+    if PROJECTION not in shapes or f"{POOL}/latent" in shapes:
+        return {}
+    return {"pool": {"kind": "projection", "width": shapes[PROJECTION][1]}}
 
 
 def _positions(shapes: Shapes, cls: int) -> dict[str, Any]:
@@ -126,7 +146,9 @@ _KINDS = {
 
 def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     facts = {name: claim.value for name, claim in settled.items()}
-    rotary = {name: facts[name] for name in _ROPE if facts.get(name) is not None}
+    rotary = {
+        name: facts[name] for name, default in _ROPE.items() if _is_given(facts, name, default)
+    }
     kind = facts["table"], "rope_theta" in rotary
     if kind not in _KINDS:
         raise ConversionError("it has rotary positions beside a table of relative ones")
@@ -138,6 +160,10 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     if any(side % facts["patch_size"] for side in sizes.sides(size)):
         arch["partial_patches"] = "crop"
     return arch, remarks
+
+
+def _is_given(facts: Mapping[str, Any], name: str, default: Any) -> bool:
+    return name in facts and facts[name] != default
 
 
 def _image_size(settled: Settled) -> tuple[sizes.ImageSize, list[str]]:
@@ -202,6 +228,26 @@ def position_rules(name: str, rows: str, registers: str) -> tuple[Rule, ...]:
     return (Rule(name, table, change), Rule(registers, tokens, optional=True))
 
 
+def timm_pool(name: str) -> tuple[Rule, ...]:
+    """Rules of timm's pool with a learned query, which few networks have."""
+    return optional(
+        (
+            Rule(f"{name}.latent", f"{POOL}/latent"),
+            Rule((f"{name}.q.weight", f"{name}.kv.weight"), POOL_QKV, QUERY_AND_KEY_VALUE),
+            Rule(f"{name}.q.bias", POOL_BIASES[0]),
+            Rule(f"{name}.kv.bias", POOL_BIASES[1:], HALVES),
+            *linear(f"{name}.proj", f"{POOL}/attn/proj"),
+            *norm(f"{name}.norm", f"{POOL}/norm"),
+            *linear(f"{name}.mlp.fc1", f"{POOL}/mlp/fc1"),
+            *linear(f"{name}.mlp.fc2", f"{POOL}/mlp/fc2"),
+        )
+    )
+
+
+POOL_QKV = f"{POOL}/attn/qkv/kernel"
+POOL_BIASES = tuple(f"{POOL}/attn/{name}_bias" for name in "qkv")
+
+
 def is_packed(tensors: Mapping[str, Tensor], hidden: str, out: str) -> bool:
     """Whether the first layer of an MLP is twice as wide as its second one takes."""
     first, second = (tensors.get(f"{name}.weight") for name in (hidden, out))
@@ -215,7 +261,7 @@ def packed_mlp(name: str) -> tuple[Rule, ...]:
     gate, value = f"{BLOCK}/mlp/gate", f"{BLOCK}/mlp/fc1"
     return (
         Rule(f"{name}.weight", (f"{gate}/kernel", f"{value}/kernel"), PACKED_GATE),
-        Rule(f"{name}.bias", (f"{gate}/bias", f"{value}/bias"), PACKED_GATE_BIAS),
+        Rule(f"{name}.bias", (f"{gate}/bias", f"{value}/bias"), HALVES),
     )
 
 
@@ -237,12 +283,8 @@ ABSOLUTE = need("absolute positions", lambda arch: arch["position"] == "ape")
 SHARED_TABLE = need(
     "a shared relative position table", lambda arch: arch["position"] == "shared_rpb"
 )
-ROTARY = need("rotary positions", lambda arch: arch["position"] == "rope")
-CENTRED = need(
-    "rotary positions of DINOv3",
-    lambda arch: not arch.get("rope_reference") and arch.get("rope_pairs", "halves") == "halves",
-)
-NOT_ROTARY = need("positions that are not rotary", lambda arch: "rope" not in arch["position"])
+ROTARY = need("DINOv3's rotary positions", _is_dinov3s)
+NOT_ROTARY = need("positions that are not rotary", lambda arch: arch["position"] not in vit.ROTARY)
 BIASES_QKV = need("biases of q, k and v", lambda arch: arch["qkv_bias"] == "qkv")
 BIASES_QV = need("biases of q and v alone", lambda arch: arch["qkv_bias"] == "qv")
 LAYER_SCALE = need("layer scale", lambda arch: arch["layer_scale"] is not None)

@@ -123,8 +123,16 @@ PACKED_GATE = Transform(
     lambda gate, value: (np.concatenate((gate.T, value.T)),),
     lambda gate, value: ((gate[1] + value[1], gate[0]),),
 )
-PACKED_GATE_BIAS = Transform(
-    lambda x: tuple(x.reshape(2, -1)), _join_rows, lambda gate, value: ((gate[0] + value[0],),)
+# Two vectors in one [2 H] <-> each of them
+HALVES = Transform(
+    lambda x: tuple(x.reshape(2, -1)), _join_rows, lambda first, second: ((first[0] + second[0],),)
+)
+
+# A query's weight [D, D] and that of keys and values [2 D, D] <-> [D, 3, D]
+QUERY_AND_KEY_VALUE = Transform(
+    lambda q, kv: (np.concatenate((q, kv)).reshape(3, -1, q.shape[1]).transpose(2, 0, 1),),
+    lambda x: (x[:, 0].T, x[:, 1:].transpose(1, 2, 0).reshape(-1, len(x))),
+    lambda s: ((s[2], s[0]), (2 * s[2], s[0])),
 )
 
 
