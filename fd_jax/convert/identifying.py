@@ -188,9 +188,19 @@ def _descriptions(
     named = configs.styles(container, families.STYLES.values())
     every = [n for n in every if n.style.name in named] or every
     most = max((network.claimed for network in every), default=0)
-    return [
-        describe(network, container, given) for network in every if network.claimed >= most - _RIVAL
-    ]
+    rivals = sorted(
+        (network for network in every if network.claimed >= most - _RIVAL),
+        key=lambda network: -network.claimed,
+    )
+    found, errors = [], []
+    for network in rivals:
+        try:
+            found.append(describe(network, container, given))
+        except ConversionError as error:
+            errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found
 
 
 def _sources(
