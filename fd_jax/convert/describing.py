@@ -73,13 +73,14 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
     style, kind = network.style, kinds.NETWORKS[network.style.network]
     try:
         counts = depths(network.table, network.tensors)
-        if network.lacks:
-            raise ConversionError("; ".join(network.lacks))
+        coded = claims(style.code(network.tensors), f"the code of {style.writer}")
+        found = [*given, *configs.claims(container, style), *coded]
+        bare = any(claim.fact == "final_norm" and not claim.value for claim in found)
+        if lacks := network.lacks(final_norm=not bare):
+            raise ConversionError("; ".join(lacks))
         if not counts or not all(counts):
             raise ConversionError("it has no blocks, or a stage without any")
         told = kind.told(parameter_shapes(network, container), counts, network.tensors)
-        coded = claims(style.code(network.tensors), f"the code of {style.writer}")
-        found = [*given, *configs.claims(container, style), *coded]
         settled = dict(settle([*claims(told, TENSORS), *found]))
     except UserError as error:
         raise ConversionError(f"{container.path}: {style.writer}: {error}") from error
@@ -88,6 +89,14 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
         asked = (*asked, "pooling")
     missing = tuple(fact for fact in asked if fact not in settled)
     return Description(network, settled, missing, told)
+
+
+def filled(description: Description) -> Description:
+    """The same with stand-ins for what is missing, so that its tensors can be compared."""
+    kind = kinds.NETWORKS[description.network.style.network]
+    values = kind.stand_ins(description.told)
+    made_up = {fact: Claim(fact, values[fact], "a stand-in") for fact in description.missing}
+    return dataclasses.replace(description, settled={**description.settled, **made_up}, missing=())
 
 
 def source(description: Description, container: Container) -> tuple[Source, list[str]]:

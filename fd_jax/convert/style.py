@@ -22,6 +22,7 @@ from fd_jax.convert.source import unstacked
 ParameterShapes = Mapping[str, tuple[int, ...]]
 _PLACEHOLDERS = re.compile(r"\\\{(i|b|s|s\\\+1)\\\}")
 _MOST_BLOCKS = 1000
+_MOST_NUMBERS = 2**31  # in a tensor of a network
 # Begins the names, in tables, of what is beside a network in a larger model of the same library.
 OUTER = "../"
 
@@ -49,6 +50,7 @@ class Style:
       marks: names that every file of the style has, with the numbers of first blocks.
       unlike: globs of names; a file with one of them is of another style.
       one_of: groups of names of which a network has at least one.
+      norms: names of which a network has at least one, unless it is said to have no final norm.
       bases: what the library puts before the names in a larger model, such as "vision_model.".
       pick: (tensors by name) -> the variant that a file has.
       code: (tensors by name) -> facts that the library's code has for every such network.
@@ -64,6 +66,7 @@ class Style:
     marks: tuple[str, ...]
     unlike: tuple[str, ...] = ()
     one_of: tuple[tuple[str, ...], ...] = ()
+    norms: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     pick: Callable[[Mapping[str, Tensor]], str] = _only_table
     code: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing
@@ -107,13 +110,17 @@ class Recognized:
         """Which share of the tensors the rules name."""
         return sum(_claims(self.table, name) for name in self.tensors) / len(self.tensors)
 
-    @property
-    def lacks(self) -> list[str]:
-        """What every network of the style has and this one does not, one line each."""
+    def lacks(self, *, final_norm: bool) -> list[str]:
+        """What every network of the style has and this one does not, one line each.
+
+        Args:
+          final_norm: whether it should have a norm at the end.
+        """
+        groups = [*self.style.one_of, *([self.style.norms] if final_norm else [])]
         return [
             f"missing {' or '.join(names)}"
-            for names in self.style.one_of
-            if not any(name in self.tensors for name in names)
+            for names in groups
+            if names and not any(name in self.tensors for name in names)
         ]
 
 
@@ -225,7 +232,7 @@ def parameter_shapes(network: Recognized, container: Container) -> dict[str, tup
       Shape by path, with the number of the block, 0, in it.
 
     Raises:
-      ConversionError: a tensor claims to be larger than the file.
+      ConversionError: a tensor claims to be larger than any of a network.
     """
     found = {}
     for rule in network.table.rules:
@@ -260,10 +267,6 @@ def _at(template: str, place: Mapping[str, int]) -> str:
 
 def _hollow(container: Container, tensor: Tensor) -> np.ndarray:
     """An array of a tensor's shape without its values, which takes no memory."""
-    if math.prod(tensor.shape) > container.size:
-        raise damaged(
-            container.path,
-            f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, and the "
-            f"file {container.size} bytes",
-        )
+    if math.prod(tensor.shape) > _MOST_NUMBERS:
+        raise damaged(container.path, f"tensor {tensor.name!r} has the shape {list(tensor.shape)}")
     return np.broadcast_to(np.zeros((), np.int8), tensor.shape)
