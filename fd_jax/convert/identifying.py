@@ -114,6 +114,20 @@ def _facts(spec: ModelSpec, names: Iterable[str]) -> dict[str, Any]:
     return {name: every[name] for name in names if name in every}
 
 
+def described(container: Container) -> list[str]:
+    """The networks in a file by the names of their tensors, one line each, for `inspect`."""
+    try:
+        found = _descriptions(container, (), None, None)
+        made, open_, problems = _sources(found, container)
+    except ConversionError as error:
+        return [str(error)]
+    lines = [f"{one.name}: fits completely" for one in made]
+    lines += [
+        f"{d.network.style.name}: {d.summary}; to be stated: {', '.join(d.missing)}" for d in open_
+    ]
+    return lines + [line for problem in problems for line in problem.splitlines()]
+
+
 def published_claims(name: str) -> list[Claim]:
     """The facts of a published network, or of a source, that the user names with --arch.
 
