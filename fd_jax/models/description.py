@@ -59,7 +59,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
     rows = ARCHITECTURES[fields["family"]]
     found = _section("arch", fields.get("arch"), rows, [n for n in rows if n != "rope_theta"])
     if not found:
-        found = _too_large(fields["arch"])
+        found = _too_large(fields["family"], fields["arch"])
     if fields.get("segmenter") is not None:
         found += _section("segmenter", fields["segmenter"], SEGMENTER, _SEGMENTER_REQUIRED)
     return found
@@ -89,10 +89,13 @@ def _compare(
     return found
 
 
-def _too_large(arch: Mapping[str, Any]) -> list[str]:
+def _too_large(family: str, arch: Mapping[str, Any]) -> list[str]:
     """What follows from several sizes together, each of which is within its bounds."""
     try:
-        sizes.check_patches(arch["image_size"], arch["patch_size"])
+        if family == "convnext":
+            sizes.check_halved(arch["image_size"], arch["patch_size"], len(arch["depths"]) - 1)
+        else:
+            sizes.check_patches(arch["image_size"], arch["patch_size"])
     except ConfigError as error:
         return [f"arch: {error}"]
     tokens = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))

@@ -256,13 +256,17 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches to tokens: a strided convolution written as a matmul."""
+    """Non-overlapping patches to tokens: a strided convolution written as a matmul.
+
+    As in such a convolution, what remains at the right and at the bottom is not read.
+    """
 
     def __init__(
         self,
         patch_size: int,
         width: int,
         *,
+        channels: int = 3,
         use_bias: bool,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -272,15 +276,16 @@ class PatchEmbed(nnx.Module):
         self.patch_size = patch_size
         self.dtype = dtype
         self.grad_dtype = grad_dtype
-        shape = (patch_size, patch_size, 3, width)  # HWIO
+        shape = (patch_size, patch_size, channels, width)  # HWIO
         self.kernel: Any = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if use_bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, (H/P)*(W/P), D], row-major."""
+        """[B, H, W, C] -> [B, (H/P)*(W/P), D], row-major."""
         p = self.patch_size
         batch, height, width, channels = images.shape
-        x = images.reshape(batch, height // p, p, width // p, p, channels)
+        rows, columns = height // p, width // p
+        x = images[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
         kernel = self.kernel[...].reshape(p * p * channels, -1)
         bias = None if self.bias is None else self.bias[...]

@@ -73,6 +73,27 @@ def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+def check_halved(image_size: ImageSize, patch_size: int, halvings: int) -> None:
+    """Refuses an image of which nothing is left once its patches are halved along both axes.
+
+    Sides need no divisor: a patch, or a half, that the side cuts off is not counted.
+
+    Args:
+      image_size: in pixels.
+      patch_size: side of a patch.
+      halvings: how often the grid of patches is halved.
+
+    Raises:
+      ConfigError: a side is too small.
+    """
+    least = patch_size << halvings
+    if min(sides(image_size)) < least:
+        raise ConfigError(
+            f"image_size {describe(image_size)} is less than {least}, patch_size {patch_size} x "
+            f"{1 << halvings} (the stages halve the grid); use {least} or more"
+        )
+
+
 def check_patches(image_size: ImageSize, patch_size: int) -> None:
     """Refuses an image that patches do not fill.
 

@@ -9,6 +9,7 @@ from fd_jax.errors import ModelFolderError
 from fd_jax.models import description
 from fd_jax.models.spec import ModelSpec
 from tests import tiny
+from tests.models import convnexts
 
 
 def fields(**changes):
@@ -35,10 +36,11 @@ def test_every_field_has_a_rule():
         tiny.teacher_spec(),
         tiny.swin_spec(1),
         tiny.swin_spec(2),
+        convnexts.spec("v1"),
         dataclasses.replace(tiny.teacher_spec(), segmenter=SEGMENTER),
         dataclasses.replace(tiny.teacher_spec(position="rope", image_size=1024), pixel_scale=1.0),
     ],
-    ids=["vit", "swin", "swin_v2", "segmenter", "large picture"],
+    ids=["vit", "swin", "swin_v2", "convnext", "segmenter", "large picture"],
 )
 def test_what_this_library_writes_is_read_again(spec):
     again = ModelSpec.from_json(spec.to_json(), where="")
