@@ -158,8 +158,9 @@ def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
     """
     spec = model_folder.load_spec(epath.Path(given[name]))
     side = sizes.square_side(spec.arch["image_size"], network="a network in training")
-    largest = max(1, LARGEST_SIDE // spec.stride) * spec.stride
-    return spec, int(given["size"]) or min(side, largest)
+    # A side that the student's patches fill: those of some teachers leave a rest of theirs unread.
+    tokens = min(side, max(LARGEST_SIDE, spec.stride)) // spec.stride
+    return spec, int(given["size"]) or tokens * spec.stride
 
 
 def is_swin(spec: ModelSpec) -> bool:

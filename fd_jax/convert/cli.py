@@ -69,10 +69,15 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=lambda a: print(inspecting.inspect(a.input)))
 
     command = commands.add_parser("import", help="turn a file into a model folder")
-    command.add_argument("--source", required=True, help="a name from `sources`, or auto")
     command.add_argument(
-        "--input", required=True, type=_path, help="the file, or a Hugging Face folder"
+        "--source",
+        default=importing.AUTO,
+        help="a name from `sources`; auto (the default) takes the one that fits",
     )
+    command.add_argument(
+        "--input", required=True, type=_path, help="the file, or a folder of transformers or timm"
+    )
+    _add_facts(command)
     command.add_argument("--output", required=True, type=_path, help="model folder to write")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
@@ -97,8 +102,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_export)
 
     command = commands.add_parser("verify", help="compare a model folder with torch, by block")
-    command.add_argument("--source", required=True, help="source of the file")
+    command.add_argument("--source", default=importing.AUTO, help="source of the file")
     command.add_argument("--input", required=True, type=_path, help="the file")
+    _add_facts(command)
     command.add_argument("--model", required=True, type=_path, help="the model folder made from it")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
@@ -106,6 +112,20 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_verify)
     return parser
+
+
+def _add_facts(command: argparse.ArgumentParser) -> None:
+    """The flags that state what no tensor of a file tells."""
+    command.add_argument(
+        "--arch", help="name of the published network, as timm or open_clip say it, or of a source"
+    )
+    command.add_argument(
+        "--fact",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a fact that no tensor tells, such as heads=12; may be repeated",
+    )
 
 
 class _Progress:
@@ -142,6 +162,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         arguments.model,
         part=arguments.part,
         allow_other_hash=arguments.allow_other_hash,
+        arch=arguments.arch,
+        facts=arguments.fact,
     )
     print(verifying.report(compared))
     if not compared.agrees:
@@ -158,6 +180,8 @@ def _import(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         allow_other_hash=arguments.allow_other_hash,
+        arch=arguments.arch,
+        facts=arguments.fact,
         progress=_Progress(),
     )
     print(listing.import_report(result))

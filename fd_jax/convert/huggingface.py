@@ -19,6 +19,7 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "silu": "silu",
 }
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
@@ -124,6 +125,11 @@ def vit_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def vit_act(spec: ModelSpec) -> str:
+    """What transformers calls the activation of a network."""
+    return _THEIR_ACTIVATIONS[spec.arch["activation"]]
+
+
 def preprocessor(spec: ModelSpec) -> dict[str, Any]:
     """The contents of preprocessor_config.json."""
     size = spec.arch["image_size"]
@@ -137,20 +143,6 @@ def preprocessor(spec: ModelSpec) -> dict[str, Any]:
         "image_mean": spec.mean,
         "image_std": spec.std,
     }
-
-
-def config_conflicts(config: Mapping[str, Any], arch: Mapping[str, Any]) -> list[str]:
-    """What a config.json says otherwise than the architecture."""
-    vision = config.get("vision_config")
-    fields = {**config, **(vision if isinstance(vision, dict) else {})}
-    problems = []
-    act = fields.get("hidden_act", fields.get("hidden_activation"))
-    if act is not None and _ACTIVATIONS.get(act, act) != arch["activation"]:
-        problems.append(f"config.json says hidden_act {act!r}, expected {arch['activation']}")
-    eps = fields.get("layer_norm_eps")
-    if eps is not None and eps != arch["norm_eps"]:
-        problems.append(f"config.json says layer_norm_eps {eps}, expected {arch['norm_eps']}")
-    return problems
 
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]

@@ -78,6 +78,7 @@ def import_report(result: Imported) -> str:
         f"network {_network(spec)}; statistics {_statistics(spec)}; positions {_positions(spec)}",
         _checksum(result),
     ]
+    lines += _origins(spec) + list(result.remarks)
     if result.not_finite:
         broken = ", ".join(_heads(result.not_finite))
         lines.append(
@@ -90,6 +91,14 @@ def import_report(result: Imported) -> str:
         method = result.spec.position_resize if name.endswith("pos_embed") else "geometric"
         lines.append(f"resized {name} from {list(before)} to {list(after)} ({method})")
     return "\n".join(lines)
+
+
+def _origins(spec: ModelSpec) -> list[str]:
+    """Where the facts are from that no tensor tells, one line for each place."""
+    places: dict[str, list[str]] = {}
+    for fact, origin in spec.origins.items():
+        places.setdefault(origin, []).append(fact)
+    return [f"{', '.join(facts)}: {origin}" for origin, facts in places.items()]
 
 
 def _checksum(result: Imported) -> str:

@@ -6,6 +6,7 @@ tensors go in as they are; those of other files are renamed by our tables, which
 against independent ones.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from pathlib import Path
@@ -60,6 +61,8 @@ def verify(
     *,
     part: str | None = None,
     allow_other_hash: bool = False,
+    arch: str | None = None,
+    facts: Sequence[str] = (),
 ) -> Compared:
     """Compares parameters bit for bit, and the features of every block with the reference.
 
@@ -69,6 +72,8 @@ def verify(
       folder: the model folder made from it.
       part: which network of the file.
       allow_other_hash: as in the import.
+      arch: as in the import.
+      facts: as in the import.
 
     Raises:
       ConversionError: torch or transformers is missing, or the parameters are not the file's.
@@ -95,15 +100,21 @@ def verify(
         image_size=spec.arch["image_size"],
         dtype=dtype,
         allow_other_hash=allow_other_hash,
+        arch=arch,
+        facts=facts,
     )
     _compare_parameters(trees.flat(read.params), params)
     shape = (1, *sizes.sides(spec.arch["image_size"]), 3)
     images = np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        reference = Path(scratch) / "reference"
-        layout = _write_reference(read, reference)
-        untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
-        model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
+    own = _own_model(read, Path(path), getattr(torch, dtype))
+    if own is not None:
+        model, layout, untouched = own
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            reference = Path(scratch) / "reference"
+            layout = _write_reference(read, reference)
+            untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
+            model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     with torch.no_grad():
         theirs = [state.numpy() for state in _torch_tokens(model, layout, pixels)]
@@ -124,6 +135,31 @@ def report(compared: Compared) -> str:
     lines += ["largest difference after each part, and relative to the largest value:"]
     lines += [f"  {what:10} {off:.2e} {off / large:.2e}" for what, off, large in compared.rows]
     return "\n".join(lines)
+
+
+def _own_model(
+    read: importing.Imported, path: Path, dtype: Any
+) -> tuple[Any, HuggingFace, int] | None:
+    """The model that transformers makes of a file by its own config.json, if it has one.
+
+    Returns:
+      The model with weights rounded to `dtype`, the layout that says what its features are, and
+      how many tensors it has; None for files of others, and for networks whose size was changed.
+    """
+    import torch
+    import transformers
+
+    style = families.STYLES.get(read.source.partition(":")[0])
+    if style is None or not style.configs or read.resized or open_container(path).config is None:
+        return None
+    folder = path if path.is_dir() else path.parent
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = getattr(model, "vision_model", model)  # of two towers, the one that sees
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype).to(torch.float32))
+    layouts = [one for one in families.layouts(HuggingFace) if one.model_type in style.configs]
+    return model, layouts[0], len(model.state_dict())
 
 
 def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:

@@ -202,7 +202,14 @@ def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
     tokens = patches + int(arch["cls_token"]) + arch["registers"]
     embedding = 2.0 * patches * 3 * arch["patch_size"] ** 2 * width
-    block = _block(tokens, tokens, width, hidden, scaled=arch["layer_scale"] is not None)
+    block = _block(
+        tokens,
+        tokens,
+        width,
+        hidden,
+        gated=arch.get("gated_mlp", False),
+        scaled=arch["layer_scale"] is not None,
+    )
     return embedding, [block] * arch["depth"], 0.0
 
 
@@ -222,10 +229,12 @@ def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     return embedding, blocks, merging
 
 
-def _block(tokens: int, keys: int, width: int, hidden: int, *, scaled: bool) -> _Block:
+def _block(
+    tokens: int, keys: int, width: int, hidden: int, *, scaled: bool, gated: bool = False
+) -> _Block:
     last = 2.0 * tokens * hidden * width
     return _Block(
-        weights=2.0 * tokens * width * (4 * width + hidden) + last,
+        weights=2.0 * tokens * width * (4 * width + hidden * (2 if gated else 1)) + last,
         other=4.0 * tokens * keys * width,
         last=0.0 if scaled else last,
     )

@@ -41,7 +41,7 @@ EPS = 1e-10  # added to the norm of a filter's noise, as in the code of Li et al
 FILTERS: tuple[tuple[str, str, str], ...] = (
     (r"(^|/)(patch_embed|dwconv|downsample/conv)/kernel$", "weight", "iiio"),
     (r"attn/qkv/kernel$", "weight", "ioo"),
-    (r"(attn/proj|mlp/fc[12]|downsample/reduction)/kernel$", "weight", "io"),
+    (r"(attn/proj|mlp/(fc[12]|gate)|downsample/reduction)/kernel$", "weight", "io"),
     (r"^head/kernel$", "weight", "io"),
     (r"(^|/)(cls_token|register_tokens|pos_embed)$", "table", "iii"),
     (r"rel_pos_bias/table$", "table", "oi"),

@@ -81,8 +81,8 @@ def about(model: Model) -> dict[str, Any]:
         maps = network.attention_maps(images, blocks) if attends else []
         return network.intermediates(images, blocks), maps
 
-    height, width = sizes.sides(model.spec.arch["image_size"])
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    size, patch = (model.spec.arch[name] for name in ("image_size", "patch_size"))
+    images = jax.ShapeDtypeStruct((1, *sizes.sides(size), 3), jnp.float32)
     features, maps = jax.eval_shape(layers, shapes, images)
     return {
         "family": model.spec.family,
@@ -90,7 +90,7 @@ def about(model: Model) -> dict[str, Any]:
         "layers": len(features),
         "heads": [layer.inputs.q.shape[2] for layer in maps] if attends else [0] * len(features),
         "grid": [list(layer.grid) for layer in features],
-        "patch": [height // layer.grid[0] for layer in features],
+        "patch": [sizes.token_side(size, patch, layer.grid) for layer in features],
         "window": [layer.window for layer in maps] if attends else [None] * len(features),
         "prefix": features[0].cls + features[0].registers,
     }

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from fd_jax.models import layers
 from fd_jax.models.depthwise import DepthwiseConv
+from fd_jax.models.mlp import Mlp
 
 HALF = 2  # side of the squares of tokens that become one between stages
 MLP_RATIO = 4  # hidden channels of an MLP per channel
@@ -36,7 +37,7 @@ class ResponseNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-class ResponseMlp(layers.Mlp):
+class ResponseMlp(Mlp):
     """An MLP with a `ResponseNorm` after its activation."""
 
     def __init__(self, width: int, hidden: int, **kwargs):
@@ -69,7 +70,7 @@ class Block(nnx.Module):
         common = {"dtype": dtype, "grad_dtype": grad_dtype, "kernel_init": KERNEL_INIT}
         self.dwconv = DepthwiseConv(width, size=kernel_size, rngs=rngs, **common)
         self.norm = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
-        mlp = ResponseMlp if grn else layers.Mlp
+        mlp = ResponseMlp if grn else Mlp
         self.mlp = mlp(
             width,
             MLP_RATIO * width,

@@ -14,6 +14,7 @@ from fd_jax.models import description, kernels, resize, sizes
 from fd_jax.models.convnext import ConvNeXt
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
+from fd_jax.models.pool import Pool, make_pool
 from fd_jax.models.segmenter import Segmenter, widths_of
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
@@ -22,6 +23,8 @@ from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
 FORMAT_VERSION = 1
+# Left out of `model.json` where they say nothing, since earlier versions do not know them.
+LATER_FIELDS = ("segmenter", "class_names", "pool", "origins")
 # The class of each family; ViT shows what it has to offer.
 FAMILIES: dict[str, Any] = {
     "vit": ViT,
@@ -52,9 +55,12 @@ class ModelSpec:
       pooling: what that head reads, see `heads.Classifier`.
       segmenter: the segmenter on the encoder's maps: `blocks`, the numbers of the blocks whose maps
         it takes, and the keywords of `Segmenter` but the widths of these maps; None without one.
+      pool: how the network's authors make one vector of a picture: "kind", a key of `pool.KINDS`,
+        and the keywords of its class; None where nothing of that kind is stored.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype per tensor name of the source file, where it is not float32.
+      origins: where a fact about the network comes from, in words, by the name of the field.
       notes: free text for people: licence, what was dropped.
       format_version: of this file.
     """
@@ -69,9 +75,11 @@ class ModelSpec:
     class_names: list[str] | None = None
     pooling: Pooling = "cls"
     segmenter: dict[str, Any] | None = None
+    pool: dict[str, Any] | None = None
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -117,6 +125,25 @@ class ModelSpec:
         """
         module = nnx.eval_shape(lambda: self.build_segmenter(rngs=param_keys(0), **runtime))
         return *split(module), jax.eval_shape(module.fresh_statistics)
+
+    def build_pool(self, *, rngs: nnx.Rngs, **runtime) -> Pool:
+        """The pool with fresh parameters; `runtime` is its dtype.
+
+        Raises:
+          ModelFolderError: there is none in this description, or none that fits the encoder.
+        """
+        network: Any = nnx.merge(*self.abstract())
+        described, encoder = self.pool or {}, {"class_token": bool(network.cls)}
+        try:
+            return make_pool(described, network.width, **encoder, **runtime, rngs=rngs)
+        except (TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"{self.source!r} has the pool {self.pool}, which is none of this network: {error}"
+            ) from error
+
+    def abstract_pool(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        """Definition and parameter shapes of the pool; arguments and errors as in `build_pool`."""
+        return split(nnx.eval_shape(lambda: self.build_pool(rngs=param_keys(0), **runtime)))
 
     def normalize(
         self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32
@@ -169,10 +196,10 @@ class ModelSpec:
         return kernels.choose(name, dtype=dtype, head_widths=widths)
 
     def to_json(self) -> str:
-        """The text of `model.json`; without a segmenter or class names, it does not mention any."""
+        """The text of `model.json`, without those LATER_FIELDS that say nothing."""
         fields = dataclasses.asdict(self)
-        for name in ("segmenter", "class_names"):  # earlier versions of this library know neither
-            if fields[name] is None:
+        for name in LATER_FIELDS:
+            if fields[name] in (None, {}):
                 del fields[name]
         return json.dumps(fields, indent=2) + "\n"
 

@@ -14,14 +14,16 @@ COMMANDS |= {"identifying", "formats", "__main__"}
 # Room -> the rooms it may import.
 ALLOWED = {
     "containers": {"containers"},
+    "published": {"published"},
     "rules": {"rules", "containers"},
-    "made of": {"made of", "rules", "containers"},
+    "made of": {"made of", "published", "rules", "containers"},
     "families": {"families", "made of", "rules", "containers"},
-    "commands": {"commands", "families", "made of", "rules", "containers"},
+    "commands": {"commands", "families", "made of", "published", "rules", "containers"},
 }
 # What the converter may use of the rest, one entry per room.
 OUTSIDE = {
     "containers": {"errors"},
+    "published": {"errors"},
     "rules": {"errors"},
     "made of": {"errors", "model_folder", "models"},
     "families": {"errors", "models"},

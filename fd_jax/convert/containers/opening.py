@@ -16,7 +16,15 @@ _EXPECTED = (
 )
 # Hugging Face names, the safe format first.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SINGLES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+# What they have beside the weights.
+_CONFIG = "config.json"
+_BESIDE = ("preprocessor_config.json", "open_clip_config.json")
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
@@ -35,9 +43,7 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         return _open_shards(path.parent, path.name)
     container = _open_file(path)
     # The public names mean a Hugging Face folder, even where only the file in it is named.
-    if path.name in _SINGLES:
-        return dataclasses.replace(container, config=_config(path.parent))
-    return container
+    return _described(container, path.parent) if path.name in _SINGLES else container
 
 
 def _open_file(path: Path) -> Container:
@@ -91,8 +97,7 @@ def _open_folder(path: Path) -> Container:
             return _open_shards(path, name)
     for name in _SINGLES:
         if (path / name).exists():
-            inner = _open_file(path / name)
-            return dataclasses.replace(inner, path=path, config=_config(path))
+            return dataclasses.replace(_described(_open_file(path / name), path), path=path)
     raise ConversionError(
         f"{path}: a folder without {' or '.join(_SINGLES)}; {foreign.folder_hint(path)}"
     )
@@ -116,11 +121,14 @@ def _open_shards(path: Path, index_name: str) -> Container:
     if unlike := sorted(set(weight_map) ^ set(tensors)):
         raise damaged(path, f"{index_name} and its shards disagree about {unlike[:5]}")
     kind = f"{kind} in {len(files)} shards"
-    return Container(path, kind, tuple(files), tensors, {}, _config(path))
+    return _described(Container(path, kind, tuple(files), tensors), path)
 
 
-def _config(path: Path) -> dict | None:
-    return _json(path / "config.json") if (path / "config.json").exists() else None
+def _described(container: Container, folder: Path) -> Container:
+    """The same weights, with what the files beside them say."""
+    config = _json(folder / _CONFIG) if (folder / _CONFIG).exists() else None
+    beside = {name: _json(folder / name) for name in _BESIDE if (folder / name).exists()}
+    return dataclasses.replace(container, config=config, beside=beside)
 
 
 def _json(path: Path) -> dict:
