@@ -21,6 +21,7 @@ from tests.convert import seeded
 
 OUTPUTS = Path(__file__).parent / "outputs"
 NAMES = sorted(path.stem for path in OUTPUTS.glob("*.json"))
+POOLED = [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")]
 TOLERANCE = 2e-6  # of the largest value, float32, two to five blocks
 # Facts that no tensor tells, and what they are not.
 OTHERS = {

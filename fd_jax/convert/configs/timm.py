@@ -10,17 +10,48 @@ from fd_jax.convert.facts import Claim
 from fd_jax.errors import ConversionError
 
 FILE = "config.json"
-# Arguments of timm's models that change no feature, or what the tensors show.
+# Arguments of timm's models that change no feature.
 _HARMLESS = frozenset(
     (
         "num_classes dynamic_img_size dynamic_img_pad strict_img_size drop_rate drop_path_rate "
-        "init_values reg_tokens class_token no_embed_class embed_dim depth mlp_ratio patch_size "
-        "qkv_bias mlp_layer swiglu_mlp scale_mlp weight_init fix_init global_pool attn_drop_rate"
+        "attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate weight_init fix_init "
+        "head_init_scale global_pool pool_size"
     ).split()
+)
+# Those whose effect the tensors show, and the facts of the architecture that no longer hold.
+_SHOWN = types.MappingProxyType(
+    {
+        "embed_dim": ("width", "embed_width", "mlp_width", "pool"),
+        "depth": ("depth",),
+        "depths": ("depths",),
+        "dims": ("widths",),
+        "mlp_ratio": ("mlp_width", "mlp_ratio", "pool"),
+        "patch_size": ("patch_size",),
+        "reg_tokens": ("registers",),
+        "num_reg_tokens": ("registers",),
+        "in_chans": (),
+        "class_token": (),
+        "no_embed_class": (),
+        "init_values": ("layer_scale",),
+        "ls_init_value": ("layer_scale",),
+        "qkv_bias": (),
+        "mlp_layer": ("gated_mlp", "activation"),
+        "swiglu_mlp": ("gated_mlp", "activation"),
+        "scale_mlp": ("mlp_norm",),
+        "scale_attn_inner": ("attn_norm",),
+    }
 )
 # Others, as facts.
 _ARGUMENTS = types.MappingProxyType(
-    {"img_size": "image_size", "num_heads": "heads", "window_size": "window"}
+    {
+        "img_size": "image_size",
+        "num_heads": "heads",
+        "window_size": "window",
+        "pretrained_window_sizes": "pretrained_windows",
+        "ref_feat_shape": "rope_reference",
+        "rope_temperature": "rope_theta",
+        "rope_grid_offset": "rope_offset",
+    }
 )
 # What a vision transformer has not unless its facts say so. Some configs leave out that an MLP is
 # gated, and then what they say of the activation is wrong too.
@@ -46,6 +77,7 @@ def claims(config: Mapping[str, Any]) -> list[Claim]:
     known = {claim.fact for claim in found}
     facts, origin = published.architecture(str(name), pretrained.get("tag"))
     facts = {**_PLAIN, **facts} if "width" in facts else facts
+    known.update(fact for argument in given for fact in _SHOWN.get(argument, ()))
     return found + [Claim(f, value, origin) for f, value in facts.items() if f not in known]
 
 
@@ -62,7 +94,7 @@ def _arguments(given: Mapping[str, Any]) -> list[Claim]:
             found.append(Claim(_ARGUMENTS[argument], _size(value), where))
         elif argument == "act_layer" and value in _ACTIVATIONS:
             found.append(Claim("activation", _ACTIVATIONS[value], where))
-        elif argument not in _HARMLESS:
+        elif argument not in _HARMLESS and argument not in _SHOWN:
             raise ConversionError(
                 f"{where} is {value!r:.60}, which changes the network in a way that is not known "
                 "here. Name the network by --arch and take the config away if it changes nothing"
@@ -84,4 +116,5 @@ def _pretrained(fields: Mapping[str, Any], sized: bool) -> list[Claim]:
 
 def _size(value: Any) -> Any:
     """One number for a square."""
-    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+    pair = isinstance(value, list) and len(value) == 2
+    return value[0] if pair and value[0] == value[1] else value
