@@ -84,7 +84,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _classes(kind: type[Layout]) -> str:
     """The classes of a library that the families know, for people."""
-    names = [f"`{layout.class_name}`" for layout in families.layouts(kind)]
+    found = dict.fromkeys(layout.class_name for layout in families.layouts(kind))
+    names = [f"`{name}`" for name in found]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

@@ -229,7 +229,7 @@ class ConvNeXt(Backbone):
                 "ViT where only some patches are kept"
             )
         tokens = self.embed(images)
-        x = tokens.reshape(len(tokens), *self.grids[0], -1)
+        x = tokens.reshape(tokens.shape[0], *self.grids[0], self.widths[0])
         number = 0
         for index, depth in enumerate(self.depths):
             stage, grid = self.stages[str(index)], self.grids[index]
@@ -251,7 +251,8 @@ def grids(image_size: ImageSize, patch_size: int, stages: int) -> tuple[tuple[in
 
 def _tokens(x: jax.Array) -> jax.Array:
     """[B, H, W, D] -> [B, H * W, D]."""
-    return x.reshape(len(x), -1, x.shape[-1])
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height * width, channels)
 
 
 def _check(image_size, patch_size, widths, depths, kernel_size, activation, remat):

@@ -95,7 +95,8 @@ class Block(nnx.Module):
         """
         del shared_bias
         branch = self.norm(self.dwconv(x))
-        branch = self.mlp(branch.reshape(len(x), -1, x.shape[-1])).reshape(x.shape)
+        batch, height, width, channels = x.shape
+        branch = self.mlp(branch.reshape(batch, height * width, channels)).reshape(x.shape)
         if self.gamma is not None:
             branch = layers.scale_by_parameter(branch, self.gamma[...])
         uniform = None if drops is None else drops[:, 0]
@@ -115,6 +116,7 @@ class Downsample(nnx.Module):
         grad_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        self.out = out
         self.norm = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
         self.conv = layers.PatchEmbed(
             HALF,
@@ -130,4 +132,4 @@ class Downsample(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, D] -> [B, H // 2, W // 2, out]; an odd last row or column is not read."""
         batch, height, width, _ = x.shape
-        return self.conv(self.norm(x)).reshape(batch, height // HALF, width // HALF, -1)
+        return self.conv(self.norm(x)).reshape(batch, height // HALF, width // HALF, self.out)
