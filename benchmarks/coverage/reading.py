@@ -145,20 +145,25 @@ def _common(model: Any) -> Facts:
         "depth": len(model.blocks),
         "heads": first.attn.num_heads,
         **_mlp(first.mlp),
+        **({"attn_norm": True} if _present(first.attn, "norm") else {}),
         "norm_eps": eps,
         **({"registers": registers} if registers > 0 else {}),
     }
 
 
 def _check_attention(attn: Any, width: int) -> None:
-    for name in ("q_norm", "k_norm"):
-        norm = getattr(attn, name, None)
-        _require(norm is None or isinstance(norm, nn.Identity), "norms of queries and keys")
+    normed = _present(attn, "q_norm") or _present(attn, "k_norm")
+    _require(not normed, "norms of queries and keys")
     _require(getattr(attn, "gate", None) is None, "a gate of the attention")
     kinds = ("Attention", "EvaAttention", "AttentionRope")
     _require(type(attn).__name__ in kinds, f"an attention of the kind {type(attn).__name__}")
     _require(attn.proj.in_features == width, "attention of another width than the tokens")
     _require(attn.proj.bias is not None, "an attention without biases")
+
+
+def _present(module: Any, name: str) -> bool:
+    """Whether a module has a part that does something."""
+    return not isinstance(getattr(module, name, None), nn.Identity | type(None))
 
 
 def _mlp(mlp: Any) -> Facts:
@@ -172,6 +177,7 @@ def _mlp(mlp: Any) -> Facts:
         "mlp_width": mlp.fc2.in_features,
         "activation": activation(mlp.act),
         **({"gated_mlp": True} if gated else {}),
+        **({"mlp_norm": True} if _present(mlp, "norm") else {}),
     }
 
 

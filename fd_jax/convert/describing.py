@@ -90,6 +90,14 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
     return Description(network, settled, missing, told)
 
 
+def filled(description: Description) -> Description:
+    """The same with stand-ins for what is missing, so that its tensors can be compared."""
+    kind = kinds.NETWORKS[description.network.style.network]
+    values = kind.stand_ins(description.told)
+    made_up = {fact: Claim(fact, values[fact], "a stand-in") for fact in description.missing}
+    return dataclasses.replace(description, settled={**description.settled, **made_up}, missing=())
+
+
 def source(description: Description, container: Container) -> tuple[Source, list[str]]:
     """The source that a complete description makes of one file, and remarks for people.
 

@@ -84,8 +84,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _classes(kind: type[Layout]) -> str:
     """The classes of a library that the families know, for people."""
-    found = dict.fromkeys(layout.class_name for layout in families.layouts(kind))
-    names = [f"`{name}`" for name in found]
+    names = list(dict.fromkeys(f"`{layout.class_name}`" for layout in families.layouts(kind)))
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

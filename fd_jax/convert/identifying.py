@@ -11,7 +11,7 @@ from typing import Any
 
 from fd_jax.convert import configs, families, published
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.describing import Description, describe, source
+from fd_jax.convert.describing import Description, describe, filled, source
 from fd_jax.convert.facts import Claim, claims, same, show
 from fd_jax.convert.rules.matching import Match
 from fd_jax.convert.rules.names import summarize
@@ -151,20 +151,19 @@ def identify(
     fits = [] if style else fitting(container)
     if fits and not given and (known := _certain(fits, digest)):
         return known
-    found = _descriptions(container, given, style, part)
-    made, problems = _sources(found, container)
+    made, open_, problems = _sources(_descriptions(container, given, style, part), container)
     if len(made) == 1:
         return made[0]
     if made:
         raise ConversionError(_several(container, made))
-    if any(d.missing for d in found):
-        raise ConversionError(_question(container, [d for d in found if d.missing], fits))
-    if len(fits) == 1 and not given:
-        return fits[0]
+    if open_:
+        raise ConversionError(_question(container, open_, fits))
     if fits:
         raise ConversionError(_ask_for_source(container, fits))
     if problems:
-        raise ConversionError("\n".join(problems))
+        near = candidates(container)[:1] if style is None else []
+        also = [f"Of the sources, the nearest is {c.label} ({c.report})." for c in near]
+        raise ConversionError("\n".join((*problems, *also)))
     raise ConversionError(f"{container.path}: it fits no source; {_nearest(container, style)}")
 
 
@@ -194,25 +193,30 @@ def _descriptions(
     ]
 
 
-def _sources(found: list[Description], container: Container) -> tuple[list[Source], list[str]]:
-    """The sources of complete descriptions that match their file, and what is wrong with others.
+def _sources(
+    found: list[Description], container: Container
+) -> tuple[list[Source], list[Description], list[str]]:
+    """What descriptions make of a file.
 
-    Of styles that make the same network of the same tensors, the first counts.
+    Returns:
+      The sources of complete descriptions that match the file, where the first counts of styles
+      that make the same network of the same tensors; the descriptions that lack facts and match
+      otherwise; and what is wrong with all others.
     """
     made: dict[tuple[str, str], Source] = {}
-    problems = []
+    open_, problems = [], []
     for description in found:
-        if description.missing:
-            continue
-        one, _ = source(description, container)
+        one, _ = source(filled(description), container)
         match = one.match(container, one.default_part)[0]
         if match.problems:
             problems.append(_unfit(container, description, match))
+        elif description.missing:
+            open_.append(description)
         else:
             spec = one.parts[one.default_part].spec
             key = description.network.prefix, repr((spec.family, spec.arch, spec.mean, spec.std))
             made.setdefault(key, one)
-    return list(made.values()), problems
+    return list(made.values()), open_, problems
 
 
 def _unfit(container: Container, description: Description, match: Match) -> str:
@@ -256,6 +260,11 @@ def _question(container: Container, open_: list[Description], fits: list[Source]
         f"{', '.join(first.missing)}.",
         "Say which network it is with --source or --arch, or state each with --fact=NAME=VALUE.",
     ]
+    lines += [
+        f"Its file name is that of --source={one.name}."
+        for one in fits
+        if container.path.name in one.file.split()
+    ]
     rows = _rows(open_, fits)
     if rows:
         lines.append("Networks of these shapes:")
@@ -272,26 +281,26 @@ def _rows(open_: list[Description], fits: list[Source]) -> list[tuple[str, list[
             f"--source={one.name}"
         )
     for description in open_:
-        style = description.network.style.name
-        told = {n: v for n, v in description.told.items() if n in _COMPARED}
-        for name in published.matching(style, told):
+        for name in _matching(description):
             words = _words(published.network(name)[0])
             found.setdefault(words, []).append(f"--arch={name}")
     return [(facts, _some(list(dict.fromkeys(names)))) for facts, names in found.items()]
 
 
+def _matching(description: Description) -> list[str]:
+    """The published networks that have the names and shapes of a file."""
+    told = description.told
+    compared = {name: value for name, value in told.items() if name in _COMPARED}
+    names = published.matching(description.network.style.name, compared)
+    scaled = told.get("scaled", False)
+    return [n for n in names if (published.network(n)[0].get("layer_scale") is not None) == scaled]
+
+
 # What shapes tell of a published network, whatever its head and image size.
 _COMPARED = (
-    "width",
-    "depth",
-    "mlp_width",
-    "patch_size",
-    "embed_width",
-    "widths",
-    "depths",
-    "heads",
-    "window",
-)
+    "width depth mlp_width patch_size registers gated_mlp mlp_norm attn_norm embed_width depths "
+    "heads window widths grn"
+).split()
 
 
 def _some(names: list[str]) -> list[str]:

@@ -20,14 +20,15 @@ def array(name: str, shape: Sequence[int]) -> np.ndarray:
     logit scales are near their start.
     """
     shape = tuple(shape)
-    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    noise = np.asarray(rng.standard_normal(shape, np.float32))
     last = name.rpartition(".")[2]
     if last == "logit_scale" and len(shape) == 3:
         return np.float32(2.3) + np.float32(0.3) * noise
     if len(shape) == 1:
         return np.float32(last in SCALES) + np.float32(0.2) * noise
     if shape[:-1] == (1,) * (len(shape) - 1) or last.startswith(("pos", "rel", "cls", "reg")):
-        return np.float32(0.5) * noise
+        return np.asarray(np.float32(0.5) * noise)
     fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
     return noise / np.float32(math.sqrt(max(fan_in, 1)))
 

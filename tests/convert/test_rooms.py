@@ -8,7 +8,8 @@ import pytest
 import fd_jax.convert
 
 ROOT = Path(fd_jax.convert.__file__).parent
-MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks"}
+MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks", "style", "facts"}
+MADE_OF |= {"configs", "describing"}
 COMMANDS = {"cli", "importing", "exporting", "verifying", "inspecting", "listing"}
 COMMANDS |= {"identifying", "formats", "__main__"}
 # Room -> the rooms it may import.

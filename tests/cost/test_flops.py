@@ -146,7 +146,7 @@ CASES = {
     ),
     "segmentation on a convnext": lambda: SegmentTask(
         tiny.segmentation(**{"data.image_size": 64}),
-        init_spec=convnext(depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
+        init_spec=convnext(patch_size=4, depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
     ),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")

@@ -62,7 +62,7 @@ def _told(shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]) 
         "depths": list(depths),
         "kernel_size": kernels[0][0],
         "grn": f"{firsts[0]}/mlp/grn/scale" in shapes,
-        "scaled": f"{firsts[0]}/gamma" in shapes,
+        "has_gamma": f"{firsts[0]}/gamma" in shapes,
         "final_norm": "encoder/norm/scale" in shapes,
     }
     if "fc_norm/scale" in shapes:
@@ -83,7 +83,7 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     eps = facts.get("final_norm_eps")
     return {
         **{name: facts[name] for name in fields.split()},
-        "layer_scale": _SCALE_START if facts["scaled"] else None,
+        "layer_scale": _SCALE_START if facts["has_gamma"] else None,
         "final_norm_eps": None if eps == facts["norm_eps"] else eps,
     }, []
 

@@ -14,6 +14,15 @@ Settled = Mapping[str, Claim]
 
 # What every network needs to know of its pixels.
 PIXELS = ("mean", "std")
+# Facts on which no tensor depends, see `Network.stand_ins`.
+STAND_INS = {
+    "activation": "gelu_erf",
+    "norm_eps": 1e-6,
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "position_resize": "size",
+    "pooling": "cls",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +37,8 @@ class Network:
         these tell: fields of the architecture, and what `arch` makes others of.
       asks: (facts that are told, by name) -> names of the facts that have to come from elsewhere.
       arch: (facts, settled) -> the architecture, and remarks for people.
+      stand_ins: (facts that are told) -> values of the facts in `asks` with which a network has the
+        tensors of a file, so that these can be checked before anything is asked.
     """
 
     depths: Callable[[Arch], Sequence[int]]
@@ -36,6 +47,7 @@ class Network:
     told: Callable[[Shapes, Sequence[int], Mapping[str, Tensor]], dict[str, Any]]
     asks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     arch: Callable[[Settled], tuple[dict[str, Any], list[str]]]
+    stand_ins: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def shape_of(shapes: Shapes, path: str, axes: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.layout import need
 from fd_jax.convert.networks.network import (
     PIXELS,
+    STAND_INS,
     Arch,
     Network,
     Settled,
@@ -90,6 +91,7 @@ NO_EXTRA_NORMS = need("no norms on the main branch", lambda arch: not arch["extr
 
 # Buffers whose shapes tell windows, and the stage in their names.
 _COORDINATES = re.compile(r"layers\.(\d+)\.blocks\.0\..*relative_coords_table")
+_MASK = re.compile(r"layers\.(\d+)\.blocks\.1\.attn_mask")
 _INDEX = re.compile(r"layers\.(\d+)\.blocks\.0\..*relative_position_index")
 
 
@@ -127,9 +129,9 @@ def _told(shapes: Shapes, depths: Sequence[int], heads: str, heads_axis: int) ->
 def _told_v1(
     shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    del tensors
     table = "rel_pos_bias/table"
     found = _told(shapes, depths, table, 1)
+    found |= _size_of_buffers(tensors, found["patch_size"])
     rows = shape_of(shapes, f"{_first_block(0)}/attn/{table}", 2)[0]
     window = (math.isqrt(rows) + 1) // 2
     if (2 * window - 1) ** 2 != rows:
@@ -141,7 +143,21 @@ def _told_v2(
     shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     found = _told(shapes, depths, "logit_scale", 0)
+    found |= _size_of_buffers(tensors, found["patch_size"])
     return found | _windows_of_buffers(tensors, len(depths))
+
+
+def _size_of_buffers(tensors: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
+    """The image size, from the masks of shifted windows or from a window that its grid clips."""
+    sides: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        if (mask := _MASK.search(name)) and len(tensor.shape) == 3:
+            grid = math.isqrt(tensor.shape[0]) * math.isqrt(tensor.shape[1])
+            return {"image_size": grid * patch_size << int(mask[1])}
+        if (index := _INDEX.search(name)) and len(tensor.shape) == 2:
+            sides[int(index[1])] = math.isqrt(tensor.shape[0])
+    clipped = [stage for stage, side in sides.items() if side < sides.get(0, side)]
+    return {"image_size": sides[s] * patch_size << s for s in clipped[:1]}
 
 
 def _windows_of_buffers(tensors: Mapping[str, Tensor], stages: int) -> dict[str, Any]:
@@ -199,6 +215,17 @@ def _arch_v2(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     }, remarks
 
 
+def _stand_ins(told: Mapping[str, Any]) -> dict[str, Any]:
+    stages = len(told["depths"])
+    window = told.get("window", 7)
+    return {
+        **STAND_INS,
+        "window": window,
+        "pretrained_windows": [0] * stages,
+        "image_size": told["patch_size"] * window << stages - 1,
+    }
+
+
 def _last_width(arch: Arch) -> int:
     return arch["embed_width"] << len(arch["depths"]) - 1  # doubles at each stage
 
@@ -210,6 +237,7 @@ V1 = Network(
     told=_told_v1,
     asks=_asks_v1,
     arch=_arch_v1,
+    stand_ins=_stand_ins,
 )
 V2 = Network(
     depths=lambda arch: arch["depths"],
@@ -218,4 +246,5 @@ V2 = Network(
     told=_told_v2,
     asks=_asks_v2,
     arch=_arch_v2,
+    stand_ins=_stand_ins,
 )

@@ -9,6 +9,7 @@ from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.layout import FINAL_NORM, need
 from fd_jax.convert.networks.network import (
     PIXELS,
+    STAND_INS,
     Network,
     Settled,
     Shapes,
@@ -117,7 +118,7 @@ def _positions(shapes: Shapes, cls: int) -> dict[str, Any]:
     if offsets**2 + 3 * cls != shape[0] or offsets % 2 == 0:
         raise ConversionError(f"{tables[0]} has {shape[0]} rows: not the offsets of a square grid")
     kind = "shared_rpb" if tables[0] == _SHARED_TABLE else "rpb"
-    return {"table": kind, "patches": ((offsets + 1) // 2) ** 2}
+    return {"table": kind, "patches": ((offsets + 1) // 2) ** 2, "heads": shape[1]}
 
 
 def _asks(told: Mapping[str, Any]) -> tuple[str, ...]:
@@ -146,9 +147,7 @@ _KINDS = {
 
 def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     facts = {name: claim.value for name, claim in settled.items()}
-    rotary = {
-        name: facts[name] for name, default in _ROPE.items() if _is_given(facts, name, default)
-    }
+    rotary = {name: facts[name] for name, usual in _ROPE.items() if facts.get(name, usual) != usual}
     kind = facts["table"], "rope_theta" in rotary
     if kind not in _KINDS:
         raise ConversionError("it has rotary positions beside a table of relative ones")
@@ -160,10 +159,6 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     if any(side % facts["patch_size"] for side in sizes.sides(size)):
         arch["partial_patches"] = "crop"
     return arch, remarks
-
-
-def _is_given(facts: Mapping[str, Any], name: str, default: Any) -> bool:
-    return name in facts and facts[name] != default
 
 
 def _image_size(settled: Settled) -> tuple[sizes.ImageSize, list[str]]:
@@ -265,6 +260,11 @@ def packed_mlp(name: str) -> tuple[Rule, ...]:
     )
 
 
+def _stand_ins(told: Mapping[str, Any]) -> dict[str, Any]:
+    side = math.isqrt(told.get("patches") or 1) * told["patch_size"]
+    return {**STAND_INS, "heads": told["width"] // 4, "rope_theta": 100.0, "image_size": side}
+
+
 NETWORK = Network(
     depths=lambda arch: [arch["depth"]],
     width=lambda arch: arch["width"],
@@ -272,6 +272,7 @@ NETWORK = Network(
     told=_told,
     asks=_asks,
     arch=_arch,
+    stand_ins=_stand_ins,
 )
 
 CLASS_TOKEN = need("a class token", lambda arch: arch["cls_token"])
