@@ -7,6 +7,7 @@ from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.layout import need
 from fd_jax.convert.networks.network import (
     PIXELS,
+    STAND_INS,
     Arch,
     Network,
     Settled,
@@ -88,6 +89,10 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     }, []
 
 
+def _stand_ins(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {**STAND_INS, "image_size": told["patch_size"] << len(told["depths"]) - 1}
+
+
 NETWORK = Network(
     depths=lambda arch: arch["depths"],
     width=lambda arch: arch["widths"][-1],
@@ -95,4 +100,5 @@ NETWORK = Network(
     told=_told,
     asks=_asks,
     arch=_arch,
+    stand_ins=_stand_ins,
 )
