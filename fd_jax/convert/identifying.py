@@ -25,7 +25,7 @@ _RIVAL = 0.05  # a style that claims so much fewer tensors than another one is n
 _SHOWN = 3  # names of published networks that agree in all facts
 # Facts of a published network that other files of it have in common with it.
 _SHARED = (
-    "width depth heads mlp_width patch_size embed_width depths window pretrained_windows "
+    "width depth heads mlp_width patch_size embed_width widths depths window pretrained_windows "
     "activation norm_eps rope_theta rope_pairs rope_reference rope_offset"
 ).split()
 _OF_SPEC = ("mean", "std", "pixel_scale", "position_resize", "pooling")

@@ -168,7 +168,7 @@ def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:
     params = {
         name: np.asarray(array, DTYPES["float32"])
         for name, array in trees.flat(read.params).items()
-        if name.startswith("encoder/")
+        if name.startswith(("encoder/", "fc_norm/"))
     }
     spec = dataclasses.replace(read.spec, classes=0, class_names=None)
     FORMATS["huggingface"].write(spec, params, folder)
@@ -240,14 +240,13 @@ def _torch_tokens(model: Any, layout: HuggingFace, pixels: Any) -> list[Any]:
             caught.append(arguments[0])
         caught.append(output[0] if isinstance(output, tuple) else output)
 
-    layers = next(
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in ("layer", "layers")
-    )
-    blocks = [block for layer in layers for block in getattr(layer, "blocks", [layer])]
-    hooks = [block.register_forward_hook(keep) for block in blocks]
+    hooks = [block.register_forward_hook(keep) for block in layout.blocks(model)]
     tokens = layout.final_tokens(model, model(pixels).last_hidden_state)
     for hook in hooks:
         hook.remove()
-    return [*caught, tokens]
+    return [_rows(x) for x in (*caught, tokens)]
+
+
+def _rows(x: Any) -> Any:
+    """The tokens of a map [B, D, H, W] as [B, H * W, D]; tokens as they are."""
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x

@@ -77,6 +77,26 @@ def gated(remat):
     return ClassifyTask(tiny.fine_tuning(remat=remat), init_spec=evas.spec("EVA-02-CLIP"))
 
 
+def convnext(**arch):
+    """A spec whose sides neither the patches nor the halvings divide."""
+    fields = {
+        "image_size": 32,
+        "patch_size": 3,
+        "widths": (8, 12, 16),
+        "depths": (1, 2, 1),
+        "kernel_size": 5,
+        "grn": False,
+        "layer_scale": 1e-6,
+        "activation": "gelu_erf",
+        "norm_eps": 1e-6,
+        "final_norm": False,
+        "final_norm_eps": None,
+    }
+    return ModelSpec("convnext", {**fields, **arch}, source="tiny")
+
+
+RESPONSES = {"grn": True, "layer_scale": None}
+
 CASES = {
     "full": lambda: distillation(),
     "cls": lambda: distillation(**{"target.kind": "cls"}),
@@ -129,6 +149,20 @@ CASES = {
             }
         ),
         init_spec=tiny.teacher_spec(),
+    ),
+    "convnext": lambda: ClassifyTask(tiny.fine_tuning(), init_spec=convnext()),
+    "convnext v2 remat full": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="full"), init_spec=convnext(**RESPONSES)
+    ),
+    "convnext remat dots": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="dots"), init_spec=convnext()
+    ),
+    "convnext teacher": lambda: DistillTask(
+        tiny.config(**{"target.kind": "gap"}), teacher_spec=convnext()
+    ),
+    "segmentation on a convnext": lambda: SegmentTask(
+        tiny.segmentation(**{"data.image_size": 64}),
+        init_spec=convnext(patch_size=4, depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
     ),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
