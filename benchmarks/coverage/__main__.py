@@ -76,11 +76,13 @@ def _try(results: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def _row(backbone: Any) -> dict[str, Any]:
-    from benchmarks.coverage import comparing
+    from benchmarks.coverage import comparing, making
 
     row = {"library": backbone.library, "lacked": backbone.lacked}
     with tempfile.TemporaryDirectory() as folder:
-        return row | comparing.outcome(backbone.make(Path(folder)))
+        with making.uninitialised():
+            made = backbone.make(Path(folder))
+        return row | comparing.outcome(made)
 
 
 def _forms(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Makes the structure of a backbone with its library's own class, as the files a user would get."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -69,6 +70,20 @@ def every() -> list[Backbone]:
     for name, lacked in backbones.OPEN_CLIP.items():
         found.append(Backbone(name, "open_clip", lacked, lambda f, n=name: _open_clip(f, n)))
     return found
+
+
+@contextlib.contextmanager
+def uninitialised() -> Iterator[None]:
+    """Networks made in here do not draw the weights that `fill` replaces; it takes most time."""
+    names = ("normal_", "uniform_", "erfinv_")
+    before = {name: getattr(torch.Tensor, name) for name in names}
+    for name in names:
+        setattr(torch.Tensor, name, lambda self, *args, **options: self)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(torch.Tensor, name, method)
 
 
 def fill(model: Any) -> None:

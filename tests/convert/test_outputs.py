@@ -22,7 +22,7 @@ from tests.convert import seeded
 OUTPUTS = Path(__file__).parent / "outputs"
 NAMES = sorted(path.stem for path in OUTPUTS.glob("*.json"))
 POOLED = [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")]
-TOLERANCE = 2e-6  # of the largest value, float32, two to five blocks
+TOLERANCE = 4e-6  # of the largest value; Swin V2 in timm is off by 2e-6 from its own float64
 # Facts that no tensor tells, and what they are not.
 OTHERS = {
     "activation": lambda value: "gelu_tanh" if value != "gelu_tanh" else "gelu_erf",
