@@ -355,7 +355,7 @@ class Model:
           blocks: numbers of the blocks; negative ones count from the last. None for all.
 
         Raises:
-          ConfigError: there is no such block.
+          ConfigError: there is no such block, or no attention: a ConvNeXt has none.
         """
         network: Any = nnx.merge(self._definition, self.params["encoder"])
         numbers = range(network.depth) if blocks is None else blocks

@@ -35,9 +35,14 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
     (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # one projector, or one per teacher
     (r"(^|/)projection/kernel$", ("embed", None)),  # of a pool
-    # Of a segmenter. Inputs are split, because numbers of classes have few divisors.
+    # Of a segmenter, and between the stages of a ConvNeXt. Inputs are split, because numbers of
+    # classes have few divisors.
     (r"(^|/)(conv|deconv\d?|classifier)/kernel$", (None, None, "embed", None)),
-    (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$", ()),
+    (r"dwconv/kernel$", ()),  # 49 numbers per channel
+    (
+        r"(bias|scale|gamma|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$",
+        (),
+    ),
 )
 
 

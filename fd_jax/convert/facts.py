@@ -102,6 +102,7 @@ STATED = types.MappingProxyType(
         "heads": _whole_numbers,
         "activation": str,
         "norm_eps": _number,
+        "final_norm_eps": _number,
         "mean": _numbers,
         "std": _numbers,
         "pixel_scale": _number,

@@ -46,6 +46,16 @@ def _as_returned(model: Any, tokens: Any) -> Any:
     return tokens
 
 
+def _blocks(model: Any) -> list[Any]:
+    """The blocks of the first list of layers; in a network with stages, those of all its layers."""
+    layers = next(
+        module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("layer", "layers")
+    )
+    return [block for layer in layers for block in getattr(layer, "blocks", [layer])]
+
+
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(Layout):
     """The names of a model class of transformers.
@@ -55,12 +65,14 @@ class HuggingFace(Layout):
       fields: (spec) -> the fields of config.json beyond those that all classes share.
       extra: (spec) -> tensors the class asks for that no network here has.
       final_tokens: (model, its last hidden state) -> the tokens after the final norm.
+      blocks: (model) -> the modules of its blocks, in their order.
     """
 
     model_type: str = ""
     fields: Callable[[ModelSpec], dict[str, Any]] = _no_fields
     extra: Callable[[ModelSpec], dict[str, np.ndarray]] = _no_tensors
     final_tokens: Callable[[Any, Any], Any] = _as_returned
+    blocks: Callable[[Any], list[Any]] = _blocks
 
     @property
     def label(self) -> str:

@@ -25,7 +25,7 @@ _RIVAL = 0.05  # a style that claims so much fewer tensors than another one is n
 _SHOWN = 3  # names of published networks that agree in all facts
 # Facts of a published network that other files of it have in common with it.
 _SHARED = (
-    "width depth heads mlp_width patch_size embed_width depths window pretrained_windows "
+    "width depth heads mlp_width patch_size embed_width widths depths window pretrained_windows "
     "activation norm_eps rope_theta rope_pairs rope_reference rope_offset"
 ).split()
 _OF_SPEC = ("mean", "std", "pixel_scale", "position_resize", "pooling")
@@ -112,6 +112,20 @@ def conflicts(source: Source, part: str, container: Container) -> list[str]:
 def _facts(spec: ModelSpec, names: Iterable[str]) -> dict[str, Any]:
     every = {**spec.arch, **{name: getattr(spec, name) for name in _OF_SPEC}}
     return {name: every[name] for name in names if name in every}
+
+
+def described(container: Container) -> list[str]:
+    """The networks in a file by the names of their tensors, one line each, for `inspect`."""
+    try:
+        found = _descriptions(container, (), None, None)
+        made, open_, problems = _sources(found, container)
+    except ConversionError as error:
+        return [str(error)]
+    lines = [f"{one.name}: fits completely" for one in made]
+    lines += [
+        f"{d.network.style.name}: {d.summary}; to be stated: {', '.join(d.missing)}" for d in open_
+    ]
+    return lines + [line for problem in problems for line in problem.splitlines()]
 
 
 def published_claims(name: str) -> list[Claim]:

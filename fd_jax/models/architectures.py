@@ -62,6 +62,19 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "residual_scale": Number(unit="start of the factor of each branch"),
         "extra_norm_every": whole(0, "blocks; 0 is off"),
     },
+    "convnext": {
+        "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+        "patch_size": whole(1, "pixels", most=1024),
+        "widths": Several(whole(1, "channels", most=2**16), most=8),
+        "depths": Several(whole(1, "blocks", most=MOST_BLOCKS), most=8),
+        "kernel_size": whole(1, "tokens on a side, an odd number", most=255),
+        "grn": FLAG,
+        "layer_scale": OrNone(Number(unit="start of the factor of each branch")),
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        "final_norm": FLAG,
+        "final_norm_eps": OrNone(EPS),
+    },
 }
 
 # Fields that a description may leave out: few networks have what they are about, and the class has
@@ -80,4 +93,5 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     ),
     "swin": (),
     "swin_v2": (),
+    "convnext": (),
 }

@@ -71,10 +71,10 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
     found = _compare(plain, FIELDS, required=("family",))
     if found:
         return found
-    rows, optional = (table[fields["family"]] for table in (ARCHITECTURES, OPTIONAL))
+    rows, optional = ARCHITECTURES[fields["family"]], OPTIONAL[fields["family"]]
     found = _section("arch", fields.get("arch"), rows, [n for n in rows if n not in optional])
     if not found:
-        found = _too_large(fields["arch"])
+        found = _too_large(fields["family"], fields["arch"])
     if fields.get("segmenter") is not None:
         found += _section("segmenter", fields["segmenter"], SEGMENTER, _SEGMENTER_REQUIRED)
     if fields.get("pool") is not None:
@@ -83,7 +83,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _pool(values: Any) -> list[str]:
-    kind = values.get("kind") if isinstance(values, dict) else None
+    kind: Any = values.get("kind") if isinstance(values, dict) else None
     if problem := Choice(tuple(POOL)).problem(kind):
         return [f"pool.kind={reprlib.repr(kind)}{problem}"]
     rows, optional = POOL[kind], _POOL_OPTIONAL[kind]
@@ -115,11 +115,14 @@ def _compare(
     return found
 
 
-def _too_large(arch: Mapping[str, Any]) -> list[str]:
+def _too_large(family: str, arch: Mapping[str, Any]) -> list[str]:
     """What follows from several sizes together, each of which is within its bounds."""
     partial = arch.get("partial_patches", "refuse")
     try:
-        sizes.check_patches(arch["image_size"], arch["patch_size"], partial=partial)
+        if family == "convnext":
+            sizes.check_halved(arch["image_size"], arch["patch_size"], len(arch["depths"]) - 1)
+        else:
+            sizes.check_patches(arch["image_size"], arch["patch_size"], partial=partial)
     except ConfigError as error:
         return [f"arch: {error}"]
     tokens = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))

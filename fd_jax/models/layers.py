@@ -268,6 +268,7 @@ class PatchEmbed(nnx.Module):
         patch_size: int,
         width: int,
         *,
+        channels: int = 3,
         use_bias: bool,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -277,12 +278,12 @@ class PatchEmbed(nnx.Module):
         self.patch_size = patch_size
         self.dtype = dtype
         self.grad_dtype = grad_dtype
-        shape = (patch_size, patch_size, 3, width)  # HWIO
+        shape = (patch_size, patch_size, channels, width)  # HWIO
         self.kernel: Any = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if use_bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, (H//P)*(W//P), D], row-major."""
+        """[B, H, W, C] -> [B, (H//P)*(W//P), D], row-major."""
         p = self.patch_size
         if images.shape[1] % p or images.shape[2] % p:
             images = images[:, : images.shape[1] // p * p, : images.shape[2] // p * p]

@@ -77,15 +77,38 @@ def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+def check_halved(image_size: ImageSize, patch_size: int, halvings: int) -> None:
+    """Refuses an image of which nothing is left once its patches are halved along both axes.
+
+    Sides need no divisor: a patch, or a half, that the side cuts off is not counted.
+
+    Args:
+      image_size: in pixels.
+      patch_size: side of a patch.
+      halvings: how often the grid of patches is halved.
+
+    Raises:
+      ConfigError: a side is too small.
+    """
+    least = patch_size << halvings
+    if min(sides(image_size)) < least:
+        raise ConfigError(
+            f"image_size {describe(image_size)} is less than {least}, patch_size {patch_size} x "
+            f"{1 << halvings} (the stages halve the grid); use {least} or more"
+        )
+
+
 def token_side(image_size: ImageSize, patch_size: int, grid: tuple[int, int]) -> int:
     """Pixels on a side of what a token of a map stands for.
 
     Args:
       image_size: of the network.
       patch_size: of the network.
-      grid: (H, W) of the map, which may be coarser than that of the patches.
+      grid: (H, W) of the map: that of the patches, or what halvings leave of it, each of which may
+        leave out an odd row or column.
     """
-    return patch_size * (patch_grid(image_size, patch_size)[0] // grid[0])
+    halvings = (patch_grid(image_size, patch_size)[0] // grid[0]).bit_length() - 1
+    return patch_size << halvings
 
 
 def check_patches(

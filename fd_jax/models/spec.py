@@ -11,6 +11,7 @@ import numpy as np
 
 from fd_jax.errors import ModelFolderError, first_few
 from fd_jax.models import description, kernels, resize, sizes
+from fd_jax.models.convnext import ConvNeXt
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
 from fd_jax.models.pool import Pool, make_pool
@@ -25,7 +26,12 @@ FORMAT_VERSION = 1
 # Left out of `model.json` where they say nothing, since earlier versions do not know them.
 LATER_FIELDS = ("segmenter", "class_names", "pool", "origins")
 # The class of each family; ViT shows what it has to offer.
-FAMILIES: dict[str, Any] = {"vit": ViT, "swin": SwinV1, "swin_v2": SwinV2}
+FAMILIES: dict[str, Any] = {
+    "vit": ViT,
+    "swin": SwinV1,
+    "swin_v2": SwinV2,
+    "convnext": ConvNeXt,
+}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -166,6 +172,23 @@ class ModelSpec:
         return spec, FAMILIES[self.family].resize_positions(
             params, self.arch, size, method=self.position_resize
         )
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of what the last map has a token for."""
+        halvings = len(self.arch.get("depths", (0,))) - 1
+        return self.arch["patch_size"] << halvings
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the network's blocks attend to anything."""
+        return bool(FAMILIES[self.family].head_widths(self.arch))
+
+    @property
+    def head_norm_eps(self) -> float:
+        """Epsilon of the norm in a classifier head, see `heads.Classifier`."""
+        eps = self.arch.get("final_norm_eps")
+        return self.arch["norm_eps"] if eps is None else eps
 
     def choose_attention(self, name: str, *, dtype: jnp.dtype) -> str:
         """Settles `config.attention` for this network, see `kernels.choose`."""

@@ -197,7 +197,8 @@ class Swin(Backbone):
         self.image_size = square_side(image_size)
         self.window = window
         self.depths, self.depth = tuple(depths), sum(depths)
-        self.width = embed_width * MERGE ** (len(depths) - 1)
+        self.widths = tuple(embed_width * MERGE**stage for stage in range(len(depths)))
+        self.width = self.widths[-1]
         self.grids = grids(image_size, patch_size, len(depths))
         self.grid = (self.grids[-1], self.grids[-1])
         self.remat = remat

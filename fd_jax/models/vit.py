@@ -122,6 +122,7 @@ class ViT(Backbone):
         self.dtype = dtype
         self.width = width
         self.depth = depth
+        self.depths, self.widths = (depth,), (width,)
 
         def init_kernel(key, shape, dtype=jnp.float32, **_):
             return layers.truncated_normal(0.02, INIT_LIMITS[init])(key, shape, dtype)

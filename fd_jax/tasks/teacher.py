@@ -140,7 +140,7 @@ class Teacher:
             self.width,
             self.classes,
             pooling=self.spec.pooling,
-            norm_eps=self.spec.arch["norm_eps"],
+            norm_eps=self.spec.head_norm_eps,
             kernel_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )

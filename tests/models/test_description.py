@@ -9,7 +9,7 @@ from fd_jax.errors import ModelFolderError
 from fd_jax.models import architectures, description
 from fd_jax.models.spec import ModelSpec
 from tests import tiny
-from tests.models import evas
+from tests.models import convnexts, evas
 
 
 def fields(**changes):
@@ -37,6 +37,7 @@ def test_every_field_has_a_rule():
         tiny.teacher_spec(),
         tiny.swin_spec(1),
         tiny.swin_spec(2),
+        convnexts.spec("v1"),
         dataclasses.replace(tiny.teacher_spec(), segmenter=SEGMENTER),
         dataclasses.replace(tiny.teacher_spec(position="rope", image_size=1024), pixel_scale=1.0),
         *(evas.spec(name) for name in evas.ARCHITECTURES),
@@ -44,7 +45,7 @@ def test_every_field_has_a_rule():
         dataclasses.replace(tiny.teacher_spec(), origins={"heads": "config.json"}),
     ],
     ids=[
-        *("vit", "swin", "swin_v2", "segmenter", "large picture"),
+        *("vit", "swin", "swin_v2", "convnext", "segmenter", "large picture"),
         *evas.ARCHITECTURES,
         *("pool", "origins"),
     ],
@@ -55,7 +56,7 @@ def test_what_this_library_writes_is_read_again(spec):
 
 
 def test_a_plain_network_is_described_as_by_earlier_versions():
-    """The text of release 0.1, field by field: later fields are left out where they say nothing."""
+    """Field by field: later ones are not mentioned where they say nothing."""
     arch = ",\n".join(f'    "{name}": {json.dumps(value)}' for name, value in tiny.TEACHER.items())
     numbers = {
         name: json.dumps(getattr(ModelSpec, name), indent=2).replace("\n", "\n  ")

@@ -70,6 +70,23 @@ _SWIN_T = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
+# The epsilon in the config of V1 and V2 is that of the norm after pooling; all others have 1e-6.
+_CONVNEXT = {
+    "hidden_sizes": "widths",
+    "depths": "depths",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_act": "activation",
+    "layer_norm_eps": "final_norm_eps",
+}
+_CONVNEXT_T = {
+    "hidden_sizes": [96, 192, 384, 768],
+    "depths": [3, 3, 9, 3],
+    "image_size": 224,
+    "patch_size": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+}
 
 
 def _nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +151,9 @@ _VITS = ModelType(_B16, _VIT, _ON_CLASS_TOKEN)
 _DINOV2_NAMES = {field: fact for field, fact in _VIT.items() if fact != "mlp_width"}
 _DINOV2 = {**_B16, "layer_norm_eps": 1e-6, "patch_size": 14}
 # Their norms of patches and mergings have torch's epsilon, whatever the config says.
+_CONVNEXTS = ModelType(_CONVNEXT_T, _CONVNEXT, {"norm_eps": 1e-6, "pooling": "mean_norm"})
+_DINOV3_CONVNEXT = {**_CONVNEXT, "layer_norm_eps": "norm_eps"}
+del _DINOV3_CONVNEXT["patch_size"]  # which its config lacks
 _SWINS = {"use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
 
 TYPES: Mapping[str, ModelType] = types.MappingProxyType(
@@ -165,6 +185,11 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
                 "rope_theta": 100.0,
             },
             {**_VIT, "num_register_tokens": "registers", "rope_theta": "rope_theta"},
+        ),
+        "convnext": _CONVNEXTS,
+        "convnextv2": _CONVNEXTS,
+        "dinov3_convnext": ModelType(
+            {**_CONVNEXT_T, "layer_norm_eps": 1e-6}, _DINOV3_CONVNEXT, {"pooling": "mean"}
         ),
         "swin": ModelType(_SWIN_T, _SWIN, {"pooling": "mean"}, _SWINS),
         "swinv2": ModelType(

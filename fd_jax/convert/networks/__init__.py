@@ -7,7 +7,7 @@ import math
 
 from fd_jax import model_folder
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.networks import segmenter, swin, vit
+from fd_jax.convert.networks import convnext, segmenter, swin, vit
 from fd_jax.convert.networks.network import Network
 from fd_jax.convert.rules.tables import Table
 from fd_jax.convert.rules.transforms import Shape
@@ -15,7 +15,12 @@ from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 _MOST = 1 << 20  # larger numbers in a description belong to no network
-NETWORKS: dict[str, Network] = {"vit": vit.NETWORK, "swin": swin.V1, "swin_v2": swin.V2}
+NETWORKS: dict[str, Network] = {
+    "vit": vit.NETWORK,
+    "swin": swin.V1,
+    "swin_v2": swin.V2,
+    "convnext": convnext.NETWORK,
+}
 
 
 def depths(spec: ModelSpec) -> tuple[int, ...]:

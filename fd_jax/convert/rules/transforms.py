@@ -64,6 +64,16 @@ DECONV = _one(
 # torch Conv1d with kernel 1 [out, in, 1] <-> [in, out]
 CONV_1X1 = _one(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None], lambda s: (s[1], s[0], 1))
 
+# torch Conv2d with kernel 1 [out, in, 1, 1] <-> [in, out]
+CONV_1X1_2D = _one(
+    lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)
+)
+
+# [1, 1, 1, D] <-> [D]
+VECTOR_OF_FOUR_AXES = _one(
+    lambda x: x[0, 0, 0], lambda x: x[None, None, None], lambda s: (1, 1, 1, s[0])
+)
+
 # [D] <-> [1, 1, D] and [N, D] <-> [1, N, D]
 VECTOR_TOKEN = _one(lambda x: x[None, None], lambda x: x[0, 0], lambda s: s[2:])
 MATRIX_TOKENS = _one(lambda x: x[None], lambda x: x[0], lambda s: s[1:])
