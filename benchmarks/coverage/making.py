@@ -75,15 +75,16 @@ def every() -> list[Backbone]:
 @contextlib.contextmanager
 def uninitialised() -> Iterator[None]:
     """Networks made in here do not draw the weights that `fill` replaces; it takes most time."""
-    names = ("normal_", "uniform_", "erfinv_")
-    before = {name: getattr(torch.Tensor, name) for name in names}
-    for name in names:
-        setattr(torch.Tensor, name, lambda self, *args, **options: self)
+    places = [(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_")]
+    places.append((torch.nn.init, "_no_grad_trunc_normal_"))  # draws until all are in its bounds
+    before = [getattr(*place) for place in places]
+    for place in places:
+        setattr(*place, lambda tensor, *args, **options: tensor)
     try:
         yield
     finally:
-        for name, method in before.items():
-            setattr(torch.Tensor, name, method)
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
 
 
 def fill(model: Any) -> None:
