@@ -94,6 +94,7 @@ def layer_with_gradients(implementation, monkeypatch, *, summed=True, **kwargs):
     return {"out": out, **flat}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotate", [None, Rotation((2, 4), 1, 32, theta=100.0)])
 def test_a_layer_has_the_gradients_of_xla_whoever_sums_those_of_its_biases(monkeypatch, rotate):
     want = layer_with_gradients("xla", monkeypatch, rotate=rotate)
@@ -139,6 +140,7 @@ def test_the_gradient_of_the_bias_is_the_slope_of_exact_attention():
     assert np.sum(np.asarray(jax.grad(loss)(bias)) * along) == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_errs_no_more_than_twice_as_much_as_xla():
     *tokens, bias = inputs(65, heads=2, width=64, seed=7)
     q, k, v = (x.astype(jnp.bfloat16) for x in tokens)
