@@ -117,6 +117,8 @@ def source(description: Description, container: Container) -> tuple[Source, list
         arch, told = kind.arch(settled)
         fields = {name: settled[name].value for name in _FIELDS if name in settled}
         fields |= {n: tuple(fields[n]) for n in ("mean", "std") if n in fields}
+        if "pool" in fields:
+            fields["pool"] = _pool(fields["pool"], description.told)
         spec = ModelSpec(network.style.network, arch, **fields, origins=origins(settled))
         kinds.check_sizes(spec, container)
         kinds.shapes(spec)
@@ -135,6 +137,14 @@ def source(description: Description, container: Container) -> tuple[Source, list
         remarks=tuple(remarks),
     )
     return made, remarks
+
+
+def _pool(claimed: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """A pool as it is in the file, whose MLP may have another width than the published one."""
+    if claimed["kind"] != "attention":
+        return dict(claimed)
+    kept = {name: claimed[name] for name in ("kind", "heads", "activation", "norm_eps")}
+    return kept | {"mlp_width": told["pool_mlp_width"]}
 
 
 def pool_rules(table: Table) -> list[Rule]:

@@ -285,7 +285,7 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
 
 def _converted(
     found: Match,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, Shape],
     dtype: np.dtype,
     convert: Callable[[str, np.ndarray], np.ndarray],
@@ -321,6 +321,6 @@ def _in_dtype(
     return stored
 
 
-def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _source_dtypes(found: Match, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     taken = (name for step in found.steps for name in step.names)
     return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}

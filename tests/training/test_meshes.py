@@ -302,6 +302,7 @@ def test_two_seeds_share_one_compiled_program(classifier):
     assert lowered(0) == lowered(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices,batch_size",
     [
