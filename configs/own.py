@@ -158,19 +158,14 @@ def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
     """
     spec = model_folder.load_spec(epath.Path(given[name]))
     side = sizes.square_side(spec.arch["image_size"], network="a network in training")
-    largest = max(1, LARGEST_SIDE // stride(spec)) * stride(spec)
-    return spec, int(given["size"]) or min(side, largest)
-
-
-def stride(spec: ModelSpec) -> int:
-    """Pixels on a side of what the last map has a token for."""
-    halvings = max(0, len(spec.arch.get("depths", ())) - 1)
-    return spec.arch["patch_size"] * 2**halvings
+    # A side that the student's patches fill: those of some teachers leave a rest of theirs unread.
+    tokens = min(side, max(LARGEST_SIDE, spec.stride)) // spec.stride
+    return spec, int(given["size"]) or tokens * spec.stride
 
 
 def is_swin(spec: ModelSpec) -> bool:
     """Whether a network is a Swin, whose norm and pooling differ from a ViT's."""
-    return spec.family != "vit"
+    return spec.family.startswith("swin")
 
 
 def student(name: str, teacher: ModelSpec, size: int) -> tuple[str, dict[str, Any]]:
@@ -186,11 +181,16 @@ def student(name: str, teacher: ModelSpec, size: int) -> tuple[str, dict[str, An
     """
     if name != "same" and name not in STUDENTS:
         raise ConfigError(f"student={name}: expected one of {['same', *STUDENTS]}")
+    if name == "same" and not teacher.has_attention:
+        raise ConfigError(
+            f"student=same: {teacher.source!r} is of the family {teacher.family!r}, for which "
+            f"there is no recipe of a student; name one of {[*STUDENTS]}, on the teacher's grid"
+        )
     if name == "same" and is_swin(teacher):
         shape = {key: teacher.arch[key] for key in base.SWIN_B_W14}
         return "swin_v2", base.swin_v2(shape, image_size=size)
     shape = STUDENTS.get(name) or {key: teacher.arch[key] for key in base.VIT_B16}
-    return "vit", base.student({**shape, "patch_size": stride(teacher)}, image_size=size)
+    return "vit", base.student({**shape, "patch_size": teacher.stride}, image_size=size)
 
 
 def fit(

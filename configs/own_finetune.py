@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     network, size = own.network(given, "init_from")
     recipe = base.swin_fine_tuning if own.is_swin(network) else base.fine_tuning
     layer_decay, rate = (0.65, 1.8e-3) if network.arch.get("depth", 0) <= 12 else (0.75, 3.5e-4)
-    if own.is_swin(network):
+    if "depths" in network.arch:
         layer_decay = 0.8
     config = recipe(drop_path=0.1, layer_decay=layer_decay, peak_lr=1.0, floor_lr=0.0)
     if found.count < own.FEW:

@@ -19,7 +19,8 @@ def get_config(arg: str = ""):
     found = own.labelled(given)
     network, size = own.network(given, "init_from")
     pooling = "cls" if network.arch.get("cls_token") else "mean"
-    config = base.linear_probe(epochs=90, pooling=pooling)
+    final_norm = network.arch.get("final_norm", True)
+    config = base.linear_probe(epochs=90, pooling=pooling, final_norm=final_norm)
     config.init_from, config.model.classes = given["init_from"], found.classes
     config.eval.keep_best = "top1"
     config.optim.name = "adamw"  # the rates of LARS are for thousands of steps of thousands

@@ -1,7 +1,8 @@
 """Model folders: the format in which weights are stored and passed between commands.
 
 `params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`, or
-`segmenter` and the running statistics of its BatchNorms, `segmenter_statistics`.
+`segmenter` and the running statistics of its BatchNorms, `segmenter_statistics`, and `pool`, which
+makes one vector of a picture as the network's authors do.
 `model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
 `digests.json` holds the digests of both, by which damage is noticed when they are read; folders of
 earlier versions have none.
@@ -29,7 +30,7 @@ from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import ModelSpec
 
 DIGESTS = "digests.json"
-PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics")
+PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics", "pool")
 MOST_VALUES = 2**31  # in all arrays beside those that the description gives the shapes of
 WINDOWS = 4  # windows of a picture that `Model.segment` computes together
 
@@ -48,12 +49,12 @@ def save(
       overwrite: whether to replace an existing folder.
 
     Raises:
-      ModelFolderError: the folder exists and `overwrite` is not set, or a part is unknown.
+      ModelFolderError: the folder exists and `overwrite` is not set, a part is unknown, or the
+        parts have a pool and the description has none, or the reverse.
     """
     folder = epath.Path(folder)
     check_free(folder, overwrite=overwrite)
-    if unknown := sorted(set(params) - set(PARTS)):
-        raise ModelFolderError(f"a model folder has no part {unknown}; its parts are {PARTS}")
+    _check_parts(spec, params)
     staging = folder.parent / f".{folder.name}.incomplete"
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -75,6 +76,16 @@ def save(
                 staging.rmtree()
         raise
     sharding.barrier("model_folder_done")
+
+
+def _check_parts(spec: ModelSpec, params: dict[str, Any]) -> None:
+    if unknown := sorted(set(params) - set(PARTS)):
+        raise ModelFolderError(f"a model folder has no part {unknown}; its parts are {PARTS}")
+    if ("pool" in params) != (spec.pool is not None):
+        raise ModelFolderError(
+            f"the description has pool={spec.pool}, and the parts are {', '.join(sorted(params))}; "
+            "a pool has to be in both, or in neither"
+        )
 
 
 def _describe(folder: epath.Path, spec: ModelSpec, arrays: dict[str, int]) -> None:
@@ -239,6 +250,7 @@ class Model:
         features = model(images)  # features.patches [B, H*W, D], features.cls_token [B, D]
         colours = fd_jax.pca_picture(features)  # [B, H, W, 3]
         last = model.attention_maps(images, blocks=[-1])[0].weights()  # [B, heads, N, N]
+        vectors = model.pooled(images)  # [B, E] of a network with a pool, such as CLIP's
         labels = model.segment(pictures)  # of a network with a segmenter
 
     Args:
@@ -255,6 +267,7 @@ class Model:
         self.class_names = spec.class_names
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
+        self._pooled = jax.jit(functools.partial(pooled_vectors, spec))
         self._logits = jax.jit(functools.partial(segmenter_logits, spec))
 
     def __repr__(self) -> str:
@@ -263,11 +276,13 @@ class Model:
         network: Any = nnx.merge(self._definition, encoder)
         values = sum(leaf.size for leaf in jax.tree.leaves(encoder))
         parts = ", ".join(name for name in PARTS if name in self.params)
-        classes = f", {self.spec.classes} classes" if self.spec.classes else ""
+        extra = f", {self.spec.classes} classes" if self.spec.classes else ""
+        if self.spec.pool is not None:
+            extra += f", pooled by {self.spec.pool['kind']}"
         return (
             f"<Model {self.spec.source!r}: {self.spec.family}, {values / 1e6:.3g} M parameters, "
             f"{size} px, {network.grid[0]} x {network.grid[1]} patches of width {network.width}, "
-            f"{'class token' if arch.get('cls_token') else 'no class token'}{classes}; "
+            f"{'class token' if arch.get('cls_token') else 'no class token'}{extra}; "
             f"parts: {parts}>"
         )
 
@@ -278,6 +293,33 @@ class Model:
           images: normalised images [B, H, W, 3], float32.
         """
         return self._forward(self.params["encoder"], images)
+
+    def pooled(self, images: jax.Array) -> jax.Array:
+        """One vector for each image, as the authors of the network make it of the features.
+
+            model = fd_jax.load_model("models/siglip2")
+            vectors = model.pooled(model.preprocess(pictures, resize=True))  # [B, E]
+            vectors /= jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            similarities = vectors @ vectors.T  # [B, B] cosines
+
+        That of CLIP and SigLIP is what their text towers are compared with.
+
+        Args:
+          images: normalised images [B, H, W, 3], float32.
+
+        Returns:
+          [B, E] float32, not normalised.
+
+        Raises:
+          ModelFolderError: the folder has no pool.
+        """
+        if self.spec.pool is None:
+            raise ModelFolderError(
+                f"{self.spec.source!r} has no pool: its folder holds no way to one vector of a "
+                "picture. Take features = model(images) and then features.cls_token, where there "
+                "is one, or features.patches.mean(axis=1)"
+            )
+        return self._pooled(self.params, images)
 
     def preprocess(
         self, images: np.ndarray | Sequence[np.ndarray], *, resize: bool = False
@@ -313,7 +355,7 @@ class Model:
           blocks: numbers of the blocks; negative ones count from the last. None for all.
 
         Raises:
-          ConfigError: there is no such block.
+          ConfigError: there is no such block, or no attention: a ConvNeXt has none.
         """
         network: Any = nnx.merge(self._definition, self.params["encoder"])
         numbers = range(network.depth) if blocks is None else blocks
@@ -399,6 +441,22 @@ class Model:
         return nnx.merge(self._definition, params)(images)
 
 
+def pooled_vectors(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """The vectors of a model folder's pool, as a function for jit.
+
+    Args:
+      spec: of the folder; it has a pool.
+      params: the parts of the folder.
+      images: normalised images [B, H, W, 3], of the size of the network.
+
+    Returns:
+      [B, E] float32.
+    """
+    encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
+    pool: Any = nnx.merge(spec.abstract_pool()[0], params["pool"])
+    return pool(encoder(images))
+
+
 def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -> jax.Array:
     """The logits of a model folder's segmenter, as a function for jit.
 
@@ -469,7 +527,7 @@ def _check_against_spec(folder: epath.Path, spec: ModelSpec) -> None:
         raise ModelFolderError(f"{folder / 'model.json'} describes no network: {error}") from error
     _refuse_more(folder, {path: s for path, s in found.items() if _part(path) not in parts})
     expected = flat_shapes(parts)
-    stored = {path: shape for path, shape in found.items() if _part(path) in parts}
+    stored = {path: shape for path, shape in found.items() if _part(path) in {*parts, "pool"}}
     if expected == stored:
         return
     problems = [f"missing {path}" for path in sorted(expected.keys() - stored.keys())]
@@ -513,6 +571,8 @@ def described(spec: ModelSpec) -> dict[str, Any]:
     parts = {"encoder": spec.abstract()[1]}
     if spec.segmenter is not None:
         _, parts["segmenter"], parts["segmenter_statistics"] = spec.abstract_segmenter()
+    if spec.pool is not None:
+        parts["pool"] = spec.abstract_pool()[1]
     return parts
 
 

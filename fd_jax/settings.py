@@ -29,7 +29,7 @@ from fd_jax.fields import (
     choice,
     whole,
 )
-from fd_jax.models import heads, kernels, segmenter
+from fd_jax.models import architectures, heads, kernels, segmenter
 from fd_jax.models.architectures import ARCHITECTURES
 from fd_jax.models.backbone import REMAT_POLICIES
 from fd_jax.models.spec import FAMILIES
@@ -206,12 +206,11 @@ TASKS: dict[str, dict[str, Rule]] = {
 
 # The sections that have a family and an architecture.
 NETWORKS = ("student", "model", "segment", "contrast")
-# The size of `model.arch` and `segment.arch` is that of the data, and other networks have no rotary
-# frequencies.
+# The size of `model.arch` and `segment.arch` is that of the data.
 OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
-    *(f"{name}.arch.rope_theta" for name in NETWORKS),
+    *(f"{name}.arch.{field}" for name in NETWORKS for field in architectures.OPTIONAL["vit"]),
     # Fields that configs of earlier versions do not have.
     "eval.keep_best",
     "data.exif",

@@ -28,15 +28,21 @@ RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/qkv/kernel$", ("embed", None, "heads")),
     (r"attn/proj/kernel$", ("heads", "embed")),
-    (r"mlp/fc1/kernel$", ("embed", "mlp")),
+    (r"mlp/(fc1|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/fc2/kernel$", ("mlp", "embed")),
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
     (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # one projector, or one per teacher
-    # Of a segmenter. Inputs are split, because numbers of classes have few divisors.
+    (r"(^|/)projection/kernel$", ("embed", None)),  # of a pool
+    # Of a segmenter, and between the stages of a ConvNeXt. Inputs are split, because numbers of
+    # classes have few divisors.
     (r"(^|/)(conv|deconv\d?|classifier)/kernel$", (None, None, "embed", None)),
-    (r"(bias|scale|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens)$", ()),
+    (r"dwconv/kernel$", ()),  # 49 numbers per channel
+    (
+        r"(bias|scale|gamma|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$",
+        (),
+    ),
 )
 
 

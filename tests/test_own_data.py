@@ -19,6 +19,7 @@ from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import account, loop
 from tests import tiny
+from tests.models import convnexts
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,6 +43,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swin(tmp_path_factory):
     return tiny.save_swin(tmp_path_factory.mktemp("teachers") / "swin")
+
+
+@pytest.fixture(scope="module")
+def convnext(tmp_path_factory):
+    return convnexts.save(tmp_path_factory.mktemp("teachers") / "convnext", "v1", image_size=64)
 
 
 def made(module, **given):
@@ -83,6 +89,20 @@ def test_a_probe_reads_what_the_network_has(folder, teacher, swin, family, pooli
 def test_a_swin_keeps_its_norm(folder, swin):
     config = made(own_finetune, data=folder, init_from=swin)
     assert (config.model.final_norm, config.optim.layer_decay) == (True, 0.8)
+
+
+def test_a_convnext_is_probed_tuned_and_distilled_into_a_vit(folder, convnext):
+    probe = made(own_probe, data=folder, init_from=convnext)
+    assert (probe.model.pooling, probe.model.final_norm) == ("mean", False)
+    assert ClassifyTask(probe).probe
+    tuned = made(own_finetune, data=folder, init_from=convnext)
+    assert (tuned.model.pooling, tuned.model.final_norm) == ("mean_norm", False)
+    assert tuned.optim.layer_decay == 0.8
+    assert ClassifyTask(tuned).spec.head_norm_eps == 1e-12
+    task = DistillTask(made(own_distill, data=folder, teacher=convnext, student="tiny"))
+    assert task.student.grid == task.goal.teacher.grid == (2, 2)
+    with pytest.raises(ConfigError, match="student=same.*'convnext'.*name one of"):
+        made(own_distill, data=folder, teacher=convnext)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])

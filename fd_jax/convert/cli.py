@@ -19,9 +19,10 @@ from fd_jax.models import sizes
 
 ABOUT = """Weights of public models in and out of fd_jax model folders.
 
-    {name} sources
+    {name} import --input=FOLDER_OF_TRANSFORMERS_OR_TIMM --output=teachers/mine
     {name} import --source=dino_vitb16 \\
         --input=dino_vitbase16_pretrain.pth --output=teachers/dino_vitb16
+    {name} sources
 
 `{name} COMMAND --help` lists the flags of a command. docs/conversion.md says
 how each source was verified."""
@@ -61,7 +62,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
     command = commands.add_parser("sources", help="list what can be read and written")
     command.set_defaults(
-        run=lambda _: print(listing.source_table(), listing.format_table(), sep="\n\n")
+        run=lambda _: print(
+            listing.style_table(), listing.source_table(), listing.format_table(), sep="\n\n"
+        )
     )
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")
@@ -69,10 +72,15 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=lambda a: print(inspecting.inspect(a.input)))
 
     command = commands.add_parser("import", help="turn a file into a model folder")
-    command.add_argument("--source", required=True, help="a name from `sources`, or auto")
     command.add_argument(
-        "--input", required=True, type=_path, help="the file, or a Hugging Face folder"
+        "--source",
+        default=importing.AUTO,
+        help="a name from `sources`; auto (the default) takes the one that fits",
     )
+    command.add_argument(
+        "--input", required=True, type=_path, help="the file, or a folder of transformers or timm"
+    )
+    _add_facts(command)
     command.add_argument("--output", required=True, type=_path, help="model folder to write")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
@@ -97,8 +105,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.set_defaults(run=_export)
 
     command = commands.add_parser("verify", help="compare a model folder with torch, by block")
-    command.add_argument("--source", required=True, help="source of the file")
+    command.add_argument("--source", default=importing.AUTO, help="source of the file")
     command.add_argument("--input", required=True, type=_path, help="the file")
+    _add_facts(command)
     command.add_argument("--model", required=True, type=_path, help="the model folder made from it")
     command.add_argument("--part", help="which network of a file that holds several")
     command.add_argument(
@@ -106,6 +115,20 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_verify)
     return parser
+
+
+def _add_facts(command: argparse.ArgumentParser) -> None:
+    """The flags that state what no tensor of a file tells."""
+    command.add_argument(
+        "--arch", help="name of the published network, as timm or open_clip say it, or of a source"
+    )
+    command.add_argument(
+        "--fact",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a fact that no tensor tells, such as heads=12; may be repeated",
+    )
 
 
 class _Progress:
@@ -142,6 +165,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         arguments.model,
         part=arguments.part,
         allow_other_hash=arguments.allow_other_hash,
+        arch=arguments.arch,
+        facts=arguments.fact,
     )
     print(verifying.report(compared))
     if not compared.agrees:
@@ -158,6 +183,8 @@ def _import(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         allow_other_hash=arguments.allow_other_hash,
+        arch=arguments.arch,
+        facts=arguments.fact,
         progress=_Progress(),
     )
     print(listing.import_report(result))

@@ -9,6 +9,7 @@ import numpy as np
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.layout import Layout
 from fd_jax.convert.source import Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 
@@ -52,6 +53,7 @@ class Family:
       layouts: the classes of other libraries that networks can be written for.
       formats: what only this family writes, by the name the user types.
       described: its files that hold their whole spec, if it has any.
+      styles: the names that libraries give to its networks, of any size.
     """
 
     name: str
@@ -59,3 +61,4 @@ class Family:
     layouts: tuple[Layout, ...] = ()
     formats: Mapping[str, Format] = dataclasses.field(default_factory=dict)
     described: SelfDescribed | None = None
+    styles: tuple[Style, ...] = ()

@@ -1,5 +1,6 @@
 """Everything that a model folder can be written as, by the name the user types."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import DTYPES
 from fd_jax.convert.family import Format
 from fd_jax.convert.huggingface import HuggingFace, preprocessor
-from fd_jax.convert.layout import Layout, Timm
+from fd_jax.convert.layout import Layout, Timm, held
 from fd_jax.convert.rules.matching import invert
 from fd_jax.convert.rules.tables import target_paths
+from fd_jax.convert.style import OUTER
 from fd_jax.errors import ConversionError
 from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
@@ -27,6 +29,9 @@ _TORCH = {"format": "pt"}  # which transformers asks of a safetensors file
 
 def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """Names of timm, as safetensors."""
+    name = spec.source.partition(":")[0]
+    if name.startswith("timm_") and name in families.STYLES:  # as it came, packed or not
+        return _write_source(dataclasses.replace(spec, source_dtypes={}), params, path)
     _, fit = families.layout(Timm, spec, set(params), format="timm")
     tensors = dict(invert(fit.table, params, spec.arch, derived=False))
     safetensors_io.write(path, tensors, _TORCH)
@@ -46,16 +51,17 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
 
 def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """The names, shapes and dtypes of the file the model came from, as safetensors."""
-    name, _, part = spec.source.partition(":")
-    if name not in families.SOURCES:
+    table = families.table_of(spec)
+    if table is None:
         raise ConversionError(
             f"this network was not imported (its source is {spec.source!r}); choose another format"
         )
-    source = families.get(name)
-    table = source.parts[part or source.default_part].table
+    if spec.source.partition(":")[0] in families.STYLES:
+        table = held(table, spec, set(params))
     tensors = {}
     for key, array in invert(table, params, spec.arch, derived=False):
-        tensors[key] = array.astype(DTYPES[spec.source_dtypes.get(key, "float32")], copy=False)
+        dtype = DTYPES[spec.source_dtypes.get(key, "float32")]
+        tensors[key.removeprefix(OUTER)] = array.astype(dtype, copy=False)
     safetensors_io.write(path, tensors, {**_TORCH, "source": spec.source})
     return sorted(set(params) - target_paths(table, spec.arch))
 
@@ -82,7 +88,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _classes(kind: type[Layout]) -> str:
     """The classes of a library that the families know, for people."""
-    names = [f"`{layout.class_name}`" for layout in families.layouts(kind)]
+    names = list(dict.fromkeys(f"`{layout.class_name}`" for layout in families.layouts(kind)))
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

@@ -19,6 +19,7 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "silu": "silu",
 }
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
@@ -45,6 +46,16 @@ def _as_returned(model: Any, tokens: Any) -> Any:
     return tokens
 
 
+def _blocks(model: Any) -> list[Any]:
+    """The blocks of the first list of layers; in a network with stages, those of all its layers."""
+    layers = next(
+        module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("layer", "layers")
+    )
+    return [block for layer in layers for block in getattr(layer, "blocks", [layer])]
+
+
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(Layout):
     """The names of a model class of transformers.
@@ -54,12 +65,14 @@ class HuggingFace(Layout):
       fields: (spec) -> the fields of config.json beyond those that all classes share.
       extra: (spec) -> tensors the class asks for that no network here has.
       final_tokens: (model, its last hidden state) -> the tokens after the final norm.
+      blocks: (model) -> the modules of its blocks, in their order.
     """
 
     model_type: str = ""
     fields: Callable[[ModelSpec], dict[str, Any]] = _no_fields
     extra: Callable[[ModelSpec], dict[str, np.ndarray]] = _no_tensors
     final_tokens: Callable[[Any, Any], Any] = _as_returned
+    blocks: Callable[[Any], list[Any]] = _blocks
 
     @property
     def label(self) -> str:
@@ -124,6 +137,11 @@ def vit_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def vit_act(spec: ModelSpec) -> str:
+    """What transformers calls the activation of a network."""
+    return _THEIR_ACTIVATIONS[spec.arch["activation"]]
+
+
 def preprocessor(spec: ModelSpec) -> dict[str, Any]:
     """The contents of preprocessor_config.json."""
     size = spec.arch["image_size"]
@@ -137,20 +155,6 @@ def preprocessor(spec: ModelSpec) -> dict[str, Any]:
         "image_mean": spec.mean,
         "image_std": spec.std,
     }
-
-
-def config_conflicts(config: Mapping[str, Any], arch: Mapping[str, Any]) -> list[str]:
-    """What a config.json says otherwise than the architecture."""
-    vision = config.get("vision_config")
-    fields = {**config, **(vision if isinstance(vision, dict) else {})}
-    problems = []
-    act = fields.get("hidden_act", fields.get("hidden_activation"))
-    if act is not None and _ACTIVATIONS.get(act, act) != arch["activation"]:
-        problems.append(f"config.json says hidden_act {act!r}, expected {arch['activation']}")
-    eps = fields.get("layer_norm_eps")
-    if eps is not None and eps != arch["norm_eps"]:
-        problems.append(f"config.json says layer_norm_eps {eps}, expected {arch['norm_eps']}")
-    return problems
 
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]

@@ -1,15 +1,39 @@
-"""Which sources a file fits, and what comes nearest: every source answers for itself."""
+"""What a file is: a source that is known by name, or a network of a style, described by the file.
 
-from collections.abc import Iterable, Iterator
+Every source and every style answers for itself. Facts that no tensor tells are taken from files
+beside the weights, from a published hash, or from a name that the user gives; otherwise they are
+asked for, with the candidates.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+from typing import Any
 
-from fd_jax.convert import families
+from fd_jax.convert import configs, families, published
 from fd_jax.convert.containers.tensors import Container
+from fd_jax.convert.describing import Description, describe, filled, source
+from fd_jax.convert.facts import Claim, claims, same, show
 from fd_jax.convert.rules.matching import Match
+from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.source import Source
+from fd_jax.convert.style import Recognized, Style, recognized
 from fd_jax.errors import ConversionError
+from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 _NEAR = 0.1  # a source is near where at least this share of its tensors is in the file
+_RIVAL = 0.05  # a style that claims so much fewer tensors than another one is no rival
+_SHOWN = 3  # names of published networks that agree in all facts
+# Facts of a published network that other files of it have in common with it.
+_SHARED = (
+    "width depth heads mlp_width patch_size embed_width widths depths window pretrained_windows "
+    "activation norm_eps rope_theta rope_pairs rope_reference rope_offset"
+).split()
+_OF_SPEC = ("mean", "std", "pixel_scale", "position_resize", "pooling")
+_STATISTICS = {
+    (IMAGENET_MEAN, IMAGENET_STD): "ImageNet statistics",
+    (CLIP_MEAN, CLIP_STD): "CLIP statistics",
+    ((0.5,) * 3, (0.5,) * 3): "statistics 0.5 / 0.5",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,36 +82,307 @@ def _described(container: Container) -> list[Source]:
 
 
 def fitting(container: Container) -> list[Source]:
-    """The sources whose default part fits a file completely."""
+    """The sources whose default part fits a file, and what stands beside it, completely."""
     every = ((source, source.default_part) for source in families.SOURCES.values())
-    return [c.source for c in _matched(container, every, at_least=1.0) if c.fits]
+    return [
+        c.source
+        for c in _matched(container, every, at_least=1.0)
+        if c.fits and not conflicts(c.source, c.part, container)
+    ]
 
 
-def identify(container: Container) -> Source:
-    """The one source whose default part fits a file completely.
+def conflicts(source: Source, part: str, container: Container) -> list[str]:
+    """What files beside the weights say otherwise than a source, one line each."""
+    if not source.style:
+        return []
+    try:
+        said = configs.claims(container, families.STYLES[source.style])
+    except ConversionError as error:
+        return [str(error)]
+    spec = source.parts[part].spec
+    facts = _facts(spec, (*spec.arch, *_OF_SPEC))
+    return [
+        f"{claim.origin} is {show(claim.value)}, but {source.name} has {claim.fact} "
+        f"{show(facts[claim.fact])}; --source=auto takes the facts from the files"
+        for claim in said
+        if claim.fact in facts and not same(facts[claim.fact], claim.value)
+    ]
+
+
+def _facts(spec: ModelSpec, names: Iterable[str]) -> dict[str, Any]:
+    every = {**spec.arch, **{name: getattr(spec, name) for name in _OF_SPEC}}
+    return {name: every[name] for name in names if name in every}
+
+
+def described(container: Container) -> list[str]:
+    """The networks in a file by the names of their tensors, one line each, for `inspect`."""
+    try:
+        found = _descriptions(container, (), None, None)
+        made, open_, problems = _sources(found, container)
+    except ConversionError as error:
+        return [str(error)]
+    lines = [f"{one.name}: fits completely" for one in made]
+    lines += [
+        f"{d.network.style.name}: {d.summary}; to be stated: {', '.join(d.missing)}" for d in open_
+    ]
+    return lines + [line for problem in problems for line in problem.splitlines()]
+
+
+def published_claims(name: str) -> list[Claim]:
+    """The facts of a published network, or of a source, that the user names with --arch.
 
     Raises:
-      ConversionError: none fits, or the keys cannot tell several apart.
+      ConversionError: neither has this name, or no network here can hold it.
     """
-    found = fitting(container)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        lines = "\n  ".join(f"{s.name}: {s.file}; {s.note}" for s in found)
-        raise ConversionError(
-            f"{container.path}: the names and shapes in it fit several sources; say which with "
-            f"--source=\n  {lines}"
+    if name in families.SOURCES:
+        spec = families.SOURCES[name].parts[families.SOURCES[name].default_part].spec
+        return claims(_facts(spec, (*_SHARED, *_OF_SPEC)), f"--arch={name}")
+    facts, origin = published.network(name)
+    return claims(facts, f"--arch={name} ({origin})")
+
+
+def identify(
+    container: Container,
+    given: Sequence[Claim] = (),
+    *,
+    style: str | None = None,
+    part: str | None = None,
+    digest: Callable[[], str] | None = None,
+) -> Source:
+    """The one source of a file: one that fits it completely, or one that its own names make.
+
+    Args:
+      container: the file and what stands beside it.
+      given: facts that the user states, or of a published network that the user names.
+      style: name of the only style to consider; None for all.
+      part: words in the names before those of the network, where the file holds several.
+      digest: () -> the file's SHA-256, with which published files are recognised.
+
+    Raises:
+      ConversionError: none fits, or facts are missing, or several networks are in the file. The
+        message has what was recognised, and the candidates.
+    """
+    fits = [] if style else fitting(container)
+    if fits and not given and (known := _certain(fits, digest)):
+        return known
+    made, open_, problems = _sources(_descriptions(container, given, style, part), container)
+    if len(made) == 1:
+        return made[0]
+    if made:
+        raise ConversionError(_several(container, made))
+    if open_:
+        raise ConversionError(_question(container, open_, fits))
+    if fits:
+        raise ConversionError(_ask_for_source(container, fits))
+    if problems:
+        near = candidates(container)[:1] if style is None else []
+        also = [f"Of the sources, the nearest is {c.label} ({c.report})." for c in near]
+        raise ConversionError("\n".join((*problems, *also)))
+    if (name := (container.config or {}).get("architecture")) and style is None:
+        published.architecture(str(name), None)  # says what networks of this kind have
+    raise ConversionError(f"{container.path}: it fits no source; {_nearest(container, style)}")
+
+
+def _certain(fits: list[Source], digest: Callable[[], str] | None) -> Source | None:
+    """The source that a published hash shows, or the only one whose names are its own."""
+    hashed = [s for s in fits if s.published or s.sha256]
+    if hashed and digest is not None:
+        for source in hashed:
+            if digest().startswith(source.sha256 or source.published):
+                return source
+    return fits[0] if len(fits) == 1 and not fits[0].style else None
+
+
+def _descriptions(
+    container: Container, given: Sequence[Claim], style: str | None, part: str | None
+) -> list[Description]:
+    """The networks in a file under the styles that name most of it, described."""
+    styles = [families.STYLES[style]] if style else list(families.STYLES.values())
+    every = [network for one in styles for network in recognized(one, container)]
+    if part is not None:
+        every = [network for network in every if part in network.prefix]
+    named = configs.styles(container, families.STYLES.values())
+    every = [n for n in every if n.style.name in named] or every
+    most = max((network.claimed for network in every), default=0)
+    rivals = sorted(
+        (network for network in every if network.claimed >= most - _RIVAL),
+        key=lambda network: -network.claimed,
+    )
+    found, errors = [], []
+    for network in rivals:
+        try:
+            found.append(describe(network, container, given))
+        except ConversionError as error:
+            errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found
+
+
+def _sources(
+    found: list[Description], container: Container
+) -> tuple[list[Source], list[Description], list[str]]:
+    """What descriptions make of a file.
+
+    Returns:
+      The sources of complete descriptions that match the file, where the first counts of styles
+      that make the same network of the same tensors; the descriptions that lack facts and match
+      otherwise; and what is wrong with all others.
+    """
+    made: dict[tuple[str, str], Source] = {}
+    open_, problems = [], []
+    for description in found:
+        one, _ = source(filled(description), container)
+        match = one.match(container, one.default_part)[0]
+        if match.problems:
+            problems.append(_unfit(container, description, match))
+        elif description.missing:
+            open_.append(description)
+        else:
+            spec = one.parts[one.default_part].spec
+            key = description.network.prefix, repr((spec.family, spec.arch, spec.mean, spec.std))
+            made.setdefault(key, one)
+    return list(made.values()), open_, problems
+
+
+def _unfit(container: Container, description: Description, match: Match) -> str:
+    lines = "\n  ".join(grouped(match.problems))
+    return (
+        f"{container.path}: {description.summary}: {match.found} of {match.expected} tensors fit, "
+        f"which networks here cannot represent:\n  {lines}"
+    )
+
+
+def grouped(problems: Sequence[str]) -> list[str]:
+    """Problems with the numbers of blocks collapsed: one line per kind."""
+    missing = [p.removeprefix("missing ") for p in problems if p.startswith("missing ")]
+    others = [p for p in problems if not p.startswith("missing ")]
+    return [f"missing {line}" for line in summarize(missing)] + summarize(others)
+
+
+def _several(container: Container, made: list[Source]) -> str:
+    prefixes = sorted({_network(one).prefix for one in made})
+    if len(prefixes) > 1:
+        return (
+            f"{container.path} holds {len(prefixes)} networks, below {', '.join(prefixes)}; say "
+            "which with --part, a word of its prefix"
         )
-    raise ConversionError(f"{container.path}: it fits no source; {_nearest(container)}")
+    names = ", ".join(sorted(_network(one).style.name for one in made))
+    return (
+        f"{container.path}: its names are those of several styles; say which with --source={names}"
+    )
 
 
-def _nearest(container: Container) -> str:
+def _network(made: Source) -> Recognized:
+    assert made.recognized is not None
+    return made.recognized
+
+
+def _question(container: Container, open_: list[Description], fits: list[Source]) -> str:
+    """What was recognised, what is not told, and which published networks it may be."""
+    first = open_[0]
+    lines = [
+        f"{container.path}: {first.summary}. No tensor, and no file beside it, tells "
+        f"{', '.join(first.missing)}.",
+        "Say which network it is with --source or --arch, or state each with --fact=NAME=VALUE.",
+    ]
+    lines += [
+        f"Its file name is that of --source={one.name}."
+        for one in fits
+        if container.path.name in one.file.split()
+    ]
+    rows = _rows(open_, fits)
+    if rows:
+        lines.append("Networks of these shapes:")
+    lines += [f"  {', '.join(names)}: {facts}" for facts, names in rows]
+    return "\n".join(lines)
+
+
+def _rows(open_: list[Description], fits: list[Source]) -> list[tuple[str, list[str]]]:
+    """Facts in words, and the published networks that have them."""
+    found: dict[str, list[str]] = {}
+    for one in fits:
+        spec = one.parts[one.default_part].spec
+        found.setdefault(_words(_facts(spec, (*_SHARED, *_OF_SPEC))), []).append(
+            f"--source={one.name}"
+        )
+    for description in open_:
+        for name in _matching(description):
+            words = _words(published.network(name)[0])
+            found.setdefault(words, []).append(f"--arch={name}")
+    return [(facts, _some(list(dict.fromkeys(names)))) for facts, names in found.items()]
+
+
+def _matching(description: Description) -> list[str]:
+    """The published networks that have the names and shapes of a file."""
+    told = description.told
+    compared = {name: value for name, value in told.items() if name in _COMPARED}
+    names = published.matching(description.network.style.name, compared)
+    scaled = told.get("scaled", False)
+    return [n for n in names if (published.network(n)[0].get("layer_scale") is not None) == scaled]
+
+
+# What shapes tell of a published network, whatever its head and image size.
+_COMPARED = (
+    "width depth mlp_width patch_size registers gated_mlp mlp_norm attn_norm embed_width depths "
+    "heads window widths grn"
+).split()
+
+
+def _some(names: list[str]) -> list[str]:
+    more = len(names) - _SHOWN
+    return [*names[:_SHOWN], f"and {more} more"] if more > 0 else names
+
+
+def _words(facts: Mapping[str, Any]) -> str:
+    statistics = tuple(facts["mean"]), tuple(facts["std"])
+    known = _STATISTICS.get(statistics)
+    words = [
+        f"{name} {show(facts[name])}"
+        for name in ("heads", "window", "pretrained_windows")
+        if name in facts
+    ]
+    words += [str(facts["activation"]), f"eps {show(facts['norm_eps'])}"]
+    words.append(known or f"mean {show(facts['mean'])}, std {show(facts['std'])}")
+    if facts.get("position_resize"):
+        words.append(f"positions resized by {facts['position_resize']}")
+    return ", ".join(words)
+
+
+def _ask_for_source(container: Container, fits: list[Source]) -> str:
+    lines = "\n  ".join(f"{s.name}: {s.file}; {s.note}" for s in fits)
+    return (
+        f"{container.path}: the names and shapes in it fit several sources; say which with "
+        f"--source=\n  {lines}"
+    )
+
+
+def _nearest(container: Container, style: str | None) -> str:
+    if style is not None:
+        return f"its names are not those of {families.STYLES[style].writer}"
     near = candidates(container)
     if not near:
-        return "none comes near. `inspect` lists what is in it, `sources` what can be read"
+        return f"none comes near. {_nearest_style(container)}"
     return (
         f"the nearest is {near[0].label} ({near[0].report}). --source={near[0].label} lists what "
         "differs, `inspect` the other sources that come near"
+    )
+
+
+def _nearest_style(container: Container) -> str:
+    """The style most of whose marks are in a file, and those that are not."""
+
+    def there(mark: str) -> bool:
+        return any(name.endswith(mark) for name in container.tensors)
+
+    ranked = sorted(families.STYLES.values(), key=lambda s: sum(map(there, s.marks)) / len(s.marks))
+    nearest: Style = ranked[-1]
+    lacking = [mark for mark in nearest.marks if not there(mark)]
+    if len(lacking) == len(nearest.marks):
+        return "`inspect` lists what is in it, `sources` what can be read"
+    return (
+        f"Of the styles, {nearest.writer} comes nearest, which also has {', '.join(lacking)}. "
+        "`inspect` lists what is in the file"
     )
 
 
@@ -95,7 +390,7 @@ def _matched(
     container: Container, parts: Iterable[tuple[Source, str]], *, at_least: float
 ) -> Iterator[Candidate]:
     """Matches the parts of which enough names are in the file: counting names is much cheaper."""
-    for source, part in parts:
-        share = source.share_of_names(container, part)
+    for one, part in parts:
+        share = one.share_of_names(container, part)
         if share and share >= at_least:
-            yield Candidate(source, part, source.match(container, part)[0])
+            yield Candidate(one, part, one.match(container, part)[0])

@@ -1,6 +1,6 @@
 """A file of weights in, a model folder out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -16,9 +16,10 @@ from fd_jax.checkpoint import LazyArray
 from fd_jax.convert import families, huggingface, identifying, networks, trees
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor
+from fd_jax.convert.facts import Claim
+from fd_jax.convert.facts import stated as stated_facts
 from fd_jax.convert.rules import matching
 from fd_jax.convert.rules.matching import Match
-from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.rules.transforms import Shape
 from fd_jax.convert.source import Source
 from fd_jax.errors import ConversionError
@@ -31,6 +32,7 @@ AUTO = "auto"
 _LAZY_SIZE = 1 << 18
 _POSITIONS = ("pos_embed", "rel_pos_bias/table")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_SHARDS = "the file is one of several shards: name the folder that holds them all"
 MAX_IMAGE_SIZE = 1 << 13  # position tables grow with its square
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,6 +53,7 @@ class Imported:
       resized: parameter path -> (shape in the file, shape now).
       sha256: of the file.
       not_finite: parameters with NaN or infinity in them; complete once all are converted.
+      remarks: what else people should know of the file.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Imported:
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     sha256: str
     not_finite: list[str]
+    remarks: tuple[str, ...] = ()
 
 
 def import_file(
@@ -72,19 +76,24 @@ def import_file(
     dtype: str = "float32",
     overwrite: bool = False,
     allow_other_hash: bool = False,
+    arch: str | None = None,
+    facts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Imported:
     """Converts a file and writes the model folder.
 
     Args:
-      source: name of a source, or "auto".
-      path: file or Hugging Face folder.
+      source: name of a source or a style, or "auto".
+      path: file, or folder of transformers, timm or open_clip.
       output: model folder to write; complete or not there at all.
       part: which network of the file; None takes the source's first.
       image_size: wanted side of a square input, or (height, width); None keeps the file's.
       dtype: to store the parameters in.
       overwrite: whether an existing folder is replaced.
       allow_other_hash: whether a source that names one file takes another of the same structure.
+      arch: name of a published network whose facts the file's are, see `published.network`; with
+        "auto" or a style.
+      facts: further ones, as "NAME=VALUE" with the names of `facts.STATED`.
       progress: called with what is being done, the bytes done and their total.
 
     Raises:
@@ -103,6 +112,8 @@ def import_file(
         image_size=image_size,
         dtype=dtype,
         allow_other_hash=allow_other_hash,
+        arch=arch,
+        facts=facts,
         progress=progress,
         lazy=True,
     )
@@ -121,6 +132,8 @@ def read(
     image_size: ImageSize | None = None,
     dtype: str = "float32",
     allow_other_hash: bool = False,
+    arch: str | None = None,
+    facts: Sequence[str] = (),
     progress: Progress | None = None,
     lazy: bool = False,
 ) -> Imported:
@@ -132,11 +145,14 @@ def read(
     if dtype not in STORED_DTYPES:
         raise ConversionError(f"dtype {dtype!r}; expected one of {', '.join(STORED_DTYPES)}")
     container = open_container(path)
-    chosen = _chosen(source, container)
-    part = check_part(chosen, part)
+    checked = _counter(progress, "checking the sum of", container.size)
+    sha256 = functools.cache(lambda: container.sha256(checked))
+    chosen, part = _chosen(source, container, part, _given(source, arch, facts), sha256)
     found, tensors = chosen.match(container, part)
+    wrong = identifying.conflicts(chosen, part, container)
+    found = dataclasses.replace(found, problems=wrong + found.problems)
     refuse_problems(chosen, container, found)
-    digest = container.sha256(_counter(progress, "checking the sum of", container.size))
+    digest = sha256()
     if chosen.sha256 not in (None, digest) and not allow_other_hash:
         raise ConversionError(
             f"{container.path}: has the SHA-256 {digest}, but {chosen.name} is the file with "
@@ -164,13 +180,46 @@ def read(
         spec, params["encoder"] = spec.resized(params["encoder"], image_size)
     after = model_folder.flat_shapes(params)
     resized = {path: (before[path], after[path]) for path in after if before[path] != after[path]}
-    return Imported(label, spec, params, found.dropped, resized, digest, not_finite)
+    return Imported(label, spec, params, found.dropped, resized, digest, not_finite, chosen.remarks)
 
 
-def _chosen(name: str, container: Container) -> Source:
-    if name == AUTO:
-        return families.self_described(container) or identifying.identify(container)
-    return families.source_for(name, container)
+def _given(source: str, arch: str | None, facts: Sequence[str]) -> list[Claim]:
+    """What the user states of the network.
+
+    Raises:
+      ConversionError: there is no such network or fact, or the source has all facts itself.
+    """
+    if (arch or facts) and source != AUTO and source not in families.STYLES:
+        raise ConversionError(
+            f"--source={source} has all facts of its network; leave out --arch and --fact, or use "
+            f"--source={AUTO}"
+        )
+    stated = stated_facts(facts)
+    return [*stated, *(identifying.published_claims(arch) if arch else [])]
+
+
+def _chosen(
+    name: str,
+    container: Container,
+    part: str | None,
+    given: list[Claim],
+    digest: Callable[[], str],
+) -> tuple[Source, str]:
+    """The source and the part of it that a file is imported as."""
+    style = name if name in families.STYLES else None
+    if name != AUTO and style is None:
+        chosen = families.source_for(name, container)
+        return chosen, check_part(chosen, part)
+    if style is None and (own := families.self_described(container)):
+        return own, check_part(own, part)
+    try:
+        chosen = identifying.identify(container, given, style=style, part=part, digest=digest)
+    except ConversionError as error:
+        if not _SHARD.search(container.path.name):
+            raise
+        raise ConversionError(f"{error}\n{_SHARDS}") from error
+    own_part = chosen.recognized is not None or part is None
+    return chosen, chosen.default_part if own_part else check_part(chosen, part)
 
 
 def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
@@ -221,14 +270,12 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
     """Raises one error with everything that does not fit."""
     if not found.problems:
         return
-    missing = [p.removeprefix("missing ") for p in found.problems if p.startswith("missing ")]
-    others = [p for p in found.problems if not p.startswith("missing ")]
-    lines = [f"missing {line}" for line in summarize(missing)] + summarize(others)
+    lines = identifying.grouped(found.problems)
     fitting = [s.name for s in identifying.fitting(container) if s.name != source.name]
     if fitting:
         lines.append(f"the file fits {', '.join(fitting)}")
     if _SHARD.search(container.path.name):
-        lines.append("the file is one of several shards: name the folder that holds them all")
+        lines.append(_SHARDS)
     listing = "\n  ".join(lines)
     raise ConversionError(
         f"{container.path} ({container.kind}) is not a {source.name} file "
@@ -238,7 +285,7 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
 
 def _converted(
     found: Match,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, Shape],
     dtype: np.dtype,
     convert: Callable[[str, np.ndarray], np.ndarray],
@@ -274,6 +321,6 @@ def _in_dtype(
     return stored
 
 
-def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _source_dtypes(found: Match, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     taken = (name for step in found.steps for name in step.names)
     return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}

@@ -97,8 +97,7 @@ class Layout:
           spec: of the network, one of the family `network`.
           paths: its parameters; those beside the encoder may be left behind.
         """
-        rules = [r for r in self.table.rules if target_paths(Table((r,)), spec.arch) <= paths]
-        table = dataclasses.replace(self.table, rules=tuple(rules))
+        table = held(self.table, spec, paths)
         rest = sorted(paths - target_paths(table, spec.arch))
         return Fit(
             table,
@@ -106,6 +105,12 @@ class Layout:
             summarize([path for path in rest if path.startswith("encoder/")]),
             [path for path in rest if not path.startswith("encoder/")],
         )
+
+
+def held(table: Table, spec: ModelSpec, paths: Set[str]) -> Table:
+    """The rules of a table whose parameters a network has."""
+    rules = (r for r in table.rules if target_paths(Table((r,)), spec.arch) <= paths)
+    return dataclasses.replace(table, rules=tuple(rules))
 
 
 @dataclasses.dataclass(frozen=True)

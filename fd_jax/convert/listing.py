@@ -19,7 +19,7 @@ _STATISTICS = {
 
 
 def source_table() -> str:
-    """The table of sources as markdown; `docs/conversion.md` holds the same text."""
+    """The table of sources as markdown; `docs/sources.md` holds the same text."""
     header = "source", "public file", "parts", "network", "statistics", "positions", "compared with"
     rows = [header, ("---",) * len(header)]
     for source in families.SOURCES.values():
@@ -35,6 +35,15 @@ def source_table() -> str:
                 source.oracle + (f"; {source.note}" if source.note else ""),
             )
         )
+    return _markdown(rows)
+
+
+def style_table() -> str:
+    """The table of styles as markdown; `docs/sources.md` holds the same text."""
+    rows = [("style", "names of", "network", "`model_type` in config.json"), ("---",) * 4]
+    for style in families.STYLES.values():
+        types = ", ".join(f"`{name}`" for name in style.configs)
+        rows.append((f"`{style.name}`", style.writer, f"`{style.network}`", types))
     return _markdown(rows)
 
 
@@ -78,6 +87,7 @@ def import_report(result: Imported) -> str:
         f"network {_network(spec)}; statistics {_statistics(spec)}; positions {_positions(spec)}",
         _checksum(result),
     ]
+    lines += _origins(spec) + list(result.remarks)
     if result.not_finite:
         broken = ", ".join(_heads(result.not_finite))
         lines.append(
@@ -90,6 +100,14 @@ def import_report(result: Imported) -> str:
         method = result.spec.position_resize if name.endswith("pos_embed") else "geometric"
         lines.append(f"resized {name} from {list(before)} to {list(after)} ({method})")
     return "\n".join(lines)
+
+
+def _origins(spec: ModelSpec) -> list[str]:
+    """Where the facts are from that no tensor tells, one line for each place."""
+    places: dict[str, list[str]] = {}
+    for fact, origin in spec.origins.items():
+        places.setdefault(origin, []).append(fact)
+    return [f"{', '.join(facts)}: {origin}" for origin, facts in places.items()]
 
 
 def _checksum(result: Imported) -> str:

@@ -6,12 +6,19 @@ fills are paths of parameters.
 
 from collections.abc import Mapping
 import dataclasses
+from typing import TYPE_CHECKING
 
-from fd_jax.convert import huggingface, networks
+from fd_jax.convert import networks
 from fd_jax.convert.containers.tensors import Container, Tensor
 from fd_jax.convert.rules.matching import Match, match
 from fd_jax.convert.rules.tables import Table, required_names
 from fd_jax.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from fd_jax.convert.style import Recognized
+
+
+BESIDE = "beside the weights"  # why what belongs to no part of a network is dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +53,12 @@ class Source:
       published: how the SHA-256 of the public file begins, if its publisher says so (torch hub
         puts eight digits into the name). Another file is imported with a remark.
       unstack: prefix of tensors whose leading axis is the block number, see `unstacked`.
-      hf: whether the file has the names that a class of transformers expects, and a config.json
-        beside it gives activation and epsilon as transformers does.
+      hf: whether the file has the names that a class of transformers expects.
       complete: whether the spec came out of the file with every fact, so that nothing is added.
+      style: name of the style whose names the file has, if files beside it may state facts; what
+        they say has to agree with the spec.
+      recognized: the network in the one file that the source was made from.
+      remarks: of that file, for people.
     """
 
     name: str
@@ -61,6 +71,9 @@ class Source:
     unstack: str | None = None
     hf: bool = False
     complete: bool = False
+    style: str = ""
+    recognized: "Recognized | None" = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def default_part(self) -> str:
@@ -71,7 +84,7 @@ class Source:
         """The source's name, with that of the part unless it is the default one."""
         return self.name if part == self.default_part else f"{self.name}:{part}"
 
-    def match(self, container: Container, part: str) -> tuple[Match, dict[str, Tensor]]:
+    def match(self, container: Container, part: str) -> tuple[Match, Mapping[str, Tensor]]:
         """Matches the part's table against a file.
 
         Returns:
@@ -82,9 +95,7 @@ class Source:
         arch = chosen.spec.arch
         found = match(chosen.table, tensors, networks.shapes(chosen.spec), arch)
         if outside:
-            found.dropped["beside the weights"] = outside
-        if self.hf and container.config is not None:
-            problems = problems + huggingface.config_conflicts(container.config, arch)
+            found.dropped[BESIDE] = outside
         return dataclasses.replace(found, problems=problems + found.problems), tensors
 
     def share_of_names(self, container: Container, part: str) -> float:
@@ -95,6 +106,8 @@ class Source:
         return sum(name in tensors for name in names) / len(names)
 
     def _select(self, container: Container, part: str):
+        if self.recognized is not None:
+            return self.recognized.tensors, list(self.recognized.beside), []
         tensors, outside, problems = select(self.parts[part], container.tensors)
         if self.unstack is not None:
             tensors = unstacked(tensors, self.unstack)

@@ -6,6 +6,7 @@ tensors go in as they are; those of other files are renamed by our tables, which
 against independent ones.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from pathlib import Path
@@ -60,6 +61,8 @@ def verify(
     *,
     part: str | None = None,
     allow_other_hash: bool = False,
+    arch: str | None = None,
+    facts: Sequence[str] = (),
 ) -> Compared:
     """Compares parameters bit for bit, and the features of every block with the reference.
 
@@ -69,6 +72,8 @@ def verify(
       folder: the model folder made from it.
       part: which network of the file.
       allow_other_hash: as in the import.
+      arch: as in the import.
+      facts: as in the import.
 
     Raises:
       ConversionError: torch or transformers is missing, or the parameters are not the file's.
@@ -95,15 +100,21 @@ def verify(
         image_size=spec.arch["image_size"],
         dtype=dtype,
         allow_other_hash=allow_other_hash,
+        arch=arch,
+        facts=facts,
     )
     _compare_parameters(trees.flat(read.params), params)
     shape = (1, *sizes.sides(spec.arch["image_size"]), 3)
     images = np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        reference = Path(scratch) / "reference"
-        layout = _write_reference(read, reference)
-        untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
-        model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
+    own = _own_model(read, path, getattr(torch, dtype))
+    if own is not None:
+        model, layout, untouched = own
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            reference = Path(scratch) / "reference"
+            layout = _write_reference(read, reference)
+            untouched = _take_as_they_are(read, path, part, reference, DTYPES[dtype])
+            model = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     with torch.no_grad():
         theirs = [state.numpy() for state in _torch_tokens(model, layout, pixels)]
@@ -126,12 +137,38 @@ def report(compared: Compared) -> str:
     return "\n".join(lines)
 
 
+def _own_model(
+    read: importing.Imported, path: str | os.PathLike[str], dtype: Any
+) -> tuple[Any, HuggingFace, int] | None:
+    """The model that transformers makes of a file by its own config.json, if it has one.
+
+    Returns:
+      The model with weights rounded to `dtype`, the layout that says what its features are, and
+      how many tensors it has; None for files of others, and for networks whose size was changed.
+    """
+    import torch
+    import transformers
+
+    style = families.STYLES.get(read.source.partition(":")[0])
+    container = open_container(path)
+    if style is None or not style.configs or read.resized or container.config is None:
+        return None
+    folder = container.files[0].parent
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = getattr(model, "vision_model", model)  # of two towers, the one that sees
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype).to(torch.float32))
+    layouts = [one for one in families.layouts(HuggingFace) if one.model_type in style.configs]
+    return model, layouts[0], len(model.state_dict())
+
+
 def _write_reference(read: importing.Imported, folder: Path) -> HuggingFace:
     """Writes the folder that the reference is opened from; returns the layout of its class."""
     params = {
         name: np.asarray(array, DTYPES["float32"])
         for name, array in trees.flat(read.params).items()
-        if name.startswith("encoder/")
+        if name.startswith(("encoder/", "fc_norm/"))
     }
     spec = dataclasses.replace(read.spec, classes=0, class_names=None)
     FORMATS["huggingface"].write(spec, params, folder)
@@ -203,14 +240,13 @@ def _torch_tokens(model: Any, layout: HuggingFace, pixels: Any) -> list[Any]:
             caught.append(arguments[0])
         caught.append(output[0] if isinstance(output, tuple) else output)
 
-    layers = next(
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in ("layer", "layers")
-    )
-    blocks = [block for layer in layers for block in getattr(layer, "blocks", [layer])]
-    hooks = [block.register_forward_hook(keep) for block in blocks]
+    hooks = [block.register_forward_hook(keep) for block in layout.blocks(model)]
     tokens = layout.final_tokens(model, model(pixels).last_hidden_state)
     for hook in hooks:
         hook.remove()
-    return [*caught, tokens]
+    return [_rows(x) for x in (*caught, tokens)]
+
+
+def _rows(x: Any) -> Any:
+    """The tokens of a map [B, D, H, W] as [B, H * W, D]; tokens as they are."""
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x

@@ -2,16 +2,18 @@
 
 A task adds up the FLOPs of its step from the functions here.
 
-Norms, softmax, activations, the optimizer and work that does not grow with the batch (the bias
-networks of SwinV2) are left out; they are about 1 % of a ViT-B step.
+Norms (that of responses in a ConvNeXt V2, too), softmax, activations, the optimizer and work that
+does not grow with the batch (the bias networks of SwinV2) are left out; they are about 1 % of a
+ViT-B step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any
 
-from fd_jax.models import sizes, swin
+from fd_jax.models import convnext, convnext_blocks, sizes, swin
 from fd_jax.models.segmenter import decoders
 from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
 from fd_jax.models.spec import ModelSpec
@@ -55,13 +57,13 @@ class _Block:
     """Forward FLOPs of one block, and how many of them remat repeats."""
 
     weights: float  # matmuls with a parameter
-    attention: float  # q k^T and probabilities times v
+    other: float  # attention (q k^T, probabilities times v), or a depthwise convolution
     last: float  # fc2; the backward pass needs its result only for a layer scale
 
     def recomputed(self, remat: str | None) -> float:
         if remat == "full":
-            return self.weights + self.attention - self.last
-        return self.attention if remat == "dots" else 0.0
+            return self.weights + self.other - self.last
+        return self.other if remat == "dots" else 0.0
 
 
 def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops:
@@ -73,7 +75,7 @@ def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops
       remat: value of `config.remat`.
     """
     embedding, blocks, merging = _FAMILIES[spec.family](spec.arch)
-    inner = sum(block.weights + block.attention for block in blocks) + merging
+    inner = sum(block.weights + block.other for block in blocks) + merging
     if not trains:
         return Flops(embedding + inner)
     recomputed = sum(block.recomputed(remat or None) for block in blocks)
@@ -113,16 +115,27 @@ class _Map:
 
 
 def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
+    """The maps after some blocks."""
     if spec.family == "vit":
         grid = sizes.patch_grid(spec.arch["image_size"], spec.arch["patch_size"])
         return [_Map(grid, spec.arch["width"]) for _ in blocks]
-    depths = spec.arch["depths"]
-    sides = swin.grids(spec.arch["image_size"], spec.arch["patch_size"], len(depths))
-    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    stages = _convnext_stages if spec.family == "convnext" else _swin_stages
+    pairs = zip(stages(spec.arch), spec.arch["depths"], strict=True)
+    of_blocks = [stage for stage, depth in pairs for _ in range(depth)]
+    return [of_blocks[block] for block in blocks]
+
+
+def _swin_stages(arch: dict[str, Any]) -> list[_Map]:
+    sides = swin.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
     return [
-        _Map((sides[stage], sides[stage]), spec.arch["embed_width"] * swin.MERGE**stage)
-        for stage in (stages[block] for block in blocks)
+        _Map((side, side), arch["embed_width"] * swin.MERGE**stage)
+        for stage, side in enumerate(sides)
     ]
+
+
+def _convnext_stages(arch: dict[str, Any]) -> list[_Map]:
+    grids = convnext.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
+    return [_Map(grid, width) for grid, width in zip(grids, arch["widths"], strict=True)]
 
 
 def _neck(neck: str, maps: list[_Map]) -> tuple[Flops, list[_Map]]:
@@ -189,7 +202,14 @@ def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
     tokens = patches + int(arch["cls_token"]) + arch["registers"]
     embedding = 2.0 * patches * 3 * arch["patch_size"] ** 2 * width
-    block = _block(tokens, tokens, width, hidden, scaled=arch["layer_scale"] is not None)
+    block = _block(
+        tokens,
+        tokens,
+        width,
+        hidden,
+        gated=arch.get("gated_mlp", False),
+        scaled=arch["layer_scale"] is not None,
+    )
     return embedding, [block] * arch["depth"], 0.0
 
 
@@ -209,13 +229,35 @@ def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     return embedding, blocks, merging
 
 
-def _block(tokens: int, keys: int, width: int, hidden: int, *, scaled: bool) -> _Block:
+def _block(
+    tokens: int, keys: int, width: int, hidden: int, *, scaled: bool, gated: bool = False
+) -> _Block:
     last = 2.0 * tokens * hidden * width
     return _Block(
-        weights=2.0 * tokens * width * (4 * width + hidden) + last,
-        attention=4.0 * tokens * keys * width,
+        weights=2.0 * tokens * width * (4 * width + hidden * (2 if gated else 1)) + last,
+        other=4.0 * tokens * keys * width,
         last=0.0 if scaled else last,
     )
+
+
+def _convnext(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
+    stages = _convnext_stages(arch)
+    first = stages[0]
+    embedding = 2.0 * math.prod(first.grid) * 3 * arch["patch_size"] ** 2 * first.width
+    blocks, halving = [], 0.0
+    for stage, depth in zip(stages, arch["depths"], strict=True):
+        numbers = math.prod(stage.grid) * stage.width
+        last = 2.0 * numbers * convnext_blocks.MLP_RATIO * stage.width
+        block = _Block(
+            weights=2 * last,
+            other=2.0 * numbers * arch["kernel_size"] ** 2,
+            last=last if arch["layer_scale"] is None else 0.0,
+        )
+        blocks += [block] * depth
+    for before, after in itertools.pairwise(stages):
+        inputs = convnext_blocks.HALF**2 * before.width
+        halving += 2.0 * math.prod(after.grid) * inputs * after.width
+    return embedding, blocks, halving
 
 
 # Forward FLOPs of (patch embedding, each block, matmuls between stages), for each family.
@@ -223,4 +265,5 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block], float
     "vit": _vit,
     "swin": _swin,
     "swin_v2": _swin,
+    "convnext": _convnext,
 }

@@ -173,14 +173,15 @@ class AttentionStatistics:
             network, pixels = self._network(params, images)
             return network.attention_maps(pixels, range(network.depth))
 
-        size = sizes.sides(self._spec.arch["image_size"])
-        images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+        arch = self._spec.arch
+        images = jax.ShapeDtypeStruct((1, *sizes.sides(arch["image_size"]), 3), jnp.uint8)
         tables: dict[tuple, np.ndarray] = {}  # one for all layers that are alike
         layers = []
         for attention in jax.eval_shape(maps, self.params, images):
             alike = (attention.grid, attention.window, attention.shift)
             if alike not in tables:
-                tables[alike] = distance_table(attention, patch=size[0] / attention.grid[0])
+                patch = sizes.token_side(arch["image_size"], arch["patch_size"], attention.grid)
+                tables[alike] = distance_table(attention, patch=patch)
             layers.append(Layer.of(attention, tables[alike]))
         return layers
 

@@ -5,6 +5,7 @@ import dataclasses
 
 from fd_jax.errors import ConfigError
 from fd_jax.model_folder import Model
+from fd_jax.models.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,14 +15,25 @@ class Figure:
     Attributes:
       kind: what computes it: "attention", "landscape", "rank", "pair" or "picture".
       shows: what it shows, in a few words.
+      attends: whether it shows attention, although its kind does not say so.
       swin: whether it is defined for a Swin network; if not, why.
     """
 
     kind: str
     shows: str
+    attends: bool = False
     swin: bool | str = True
 
+    def undefined(self, spec: ModelSpec) -> str:
+        """Why it is not defined for a network; "" if it is."""
+        if not spec.has_attention and (self.attends or self.kind == "attention"):
+            return _NO_ATTENTION
+        if isinstance(self.swin, str) and spec.family.startswith("swin"):
+            return self.swin
+        return ""
 
+
+_NO_ATTENTION = "its blocks are convolutions and have no attention"
 _WINDOWED = "its attention stays inside of windows, and its tokens merge from stage to stage"
 
 FIGURES = {
@@ -36,8 +48,8 @@ FIGURES = {
     "cka": Figure("pair", "linear CKA between the layers of two models"),
     "cosine": Figure("pair", "cosine between the patch tokens of two models"),
     "pca": Figure("picture", "principal components of one picture's patch tokens"),
-    "rollout": Figure("picture", "attention rollout of one picture", swin=_WINDOWED),
-    "heads": Figure("picture", "attention of each head for one picture"),
+    "rollout": Figure("picture", "attention rollout of one picture", attends=True, swin=_WINDOWED),
+    "heads": Figure("picture", "attention of each head for one picture", attends=True),
 }
 DEFAULT = [name for name, figure in FIGURES.items() if figure.kind == "attention"]
 
@@ -80,11 +92,16 @@ def check_networks(figures: Sequence[str], models: dict[str, Model]) -> None:
     Raises:
       ConfigError: a figure is undefined for a network.
     """
-    for name in figures:
-        for subject, model in models.items():
-            defined = FIGURES[name].swin
-            if isinstance(defined, str) and model.spec.family.startswith("swin"):
-                raise ConfigError(
-                    f"--figures={name} is not defined for {subject}, a Swin network: {defined}; "
-                    "leave the figure or the model out"
-                )
+    for subject, model in models.items():
+        reasons = {name: FIGURES[name].undefined(model.spec) for name in figures}
+        undefined = [name for name in figures if reasons[name]]
+        if undefined:
+            raise ConfigError(
+                f"--figures={','.join(undefined)}: not defined for {subject}, a network of the "
+                f"family {model.spec.family!r}: {reasons[undefined[0]]}; leave the model out, or "
+                f"ask for {', '.join(_defined(model.spec))}"
+            )
+
+
+def _defined(spec: ModelSpec) -> list[str]:
+    return [name for name, figure in FIGURES.items() if not figure.undefined(spec)]

@@ -80,7 +80,7 @@ def _head(spec: ModelSpec, width: int) -> heads.Classifier:
         width,
         spec.classes,
         pooling=spec.pooling,
-        norm_eps=spec.arch["norm_eps"],
+        norm_eps=spec.head_norm_eps,
         kernel_init=nnx.initializers.zeros,
         rngs=param_keys(0),
     )

@@ -26,7 +26,8 @@ from fd_jax.models.sizes import ImageSize
 from fd_jax.typing import Batch, PyTree
 
 # What happens to parameters that have more than one dimension in PyTorch but are not the weights of
-# a layer: class token, registers, positions, position biases and logit scales. "zeroed" leaves them
+# a layer: class token, registers, positions, position biases, logit scales and the response
+# normalisation of a ConvNeXt V2. "zeroed" leaves them
 # as they are, and "literal" perturbs them as the code of Li et al. would
 # (docs/reference.md#diagnostic-variants).
 Tables = Literal["zeroed", "literal"]
@@ -38,16 +39,17 @@ EPS = 1e-10  # added to the norm of a filter's noise, as in the code of Li et al
 # perturbed, a "table" only if tables are "literal", and a "vector", which has one dimension in
 # PyTorch too, never.
 FILTERS: tuple[tuple[str, str, str], ...] = (
-    (r"(^|/)patch_embed/kernel$", "weight", "iiio"),
+    (r"(^|/)(patch_embed|dwconv|downsample/conv)/kernel$", "weight", "iiio"),
     (r"attn/qkv/kernel$", "weight", "ioo"),
-    (r"(attn/proj|mlp/fc[12]|downsample/reduction)/kernel$", "weight", "io"),
+    (r"(attn/proj|mlp/(fc[12]|gate)|downsample/reduction)/kernel$", "weight", "io"),
     (r"^head/kernel$", "weight", "io"),
     (r"(^|/)(cls_token|register_tokens|pos_embed)$", "table", "iii"),
     (r"rel_pos_bias/table$", "table", "oi"),
     # SwinV2's network of offsets, which takes the place of such a table.
     (r"rel_pos_bias/fc[12]/kernel$", "table", "io"),
     (r"attn/logit_scale$", "table", "o"),  # [A, 1, 1] in PyTorch
-    (r"(^|/)(bias|[qkv]_bias|scale|gamma_[12])$", "vector", "o"),
+    (r"/grn/(scale|bias)$", "table", "i"),  # [1, 1, 1, D] in PyTorch
+    (r"(^|(?<!grn)/)(bias|[qkv]_bias|scale|gamma(_[12])?)$", "vector", "o"),
 )
 
 

@@ -41,7 +41,8 @@ def figures(
     take part in the product, and are removed at its end.
 
     "rollout" is undefined for a Swin, whose attention stays within windows and whose patches merge.
-    "heads" of a Swin exist for blocks in which one window holds the whole grid.
+    "heads" of a Swin exist for blocks in which one window holds the whole grid. Both are undefined
+    for a ConvNeXt, which has no attention.
 
     Args:
       model: the network, of any family.
@@ -60,10 +61,10 @@ def figures(
     """
     _check_pixels(model, pixels)
     encoder = _Encoder(model)
-    layer = _block(layer, len(encoder.layout))
-    _check_defined(encoder.layout, figures, layer)
+    layer = _block(layer, encoder.network.depth)
+    _check_defined(encoder, figures, layer)
     images = model.preprocess(pixels[None])
-    query = "class" if encoder.layout[layer].cls else "mean"
+    query = "class" if encoder.network.cls else "mean"
     result: Figures = {"picture": {"layer": layer, "query": query}}
     if "pca" in figures:
         result["pca"] = pictures.pca_picture(model(images))[0].tolist()
@@ -78,17 +79,19 @@ class _Encoder:
     """The attention of a network's blocks.
 
     Attributes:
-      layout: the maps of all blocks for one image, with shapes in the place of arrays.
+      network: the network, with shapes in the place of arrays.
+      layout: the maps of all blocks for one image, likewise; [] for a network without attention.
     """
 
     def __init__(self, model: Model):
-        self._definition, _ = model.spec.abstract()
+        self._definition, shapes = model.spec.abstract()
         self._params = model.params["encoder"]
         shape = (1, *sizes.sides(model.spec.arch["image_size"]), 3)
         image = jax.ShapeDtypeStruct(shape, jnp.float32)
-        depth = nnx.merge(self._definition, self._params).depth
+        self.network: Any = nnx.merge(self._definition, shapes)
+        blocks = range(self.network.depth if model.spec.has_attention else 0)
         self.layout = jax.eval_shape(
-            lambda params, images: self._maps(params, images, range(depth)), self._params, image
+            lambda params, images: self._maps(params, images, blocks), self._params, image
         )
 
     def rollout(self, images: jax.Array) -> np.ndarray:
@@ -120,6 +123,8 @@ class _Encoder:
         return np.asarray(looked(self._params, images)).reshape(-1, *self.layout[layer].grid)
 
     def _maps(self, params: PyTree, images: jax.Array, blocks: Sequence[int]) -> list[AttentionMap]:
+        if not blocks:
+            return []
         network: Any = nnx.merge(self._definition, params)
         return network.attention_maps(images, blocks)
 
@@ -155,21 +160,28 @@ def _check_pixels(model: Model, pixels: np.ndarray) -> None:
         )
 
 
-def _check_defined(layout: Sequence[AttentionMap], figures: Collection[str], layer: int) -> None:
+def _check_defined(encoder: _Encoder, figures: Collection[str], layer: int) -> None:
     """Refuses colours of too few patches, and maps of attention that stays within windows."""
-    height, width = layout[-1].grid
+    height, width = encoder.network.grid
+    layout = encoder.layout
     if "pca" in figures and height * width <= COLOURS:
         raise ConfigError(
             f"pca: the grid of patches, {height} x {width}, has fewer than three principal "
             "components; use a larger image size, which gives four patches or more"
+        )
+    undefined = [name for name in ("rollout", "heads") if name in figures]
+    if undefined and not layout:
+        raise ConfigError(
+            f"{' and '.join(undefined)}: undefined for a network without attention, such as a "
+            "ConvNeXt; ask for pca"
         )
     if "rollout" in figures and layout[0].window is not None:
         raise ConfigError(
             "rollout is undefined for a Swin: its attention stays within windows, and its patches "
             "merge between stages; leave rollout out for this network"
         )
-    windows = layout[layer].values.shape[0]
-    if "heads" in figures and windows > 1:
+    windows = layout[layer].values.shape[0] if "heads" in figures else 1
+    if windows > 1:
         raise ConfigError(
             f"heads of layer {layer}: the grid {layout[layer].grid} of this Swin is divided into "
             f"{windows} windows, so that no query sees the whole picture; use a layer whose grid "

@@ -68,23 +68,29 @@ def digest(model: Model) -> str:
 
 
 def about(model: Model) -> dict[str, Any]:
-    """What figures.json says about a network: its family and, for each layer, its attention."""
+    """What figures.json says about a network: its family and, for each layer, its attention.
+
+    A network without attention has no heads and no windows.
+    """
     definition, shapes = model.spec.abstract()
+    attends = model.spec.has_attention
 
-    def attention(params, images):
-        network = nnx.merge(definition, params)
-        return network.attention_maps(images, range(network.depth))
+    def layers(params, images):
+        network: Any = nnx.merge(definition, params)
+        blocks = range(network.depth)
+        maps = network.attention_maps(images, blocks) if attends else []
+        return network.intermediates(images, blocks), maps
 
-    height, width = sizes.sides(model.spec.arch["image_size"])
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    maps = jax.eval_shape(attention, shapes, images)
+    size, patch = (model.spec.arch[name] for name in ("image_size", "patch_size"))
+    images = jax.ShapeDtypeStruct((1, *sizes.sides(size), 3), jnp.float32)
+    features, maps = jax.eval_shape(layers, shapes, images)
     return {
         "family": model.spec.family,
         "source": model.spec.source,
-        "layers": len(maps),
-        "heads": [layer.inputs.q.shape[2] for layer in maps],
-        "grid": [list(layer.grid) for layer in maps],
-        "patch": [height // layer.grid[0] for layer in maps],
-        "window": [layer.window for layer in maps],
-        "prefix": maps[0].prefix,
+        "layers": len(features),
+        "heads": [layer.inputs.q.shape[2] for layer in maps] if attends else [0] * len(features),
+        "grid": [list(layer.grid) for layer in features],
+        "patch": [sizes.token_side(size, patch, layer.grid) for layer in features],
+        "window": [layer.window for layer in maps] if attends else [None] * len(features),
+        "prefix": features[0].cls + features[0].registers,
     }

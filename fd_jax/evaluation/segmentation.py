@@ -125,7 +125,7 @@ class Segmented:
         Raises:
           ConfigError: see `Segmented`; or a network that cannot take whole pictures.
         """
-        if config.eval.mode == "whole" and spec.family != "vit":
+        if config.eval.mode == "whole" and spec.family.startswith("swin"):
             raise ConfigError(
                 f"eval.mode='whole' runs the network at the size of every picture, but a network "
                 f"of the family {spec.family!r} takes only sizes that its windows of attention "
@@ -141,7 +141,7 @@ class Segmented:
             scales=tuple(config.eval.scales),
             flip=config.eval.flip,
             limit=config.eval.batches,
-            patch=spec.arch["patch_size"],
+            patch=spec.stride,
             fill=fill,
         )
 

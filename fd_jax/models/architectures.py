@@ -5,7 +5,7 @@ seconds and little memory, whoever wrote its description.
 """
 
 from fd_jax.fields import FLAG, Choice, Number, OrNone, Rule, Several, choice, whole
-from fd_jax.models import attention, layers, swin_v2, vit
+from fd_jax.models import attention, layers, rotary, sizes, swin_v2, vit
 
 MOST_BLOCKS = 256
 EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
@@ -43,6 +43,14 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "qkv_bias": choice(attention.QkvBias),
         "patch_bias": FLAG,
         "rope_theta": Number(above=0, unit="base of the rotary frequencies"),
+        "rope_pairs": choice(rotary.RopePairs),
+        "rope_reference": OrNone(whole(0, "patches on a side; 0 does not scale", most=2**16)),
+        "rope_offset": Number(least=-1024, most=1024, unit="added to the number of a patch"),
+        "rope_axes": choice(rotary.RopeAxes),
+        "gated_mlp": FLAG,
+        "mlp_norm": FLAG,
+        "attn_norm": FLAG,
+        "partial_patches": choice(sizes.PartialPatches),
     },
     "swin": _SWIN,
     "swin_v2": {
@@ -54,4 +62,36 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "residual_scale": Number(unit="start of the factor of each branch"),
         "extra_norm_every": whole(0, "blocks; 0 is off"),
     },
+    "convnext": {
+        "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+        "patch_size": whole(1, "pixels", most=1024),
+        "widths": Several(whole(1, "channels", most=2**16), most=8),
+        "depths": Several(whole(1, "blocks", most=MOST_BLOCKS), most=8),
+        "kernel_size": whole(1, "tokens on a side, an odd number", most=255),
+        "grn": FLAG,
+        "layer_scale": OrNone(Number(unit="start of the factor of each branch")),
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        "final_norm": FLAG,
+        "final_norm_eps": OrNone(EPS),
+    },
+}
+
+# Fields that a description may leave out: few networks have what they are about, and the class has
+# the default that says so.
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "vit": (
+        "rope_theta",
+        "rope_pairs",
+        "rope_reference",
+        "rope_offset",
+        "rope_axes",
+        "gated_mlp",
+        "mlp_norm",
+        "attn_norm",
+        "partial_patches",
+    ),
+    "swin": (),
+    "swin_v2": (),
+    "convnext": (),
 }

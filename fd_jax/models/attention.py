@@ -5,7 +5,6 @@ parts, logits, weights and values, for diagnostics.
 """
 
 from collections.abc import Callable, Sequence
-import copy
 import dataclasses
 import functools
 from typing import Any, Literal
@@ -17,7 +16,8 @@ import numpy as np
 
 from fd_jax.models import kernels
 from fd_jax.models.kernels.xla import attention_logits
-from fd_jax.models.layers import Dense, linear, zeros
+from fd_jax.models.layers import Dense, LayerNorm, linear, zeros
+from fd_jax.models.rotary import Rotation
 
 QkvBias = Literal["qkv", "qv", "none"]
 
@@ -100,6 +100,8 @@ class AttentionInputs:
 class Attention(nnx.Module):
     """Multi-head self-attention; one qkv kernel [D, 3, D] (axis 1: q, k, v; head-major).
 
+    With `norm_eps`, a LayerNorm stands between the heads and the output projection.
+
     Attributes:
       sums_biases: whether a kernel may sum the gradients of the biases of q, k and v.
     """
@@ -113,6 +115,7 @@ class Attention(nnx.Module):
         *,
         qkv_bias: QkvBias,
         rel_pos_bias: Callable[..., jax.Array] | None,
+        norm_eps: float | None = None,
         implementation: str,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -130,10 +133,13 @@ class Attention(nnx.Module):
         self.k_bias = zeros(width) if qkv_bias == "qkv" else None
         self.v_bias = None if qkv_bias == "none" else zeros(width)
         self.rel_pos_bias = rel_pos_bias
+        self.norm = (
+            None if norm_eps is None else LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
+        )
         self.proj = Dense(width, width, kernel_init=out_init, **common)
 
     def qkv_heads(
-        self, x: jax.Array, rotate: "Rotation | None", biases: Sequence[jax.Array | None]
+        self, x: jax.Array, rotate: Rotation | None, biases: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
         q, k, v = self.project(x, biases)
@@ -159,7 +165,7 @@ class Attention(nnx.Module):
         biases = (self.q_bias, self.k_bias, self.v_bias)
         return [None if bias is None else bias[...] for bias in biases]
 
-    def _summed(self, rotate: "Rotation | None") -> tuple[jax.Array | None, ...]:
+    def _summed(self, rotate: Rotation | None) -> tuple[jax.Array | None, ...]:
         """The biases whose gradients the kernel sums: it does not see those that are rotated."""
         sums = kernels.IMPLEMENTATIONS[self.implementation].sums_gradients
         if not sums or not self.sums_biases:
@@ -176,7 +182,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         *,
         shared_bias: jax.Array | None,
-        rotate: "Rotation | None" = None,
+        rotate: Rotation | None = None,
         mask: jax.Array | None = None,
         indices: jax.Array | None = None,
     ) -> AttentionInputs:
@@ -206,7 +212,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         *,
         shared_bias: jax.Array | None,
-        rotate: "Rotation | None" = None,
+        rotate: Rotation | None = None,
         mask: jax.Array | None = None,
         indices: jax.Array | None = None,
     ) -> jax.Array:
@@ -232,7 +238,12 @@ class Attention(nnx.Module):
     def output(self, inputs: AttentionInputs) -> jax.Array:
         """Weighted averages of values through the output projection. -> [B, N, D]."""
         average = inputs.attend(self.implementation)
-        return self.proj(average.reshape(*average.shape[:2], -1))
+        average = average.reshape(*average.shape[:2], -1)
+        if self.norm is not None:
+            # One row per token, as everywhere outside attention, see `block.Block`.
+            rows = average.reshape(-1, average.shape[-1])
+            average = self.norm(rows).reshape(average.shape)
+        return self.proj(average)
 
 
 class RelativePositionBias(nnx.Module):
@@ -287,41 +298,3 @@ def _table_rows(tokens: Any, grid: tuple[int, int], where: Callable[..., Any]) -
     pairs = (2 * height - 1) * (2 * width - 1)
     index = where(key == CLASS, pairs + 1, dr * (2 * width - 1) + dc)
     return where(query == CLASS, where(key == CLASS, pairs + 2, pairs), index)
-
-
-class Rotation:
-    """Axial rotary position embedding of the patch tokens (DINOv3); prefix tokens stay as they are.
-
-    Patch centres are scaled to [-1, 1] on each axis; head dimension d gives d/4 frequencies per
-    axis, base `theta`; the second half of the channels pairs with the first.
-
-    Attributes:
-      cos, sin: [H*W, 1, d] float32, or [B, P, 1, d] for the patches of every row, see `at`.
-    """
-
-    cos: Any
-    sin: Any
-
-    def __init__(self, grid: tuple[int, int], prefix: int, head_width: int, *, theta: float):
-        self.prefix = prefix
-        frequencies = theta ** -(np.arange(head_width // 4) / (head_width // 4))
-        centres = [(np.arange(n) + 0.5) / n * 2 - 1 for n in grid]
-        coordinates = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2)
-        angles = 2 * np.pi * coordinates[:, :, None] * frequencies  # [H*W, 2, d/4]
-        angles = np.tile(angles.reshape(len(coordinates), -1), 2)[:, None]  # [H*W, 1, d]
-        self.cos = np.cos(angles).astype(np.float32)
-        self.sin = np.sin(angles).astype(np.float32)
-
-    def at(self, indices: jax.Array) -> "Rotation":
-        """The rotation for rows that have some patches only. indices: [B, P] int32."""
-        taken = copy.copy(self)
-        taken.cos, taken.sin = (jnp.asarray(table)[indices] for table in (self.cos, self.sin))
-        return taken
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Rotates queries or keys. [B, N, A, d] -> [B, N, A, d], in float32 inside."""
-        patches = x[:, self.prefix :].astype(jnp.float32)
-        first, second = jnp.split(patches, 2, axis=-1)
-        turned = jnp.concatenate([-second, first], axis=-1)
-        rotated = patches * self.cos + turned * self.sin
-        return jnp.concatenate([x[:, : self.prefix], rotated.astype(x.dtype)], axis=1)

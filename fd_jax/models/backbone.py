@@ -29,7 +29,7 @@ class Visit(NamedTuple):
     """One block in a run of a network.
 
     Attributes:
-      block: the block; it has `attention_inputs(before, *positions)`.
+      block: the block; where there is attention, it has `attention_inputs(before, *positions)`.
       before: [B, N, D] the tokens that enter it.
       after: [B, N, D] the tokens that leave it.
       positions: what its attention knows about the places of tokens.
@@ -53,7 +53,10 @@ class Backbone(nnx.Module):
 
     Attributes:
       image_size: side of a square input in pixels, or (height, width).
+      grid: (H, W) of the patches at the end.
+      width: channels at the end.
       depth: number of blocks.
+      depths, widths: blocks and channels of each stage; a ViT has one.
       cls: 1 with a class token, 0 without.
       registers: number of register tokens.
       norm: the final norm, or None.
@@ -61,7 +64,11 @@ class Backbone(nnx.Module):
     """
 
     image_size: int | tuple[int, int]
+    grid: tuple[int, int]
+    width: int
     depth: int
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
     cls: int
     registers: int
     norm: layers.LayerNorm | None

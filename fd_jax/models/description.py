@@ -10,16 +10,16 @@ import reprlib
 from typing import Any
 
 from fd_jax.errors import ConfigError
-from fd_jax.fields import Choice, Named, Number, OrNone, Rule, Several, Text, choice, whole
-from fd_jax.models import heads, resize, segmenter, sizes
-from fd_jax.models.architectures import ARCHITECTURES, MOST_BLOCKS
+from fd_jax.fields import FLAG, Choice, Named, Number, OrNone, Rule, Several, Text, choice, whole
+from fd_jax.models import heads, layers, resize, segmenter, sizes, vit
+from fd_jax.models.architectures import ARCHITECTURES, EPS, MOST_BLOCKS, OPTIONAL
 from fd_jax.models.segmenter.network import Neck
 
 MOST_TOKENS = 2**16  # an image of 4096 pixels in patches of 16
 MOST_ROTATIONS = 2**24  # tokens x channels of a head, of which a table is computed
 MOST_CLASSES = 2**20
 
-# The fields of `ModelSpec`, except `arch` and `segmenter`.
+SECTIONS = ("arch", "segmenter", "pool")  # fields of `ModelSpec` that have fields of their own
 FIELDS: dict[str, Rule] = {
     "family": Choice(tuple(ARCHITECTURES)),
     "mean": Several(Number(least=-1000, most=1000, unit="scaled pixel value"), length=3),
@@ -32,6 +32,7 @@ FIELDS: dict[str, Rule] = {
     "source": Text("a name", optional=True),
     "source_sha256": OrNone(Text("64 hexadecimal digits")),
     "source_dtypes": Named("a dtype per tensor name"),
+    "origins": Named("where each fact comes from, in words"),
     "notes": Text("a text", optional=True),
     "format_version": whole(0),
 }
@@ -49,20 +50,45 @@ SEGMENTER: dict[str, Rule] = {
 }
 _SEGMENTER_REQUIRED = ("blocks", "classes", "neck", "decoder")
 
+# The fields of `pool`, by its kind.
+_PROJECTION: dict[str, Rule] = {"width": whole(1, "channels", most=2**16), "bias": FLAG}
+POOL: dict[str, dict[str, Rule]] = {
+    "attention": {
+        "heads": whole(1, "heads", most=1024),
+        "mlp_width": whole(1, "channels", most=2**18),
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        **_PROJECTION,
+    },
+    "projection": _PROJECTION,
+}
+_POOL_OPTIONAL = {"attention": ("width", "bias"), "projection": ("bias",)}
+
 
 def problems(fields: Mapping[str, Any]) -> list[str]:
     """One line for each problem of a description; [] if a network can be defined from it."""
-    plain = {name: value for name, value in fields.items() if name not in ("arch", "segmenter")}
+    plain = {name: value for name, value in fields.items() if name not in SECTIONS}
     found = _compare(plain, FIELDS, required=("family",))
     if found:
         return found
-    rows = ARCHITECTURES[fields["family"]]
-    found = _section("arch", fields.get("arch"), rows, [n for n in rows if n != "rope_theta"])
+    rows, optional = ARCHITECTURES[fields["family"]], OPTIONAL[fields["family"]]
+    found = _section("arch", fields.get("arch"), rows, [n for n in rows if n not in optional])
     if not found:
-        found = _too_large(fields["arch"])
+        found = _too_large(fields["family"], fields["arch"])
     if fields.get("segmenter") is not None:
         found += _section("segmenter", fields["segmenter"], SEGMENTER, _SEGMENTER_REQUIRED)
+    if fields.get("pool") is not None:
+        found += _pool(fields["pool"])
     return found
+
+
+def _pool(values: Any) -> list[str]:
+    kind: Any = values.get("kind") if isinstance(values, dict) else None
+    if problem := Choice(tuple(POOL)).problem(kind):
+        return [f"pool.kind={reprlib.repr(kind)}{problem}"]
+    rows, optional = POOL[kind], _POOL_OPTIONAL[kind]
+    rest = {name: value for name, value in values.items() if name != "kind"}
+    return _section("pool", rest, rows, [name for name in rows if name not in optional])
 
 
 def _section(
@@ -89,10 +115,14 @@ def _compare(
     return found
 
 
-def _too_large(arch: Mapping[str, Any]) -> list[str]:
+def _too_large(family: str, arch: Mapping[str, Any]) -> list[str]:
     """What follows from several sizes together, each of which is within its bounds."""
+    partial = arch.get("partial_patches", "refuse")
     try:
-        sizes.check_patches(arch["image_size"], arch["patch_size"])
+        if family == "convnext":
+            sizes.check_halved(arch["image_size"], arch["patch_size"], len(arch["depths"]) - 1)
+        else:
+            sizes.check_patches(arch["image_size"], arch["patch_size"], partial=partial)
     except ConfigError as error:
         return [f"arch: {error}"]
     tokens = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
@@ -100,6 +130,7 @@ def _too_large(arch: Mapping[str, Any]) -> list[str]:
         return [f"arch: {tokens} patches; expected at most {MOST_TOKENS}"]
     if sum(arch.get("depths", ())) > MOST_BLOCKS:
         return [f"arch.depths={arch['depths']}: expected at most {MOST_BLOCKS} blocks in all"]
-    if arch.get("position") == "rope" and tokens * arch["width"] // arch["heads"] > MOST_ROTATIONS:
+    rotary = arch.get("position") in vit.ROTARY
+    if rotary and tokens * arch["width"] // arch["heads"] > MOST_ROTATIONS:
         return [f"arch: {tokens} patches and {arch['heads']} heads need too large rotary tables"]
     return []

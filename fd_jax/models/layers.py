@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu"]
+Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu"]
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_erf": _gelu_erf,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": lambda x: x * jax.nn.sigmoid(x),
 }
 
 
@@ -256,13 +257,18 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches to tokens: a strided convolution written as a matmul."""
+    """Non-overlapping patches to tokens: a strided convolution written as a matmul.
+
+    As such a convolution does, it does not read what remains at the right and at the bottom of an
+    image that patches do not fill.
+    """
 
     def __init__(
         self,
         patch_size: int,
         width: int,
         *,
+        channels: int = 3,
         use_bias: bool,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype = jnp.float32,
@@ -272,13 +278,15 @@ class PatchEmbed(nnx.Module):
         self.patch_size = patch_size
         self.dtype = dtype
         self.grad_dtype = grad_dtype
-        shape = (patch_size, patch_size, 3, width)  # HWIO
+        shape = (patch_size, patch_size, channels, width)  # HWIO
         self.kernel: Any = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if use_bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, (H/P)*(W/P), D], row-major."""
+        """[B, H, W, C] -> [B, (H//P)*(W//P), D], row-major."""
         p = self.patch_size
+        if images.shape[1] % p or images.shape[2] % p:
+            images = images[:, : images.shape[1] // p * p, : images.shape[2] // p * p]
         batch, height, width, channels = images.shape
         x = images.reshape(batch, height // p, p, width // p, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
@@ -286,31 +294,6 @@ class PatchEmbed(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         y: jax.Array = linear(x.astype(self.dtype), kernel, bias, self.dtype, self.grad_dtype)
         return y.reshape(batch, -1, y.shape[-1])
-
-
-class Mlp(nnx.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        activation: Activation,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
-        kernel_init: nnx.Initializer,
-        out_init: nnx.Initializer,
-        rngs: nnx.Rngs,
-    ):
-        self.activation = activation
-        common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
-        self.fc1 = Dense(width, hidden, kernel_init=kernel_init, **common)
-        self.fc2 = Dense(hidden, width, kernel_init=out_init, **common)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        return self.fc2(activate(self.fc1(x), self.activation))
 
 
 def zeros(width: int) -> nnx.Param:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 import numbers
+from typing import Literal
 
-from fd_jax.errors import ConfigError
+from fd_jax.errors import ConfigError, check_choice
 
 # Pixels: one number is the side of a square, two are height and width.
 ImageSize = int | Sequence[int]
+
+# What becomes of an image that patches do not fill, see `check_patches`.
+PartialPatches = Literal["refuse", "crop"]
 
 AXES = ("height", "width")
 
@@ -73,18 +77,61 @@ def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def check_patches(image_size: ImageSize, patch_size: int) -> None:
+def check_halved(image_size: ImageSize, patch_size: int, halvings: int) -> None:
+    """Refuses an image of which nothing is left once its patches are halved along both axes.
+
+    Sides need no divisor: a patch, or a half, that the side cuts off is not counted.
+
+    Args:
+      image_size: in pixels.
+      patch_size: side of a patch.
+      halvings: how often the grid of patches is halved.
+
+    Raises:
+      ConfigError: a side is too small.
+    """
+    least = patch_size << halvings
+    if min(sides(image_size)) < least:
+        raise ConfigError(
+            f"image_size {describe(image_size)} is less than {least}, patch_size {patch_size} x "
+            f"{1 << halvings} (the stages halve the grid); use {least} or more"
+        )
+
+
+def token_side(image_size: ImageSize, patch_size: int, grid: tuple[int, int]) -> int:
+    """Pixels on a side of what a token of a map stands for.
+
+    Args:
+      image_size: of the network.
+      patch_size: of the network.
+      grid: (H, W) of the map: that of the patches, or what halvings leave of it, each of which may
+        leave out an odd row or column.
+    """
+    halvings = (patch_grid(image_size, patch_size)[0] // grid[0]).bit_length() - 1
+    return patch_size << halvings
+
+
+def check_patches(
+    image_size: ImageSize, patch_size: int, *, partial: PartialPatches = "refuse"
+) -> None:
     """Refuses an image that patches do not fill.
+
+    Args:
+      image_size: of the network.
+      patch_size: side of a patch in pixels.
+      partial: "refuse" sides that patches do not fill; "crop" takes them, and what remains at the
+        right and at the bottom is not read. An image has to hold one patch in any case.
 
     Raises:
       ConfigError: a side is smaller than a patch, or not divisible by it; the message names it.
     """
+    check_choice("partial_patches", partial, PartialPatches.__args__)
     size = describe(image_size)
     for axis, side in zip(AXES, sides(image_size), strict=True):
         name = f"image_size {size}" if size == f"{side}" else f"image_size {size}: {axis} {side}"
         if side < patch_size:
             raise ConfigError(f"{name} is less than patch_size {patch_size}")
-        if side % patch_size:
+        if partial == "refuse" and side % patch_size:
             lower = side // patch_size * patch_size
             raise ConfigError(
                 f"{name} is not divisible by patch_size {patch_size}; "

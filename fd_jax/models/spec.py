@@ -11,8 +11,10 @@ import numpy as np
 
 from fd_jax.errors import ModelFolderError, first_few
 from fd_jax.models import description, kernels, resize, sizes
+from fd_jax.models.convnext import ConvNeXt
 from fd_jax.models.heads import Pooling
 from fd_jax.models.keys import param_keys
+from fd_jax.models.pool import Pool, make_pool
 from fd_jax.models.segmenter import Segmenter, widths_of
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
@@ -21,8 +23,15 @@ from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
 FORMAT_VERSION = 1
+# Left out of `model.json` where they say nothing, since earlier versions do not know them.
+LATER_FIELDS = ("segmenter", "class_names", "pool", "origins")
 # The class of each family; ViT shows what it has to offer.
-FAMILIES: dict[str, Any] = {"vit": ViT, "swin": SwinV1, "swin_v2": SwinV2}
+FAMILIES: dict[str, Any] = {
+    "vit": ViT,
+    "swin": SwinV1,
+    "swin_v2": SwinV2,
+    "convnext": ConvNeXt,
+}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,9 +55,12 @@ class ModelSpec:
       pooling: what that head reads, see `heads.Classifier`.
       segmenter: the segmenter on the encoder's maps: `blocks`, the numbers of the blocks whose maps
         it takes, and the keywords of `Segmenter` but the widths of these maps; None without one.
+      pool: how the network's authors make one vector of a picture: "kind", a key of `pool.KINDS`,
+        and the keywords of its class; None where nothing of that kind is stored.
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype per tensor name of the source file, where it is not float32.
+      origins: where a fact about the network comes from, in words, by the name of the field.
       notes: free text for people: licence, what was dropped.
       format_version: of this file.
     """
@@ -63,9 +75,11 @@ class ModelSpec:
     class_names: list[str] | None = None
     pooling: Pooling = "cls"
     segmenter: dict[str, Any] | None = None
+    pool: dict[str, Any] | None = None
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -112,6 +126,25 @@ class ModelSpec:
         module = nnx.eval_shape(lambda: self.build_segmenter(rngs=param_keys(0), **runtime))
         return *split(module), jax.eval_shape(module.fresh_statistics)
 
+    def build_pool(self, *, rngs: nnx.Rngs, **runtime) -> Pool:
+        """The pool with fresh parameters; `runtime` is its dtype.
+
+        Raises:
+          ModelFolderError: there is none in this description, or none that fits the encoder.
+        """
+        network: Any = nnx.merge(*self.abstract())
+        described, encoder = self.pool or {}, {"class_token": bool(network.cls)}
+        try:
+            return make_pool(described, network.width, **encoder, **runtime, rngs=rngs)
+        except (TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"{self.source!r} has the pool {self.pool}, which is none of this network: {error}"
+            ) from error
+
+    def abstract_pool(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        """Definition and parameter shapes of the pool; arguments and errors as in `build_pool`."""
+        return split(nnx.eval_shape(lambda: self.build_pool(rngs=param_keys(0), **runtime)))
+
     def normalize(
         self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32
     ) -> jax.Array:
@@ -140,16 +173,33 @@ class ModelSpec:
             params, self.arch, size, method=self.position_resize
         )
 
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of what the last map has a token for."""
+        halvings = len(self.arch.get("depths", (0,))) - 1
+        return self.arch["patch_size"] << halvings
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the network's blocks attend to anything."""
+        return bool(FAMILIES[self.family].head_widths(self.arch))
+
+    @property
+    def head_norm_eps(self) -> float:
+        """Epsilon of the norm in a classifier head, see `heads.Classifier`."""
+        eps = self.arch.get("final_norm_eps")
+        return self.arch["norm_eps"] if eps is None else eps
+
     def choose_attention(self, name: str, *, dtype: jnp.dtype) -> str:
         """Settles `config.attention` for this network, see `kernels.choose`."""
         widths = FAMILIES[self.family].head_widths(self.arch)
         return kernels.choose(name, dtype=dtype, head_widths=widths)
 
     def to_json(self) -> str:
-        """The text of `model.json`; without a segmenter or class names, it does not mention any."""
+        """The text of `model.json`, without those LATER_FIELDS that say nothing."""
         fields = dataclasses.asdict(self)
-        for name in ("segmenter", "class_names"):  # earlier versions of this library know neither
-            if fields[name] is None:
+        for name in LATER_FIELDS:
+            if fields[name] in (None, {}):
                 del fields[name]
         return json.dumps(fields, indent=2) + "\n"
 

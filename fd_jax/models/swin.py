@@ -19,6 +19,7 @@ from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import layers, sizes, windows
 from fd_jax.models.attention import Attention, AttentionInputs
 from fd_jax.models.backbone import Backbone, Visit, check_remat
+from fd_jax.models.mlp import Mlp
 from fd_jax.models.sizes import ImageSize
 
 MERGE = 2  # tokens per axis that become one between stages
@@ -79,7 +80,7 @@ class Block(nnx.Module):
         norm1: layers.LayerNorm,
         attn: Attention,
         norm2: layers.LayerNorm,
-        mlp: layers.Mlp,
+        mlp: Mlp,
         norm_first: bool,
         extra_norm: layers.LayerNorm | None,
         drop_path: float,
@@ -99,7 +100,7 @@ class Block(nnx.Module):
         """[B, g*g, D] -> [B, g*g, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None."""
         drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
         shape = x.shape
-        x = x.reshape(-1, shape[-1])  # one row per token outside attention, see vit.Block
+        x = x.reshape(-1, shape[-1])  # one row per token outside attention, see block.Block
 
         def attend(rows):
             return self._attend(rows.reshape(shape), shared_bias).reshape(x.shape)
@@ -196,7 +197,8 @@ class Swin(Backbone):
         self.image_size = square_side(image_size)
         self.window = window
         self.depths, self.depth = tuple(depths), sum(depths)
-        self.width = embed_width * MERGE ** (len(depths) - 1)
+        self.widths = tuple(embed_width * MERGE**stage for stage in range(len(depths)))
+        self.width = self.widths[-1]
         self.grids = grids(image_size, patch_size, len(depths))
         self.grid = (self.grids[-1], self.grids[-1])
         self.remat = remat
@@ -220,7 +222,7 @@ class Swin(Backbone):
                 norm1=self._branch_norm(norm(width)),
                 attn=self._attention(stage, width, **heads_here, **common),
                 norm2=self._branch_norm(norm(width)),
-                mlp=layers.Mlp(width, mlp_ratio * width, activation=activation, **common),
+                mlp=Mlp(width, mlp_ratio * width, activation=activation, **common),
                 norm_first=self.norm_first,
                 extra_norm=norm(width) if self._ends_with_norm(index) else None,
                 drop_path=drop_path * number / max(self.depth - 1, 1),

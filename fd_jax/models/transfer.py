@@ -55,7 +55,7 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
     if "final_norm" in arch:
         arch["final_norm"] = changes.final_norm
     arch = family.untied(arch) if changes.untie else arch
-    return dataclasses.replace(spec, arch=arch, class_names=None, segmenter=None)
+    return dataclasses.replace(spec, arch=arch, class_names=None, segmenter=None, pool=None)
 
 
 def _window(spec: ModelSpec, changes: Changes) -> dict[str, int]:

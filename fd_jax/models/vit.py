@@ -1,4 +1,4 @@
-"""One vision transformer for the whole family: CLIP, DINO, DeiT, MAE, DINOv2/3, SigLIP, students.
+"""One vision transformer for the whole family: CLIP, DINO, DINOv2/3, SigLIP, EVA-02, students.
 
 What differs between the members is an argument, and every default that libraries disagree on has
 to be spelled out by the caller.
@@ -13,98 +13,21 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice, check_positive
 from fd_jax.models import layers, sizes
-from fd_jax.models.attention import (
-    Attention,
-    AttentionInputs,
-    QkvBias,
-    RelativePositionBias,
-    Rotation,
-)
+from fd_jax.models.attention import Attention, QkvBias, RelativePositionBias
 from fd_jax.models.backbone import Backbone, Visit, check_remat
+from fd_jax.models.block import Block
 from fd_jax.models.features import take_patches
 from fd_jax.models.resize import PositionResize, resize_pos_embed, resize_rel_pos_table
-from fd_jax.models.sizes import ImageSize
+from fd_jax.models.rotary import Rope, RopeAxes, RopePairs, Rotation
+from fd_jax.models.sizes import ImageSize, PartialPatches
 
-Position = Literal["ape", "rpb", "shared_rpb", "rope", "none"]
+Position = Literal["ape", "rpb", "shared_rpb", "rope", "ape_rope", "none"]
+ABSOLUTE, ROTARY = ("ape", "ape_rope"), ("rope", "ape_rope")
 
 # Truncation of the 0.02-std normal initialisation (docs/reference.md#quirk-init-truncation): the
 # distillation student is cut at one standard deviation, the fine-tuning model at absolute +-2,
 # which cuts nothing.
 INIT_LIMITS = {"fd_student": 0.02, "finetune": 2.0}
-
-
-class Block(nnx.Module):
-    """x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x)), each with its own drop path."""
-
-    def __init__(
-        self,
-        width: int,
-        mlp_width: int,
-        *,
-        attn: Attention,
-        activation: layers.Activation,
-        norm_eps: float,
-        layer_scale: float | None,
-        drop_path: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
-        kernel_init: nnx.Initializer,
-        out_init: nnx.Initializer,
-        rngs: nnx.Rngs,
-    ):
-        self.drop_path = drop_path
-        self.norm1 = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
-        self.attn = attn
-        self.norm2 = layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)
-        self.mlp = layers.Mlp(
-            width,
-            mlp_width,
-            activation=activation,
-            dtype=dtype,
-            grad_dtype=grad_dtype,
-            kernel_init=kernel_init,
-            out_init=out_init,
-            rngs=rngs,
-        )
-        scaled = layer_scale is not None
-        self.gamma_1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32)) if scaled else None
-        self.gamma_2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32)) if scaled else None
-
-    def __call__(
-        self,
-        x: jax.Array,
-        drops: jax.Array | None,
-        shared_bias: jax.Array | None,
-        rotate: Rotation | None,
-        indices: jax.Array | None = None,
-    ) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `drops` is [B, 2] uniform numbers (attn, mlp) or None.
-
-        `shared_bias`, `rotate` and `indices` are those of `Attention`.
-        """
-        drop_attn, drop_mlp = (None, None) if drops is None else (drops[:, 0], drops[:, 1])
-        # One row per token everywhere but inside attention: TPUs pad the 197 tokens of [B, N, D]
-        # to a multiple of eight and [B * N, D] not, so that a change between them is a copy.
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
-        branch = self.attn(
-            self.norm1(x).reshape(shape), shared_bias=shared_bias, rotate=rotate, indices=indices
-        ).reshape(x.shape)
-        x = x + layers.drop_path(_scale(branch, self.gamma_1), drop_attn, rate=self.drop_path)
-        branch = self.mlp(self.norm2(x))
-        x = x + layers.drop_path(_scale(branch, self.gamma_2), drop_mlp, rate=self.drop_path)
-        return x.reshape(shape)
-
-    def attention_inputs(
-        self,
-        x: jax.Array,
-        shared_bias: jax.Array | None,
-        rotate: Rotation | None,
-        indices: jax.Array | None = None,
-    ) -> AttentionInputs:
-        """What this block's attention is computed from; arguments as in `__call__`."""
-        tokens = self.norm1(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-        return self.attn.inputs(tokens, shared_bias=shared_bias, rotate=rotate, indices=indices)
 
 
 class ViT(Backbone):
@@ -113,17 +36,24 @@ class ViT(Backbone):
     Architecture:
       image_size: side of a square input in pixels, or a pair of height and width; fixed at
         construction.
-      patch_size: side of a patch; divides both sides of the image.
+      patch_size: side of a patch; divides both sides of the image, see partial_patches.
       width, depth, heads, mlp_width: the usual numbers; heads divide the width.
       position: "ape" learned absolute table added to the tokens; "rpb" a relative bias table per
-        block; "shared_rpb" one table for all blocks; "rope" axial rotary; "none".
+        block; "shared_rpb" one table for all blocks; "rope" axial rotary; "ape_rope" a table and
+        rotary; "none".
       cls_token: whether a class token comes first.
       registers: number of register tokens after it; they carry no position.
       ln_pre: LayerNorm between the embedding and the blocks (CLIP).
       final_norm: whether the encoder ends with a LayerNorm.
       activation, norm_eps, qkv_bias, patch_bias: as the family has them.
       layer_scale: start value of gamma_1, gamma_2; None where the family has no layer scale.
-      rope_theta: base of the rotary frequencies, for position "rope".
+      rope_theta, rope_pairs, rope_reference, rope_offset, rope_axes: of rotary positions, see
+        `rotary.Rope`.
+      gated_mlp: whether the MLP has a gate (SwiGLU), see `mlp.Mlp`.
+      mlp_norm: whether a LayerNorm stands before the MLP's second layer.
+      attn_norm: whether a LayerNorm stands before the output projection of attention.
+      partial_patches: "refuse" image sides that patches do not fill, or "crop" them: what remains
+        at the right and at the bottom is not read.
 
     Run time:
       drop_path: rate of the last block; block i has drop_path * i / (depth - 1).
@@ -154,6 +84,14 @@ class ViT(Backbone):
         qkv_bias: QkvBias,
         patch_bias: bool,
         rope_theta: float = 100.0,
+        rope_pairs: RopePairs = "halves",
+        rope_reference: int | None = None,
+        rope_offset: float = 0.0,
+        rope_axes: RopeAxes = "yx",
+        gated_mlp: bool = False,
+        mlp_norm: bool = False,
+        attn_norm: bool = False,
+        partial_patches: PartialPatches = "refuse",
         drop_path: float = 0.0,
         init: str = "finetune",
         dtype: jnp.dtype = jnp.float32,
@@ -162,7 +100,9 @@ class ViT(Backbone):
         remat: str | None = None,
         rngs: nnx.Rngs,
     ):
-        _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat)
+        _check(width, heads, activation, position, qkv_bias, remat)
+        check_positive("patch_size", patch_size)
+        sizes.check_patches(image_size, patch_size, partial=partial_patches)
         if registers and position in ("rpb", "shared_rpb"):
             raise ConfigError(
                 f"position={position!r} has no bias for register tokens; set registers=0"
@@ -174,11 +114,15 @@ class ViT(Backbone):
         self.registers = registers
         self.position = position
         self.head_width = width // heads
-        self.rope_theta = rope_theta
+        self.rope = None
+        if position in ROTARY:
+            self.rope = Rope(rope_theta, rope_pairs, rope_reference, rope_offset, rope_axes)
+            self.rope.check(self.head_width)
         self.remat = remat
         self.dtype = dtype
         self.width = width
         self.depth = depth
+        self.depths, self.widths = (depth,), (width,)
 
         def init_kernel(key, shape, dtype=jnp.float32, **_):
             return layers.truncated_normal(0.02, INIT_LIMITS[init])(key, shape, dtype)
@@ -196,7 +140,7 @@ class ViT(Backbone):
         self.cls_token = embedding(1, 1, width) if cls_token else None
         self.register_tokens = embedding(1, registers, width) if registers else None
         tokens = self.cls + self.grid[0] * self.grid[1]
-        self.pos_embed = embedding(1, tokens, width) if position == "ape" else None
+        self.pos_embed = embedding(1, tokens, width) if position in ABSOLUTE else None
         self.rel_pos_bias = position_table() if position == "shared_rpb" else None
         self.ln_pre = (
             layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if ln_pre else None
@@ -211,6 +155,7 @@ class ViT(Backbone):
                 heads,
                 qkv_bias=qkv_bias,
                 rel_pos_bias=position_table() if position == "rpb" else None,
+                norm_eps=norm_eps if attn_norm else None,
                 implementation=attention,
                 **common,
             )
@@ -219,6 +164,8 @@ class ViT(Backbone):
                 mlp_width,
                 attn=attn,
                 activation=activation,
+                gated_mlp=gated_mlp,
+                mlp_norm=mlp_norm,
                 norm_eps=norm_eps,
                 layer_scale=layer_scale,
                 drop_path=drop_path * index / max(depth - 1, 1),
@@ -287,7 +234,7 @@ class ViT(Backbone):
           params: nested dict of numpy arrays; a new dict comes back, arrays are shared.
           arch: the architecture keywords of `params`.
           image_size: wanted side of a square in pixels, or (height, width).
-          method: of the absolute table, see `resize.resize_pos_embed`.
+          method: see `resize.resize_pos_embed` and `resize.resize_rel_pos_table`.
         """
         cls = int(arch["cls_token"])
         source, target = (
@@ -300,7 +247,9 @@ class ViT(Backbone):
                 if name == "pos_embed":
                     out[name] = resize_pos_embed(value, source, target, prefix=cls, method=method)
                 elif name == "rel_pos_bias":
-                    table = resize_rel_pos_table(value["table"], source, target, extra=3 * cls)
+                    table = resize_rel_pos_table(
+                        value["table"], source, target, extra=3 * cls, method=method
+                    )
                     out[name] = {"table": table}
                 else:
                     out[name] = resized(value) if isinstance(value, dict) else value
@@ -334,9 +283,8 @@ class ViT(Backbone):
         x = self.embed(images, keep)
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias(keep)
         rotate = None
-        if self.position == "rope":
-            prefix = self.cls + self.registers
-            rotate = Rotation(self.grid, prefix, self.head_width, theta=self.rope_theta)
+        if self.rope is not None:
+            rotate = Rotation(self.rope, self.grid, self.cls + self.registers, self.head_width)
             rotate = rotate if keep is None else rotate.at(keep)
         positions = (shared_bias, rotate, keep)
         for index in range(self.depth):
@@ -347,9 +295,7 @@ class ViT(Backbone):
             x = x if sent is None else sent
 
 
-def _check(image_size, patch_size, width, heads, activation, position, qkv_bias, remat):
-    check_positive("patch_size", patch_size)
-    sizes.check_patches(image_size, patch_size)
+def _check(width, heads, activation, position, qkv_bias, remat):
     if width % heads:
         raise ConfigError(f"width {width} is not divisible by {heads} heads")
     check_choice("activation", activation, layers.ACTIVATIONS)
@@ -364,10 +310,6 @@ def _check_indices(keep: jax.Array, batch: int) -> None:
             f"keep is {keep.dtype.name} {list(keep.shape)}; expected whole numbers [B, P], the "
             f"patches to keep of each of the {batch} images"
         )
-
-
-def _scale(branch: jax.Array, gamma: nnx.Param | None) -> jax.Array:
-    return branch if gamma is None else layers.scale_by_parameter(branch, gamma[...])
 
 
 def _tile(token: nnx.Param, batch: int, dtype: jnp.dtype) -> jax.Array:

@@ -280,7 +280,7 @@ class ClassifyTask:
             self.encoder.width,
             self.spec.classes,
             pooling=self.spec.pooling,
-            norm_eps=self.spec.arch["norm_eps"],
+            norm_eps=self.spec.head_norm_eps,
             affine=not self.probe,
             kernel_init=layers.scaled(init, self.config.model.head_scale),
             grad_dtype=jnp.dtype(self.config.grad_reduce_dtype),

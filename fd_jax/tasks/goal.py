@@ -169,7 +169,7 @@ class Goal:
             )
         differ = self.target.kind == "full" and student.grid != self.teacher.grid
         if differ and self.target.resample == "none":
-            want = self.teacher.image_size // self.teacher.grid[0] * student.grid[0]
+            want = self.teacher.token_side * student.grid[0]
             raise ConfigError(
                 f"teacher grid {self.teacher.grid} != student grid {student.grid}: "
                 f"set teacher.image_size to {want}, or target.resample to 'bilinear'"

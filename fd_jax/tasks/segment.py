@@ -17,10 +17,10 @@ from fd_jax import losses, optimizer
 from fd_jax.console import say
 from fd_jax.cost import flops
 from fd_jax.data.base import IGNORED, Data, SegmentationData
-from fd_jax.errors import DataError
+from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import evaluators, segmentation
 from fd_jax.metrics import weighted
-from fd_jax.models import transfer
+from fd_jax.models import sizes, transfer
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.keys import param_keys
 from fd_jax.models.segmenter import Levels, levels, maps_of, resampling
@@ -68,6 +68,13 @@ class SegmentTask:
             window=segment.window,
         )
         encoder_spec = transfer.target_spec(initial, self.changes)
+        # A mask covers the whole image, so that a network has to read all of it.
+        sizes.check_patches(config.data.image_size, encoder_spec.arch["patch_size"])
+        if config.data.image_size % encoder_spec.stride:
+            raise ConfigError(
+                f"data.image_size={config.data.image_size}: the last map of {initial.source!r} has "
+                f"a token for {encoder_spec.stride} pixels; use a multiple of it"
+            )
         attention = encoder_spec.choose_attention(config.attention, dtype=self.dtype)
         self.attention = {"encoder": attention}
         self.encoder_def, self._encoder_shapes = encoder_spec.abstract(**self._encoder_runtime())

@@ -27,6 +27,7 @@ class Teacher:
       dtype: dtype of its weights and matmuls.
       spec: spec of the network as it runs, with the stages and the input size of this run.
       width, depth, grid, image_size, cls: properties of that network.
+      token_side: pixels on a side of what one of its tokens stands for.
       drop_path: drop-path rate of its last block.
       attention: name of the attention implementation that it uses.
     """
@@ -69,6 +70,7 @@ class Teacher:
         network: Any = nnx.merge(self._definition, self._shapes)
         self.width, self.depth, self.grid = network.width, network.depth, network.grid
         self.image_size, self.cls = network.image_size, network.cls
+        self.token_side = sizes.token_side(size, arch["patch_size"], self.grid)
         self._head, self._head_shapes = None, {}
         if head:
             self._head, self._head_shapes = split(
@@ -138,7 +140,7 @@ class Teacher:
             self.width,
             self.classes,
             pooling=self.spec.pooling,
-            norm_eps=self.spec.arch["norm_eps"],
+            norm_eps=self.spec.head_norm_eps,
             kernel_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )

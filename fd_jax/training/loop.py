@@ -20,6 +20,7 @@ from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
 from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError, first_few
 from fd_jax.evaluation.evaluators import Weights
+from fd_jax.models import kernels
 from fd_jax.tasks.base import Task
 from fd_jax.training import account, metric_writer, signals
 from fd_jax.training import lock as locks
@@ -457,10 +458,11 @@ def _with_chosen_attention(config: Config, task: Task) -> Config:
     """Returns the config with "auto" attention replaced by the implementation in use.
 
     The workdir then records which one ran, and resuming it with a version that chooses another one
-    is refused as a different config.
+    is refused as a different config. "auto" stays for a network without attention.
     """
-    if config.attention != "auto":
+    chosen = next(iter(task.attention.values()))
+    if config.attention != "auto" or chosen == kernels.NONE:
         return config
     resolved = ml_collections.ConfigDict(config.to_dict())
-    resolved.attention = next(iter(task.attention.values()))
+    resolved.attention = chosen
     return resolved

@@ -1,20 +1,29 @@
 """`--source=auto` on files of the real sizes: the right source, or a question that names it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fd_jax.convert import identifying
+from fd_jax.convert import families, identifying
 from fd_jax.convert.containers.tensors import Container, Tensor
 from fd_jax.errors import ConversionError
 from tests.convert import synthetic
 
-# What no key tells: the activation, the teacher's training, the statistics.
-ALIKE = (
-    {"openai_clip_vit_b16", "open_clip_vit_b16_laion2b"},
-    {"fd_official_distilled_dino_vit_b", "fd_official_distilled_deit_vit_b"},
-)
+# Files whose names only one publisher gives; all others lack facts that no tensor tells.
+CERTAIN = {
+    "dino_vitb16_full_checkpoint",
+    "esvit_swin_base_w14",
+    "fd_official_distilled_clip_vit_b",
+    "fd_official_distilled_clip_vit_l",
+    "fd_official_distilled_esvit_swin_b",
+    "fd_official_finetuned_clip_vit_l",
+    "fd_official_finetuned_swin_b",
+    "mae_vit_base_full",
+    "siglip2_base_patch16_224_bigvision",
+    "swinv2_giant",
+}
 
 
 def unread(name):
@@ -33,14 +42,62 @@ def unread(name):
 
 
 @pytest.mark.parametrize("name", synthetic.names())
-def test_auto_never_takes_another_source(name):
-    asked = next((group for group in ALIKE if name in group), None)
-    if name == "fd_official_finetuned_clip_vit_b":  # BEiT's own files have its index buffers too
-        asked = {name, "timm_beit_base_patch16_224"}
-    if asked is None:
+def test_auto_takes_the_source_of_a_public_file_or_asks_for_it(name):
+    if name in CERTAIN:
         assert identifying.identify(unread(name)).name == name
         return
-    with pytest.raises(ConversionError, match="fit several sources; say which") as caught:
+    with pytest.raises(ConversionError) as caught:
         identifying.identify(unread(name))
-    lines = str(caught.value).splitlines()[1:]
-    assert {line.split(":")[0].strip() for line in lines} == asked
+    assert f"{name}:" in str(caught.value) or f"--source={name}" in str(caught.value)
+
+
+def test_a_question_has_every_source_with_the_same_names_and_the_published_networks():
+    with pytest.raises(ConversionError) as caught:
+        identifying.identify(unread("openai_clip_vit_b16"))
+    message = str(caught.value)
+    assert "768 x 12, patch 16, 224 px. No tensor, and no file beside it, tells heads" in message
+    assert "--source=openai_clip_vit_b16: heads 12, quick_gelu, eps 1e-05" in message
+    assert "--source=open_clip_vit_b16_laion2b: heads 12, gelu_erf" in message
+    assert "--arch=ViT-B-16" in message
+
+
+def test_a_published_hash_answers_for_the_names():
+    file = unread("openai_clip_vit_b16")
+    published = families.SOURCES["openai_clip_vit_b16"].published
+    found = identifying.identify(file, digest=lambda: published)
+    assert found.name == "openai_clip_vit_b16"
+    with pytest.raises(ConversionError, match="Say which network it is"):
+        identifying.identify(file, digest=lambda: "0" * 64)
+
+
+def test_the_name_of_a_public_file_is_a_hint_and_no_proof():
+    file = dataclasses.replace(unread("dino_vitb16"), path=Path("dino_vitbase16_pretrain.pth"))
+    with pytest.raises(ConversionError, match=r"Its file name is that of --source=dino_vitb16\."):
+        identifying.identify(file)
+
+
+def test_a_published_name_answers_with_the_facts_of_its_library():
+    given = identifying.published_claims("vit_base_patch16_224.dino")
+    found = identifying.identify(unread("dino_vitb16"), given)
+    spec = found.parts[found.default_part].spec
+    assert found.name == "timm_vit" and spec.arch["heads"] == 12
+    assert (
+        spec.position_resize == "antialias"
+    )  # the hub's code, whose facts the source has, differs
+    assert spec.origins["heads"].startswith("--arch=vit_base_patch16_224.dino (timm")
+
+
+def test_the_facts_of_a_source_serve_files_of_other_sizes():
+    """A network of DINO that was trained on at another size has other positions, and its facts."""
+    file = unread("dino_vitb16")
+    table = dataclasses.replace(file.tensors["pos_embed"], shape=(1, 1 + 24**2, 768))
+    file = dataclasses.replace(file, tensors={**file.tensors, "pos_embed": table})
+    found = identifying.identify(file, identifying.published_claims("dino_vitb16"))
+    spec = found.parts[found.default_part].spec
+    assert spec.arch["image_size"] == 384 and spec.position_resize == "offset_0.1"
+
+
+def test_an_arch_of_other_widths_is_refused():
+    given = identifying.published_claims("vit_small_patch16_224.dino")
+    with pytest.raises(ConversionError, match=r"width is 768 \(the tensors\), but 384 \(--arch"):
+        identifying.identify(unread("dino_vitb16"), given)

@@ -8,20 +8,23 @@ import pytest
 import fd_jax.convert
 
 ROOT = Path(fd_jax.convert.__file__).parent
-MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks"}
+MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks", "style", "facts"}
+MADE_OF |= {"configs", "describing"}
 COMMANDS = {"cli", "importing", "exporting", "verifying", "inspecting", "listing"}
 COMMANDS |= {"identifying", "formats", "__main__"}
 # Room -> the rooms it may import.
 ALLOWED = {
     "containers": {"containers"},
+    "published": {"published"},
     "rules": {"rules", "containers"},
-    "made of": {"made of", "rules", "containers"},
+    "made of": {"made of", "published", "rules", "containers"},
     "families": {"families", "made of", "rules", "containers"},
-    "commands": {"commands", "families", "made of", "rules", "containers"},
+    "commands": {"commands", "families", "made of", "published", "rules", "containers"},
 }
 # What the converter may use of the rest, one entry per room.
 OUTSIDE = {
     "containers": {"errors"},
+    "published": {"errors"},
     "rules": {"errors"},
     "made of": {"errors", "model_folder", "models"},
     "families": {"errors", "models"},

@@ -16,6 +16,7 @@ from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
 from tests import tiny
+from tests.models import evas
 
 ROWS = 4
 SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
@@ -72,6 +73,30 @@ def swin(family):
     return arch(SWIN, image_size=32)
 
 
+def gated(remat):
+    return ClassifyTask(tiny.fine_tuning(remat=remat), init_spec=evas.spec("EVA-02-CLIP"))
+
+
+def convnext(**arch):
+    """A spec whose sides neither the patches nor the halvings divide."""
+    fields = {
+        "image_size": 32,
+        "patch_size": 3,
+        "widths": (8, 12, 16),
+        "depths": (1, 2, 1),
+        "kernel_size": 5,
+        "grn": False,
+        "layer_scale": 1e-6,
+        "activation": "gelu_erf",
+        "norm_eps": 1e-6,
+        "final_norm": False,
+        "final_norm_eps": None,
+    }
+    return ModelSpec("convnext", {**fields, **arch}, source="tiny")
+
+
+RESPONSES = {"grn": True, "layer_scale": None}
+
 CASES = {
     "full": lambda: distillation(),
     "cls": lambda: distillation(**{"target.kind": "cls"}),
@@ -88,6 +113,17 @@ CASES = {
     "fine-tune": lambda: ClassifyTask(tiny.fine_tuning(), init_spec=tiny.teacher_spec()),
     "fine-tune remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=tiny.teacher_spec()
+    ),
+    **{
+        f"a gate and norms, remat {remat or 'off'}": functools.partial(gated, remat)
+        for remat in ("", "full", "dots")
+    },
+    "a teacher with rotations": lambda: DistillTask(
+        tiny.config(), teacher_spec=evas.spec("Perception Encoder")
+    ),
+    "partial patches": lambda: ClassifyTask(
+        tiny.fine_tuning(),
+        init_spec=tiny.teacher_spec(patch_size=7, partial_patches="crop"),
     ),
     "probe": lambda: ClassifyTask(
         tiny.fine_tuning(**{"model.trains": "head", "model.final_norm": True}),
@@ -113,6 +149,20 @@ CASES = {
             }
         ),
         init_spec=tiny.teacher_spec(),
+    ),
+    "convnext": lambda: ClassifyTask(tiny.fine_tuning(), init_spec=convnext()),
+    "convnext v2 remat full": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="full"), init_spec=convnext(**RESPONSES)
+    ),
+    "convnext remat dots": lambda: ClassifyTask(
+        tiny.fine_tuning(remat="dots"), init_spec=convnext()
+    ),
+    "convnext teacher": lambda: DistillTask(
+        tiny.config(**{"target.kind": "gap"}), teacher_spec=convnext()
+    ),
+    "segmentation on a convnext": lambda: SegmentTask(
+        tiny.segmentation(**{"data.image_size": 64}),
+        init_spec=convnext(patch_size=4, depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
     ),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")

@@ -12,6 +12,7 @@ from fd_jax import model_folder
 from fd_jax.data import datasets
 from fd_jax.diagnose import catalogue, cli, record
 from tests import tiny
+from tests.models import convnexts
 
 COUNT = 21
 ATTENTION = "distance,similarity,maps,shares,entropy,divergence"
@@ -25,6 +26,7 @@ def folders(tmp_path_factory):
         "student": tiny.save_student(root / "student"),
         "small": tiny.save_teacher(root / "small", image_size=24),
         "swin": tiny.save_swin(root / "swin"),
+        "convnext": convnexts.save(root / "convnext", "v2", classes=10, image_size=64),
     }
 
 
@@ -219,6 +221,8 @@ REFUSALS = {
     "no head": (("student",), {"figures": "landscape"}, "has no classifier head"),
     "even points": (("teacher",), {"figures": "landscape", "points": 4}, "points=4"),
     "rollout of a Swin": (("swin",), {"figures": "rollout"}, "not defined for swin"),
+    "attention of a ConvNeXt": (("convnext",), {}, "ask for landscape, rank, cka, cosine, pca"),
+    "rollout of a ConvNeXt": (("convnext",), {"figures": "rank,rollout"}, "have no attention"),
     "one model": (("teacher",), {"figures": "cka"}, "compares two models"),
     "batch": (("teacher",), {"batch_size": 3}, "not divisible by 8 batch shards"),
     "picture": (("teacher",), {"figures": "pca", "picture": "none.png"}, "cannot be read"),
@@ -249,6 +253,15 @@ def test_a_swin_has_the_figures_of_its_windows(run, tmp_path):
     model = figures(tmp_path)["models"]["swin"]
     assert [len(layer) for layer in model["distance"]] == [2, 2, 2, 4]
     assert model["about"]["patch"] == [4, 4, 8, 16]
+
+
+def test_a_convnext_has_the_figures_of_its_features(run, tmp_path):
+    status, _, err = run("convnext", figures="rank,pca,landscape", directions=1, points=3)
+    assert status == 0, err
+    model = figures(tmp_path)["models"]["convnext"]
+    assert len(model["rank"]) == 8 and np.shape(model["pca"]) == (2, 2, 3)
+    assert model["about"]["patch"] == [4, 8, 8, 16, 16, 16, 16, 32]
+    assert model["about"]["heads"] == [0] * 8 and model["about"]["prefix"] == 0
 
 
 def test_numbers_survive_figures_json(tmp_path):

@@ -19,7 +19,7 @@ from fd_jax.diagnose.landscape import Landscape
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models import spec as specs
 from tests import tiny
-from tests.models import vits
+from tests.models import convnexts, vits
 
 CLASSES = 10
 KEY = jax.random.key(3)
@@ -34,6 +34,8 @@ SPECS = {
     "swin": tiny.swin_spec(1, **SWIN),
     "swin_v2": tiny.swin_spec(2, **SWIN_V2, extra_norm_every=1),
     "swin_v2_shared": tiny.swin_spec(2, **SWIN_V2, position="shared_rpb"),
+    "convnext": convnexts.spec("dinov3", image_size=32, pooling="mean", depths=[1, 1, 1, 1]),
+    "convnext_v2": convnexts.spec("v2", image_size=32, depths=[1, 1, 1, 1]),
 }
 TABLES = {
     "ape": ["cls_token", "pos_embed", "register_tokens"],
@@ -44,6 +46,10 @@ TABLES = {
         f"stages/{i}/blocks/0/attn/{name}"
         for i in (0, 1)
         for name in ("logit_scale", "rel_pos_bias/fc1/kernel", "rel_pos_bias/fc2/kernel")
+    ],
+    "convnext": [],
+    "convnext_v2": [
+        f"stages/{i}/blocks/0/mlp/grn/{name}" for i in range(4) for name in ("scale", "bias")
     ],
     "swin_v2_shared": [
         f"stages/{i}/{name}"
@@ -85,6 +91,8 @@ def torch_layout(path, array):
     """The array as PyTorch stores it: outputs first."""
     if path.endswith("logit_scale"):
         return array[:, None, None]
+    if "/grn/" in path:
+        return array[None, None, None]
     if not path.endswith("kernel"):
         return array
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.reshape(len(array), -1).T

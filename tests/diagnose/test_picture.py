@@ -11,7 +11,7 @@ from fd_jax.diagnose import picture
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.model_folder import Model
 from tests import tiny
-from tests.models import swins, vits
+from tests.models import convnexts, swins, vits
 
 TOLERANCE = 1e-6
 DEPTH = 3
@@ -142,6 +142,15 @@ def test_without_a_class_token_patches_are_averaged_as_queries():
     assert not near(got["rollout"], product[:, 2:].mean(axis=0))  # registers as queries
     assert near(got["heads"], attentions[1][:, 2:, 2:].mean(axis=1))
     assert not near(got["heads"], attentions[1][:, :, 2:].mean(axis=1))
+
+
+def test_a_convnext_has_colours_and_no_maps():
+    spec = convnexts.spec("v1", image_size=64)
+    model = Model(spec, {"encoder": convnexts.random_params(spec)})
+    assert np.shape(picture.figures(model, photo(64, 64), ["pca"])["pca"]) == (2, 2, 3)
+    for name in ("rollout", "heads"):
+        with pytest.raises(ConfigError, match=f"{name}: undefined for a network without attention"):
+            picture.figures(model, photo(64, 64), ["pca", name])
 
 
 def test_maps_of_a_wide_picture_are_wide():

@@ -9,6 +9,7 @@ import torch
 
 from fd_jax.models import attention
 from fd_jax.models.kernels import xla
+from fd_jax.models.rotary import Rope, Rotation
 from tests.models.arrays import init, rand, t
 
 B, N, D, A = 3, 10, 24, 4  # examples, tokens, channels, heads
@@ -219,10 +220,10 @@ def test_rotation_is_dinov3s():
     cos, sin = embed(torch.zeros(1, 3, 64, 64))
     q, k = rand(2, 2, 5 + 16, 16, seed=1), rand(2, 2, 5 + 16, 16, seed=2)
     want, _ = hf.apply_rotary_pos_emb(torch.from_numpy(q), torch.from_numpy(k), cos, sin)
-    rotate = attention.Rotation((4, 4), prefix=5, head_width=16, theta=100.0)
+    rotate = Rotation(Rope(100.0), (4, 4), prefix=5, head_width=16)
     got = np.asarray(rotate(jnp.asarray(q.transpose(0, 2, 1, 3)))).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(got, want.numpy(), atol=TOLERANCE)
-    wrong = attention.Rotation((4, 4), prefix=5, head_width=16, theta=10000.0)
+    wrong = Rotation(Rope(10000.0), (4, 4), prefix=5, head_width=16)
     other = np.asarray(wrong(jnp.asarray(q.transpose(0, 2, 1, 3)))).transpose(0, 2, 1, 3)
     assert np.abs(other - want.numpy()).max() > 100 * TOLERANCE
 

@@ -6,14 +6,16 @@ import json
 import pytest
 
 from fd_jax.errors import ModelFolderError
-from fd_jax.models import description
+from fd_jax.models import architectures, description
 from fd_jax.models.spec import ModelSpec
 from tests import tiny
+from tests.models import convnexts, evas
 
 
 def fields(**changes):
     found = json.loads(tiny.teacher_spec().to_json())
-    arch = {name: changes.pop(name) for name in list(changes) if name in found["arch"]}
+    rows = architectures.ARCHITECTURES["vit"]
+    arch = {name: changes.pop(name) for name in list(changes) if name in rows}
     return {**found, "arch": {**found["arch"], **arch}, **changes}
 
 
@@ -26,7 +28,7 @@ SEGMENTER = {"blocks": [0, 1], "classes": 5, "neck": "none", "decoder": "linear"
 
 def test_every_field_has_a_rule():
     names = {field.name for field in dataclasses.fields(ModelSpec)}
-    assert description.FIELDS.keys() | {"arch", "segmenter"} == names
+    assert description.FIELDS.keys() | set(description.SECTIONS) == names
 
 
 @pytest.mark.parametrize(
@@ -35,14 +37,37 @@ def test_every_field_has_a_rule():
         tiny.teacher_spec(),
         tiny.swin_spec(1),
         tiny.swin_spec(2),
+        convnexts.spec("v1"),
         dataclasses.replace(tiny.teacher_spec(), segmenter=SEGMENTER),
         dataclasses.replace(tiny.teacher_spec(position="rope", image_size=1024), pixel_scale=1.0),
+        *(evas.spec(name) for name in evas.ARCHITECTURES),
+        dataclasses.replace(tiny.teacher_spec(), pool={"kind": "projection", "width": 8}),
+        dataclasses.replace(tiny.teacher_spec(), origins={"heads": "config.json"}),
     ],
-    ids=["vit", "swin", "swin_v2", "segmenter", "large picture"],
+    ids=[
+        *("vit", "swin", "swin_v2", "convnext", "segmenter", "large picture"),
+        *evas.ARCHITECTURES,
+        *("pool", "origins"),
+    ],
 )
 def test_what_this_library_writes_is_read_again(spec):
     again = ModelSpec.from_json(spec.to_json(), where="")
     assert again.to_json() == spec.to_json()
+
+
+def test_a_plain_network_is_described_as_by_earlier_versions():
+    """Field by field: later ones are not mentioned where they say nothing."""
+    arch = ",\n".join(f'    "{name}": {json.dumps(value)}' for name, value in tiny.TEACHER.items())
+    numbers = {
+        name: json.dumps(getattr(ModelSpec, name), indent=2).replace("\n", "\n  ")
+        for name in ("mean", "std", "pixel_scale")
+    }
+    rest = {"position_resize": "size", "classes": 0, "pooling": "cls", "source": "tiny"}
+    rest |= {"source_sha256": None, "source_dtypes": {}, "notes": "", "format_version": 1}
+    fields = {"family": '"vit"', "arch": f"{{\n{arch}\n  }}", **numbers}
+    fields |= {name: json.dumps(value) for name, value in rest.items()}
+    lines = ",\n".join(f'  "{name}": {value}' for name, value in fields.items())
+    assert tiny.teacher_spec().to_json() == f"{{\n{lines}\n}}\n"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +98,13 @@ def test_what_this_library_writes_is_read_again(spec):
         ({"pixel_scale": -1}, r"pixel_scale=-1: expected"),
         ({"classes": 2**40}, r"classes=\d+: expected a whole number from 0 to 1048576"),
         ({"source_dtypes": {"a": 3}}, r"source_dtypes=.*: expected a dtype per tensor name"),
+        ({"origins": {"heads": 12}}, r"origins=.*: expected where each fact comes from"),
+        ({"pool": "mean"}, r"pool.kind=None is unknown; expected one of 'attention'"),
+        ({"gated_mlp": 1}, r"arch.gated_mlp=1: expected True or False"),
+        ({"rope_pairs": "thirds"}, r"arch.rope_pairs='thirds' is unknown; expected one of"),
+        ({"rope_reference": -1}, r"arch.rope_reference=-1: expected a whole number from 0 to"),
+        ({"rope_offset": 1e9}, r"arch.rope_offset=1000000000.0: expected"),
+        ({"partial_patches": "pad"}, r"arch.partial_patches='pad' is unknown; expected one of"),
         ({"segmenter": 5}, r"segmenter=5: expected the fields blocks, classes"),
         ({"segmenter": {**SEGMENTER, "channels": 10**9}}, r"segmenter.channels=1000000000: expec"),
         ({"segmenter": {"classes": 5}}, r"segmenter.blocks is missing"),

@@ -12,8 +12,9 @@ import pytest
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
-from fd_jax.models.attention import Attention, RelativePositionBias, Rotation
+from fd_jax.models.attention import Attention, RelativePositionBias
 from fd_jax.models.kernels import pallas_tpu, xla
+from fd_jax.models.rotary import Rope, Rotation
 from tests.models.arrays import init, rand
 from tests.models.attentions import inputs, with_gradients, worst
 
@@ -64,7 +65,7 @@ def test_without_a_gradient_it_computes_the_same():
     np.testing.assert_array_equal(with_a_gradient, without)
 
 
-def layer_with_gradients(implementation, monkeypatch, *, summed=True, **kwargs):
+def layer_with_gradients(implementation, monkeypatch, *, summed=True, norm_eps=None, **kwargs):
     """Output of an attention layer of 9 tokens; its gradients for the tokens and all parameters."""
     interpreted = dataclasses.replace(
         pallas_tpu.IMPLEMENTATION, attend=attend, sums_gradients=summed
@@ -75,6 +76,7 @@ def layer_with_gradients(implementation, monkeypatch, *, summed=True, **kwargs):
         2,
         qkv_bias="qkv",
         rel_pos_bias=RelativePositionBias((2, 4), 2, cls_token=True),
+        norm_eps=norm_eps,
         implementation=implementation,
         dtype=jnp.float32,
         kernel_init=init,
@@ -94,13 +96,25 @@ def layer_with_gradients(implementation, monkeypatch, *, summed=True, **kwargs):
     return {"out": out, **flat}
 
 
+def turned(**rope):
+    return Rotation(Rope(100.0, **rope), (2, 4), 1, 32)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rotate", [None, Rotation((2, 4), 1, 32, theta=100.0)])
-def test_a_layer_has_the_gradients_of_xla_whoever_sums_those_of_its_biases(monkeypatch, rotate):
-    want = layer_with_gradients("xla", monkeypatch, rotate=rotate)
-    assert len(want) == 9  # output, tokens, two kernels, four biases and the table
+@pytest.mark.parametrize(
+    ("rotate", "norm_eps"),
+    [(None, None), (turned(), None), (turned(pairs="neighbours", reference=3), 1e-6), (None, 1e-6)],
+    ids=["plain", "rotated", "neighbours rotated, with a norm", "with a norm"],
+)
+def test_a_layer_has_the_gradients_of_xla_whoever_sums_those_of_its_biases(
+    monkeypatch, rotate, norm_eps
+):
+    kwargs = {"rotate": rotate, "norm_eps": norm_eps}
+    want = layer_with_gradients("xla", monkeypatch, **kwargs)
+    # Output, tokens, two kernels, four biases and the table; scale and bias of a norm.
+    assert len(want) == 9 + 2 * (norm_eps is not None)
     for summed in (True, False):
-        got = layer_with_gradients("pallas_tpu", monkeypatch, summed=summed, rotate=rotate)
+        got = layer_with_gradients("pallas_tpu", monkeypatch, summed=summed, **kwargs)
         for name, array in want.items():
             # The keys' bias adds the same to all logits of a query where nothing is rotated: its
             # gradient is zero but for rounding.

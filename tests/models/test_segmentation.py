@@ -651,7 +651,7 @@ def test_refusals():
             widths=(8,), classes=2, neck="none", decoder="linear", rngs=nnx.Rngs(0)
         )
     swin = nnx.merge(*swins.spec(1).abstract())
-    with pytest.raises(ConfigError, match="a Swin of 3 stages has no four levels"):
+    with pytest.raises(ConfigError, match="a network of 3 stages has no four levels"):
         segmenters.levels(swin)
     shape = {"image_size": [8, 32], "patch_size": 8, "width": 8, "heads": 1, "mlp_width": 8}
     wide = nnx.merge(*vits.student_spec({**shape, "depth": 3}, "ape").abstract())

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from fd_jax.convert.containers import foreign, npz, onnx_files, safetensors_io, torch_files
+from fd_jax.convert.containers import foreign, hub, npz, onnx_files, safetensors_io, torch_files
 from fd_jax.convert.containers.tensors import Container, Tensor, damaged
 from fd_jax.convert.containers.zips import MappedZip
 from fd_jax.errors import ConversionError
@@ -16,28 +16,40 @@ _EXPECTED = (
 )
 # Hugging Face names, the safe format first.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SINGLES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+# What they have beside the weights.
+_CONFIG = "config.json"
+_BESIDE = ("preprocessor_config.json", "open_clip_config.json")
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
-    """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that is in it.
+    """Opens a file or folder. Reads no tensor and runs nothing that is in it.
+
+    Args:
+      path: a file; a folder of transformers, timm or open_clip; a repository in the cache of
+        Hugging Face's hub; or the name of a repository, "hf-hub:ORG/NAME[@REVISION]".
 
     Raises:
       ConversionError: missing, unreadable, damaged, of no known kind, or its pickle names a class
         that is not on the list of harmless ones.
     """
+    if os.fspath(path).startswith(hub.NAME):
+        path = hub.fetch(os.fspath(path))
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, never raises
         raise ConversionError(f"{path}: no such file or folder; {_EXPECTED}")
     if path.is_dir():
-        return _open_folder(_snapshot(path))
+        return _open_folder(hub.snapshot(path))
     if path.name in _INDEXES:
         return _open_shards(path.parent, path.name)
     container = _open_file(path)
     # The public names mean a Hugging Face folder, even where only the file in it is named.
-    if path.name in _SINGLES:
-        return dataclasses.replace(container, config=_config(path.parent))
-    return container
+    return _described(container, path.parent) if path.name in _SINGLES else container
 
 
 def _open_file(path: Path) -> Container:
@@ -75,24 +87,13 @@ def _open_zip(path: Path) -> Container:
     )
 
 
-def _snapshot(path: Path) -> Path:
-    """The newest version inside a repository of Hugging Face's cache; other folders as they are."""
-    main = path / "refs" / "main"
-    if not main.is_file():
-        return path
-    name = main.read_bytes()[:100].decode(errors="replace").strip()
-    version = path / "snapshots" / Path(name).name
-    return version if version.is_dir() else path
-
-
 def _open_folder(path: Path) -> Container:
     for name in _INDEXES:
         if (path / name).exists():
             return _open_shards(path, name)
     for name in _SINGLES:
         if (path / name).exists():
-            inner = _open_file(path / name)
-            return dataclasses.replace(inner, path=path, config=_config(path))
+            return dataclasses.replace(_described(_open_file(path / name), path), path=path)
     raise ConversionError(
         f"{path}: a folder without {' or '.join(_SINGLES)}; {foreign.folder_hint(path)}"
     )
@@ -116,11 +117,14 @@ def _open_shards(path: Path, index_name: str) -> Container:
     if unlike := sorted(set(weight_map) ^ set(tensors)):
         raise damaged(path, f"{index_name} and its shards disagree about {unlike[:5]}")
     kind = f"{kind} in {len(files)} shards"
-    return Container(path, kind, tuple(files), tensors, {}, _config(path))
+    return _described(Container(path, kind, tuple(files), tensors), path)
 
 
-def _config(path: Path) -> dict | None:
-    return _json(path / "config.json") if (path / "config.json").exists() else None
+def _described(container: Container, folder: Path) -> Container:
+    """The same weights, with what the files beside them say."""
+    config = _json(folder / _CONFIG) if (folder / _CONFIG).exists() else None
+    beside = {name: _json(folder / name) for name in _BESIDE if (folder / name).exists()}
+    return dataclasses.replace(container, config=config, beside=beside)
 
 
 def _json(path: Path) -> dict:

@@ -57,6 +57,7 @@ class Container:
       tensors: all tensors by name, in file order.
       entries: everything else in the file: name -> type or short value.
       config: the `config.json` of a Hugging Face folder, otherwise None.
+      beside: the other files of that folder that say something of the network, by their names.
       metadata: the texts in the header of a safetensors file.
     """
 
@@ -67,6 +68,7 @@ class Container:
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, object] | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:

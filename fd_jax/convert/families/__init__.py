@@ -11,8 +11,10 @@ from fd_jax.convert.families import (
     beit,
     beit_segmentation,
     clip,
+    convnext,
     dinov2,
     dinov3,
+    eva,
     mmseg,
     official_fd,
     own,
@@ -24,7 +26,9 @@ from fd_jax.convert.families import (
 )
 from fd_jax.convert.family import Family, Format
 from fd_jax.convert.layout import AnyLayout, Fit, best
+from fd_jax.convert.rules.tables import Table
 from fd_jax.convert.source import Source
+from fd_jax.convert.style import Style
 from fd_jax.errors import ConversionError
 from fd_jax.models.spec import ModelSpec
 
@@ -33,10 +37,12 @@ FAMILIES: tuple[Family, ...] = (
     timm_vit.FAMILY,
     dinov2.FAMILY,
     dinov3.FAMILY,
+    eva.FAMILY,
     siglip2.FAMILY,
     beit.FAMILY,
     swin.FAMILY,
     swin_v2.FAMILY,
+    convnext.FAMILY,
     official_fd.FAMILY,
     beit_segmentation.FAMILY,
     upernet_swin.FAMILY,
@@ -47,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
 SOURCES: dict[str, Source] = {
     source.name: source for family in FAMILIES for source in family.sources
 }
+STYLES: dict[str, Style] = {style.name: style for family in FAMILIES for style in family.styles}
 
 
 def get(name: str) -> Source:
@@ -59,7 +66,7 @@ def get(name: str) -> Source:
         described = [f"{d.name} ({d.file})" for family in FAMILIES if (d := family.described)]
         raise ConversionError(
             f"no source is named {name!r}; expected one of "
-            f"{', '.join([*sorted(SOURCES), *described])}, or auto"
+            f"{', '.join([*sorted(SOURCES), *described, *sorted(STYLES)])}, or auto"
         )
     return SOURCES[name]
 
@@ -85,6 +92,17 @@ def self_described(container: Container) -> Source | None:
     for family in FAMILIES:
         if family.described is not None and family.described.recognises(container):
             return family.described.source(container)
+    return None
+
+
+def table_of(spec: ModelSpec) -> Table | None:
+    """The rules by which a network was read from a file; None if it was not imported."""
+    name, _, part = spec.source.partition(":")
+    if name in STYLES:
+        return STYLES[name].tables.get(part)
+    if name in SOURCES:
+        source = SOURCES[name]
+        return source.parts[part or source.default_part].table
     return None
 
 

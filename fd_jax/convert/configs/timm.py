@@ -1,0 +1,132 @@
+"""timm's config.json: the name of an architecture, and what one file of its weights expects."""
+
+from collections.abc import Mapping
+import types
+from typing import Any
+
+from fd_jax.convert import published
+from fd_jax.convert.configs import huggingface
+from fd_jax.convert.facts import Claim
+from fd_jax.errors import ConversionError
+
+FILE = "config.json"
+# Arguments of timm's models that change no feature.
+_HARMLESS = frozenset(
+    (
+        "num_classes dynamic_img_size dynamic_img_pad strict_img_size drop_rate drop_path_rate "
+        "attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate weight_init fix_init "
+        "head_init_scale global_pool pool_size"
+    ).split()
+)
+# Those whose effect the tensors show, and the facts of the architecture that no longer hold.
+_SHOWN = types.MappingProxyType(
+    {
+        "embed_dim": ("width", "embed_width", "mlp_width"),
+        "depth": ("depth",),
+        "depths": ("depths",),
+        "dims": ("widths",),
+        "mlp_ratio": ("mlp_width", "mlp_ratio"),
+        "patch_size": ("patch_size",),
+        "reg_tokens": ("registers",),
+        "num_reg_tokens": ("registers",),
+        "in_chans": (),
+        "class_token": (),
+        "no_embed_class": (),
+        "init_values": ("layer_scale",),
+        "ls_init_value": ("layer_scale",),
+        "qkv_bias": (),
+        "mlp_layer": ("gated_mlp", "activation"),
+        "swiglu_mlp": ("gated_mlp", "activation"),
+        "scale_mlp": ("mlp_norm",),
+        "scale_attn_inner": ("attn_norm",),
+    }
+)
+# Others, as facts.
+_ARGUMENTS = types.MappingProxyType(
+    {
+        "img_size": "image_size",
+        "num_heads": "heads",
+        "window_size": "window",
+        "pretrained_window_sizes": "pretrained_windows",
+        "ref_feat_shape": "rope_reference",
+        "rope_temperature": "rope_theta",
+        "rope_grid_offset": "rope_offset",
+    }
+)
+# What a vision transformer has not unless its facts say so. Some configs leave out that an MLP is
+# gated, and then what they say of the activation is wrong too.
+_PLAIN = types.MappingProxyType({"gated_mlp": False, "mlp_norm": False, "attn_norm": False})
+_ACTIVATIONS = types.MappingProxyType(
+    {**huggingface.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
+)
+
+
+def claims(config: Mapping[str, Any]) -> list[Claim]:
+    """What timm's config.json says, and timm itself of the architecture in it.
+
+    Raises:
+      ConversionError: no network of timm has the architecture's name, or the config changes it in
+        a way that is not known here.
+    """
+    name = config["architecture"]
+    given = config.get("model_args") or {}
+    changed = _arguments(given)
+    pretrained = config.get("pretrained_cfg")
+    pretrained = pretrained if isinstance(pretrained, dict) else {}
+    found = changed + _pretrained(pretrained, _said(pretrained, changed))
+    known = {claim.fact for claim in found}
+    facts, origin = published.architecture(str(name), pretrained.get("tag"))
+    facts = {**_PLAIN, **facts} if "width" in facts else facts
+    if "pool" in facts:
+        facts["pool"] = _pool(facts, given)
+    known.update(fact for argument in given for fact in _SHOWN.get(argument, ()))
+    return found + [Claim(f, value, origin) for f, value in facts.items() if f not in known]
+
+
+def _pool(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The pool of an architecture whose arguments are changed: timm makes it of the same ones."""
+    pool = facts["pool"]
+    ratio = given.get("mlp_ratio", pool["mlp_width"] / facts["width"])
+    width = int(given.get("embed_dim", facts["width"]) * ratio)
+    alike = pool["heads"] == facts["heads"]
+    heads = given.get("num_heads", pool["heads"]) if alike else pool["heads"]
+    return {**pool, "mlp_width": width, "heads": heads}
+
+
+def _said(pretrained: Mapping[str, Any], changed: list[Claim]) -> bool:
+    """Whether the size of the input is that of the config's own weights."""
+    return "input_size" in pretrained and not any(c.fact == "image_size" for c in changed)
+
+
+def _arguments(given: Mapping[str, Any]) -> list[Claim]:
+    found = []
+    for argument, value in given.items():
+        where = f"{FILE}: model_args.{argument}"
+        if argument in _ARGUMENTS:
+            found.append(Claim(_ARGUMENTS[argument], _size(value), where))
+        elif argument == "act_layer" and value in _ACTIVATIONS:
+            found.append(Claim("activation", _ACTIVATIONS[value], where))
+        elif argument not in _HARMLESS and argument not in _SHOWN:
+            raise ConversionError(
+                f"{where} is {value!r:.60}, which changes the network in a way that is not known "
+                "here. Name the network by --arch and take the config away if it changes nothing"
+            )
+    return found
+
+
+def _pretrained(fields: Mapping[str, Any], sized: bool) -> list[Claim]:
+    where = f"{FILE}: pretrained_cfg."
+    found = [
+        Claim(name, list(map(float, fields[name])), f"{where}{name}")
+        for name in ("mean", "std")
+        if name in fields
+    ]
+    if sized:
+        found.append(Claim("image_size", _size(fields["input_size"][1:]), f"{where}input_size"))
+    return found
+
+
+def _size(value: Any) -> Any:
+    """One number for a square."""
+    pair = isinstance(value, list) and len(value) == 2
+    return value[0] if pair and value[0] == value[1] else value

@@ -1,0 +1,138 @@
+"""Facts of a network that come from several places: each says where it is from, none is assumed.
+
+The shapes of tensors tell the widths of a network, and not how many heads it has, which activation,
+or which pixels it expects. Files beside the weights claim these, and so do the tables of published
+networks. `settle` puts the claims together and refuses those that contradict each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+import types
+from typing import Any
+
+from fd_jax.errors import ConversionError
+
+TENSORS = "the tensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A statement about a network.
+
+    Attributes:
+      fact: name of a field of `ModelSpec` or of its `arch`.
+      value: as that field holds it.
+      origin: where it is from, for people: "config.json: num_attention_heads".
+    """
+
+    fact: str
+    value: Any
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.fact} is {show(self.value)} ({self.origin})"
+
+
+def claims(values: Mapping[str, Any], origin: str) -> list[Claim]:
+    """One claim for each value, all from the same place."""
+    return [Claim(fact, value, origin) for fact, value in values.items()]
+
+
+def settle(given: Iterable[Claim]) -> dict[str, Claim]:
+    """The claims by fact; of equal ones the first.
+
+    Raises:
+      ConversionError: two of them differ; the message has all pairs that do, with their origins.
+    """
+    found: dict[str, Claim] = {}
+    conflicts = []
+    for claim in given:
+        first = found.setdefault(claim.fact, claim)
+        if not same(first.value, claim.value):
+            conflicts.append(f"{first}, but {show(claim.value)} ({claim.origin})")
+    if conflicts:
+        raise ConversionError(
+            "what the file and the files beside it say of the network does not agree: "
+            f"{'; '.join(conflicts)}. Correct what is wrong, or name the file that belongs to them"
+        )
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a fact are equal; numbers within the rounding of float32."""
+    if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def show(value: Any) -> str:
+    """A value for people: numbers of floats are short."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(show, value)) if len(value) == 2 else f"({_joined(value)})"
+    return str(value)
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ", ".join(map(show, values))
+
+
+def _number(text: str) -> float:
+    return float(text)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _whole_numbers(text: str) -> int | list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+# What can be stated on a command line, and how its text is read.
+STATED = types.MappingProxyType(
+    {
+        "image_size": _whole_numbers,
+        "heads": _whole_numbers,
+        "activation": str,
+        "norm_eps": _number,
+        "final_norm_eps": _number,
+        "mean": _numbers,
+        "std": _numbers,
+        "pixel_scale": _number,
+        "position_resize": str,
+        "pooling": str,
+        "window": int,
+        "pretrained_windows": _whole_numbers,
+        "rope_theta": _number,
+        "rope_pairs": str,
+        "rope_reference": int,
+        "rope_offset": _number,
+    }
+)
+
+
+def stated(texts: Iterable[str]) -> list[Claim]:
+    """The claims of `--fact NAME=VALUE`.
+
+    Raises:
+      ConversionError: a text has no such form, no such name, or a value that cannot be read.
+    """
+    found = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in STATED:
+            raise ConversionError(
+                f"--fact {text!r}: expected NAME=VALUE with a name of {', '.join(STATED)}; several "
+                "numbers are separated by commas, as in mean=0.5,0.5,0.5"
+            )
+        try:
+            found.append(Claim(name, STATED[name](value), "--fact"))
+        except ValueError as error:
+            raise ConversionError(f"--fact {text!r}: {value!r} is no {name}") from error
+    return found
