@@ -105,7 +105,7 @@ def test_trip_counts_of_loops_with_matmuls_are_listed():
     assert module.loops == [7]
 
 
-# A loop over micro-batches as libtpu writes it, shortened: only its condition says how often it runs.
+# A loop over micro-batches by libtpu, shortened: only its condition says how often it runs.
 TPU_LOOP = """HloModule jit_step
 
 %below (p.0: (s32[], f32[8,8])) -> pred[] {
@@ -138,7 +138,11 @@ def test_a_loop_runs_until_the_limit_in_its_condition():
 
 @pytest.mark.parametrize(
     "said,other",
-    [("constant(4)", "parameter(1)"), ("direction=LT", "direction=NE"), ("constant(4)", "tuple(4)")],
+    [
+        ("constant(4)", "parameter(1)"),
+        ("direction=LT", "direction=NE"),
+        ("constant(4)", "tuple(4)"),
+    ],
 )
 def test_a_loop_with_another_condition_counts_once(said, other):
     module = hlo.Module(TPU_LOOP.replace(said, other))
