@@ -69,7 +69,8 @@ class Tracker:
         local = None if "://" in str(workdir) or "WANDB_DIR" in os.environ else str(workdir)
         try:
             self._run = wandb.init(
-                **record,
+                id=record["id"],
+                project=record["project"],
                 name=workdir.name,
                 dir=local,
                 resume="allow",
