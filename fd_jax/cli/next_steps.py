@@ -37,13 +37,15 @@ def at_end(config: Config, workdir: epath.PathLike, command: Sequence[str]) -> s
 def commands(config: Config, workdir: epath.Path, command: Sequence[str]) -> list[str]:
     """The commands of `at_end`."""
     kind = registry.kind_of(config)
-    found = [["-m", "fd_jax.report", f"--workdir={workdir}"]]
+    tracked = ["--wandb"] if "--wandb" in command else []
+    found = [["-m", "fd_jax.report", f"--workdir={workdir}", *tracked]]
     if kind is registry.DISTILLATION and _labelled(config):
         found.append(_fine_tuning(config, workdir))
     if kind is not registry.SEGMENTATION:
         found.append(_features(config, workdir))
     if kind in (registry.CLASSIFICATION, registry.SEGMENTATION) and config.data.eval_split:
-        found.append([*command, "--eval_only", "--per_class"])
+        untracked = [word for word in command if word not in tracked]
+        found.append([*untracked, "--eval_only", "--per_class"])
     return [shlex.join(["python", *words]) for words in found]
 
 

@@ -11,7 +11,7 @@ from fd_jax.cli import application, config_flag, next_steps, processes
 from fd_jax.console import say
 from fd_jax.errors import UserError
 from fd_jax.tasks.base import Task
-from fd_jax.training import loop
+from fd_jax.training import loop, tracking
 from fd_jax.typing import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/NAME.py.")
@@ -24,6 +24,9 @@ _ACCEPT_DATA = flags.DEFINE_bool(
 )
 _FALL_BACK = flags.DEFINE_bool(
     "fall_back", False, "Resume from the newest whole checkpoint if the latest is damaged."
+)
+_WANDB = flags.DEFINE_bool(
+    "wandb", False, "Also log the training to Weights & Biases; WANDB_MODE=offline keeps it local."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Start jax.distributed, which detects Cloud TPU pods and Slurm."
@@ -55,6 +58,8 @@ def run(action: Action) -> None:
                 raise UserError(f"--{flag.name} is missing; see {argv[0]} --help")
         assert WORKDIR.value is not None
         config = config_flag.read(_CONFIG)
+        if _WANDB.value:
+            tracking.check()
         processes.start(
             distributed=_DISTRIBUTED.value,
             coordinator=_COORDINATOR.value,
@@ -79,6 +84,7 @@ def train(make_task: Callable[[Config], Task]) -> Action:
             accept_config=_ACCEPT.value,
             accept_data=_ACCEPT_DATA.value,
             fall_back=_FALL_BACK.value,
+            wandb=_WANDB.value,
         )
         if result.preempted:
             say(f"stopped by SIGTERM at step {result.step}; the same command resumes from there")

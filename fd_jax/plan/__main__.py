@@ -4,12 +4,13 @@ r"""Plans a run on TPUs ahead of time, without the chips: its memory and upper b
     python -m fd_jax.plan --config=configs/finetune_clip_vit_b16.py --topology=v4:4x4x4 \
       --start=configs/distill_clip_vit_b16.py --config.batch_size=4096 --output=plan.json
 
-The real train step is compiled, without weights or data, which takes some minutes. Needs the extra
-"plan".
+The real train step is compiled, without weights or data, which takes some minutes; --effort=-1 is a
+quick look. The plan of the config is printed and written first. If the run does not fit, settings
+with which it does are looked for, each on top of those that helped; Ctrl-C ends that at any time.
+Needs the extra "plan".
 """
 
 from collections.abc import Sequence
-import json
 
 from absl import flags
 from etils import epath
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 from fd_jax.cli import application, config_flag
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
-from fd_jax.plan import experiment, planning, table, topology
+from fd_jax.plan import planning, stopping, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the experiment, configs/NAME.py."
@@ -48,7 +49,11 @@ _WINDOWED = flags.DEFINE_bool(
     False,
     "Compile sharded matmuls as loops, as real runs do; the counts are then too low.",
 )
-_ADVICE = flags.DEFINE_bool("advice", True, "If the step does not fit, try changes that might fit.")
+_ADVICE = flags.DEFINE_bool(
+    "advice",
+    None,
+    "If the step does not fit, look for settings that do. Default: yes, unless --effort is -1.",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,21 +66,21 @@ def main(argv: Sequence[str]) -> int:
     config = config_flag.read(_CONFIG)
     output, hlo_file = _file(_OUTPUT), _file(_HLO)
     assert _TOPOLOGY.value is not None
-    target = topology.describe(_TOPOLOGY.value)
-    planned = experiment.define(config, start=_START.value, examples=_EXAMPLES.value)
-    plan = planning.plan_run(
-        planned,
-        target,
-        effort=_EFFORT.value,
-        windowed_einsum=_WINDOWED.value,
-        advise=_ADVICE.value,
-        start=_START.value,
-        examples=_EXAMPLES.value,
-        hlo_file=hlo_file,
-    )
-    say(table.text(plan))
-    if output is not None:
-        output.write_text(json.dumps(plan, indent=2) + "\n")
+    advise = _EFFORT.value > -1 if _ADVICE.value is None else _ADVICE.value
+    with stopping.at_once():
+        target = topology.describe(_TOPOLOGY.value)
+        stopping.handle_signals()  # libtpu has set handlers of its own
+        planner = planning.Planner(
+            target=target,
+            effort=_EFFORT.value,
+            windowed_einsum=_WINDOWED.value,
+            start=_START.value,
+            examples=_EXAMPLES.value,
+            output=output,
+        )
+        plan = planner.plan(config, advise=advise, hlo_file=hlo_file)
+    if not plan["fits"] and not advise:
+        say("--advice looks for settings that fit")
     return 0 if plan["fits"] else 1
 
 

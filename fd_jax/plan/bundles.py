@@ -43,6 +43,7 @@ def _of_a_call(name: str, topology: str) -> int:
             env={**os.environ, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags},
             check=True,
             stdout=sys.stderr,
+            process_group=0,  # Ctrl-C reaches only this process, which then ends the other
         )
         return call.programs * _bundles(pathlib.Path(folder), name)
 

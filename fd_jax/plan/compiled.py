@@ -26,11 +26,14 @@ class DoesNotFitError(Exception):
 
     Attributes:
       needed, available: bytes of HBM on a device, according to the compiler.
+      temporaries_only: whether `needed` leaves out the arguments; the compiler does not count
+        further if the temporaries alone are too much.
     """
 
-    def __init__(self, needed: float, available: float):
+    def __init__(self, needed: float, available: float, *, temporaries_only: bool = False):
         super().__init__(f"needs {needed:.3e} bytes of HBM, {available:.3e} are available")
         self.needed, self.available = needed, available
+        self.temporaries_only = temporaries_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ def compile_step(
         excess = _memory_excess(str(error))
         if excess is None:
             raise
-        raise DoesNotFitError(*excess) from None
+        raise excess from None
     seconds = time.monotonic() - began
     memory, cost = executable.memory_analysis(), executable.cost_analysis()
     assert memory is not None and cost is not None
@@ -142,16 +145,20 @@ def _effort(effort: float):
         jax.config.update(name, before)
 
 
-def _memory_excess(message: str) -> tuple[float, float] | None:
-    """(needed, available) bytes from an out-of-memory message of the compiler, else None."""
+def _memory_excess(message: str) -> DoesNotFitError | None:
+    """The error that an out-of-memory message of the compiler tells, else None."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    for pattern in (
-        r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
-        r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    for pattern, temporaries_only in (
+        (r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", False),
+        (r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", True),
     ):
         match = re.search(pattern, message)
         if match:
             needed, needed_unit, available, available_unit = match.groups()
-            return float(needed) * _UNITS[needed_unit], float(available) * _UNITS[available_unit]
+            return DoesNotFitError(
+                float(needed) * _UNITS[needed_unit],
+                float(available) * _UNITS[available_unit],
+                temporaries_only=temporaries_only,
+            )
     return None

@@ -189,7 +189,8 @@ class Module:
             runs[name] += count
             repeats[name] += count if repeated else 0
             for instruction in self.computations[name]:
-                inner = count * _trip_count(instruction) if instruction.opcode == "while" else count
+                loop = instruction.opcode == "while"
+                inner = count * self._trip_count(instruction) if loop else count
                 for called in instruction.called:
                     if called in self.computations and instruction.opcode not in (
                         "reduce",
@@ -243,7 +244,8 @@ class Module:
         that draw random numbers, whose trip count is random, contain no matmuls.
         """
         loops = (i for _, i in self._executed_instructions() if i.opcode == "while")
-        return [_trip_count(i) for i in loops if _trip_count(i) > 1 and self._has_matmul(i.called)]
+        counts = ((self._trip_count(i), i.called) for i in loops)
+        return [count for count, called in counts if count > 1 and self._has_matmul(called)]
 
     def _has_matmul(self, names: Sequence[str]) -> bool:
         """Whether these computations, or any that they call, contain a matmul."""
@@ -379,6 +381,23 @@ class Module:
             for instruction in self.computations[name]:
                 yield name, instruction
 
+    def _trip_count(self, loop: Instruction) -> int:
+        """How often a loop runs: what the compiler says, or else its limit; 1 if it has none.
+
+        jax's loops over micro-batches count from 0 in steps of 1 while they are below a constant.
+        """
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        by_name = {i.name: i for i in self.computations[condition[1]]} if condition else {}
+        for compared in by_name.values():
+            if compared.root and compared.opcode == "compare" and "=LT" in compared.attributes:
+                limit = by_name[compared.operands[1]]
+                number = re.match(r"(\d+)\)", limit.attributes)
+                return int(number[1]) if limit.opcode == "constant" and number else 1
+        return 1
+
     def _collective_arrays(self, name: str, instruction: Instruction) -> tuple[Shape, ...]:
         """Shapes of the whole arrays that a collective gathers, reduces or moves."""
         kind = instruction.opcode
@@ -420,7 +439,9 @@ def _instruction(line: str) -> Instruction:
     # Brackets inside an operand list are balanced, so the matching one ends the list.
     end = _closing("(" + arguments, 0) - 1
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments[:end]))
-    attributes = arguments if opcode == "parameter" else arguments[end + 1 :]
+    # A parameter and a constant have their number in the place of operands.
+    numbered = opcode in ("parameter", "constant")
+    attributes = arguments if numbered else arguments[end + 1 :]
     return Instruction(
         name.lstrip("%"), opcode, _shapes(rest[:type_end]), operands, attributes, root
     )
@@ -434,12 +455,6 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return bracket.start()
     raise ValueError(f"unbalanced brackets: {text[:200]}")
-
-
-def _trip_count(instruction: Instruction) -> int:
-    """How often a loop runs, if the compiler knows it; else 1."""
-    match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-    return int(match[1]) if match else 1
 
 
 def _groups(attributes: str, mesh_shape: dict[str, int]) -> list[tuple[int, ...]]:

@@ -1,20 +1,19 @@
 """A plan as lines for a terminal and as JSON."""
 
-from collections.abc import Sequence
-import dataclasses
+from collections.abc import Iterable
 import math
 from typing import Any
 
 import jax
 
 from fd_jax.plan import hlo
-from fd_jax.plan.advice import Attempt
 from fd_jax.plan.bounds import Bounds
 from fd_jax.plan.compiled import Compiled, DoesNotFitError
 from fd_jax.plan.experiment import Experiment
 from fd_jax.plan.topology import Slice
 
 GIB = 2**30
+_WIDTH = len("compiler's estimate") + 2
 
 
 def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int]) -> dict[str, Any]:
@@ -120,18 +119,23 @@ def fitting_facts(
     }
 
 
-def not_fitting_facts(error: DoesNotFitError, attempts: Sequence[Attempt] = ()) -> dict[str, Any]:
-    """The facts of a plan whose step does not fit: by how much, and the changes tried."""
+def not_fitting_facts(lacking: DoesNotFitError) -> dict[str, Any]:
+    """The facts of a plan whose step does not fit, before anything else is tried."""
     return {
         "fits": False,
-        "hbm_bytes_per_device": {"total": error.needed, "available": error.available},
-        "over_by_bytes": error.needed - error.available,
-        "tried": [dataclasses.asdict(attempt) for attempt in attempts],
+        "hbm_bytes_per_device": {
+            "total": lacking.needed,
+            "available": lacking.available,
+            "temporaries_only": lacking.temporaries_only,
+        },
+        "over_by_bytes": lacking.needed - lacking.available,
+        "tried": [],
+        "remedy": None,
     }
 
 
-def text(plan: dict[str, Any]) -> str:
-    """A plan as lines for a terminal."""
+def facts(plan: dict[str, Any]) -> str:
+    """What a plan knows before anything is compiled, as lines for a terminal."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     counts, work = plan["parameters"], plan["flops_per_image"]
     rows = [
@@ -146,18 +150,30 @@ def text(plan: dict[str, Any]) -> str:
         ("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen"),
         ("FLOPs per image", f"{work['closed_form'] / 1e9:.2f} G by closed form"),
     ]
-    if "fits" in plan:
-        rows += _fitting_rows(plan) if plan["fits"] else _not_fitting_rows(plan)
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
+    return _lines(rows)
 
 
-def attempt_line(attempt: Attempt) -> str:
-    """One attempt as a line for a terminal."""
-    if attempt.refused:
-        return f"{attempt.flags}: not possible, {attempt.refused}"
-    verdict = "fits" if attempt.fits else "does not fit"
-    return f"{attempt.flags}: {verdict}, {_gib(attempt.hbm)} per device"
+def outcome(plan: dict[str, Any]) -> str:
+    """What the compiler says about the step of a plan, as lines for a terminal."""
+    return _lines(_fitting_rows(plan) if plan["fits"] else _not_fitting_rows(plan))
+
+
+def attempt(tried: dict[str, Any]) -> str:
+    """One of the plan's attempts as a line for a terminal."""
+    given = flags(tried["changes"])
+    if tried["refused"]:
+        return f"{given}: not possible, {tried['refused']}"
+    verdict = "fits" if tried["fits"] else "helps" if tried["kept"] else "does not help"
+    return f"{given}: {verdict}, {_gib(tried['hbm'])} per device"
+
+
+def flags(changes: dict[str, Any]) -> str:
+    """Changes of a config as command-line flags."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
+
+
+def _lines(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<{_WIDTH}}{value}".rstrip() for name, value in rows)
 
 
 def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -241,16 +257,14 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _not_fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     memory = plan["hbm_bytes_per_device"]
-    rows = [
+    counted = " in temporaries alone" if memory["temporaries_only"] else ""
+    return [
         (
             "does not fit",
-            f"{_gib(memory['total'])} of {_gib(memory['available'])} per device, "
+            f"{_gib(memory['total'])}{counted} of {_gib(memory['available'])} per device, "
             f"{_gib(plan['over_by_bytes'])} too much",
         )
     ]
-    for index, fields in enumerate(plan["tried"]):
-        rows.append(("" if index else "tried", attempt_line(Attempt(**fields))))
-    return rows
 
 
 def _once(compiler: dict[str, Any]) -> float:

@@ -12,7 +12,7 @@ from fd_jax.errors import UserError
 from fd_jax.report import distillation, training
 from fd_jax.show import document
 from fd_jax.tasks import registry
-from fd_jax.training import metric_writer
+from fd_jax.training import metric_writer, tracking
 from fd_jax.training import workdir as workdirs
 
 NAME = "report"
@@ -50,6 +50,17 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     document.write(folder, NAME, f"{kind.name.capitalize()}: {workdir.name}", blocks)
     say(f"written in {time.monotonic() - start:.0f} s")
     return folder
+
+
+def track(folder: epath.Path) -> None:
+    """Adds the pictures of a written report to the tracked run of its workdir."""
+    workdir = folder.parent
+    step = int(metric_writer.read(workdir)[-1]["step"])
+    tracker = tracking.Tracker(workdir)
+    pictures = sorted(path for path in folder.iterdir() if path.suffix == ".png")
+    tracker.add_pictures(pictures, step=step)
+    tracker.finish()
+    say(f"{len(pictures)} pictures added to wandb, {tracker.place}")
 
 
 def summary(folder: epath.Path) -> str:

@@ -22,7 +22,7 @@ from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError,
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.models import kernels
 from fd_jax.tasks.base import Task
-from fd_jax.training import account, metric_writer, signals
+from fd_jax.training import account, metric_writer, signals, tracking
 from fd_jax.training import lock as locks
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.clock import Clock
@@ -61,6 +61,7 @@ def fit(
     accept_config: bool = False,
     accept_data: bool = False,
     fall_back: bool = False,
+    wandb: bool = False,
 ) -> Result:
     """Trains `task` to the end of its schedule, resuming from `workdir` if it has a checkpoint.
 
@@ -77,11 +78,14 @@ def fit(
       accept_config: whether to continue if the config differs from the one in `workdir`.
       accept_data: whether to continue if files of the data were added, removed or changed.
       fall_back: whether to continue from an earlier checkpoint if the latest is damaged.
+      wandb: whether to log the run to Weights & Biases as well.
 
     Raises:
       UserError: the config, the data, the workdir or a model folder is invalid.
     """
     workdir = epath.Path(workdir)
+    if wandb:
+        tracking.check()
     with storage.one_message(workdir), contextlib.ExitStack() as resources:
         # This comes first because restoring and compiling take minutes, and because
         # jax.distributed installs a handler that would swallow the signal.
@@ -140,8 +144,10 @@ def fit(
         workdirs.claim(workdir, recorded, accept=accept_config)
         workdirs.claim_data(workdir, contents)
         rows = [row for row in metric_writer.read(workdir) if row["step"] <= start]
-        writer = metric_writer.Writer(workdir, resume_step=start)
-        resources.callback(writer.close)
+        tracker = tracking.start(workdir, recorded.to_dict()) if wandb else None
+        writer = resources.enter_context(
+            metric_writer.Writer(workdir, resume_step=start, tracker=tracker)
+        )
         placement = Placement(mesh, config.batch_size)
         # This comes last because it starts threads and fills devices: nothing after it may fail.
         loader = feed.train(
@@ -312,7 +318,9 @@ class Run:
                 if self._due(step + 1, self.eval_every):
                     evaluation = self._evaluate(step + 1, state)
         reached = int(state.step)
-        if not stop:
+        if stop:
+            self.writer.preempted = True
+        else:
             self._export(state)
         self.checkpoints.wait()
         return Result(step=reached, preempted=stop, evaluation=evaluation)

@@ -2,27 +2,37 @@
 
 from collections.abc import Mapping
 import json
+from typing import Self
 
 from etils import epath
 import jax
 
 from fd_jax import console, files
 from fd_jax.errors import CheckpointError
+from fd_jax.training import tracking
 
 FILE_NAME = "metrics.jsonl"
 
 
 class Writer:
-    """Writes scalars to `metrics.jsonl` and TensorBoard; only the first process writes.
+    """Writes scalars to `metrics.jsonl`, TensorBoard and a tracker; only the first process writes.
 
     Args:
-      workdir: folder that receives both.
+      workdir: folder that receives the first two.
       resume_step: step from which the run resumes; rows of later steps, which an interrupted run
         left, are removed.
+      tracker: also receives each row, and is finished with the run; None for none.
+
+    Attributes:
+      preempted: whether the run was asked to stop; set before its end.
     """
 
-    def __init__(self, workdir: epath.Path, *, resume_step: int):
+    def __init__(
+        self, workdir: epath.Path, *, resume_step: int, tracker: tracking.Tracker | None = None
+    ):
         self._path = workdir / FILE_NAME
+        self.preempted = False
+        self._tracker = tracker
         self._board = None
         if jax.process_index() != 0:
             return
@@ -42,11 +52,18 @@ class Writer:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._board.write_scalars(step, dict(scalars))
+        if self._tracker is not None:
+            self._tracker.log({"step": step, **scalars})
 
-    def close(self) -> None:
-        """Flushes the scalars that TensorBoard has not written yet."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        """Flushes what TensorBoard has not written yet, and finishes the tracker."""
         if self._board is not None:
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish(failed=error is not None, preempted=self.preempted)
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, float]]:

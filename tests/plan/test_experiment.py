@@ -1,4 +1,4 @@
-"""Defining tasks without weights or data, slices by name, bounds, advice and command errors."""
+"""Defining tasks without weights or data, slices by name, bounds and command errors."""
 
 import dataclasses
 import importlib.metadata
@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from configs import base
 from fd_jax import sharding
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError, ConversionError
-from fd_jax.plan import advice, bounds, compiled, experiment, table, topology
+from fd_jax.plan import bounds, compiled, experiment, topology
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -226,20 +225,6 @@ def test_the_command_from_end_to_end(teacher, tmp_path):
     assert plan["estimate"]["step_seconds"] is None
     assert "does not fit" not in done.stdout and "at most" in done.stdout
 
-    # A step that needs 3,000 times the memory, and the attempts to make it fit.
-    done = command(
-        *flags,
-        f"--output={tmp_path / 'big.json'}",
-        "--config.batch_size=1048576",
-        "--config.optim.lr_batch=1048576",
-        "--config.data.image_size=256",
-        "--config.student.arch.image_size=256",
-        "--config.teacher.image_size=256",
-    )
-    assert done.returncode == 1, done.stderr
-    plan = json.loads((tmp_path / "big.json").read_text())
-    assert not plan["fits"] and plan["over_by_bytes"] > 0 and plan["tried"]
-
 
 class FakeStep:
     """The attributes of a compiled step that the arithmetic of bounds reads."""
@@ -287,72 +272,15 @@ def test_bounds_are_work_over_peak(planned):
 def test_out_of_memory_messages_are_parsed():
     used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
     used += "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    assert compiled._memory_excess(used) == (20.5 * 2**30, 15.75 * 2**30)
+    error = compiled._memory_excess(used)
+    assert (error.needed, error.available) == (20.5 * 2**30, 15.75 * 2**30)
+    assert not error.temporaries_only
     temporaries = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     temporaries += "temporaries (256.00G) exceeds available HBM (15.75G)."
-    assert compiled._memory_excess(temporaries) == (256 * 2**30, 15.75 * 2**30)
+    error = compiled._memory_excess(temporaries)
+    assert (error.needed, error.available) == (256 * 2**30, 15.75 * 2**30)
+    assert error.temporaries_only
     assert compiled._memory_excess("INTERNAL: something else") is None
-
-
-def memory_model(config):
-    """Bytes that a run needs after some changes; without any, it needs 100."""
-    needed = 100.0
-    needed *= 0.9 if config.remat == "dots" else 0.6 if config.remat == "full" else 1.0
-    needed *= 0.7 if config.mesh.fsdp == -1 else 1.0
-    needed *= 0.95 if config.optim.moments == "bfloat16" else 1.0
-    needed *= config.batch_size / 16 / config.accumulation
-    return needed
-
-
-@pytest.mark.parametrize(
-    "available,fitting",
-    [
-        (65.0, [{"remat": "full"}, {"accumulation": 2}, {"batch_size": 8}]),
-        (
-            45.0,
-            [
-                {
-                    "mesh.data": 1,
-                    "mesh.fsdp": -1,
-                    "optim.moments": "bfloat16",
-                    "remat": "full",
-                }
-            ],
-        ),
-    ],
-)
-def test_advice_tries_single_changes_then_combinations(planned, available, fitting):
-    tried = []
-
-    def compile_with(config):
-        needed = memory_model(config)
-        tried.append(config.to_dict())
-        if needed > available:
-            raise compiled.DoesNotFitError(needed, available)
-        return dataclasses.make_dataclass("Step", ["hbm"])(int(needed))
-
-    attempts = advice.try_candidates(planned, 16, compile_with)
-    assert [a.changes for a in attempts if a.fits] == fitting
-    assert len(tried) == len(attempts)
-    for attempt, config in zip(attempts, tried, strict=True):
-        assert attempt.hbm == pytest.approx(memory_model(ml_collections.ConfigDict(config)), abs=1)
-    error = compiled.DoesNotFitError(100 * 2**30, 45 * 2**30)
-    target = topology.Slice("v5e:4x4", hardware.CHIPS["v5e"], 16, [None] * 16)
-    plan = table.run_facts(planned, target, {"data": 16, "fsdp": 1, "tensor": 1})
-    text = table.text(json.loads(json.dumps(plan | table.not_fitting_facts(error, attempts))))
-    assert "55.00 GiB too much" in text
-    assert "--config.remat=full: " in text
-
-
-def test_advice_records_settings_that_are_refused(planned):
-    def compile_with(config):
-        raise ConfigError("no")
-
-    attempts = advice.try_candidates(planned, 1, compile_with)
-    assert {a.refused for a in attempts} == {"no"}
-    assert not any(
-        "mesh.fsdp" in a.changes for a in attempts
-    )  # one device has nothing to shard over
 
 
 def test_a_mesh_axis_can_be_part_of_a_torus_dimension():

@@ -105,6 +105,50 @@ def test_trip_counts_of_loops_with_matmuls_are_listed():
     assert module.loops == [7]
 
 
+# A loop over micro-batches by libtpu, shortened: only its condition says how often it runs.
+TPU_LOOP = """HloModule jit_step
+
+%below (p.0: (s32[], f32[8,8])) -> pred[] {
+  %c.0 = s32[]{:T(128)} constant(4)
+  %p.0 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}) parameter(0)
+  %g.0 = s32[]{:T(128)} get-tuple-element(%p.0), index=0
+  ROOT %lt.0 = pred[]{:T(512)} compare(%g.0, %c.0), direction=LT, metadata={op_name="step/cond/lt"}
+}
+
+%body (p.1: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}) parameter(0)
+  %g.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = f32[8,8]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %y.1 = f32[8,8]{1,0:T(8,128)} dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}) tuple(%g.1, %y.1)
+}
+
+ENTRY %main (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %a = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}) parameter(0)
+  ROOT %w = (s32[], f32[8,8]) while(%a), condition=%below, body=%body, metadata={op_name="while"}
+}
+"""
+
+
+def test_a_loop_runs_until_the_limit_in_its_condition():
+    module = hlo.Module(TPU_LOOP)
+    assert module.loops == [4]
+    assert module.matmul_flops() == (4 * 2 * 8**3, 0)
+
+
+@pytest.mark.parametrize(
+    "said,other",
+    [
+        ("constant(4)", "parameter(1)"),
+        ("direction=LT", "direction=NE"),
+        ("constant(4)", "tuple(4)"),
+    ],
+)
+def test_a_loop_with_another_condition_counts_once(said, other):
+    module = hlo.Module(TPU_LOOP.replace(said, other))
+    assert module.loops == [] and module.matmul_flops() == (2 * 8**3, 0)
+
+
 def test_aliases_and_parameters_are_parsed():
     @functools.partial(jax.jit, donate_argnums=(0,))
     def step(state, batch):
