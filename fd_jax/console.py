@@ -118,17 +118,24 @@ def open_devices() -> None:
         jax.devices()
 
 
+def called(command: str) -> str:
+    """How a user called a command: by its console script (`fd-jax-plan`), or else as `command`."""
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith("fd-jax-") else command
+
+
 def parser(command: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """Starts the flags of a command that takes no config.
 
     Args:
-      command: as a user types it.
+      command: as a user types it who has only the Python package.
       description: what it does, with an example; the docstring of its module.
       **options: of argparse.
     """
+    name = called(command)
     result = argparse.ArgumentParser(
-        prog=command,
-        description=description,
+        prog=name,
+        description=description and description.replace(command, name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )

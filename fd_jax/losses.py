@@ -44,7 +44,7 @@ def normalize_target(features: jax.Array, kind: TargetNorm) -> jax.Array:
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 2.0) -> jax.Array:
-    """Element-wise smooth L1, float32: d^2 / (2 beta) below beta, |d| - beta/2 above."""
+    """Element-wise smooth L1, float32: `d^2 / (2 beta)` below beta, `|d| - beta/2` above."""
     distance = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     quadratic = jnp.square(distance) / (2 * beta)
     return jnp.where(distance < beta, quadratic, distance - beta / 2)

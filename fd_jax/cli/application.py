@@ -15,8 +15,13 @@ from fd_jax.errors import HangError, StorageError, UserError
 READER_LEFT = 128 + signal.SIGPIPE  # exit status of a process whose output nobody reads any more
 
 
-def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs `main` under absl; a user error becomes one message and exit status 2."""
+def run_app(main: Callable[[Sequence[str]], int | None], *, about: str = "") -> None:
+    """Runs `main` under absl; a user error becomes one message and exit status 2.
+
+    Args:
+      main: receives the words of the command line that are no flags.
+      about: what `--help` begins with; the docstring of the script if empty.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -45,7 +50,7 @@ def run_app(main: Callable[[Sequence[str]], int | None]) -> None:
             _exit_at_once(failure)
 
     if _asked("help", "helpshort", "h", "?"):
-        print(_help())
+        print(_help(about or sys.modules["__main__"].__doc__ or ""))
         sys.exit(0)
     if _asked("version"):
         print(console.version())
@@ -60,9 +65,8 @@ def _asked(*names: str) -> bool:
     return any(argument.lstrip("-") in names for argument in sys.argv[1:] if argument[0:1] == "-")
 
 
-def _help() -> str:
-    """The docstring of the command, and a line for each of its own flags."""
-    about = sys.modules["__main__"].__doc__ or ""
+def _help(about: str) -> str:
+    """What the command is about, and a line for each of its own flags."""
     lines = [about.rstrip(), "", "flags:"]
     for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items()):
         if module == sys.argv[0] or module.startswith(("fd_jax.", "__main__")):

@@ -50,7 +50,7 @@ class AttentionMap:
 
     @property
     def prefix(self) -> int:
-        """Number of tokens in front of the patches: class token and registers."""
+        """Number of tokens in front of the patches, class token and registers."""
         return self.cls + self.registers
 
     @property

@@ -16,10 +16,13 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from fd_jax import console
 from fd_jax.cli import application, config_flag
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.plan import planning, stopping, topology
+
+COMMAND = "python -m fd_jax.plan"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the experiment, configs/NAME.py."
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unexpected arguments {argv[1:]}; flags begin with --")
     for flag in (_CONFIG, _TOPOLOGY):
         if flag.value is None:
-            raise UserError(f"--{flag.name} is missing; see python -m fd_jax.plan --help")
+            raise UserError(f"--{flag.name} is missing; see {console.called(COMMAND)} --help")
     config = config_flag.read(_CONFIG)
     output, hlo_file = _file(_OUTPUT), _file(_HLO)
     assert _TOPOLOGY.value is not None
@@ -84,6 +87,12 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan["fits"] else 1
 
 
+def run() -> None:
+    """The console script `fd-jax-plan`."""
+    about = __doc__ or ""
+    application.run_app(main, about=about.replace(COMMAND, console.called(COMMAND)))
+
+
 def _file(flag: flags.FlagHolder) -> epath.Path | None:
     """The output file of a flag, checked before anything is compiled."""
     if flag.value is None:
@@ -97,4 +106,4 @@ def _file(flag: flags.FlagHolder) -> epath.Path | None:
 
 
 if __name__ == "__main__":
-    application.run_app(main)
+    run()
