@@ -203,7 +203,7 @@ class Swin(Backbone):
         self.grid = (self.grids[-1], self.grids[-1])
         self.remat = remat
         self.dtype = dtype
-        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+        dtypes: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype}
 
         def norm(width: int) -> layers.LayerNorm:
             return layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs)

@@ -133,7 +133,7 @@ class ViT(Backbone):
         def position_table():
             return RelativePositionBias(self.grid, heads, cls_token=cls_token)
 
-        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+        dtypes: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype}
         self.patch_embed = layers.PatchEmbed(
             patch_size, width, use_bias=patch_bias, kernel_init=init_kernel, rngs=rngs, **dtypes
         )

@@ -35,7 +35,7 @@ def _tower(model: Mapping[str, Any], vision: Mapping[str, Any]) -> list[Claim]:
         facts, origin = published.architecture(vision["timm_model_name"], None)
         taken = ("image_size", "mean", "std")
         rest = [Claim(fact, v, origin) for fact, v in facts.items() if fact not in taken]
-        pooling = _POOLINGS.get(vision.get("timm_pool"))
+        pooling = _POOLINGS.get(str(vision.get("timm_pool")))
         read = [Claim("pooling", pooling, f"{where}timm_pool")] if pooling else []
         return [size, *rest, *read]
     if wrong := [f"{name} {vision[name]!r:.40}" for name in _REFUSED if vision.get(name)]:
