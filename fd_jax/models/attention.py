@@ -61,7 +61,8 @@ class AttentionInputs:
     """What softmax attention is computed from, in one layer.
 
     Attributes:
-      q, k, v: [B, N, A, d]; the windows of a windowed network are rows of the batch.
+      q, k, v: [B, N, A, d]; the windows of a windowed network are rows of the batch. Rotated
+        queries and keys have their channels as `Rotation.arranged` orders them.
       bias: [A, N, N] or [G, A, N, N] float32, see `attend`; or None.
       scale: factor on q k^T.
       added: what is in q, k and v already and has its gradient summed by the implementation, see
@@ -142,21 +143,28 @@ class Attention(nnx.Module):
         self, x: jax.Array, rotate: Rotation | None, biases: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, ...]:
         """Queries, keys and values per head. [B, N, D] -> 3 x [B, N, A, d]."""
-        q, k, v = self.project(x, biases)
+        q, k, v = self.project(x, biases, rotate)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         return q, k, v
 
-    def project(self, x: jax.Array, biases: Sequence[jax.Array | None]) -> list[jax.Array]:
-        """Queries, keys and values before any rotation. [B, N, D] -> 3 x [B, N, A, d]."""
+    def project(
+        self,
+        x: jax.Array,
+        biases: Sequence[jax.Array | None],
+        rotate: Rotation | None = None,
+    ) -> list[jax.Array]:
+        """Queries, keys and values, arranged for a rotation. [B, N, D] -> 3 x [B, N, A, d]."""
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
         batch, tokens, width = x.shape
         rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
         parts = []
         for index, bias in enumerate(biases):
-            part: jax.Array = linear(
-                rows, kernel[:, index], bias, self.qkv.dtype, self.qkv.grad_dtype
-            )
+            weights = kernel[:, index]
+            if rotate is not None and index < 2:  # values are not rotated
+                weights = rotate.arranged(weights, self.heads)
+                bias = None if bias is None else rotate.arranged(bias, self.heads)
+            part: jax.Array = linear(rows, weights, bias, self.qkv.dtype, self.qkv.grad_dtype)
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts
 

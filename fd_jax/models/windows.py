@@ -15,6 +15,7 @@ import numpy as np
 
 from fd_jax.models import layers
 from fd_jax.models.attention import Attention
+from fd_jax.models.rotary import Rotation
 
 # Logit of a pair that the shift brought together from afar (docs/reference.md#swin-shift-mask).
 MASKED = -100.0
@@ -150,8 +151,14 @@ class WindowAttention(Attention):
 
     sums_biases = False  # they are added to all three at once
 
-    def project(self, x: jax.Array, biases: Sequence[jax.Array | None]) -> list[jax.Array]:
-        """Queries, keys and values. [B, N, D] -> 3 x [B, N, A, d]."""
+    def project(
+        self,
+        x: jax.Array,
+        biases: Sequence[jax.Array | None],
+        rotate: Rotation | None = None,
+    ) -> list[jax.Array]:
+        """Queries, keys and values, which nothing rotates. [B, N, D] -> 3 x [B, N, A, d]."""
+        del rotate
         # One matmul, unlike a ViT, and heads before the axis of three moves: only so does the
         # compiler for TPUs take the softmax of most windows together with the matmul of its
         # logits, without which a step moves a tenth more and a forward pass two fifths.

@@ -87,6 +87,7 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, nam
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
 
 
+@pytest.mark.slow
 def test_gates_norms_rotations_and_partial_patches_train_alike_on_every_mesh():
     shape = {"width": 32, "mlp_width": 64, "depth": 1, "patch_size": 7, "partial_patches": "crop"}
     config = tiny.config("teacher")
