@@ -97,7 +97,7 @@ class ConvNeXt(Backbone):
         self.grid = self.grids[-1]
         self.remat = remat
         self.dtype = dtype
-        dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
+        dtypes: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype}
 
         def stage(number: int) -> Stage:
             before = sum(depths[:number])
