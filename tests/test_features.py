@@ -217,6 +217,7 @@ def test_a_failure_midway_leaves_the_old_file(teacher, pictures, tmp_path, monke
     assert np.load(output)["mean"].shape == (3, 48)
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command(teacher, pictures, tmp_path):
     command = [sys.executable, "-m", "fd_jax.features", f"--model={teacher}"]
     command += [f"--input={pictures}", f"--output={tmp_path / 'mine.npz'}", "--tokens=mean"]

@@ -56,7 +56,7 @@ def _try(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     results["versions"] = {name: _version(name) for name in LIBRARIES}
     run = results.setdefault("runs", {}).setdefault(arguments.run, {"rows": {}})
     run |= {"date": time.strftime("%Y-%m-%d"), "code": _code()}
-    chosen = [b for b in making.every() if fnmatch.fnmatch(b.name, arguments.only)]
+    chosen = _mixed([b for b in making.every() if fnmatch.fnmatch(b.name, arguments.only)])
     order = [backbone.name for backbone in making.every()]
     for number, backbone in enumerate(chosen, 1):
         if arguments.resume and backbone.name in run["rows"]:
@@ -75,12 +75,25 @@ def _try(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         print(f"{number}/{len(chosen)} {backbone.name}: {said} ({taken:.0f} s)", flush=True)
 
 
+def _mixed(backbones: list[Any]) -> list[Any]:
+    """In an order in which a run that is cut short has seen every kind."""
+    kinds: dict[tuple[str, str], int] = {}
+    places = []
+    for backbone in backbones:
+        kind = backbone.library, backbone.lacked
+        kinds[kind] = kinds.get(kind, -1) + 1
+        places.append(kinds[kind])
+    return [backbones[i] for i in sorted(range(len(backbones)), key=places.__getitem__)]
+
+
 def _row(backbone: Any) -> dict[str, Any]:
-    from benchmarks.coverage import comparing
+    from benchmarks.coverage import comparing, making
 
     row = {"library": backbone.library, "lacked": backbone.lacked}
     with tempfile.TemporaryDirectory() as folder:
-        return row | comparing.outcome(backbone.make(Path(folder)))
+        with making.uninitialised():
+            made = backbone.make(Path(folder))
+        return row | comparing.outcome(made)
 
 
 def _forms(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,29 +12,34 @@ from flax import nnx
 import jax
 import numpy as np
 
+from benchmarks.coverage import making
 from benchmarks.coverage.making import STAGES, Made
-from fd_jax.convert import importing, published
+from fd_jax.convert import importing, published, trees
 from fd_jax.convert.importing import Imported
 from fd_jax.errors import UserError
 from fd_jax.models.spec import ModelSpec
 from tests.convert import seeded
 
 TOLERANCE = 1e-5  # of the largest value, float32, two blocks
+Known = tuple[dict[str, Any], Imported | None] | None
 _SAYS = 400  # characters of an error that are kept
 
 
 def outcome(made: Made) -> dict[str, Any]:
     """What becomes of the folder, of the file alone, and of the file with the network's name."""
+    both = [made.size, made.other]
+    # A folder of transformers or timm says how many blocks there are; open_clip's, of a tower of
+    # timm, does not.
+    described = (made.folder / "config.json").exists()
+    with contextlib.nullcontext() if described else _depths_of_tables():
+        folder, read = _outcome(made, made.folder, {}, both, None)
     with _depths_of_tables():
-        alone = _outcome(made, made.file, {}, [made.size])
+        alone, _ = _outcome(made, made.file, {}, [made.size], (folder, read))
         named = {}
         if made.arch and "arch" in inspect.signature(importing.read).parameters:
-            named = {"named": _outcome(made, made.file, {"arch": made.arch}, [made.size])}
-        cut = contextlib.nullcontext() if (made.folder / "config.json").exists() else None
-        folder = _outcome(made, made.folder, {}, [made.size, made.other]) if cut is None else {}
-    if not folder:  # its own files say how many blocks there are
-        folder = _outcome(made, made.folder, {}, [made.size, made.other])
-    if alone["is"] == "asked" and made.arch and made.arch not in alone.pop("whole"):
+            options = {"arch": made.arch}
+            named["named"], _ = _outcome(made, made.file, options, [made.size], (folder, read))
+    if alone["is"] == "asked" and made.arch and made.arch not in alone["whole"]:
         alone["lacks_candidate"] = made.arch
     for found in (folder, alone, *named.values()):
         found.pop("whole", None)
@@ -59,20 +64,38 @@ def _depths_of_tables() -> Iterator[None]:
             table.update(old)
 
 
-def _outcome(made: Made, path: Path, options: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """Equal, other (silently!), asked, refused or failed; with differences or the message."""
+def _outcome(
+    made: Made, path: Path, options: dict[str, Any], sizes: list[int], known: Known
+) -> tuple[dict[str, Any], Imported | None]:
+    """Equal, other (silently!), asked, refused or failed; with differences or the message.
+
+    If the network is the one that another form of the same weights gave (`known`), so is the rest.
+    """
     try:
         read = importing.read("auto", path, **options)
     except UserError as error:
         text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
         kind = "asked" if "--arch" in text or "say which" in text else "refused"
-        return {"is": kind, "says": _short(text), "whole": text}
+        return {"is": kind, "says": _short(text), "whole": text}, None
     except Exception as error:  # a bug of the converter is a row of the table, not its end
-        return {"is": "failed", "says": _short(f"{type(error).__name__}: {error}")}
+        return {"is": "failed", "says": _short(f"{type(error).__name__}: {error}")}, None
+    if known is not None and known[1] is not None and _same(read, known[1]):
+        return {"is": known[0]["is"], "source": read.source, "as": "folder"}, read
     found = {str(size): _difference(made, read, size) for size in sizes}
     numbers = [value for value in found.values() if isinstance(value, float)]
     fine = all(value < TOLERANCE for value in numbers)
-    return {"is": "equal" if fine and numbers else "other", "source": read.source, **found}
+    return {"is": "equal" if fine and numbers else "other", "source": read.source, **found}, read
+
+
+def _same(one: Imported, other: Imported) -> bool:
+    """Whether two imports are the same network."""
+    facts = ("family", "arch", "mean", "std", "pixel_scale", "position_resize")
+    if any(getattr(one.spec, fact) != getattr(other.spec, fact) for fact in facts):
+        return False
+    ours, theirs = (trees.flat(read.params["encoder"]) for read in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        np.array_equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def _difference(made: Made, read: Imported, size: int) -> float | str:
@@ -83,7 +106,8 @@ def _difference(made: Made, read: Imported, size: int) -> float | str:
     except UserError as error:
         return f"refused: {_short(str(error))}"
     try:
-        expected = made.features(images)
+        with making.uninitialised():  # a library makes a new module for another size
+            expected = made.features(images)
     except Exception as error:  # libraries have sizes that they cannot run, too
         return f"the library fails: {type(error).__name__}: {_short(str(error))}"
     found = tokens(spec, encoder, images)

@@ -1,6 +1,7 @@
 """Makes the structure of a backbone with its library's own class, as the files a user would get."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -69,6 +70,21 @@ def every() -> list[Backbone]:
     for name, lacked in backbones.OPEN_CLIP.items():
         found.append(Backbone(name, "open_clip", lacked, lambda f, n=name: _open_clip(f, n)))
     return found
+
+
+@contextlib.contextmanager
+def uninitialised() -> Iterator[None]:
+    """Networks made in here do not draw the weights that `fill` replaces; it takes most time."""
+    places = [(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_")]
+    places.append((torch.nn.init, "_no_grad_trunc_normal_"))  # draws until all are in its bounds
+    before = [getattr(*place) for place in places]
+    for place in places:
+        setattr(*place, lambda tensor, *args, **options: tensor)
+    try:
+        yield
+    finally:
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
 
 
 def fill(model: Any) -> None:

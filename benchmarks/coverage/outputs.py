@@ -17,7 +17,7 @@ from tests.convert import seeded
 
 OUTPUT = Path("tests/convert/outputs")
 _VIT = {"depth": 2, "img_size": 32, "patch_size": 8}
-_SWIN = {"depths": [2, 1, 1, 1], "img_size": 64, "embed_dim": 12, "window_size": 4}
+_SWIN = {"depths": [2, 1, 1, 1], "img_size": 64, "embed_dim": 24, "window_size": 4}
 
 # name -> network of timm and the arguments that make it small; head widths are 4, 8 or 16
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,7 +62,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_v2": ("swinv2_tiny_window8_256.ms_in1k", _SWIN),
     "swin_v2_trained": (
         "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k",
-        {**_SWIN, "embed_dim": 16},
+        {**_SWIN, "embed_dim": 32},
     ),
     "convnext": (
         "convnext_tiny.fb_in22k",

@@ -19,9 +19,10 @@ from fd_jax.models import sizes
 
 ABOUT = """Weights of public models in and out of fd_jax model folders.
 
-    {name} sources
+    {name} import --input=FOLDER_OF_TRANSFORMERS_OR_TIMM --output=teachers/mine
     {name} import --source=dino_vitb16 \\
         --input=dino_vitbase16_pretrain.pth --output=teachers/dino_vitb16
+    {name} sources
 
 `{name} COMMAND --help` lists the flags of a command. docs/conversion.md says
 how each source was verified."""
@@ -61,7 +62,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
     command = commands.add_parser("sources", help="list what can be read and written")
     command.set_defaults(
-        run=lambda _: print(listing.source_table(), listing.format_table(), sep="\n\n")
+        run=lambda _: print(
+            listing.style_table(), listing.source_table(), listing.format_table(), sep="\n\n"
+        )
     )
 
     command = commands.add_parser("inspect", help="show what a file or model folder holds")

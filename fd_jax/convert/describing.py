@@ -73,13 +73,14 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
     style, kind = network.style, kinds.NETWORKS[network.style.network]
     try:
         counts = depths(network.table, network.tensors)
-        if network.lacks:
-            raise ConversionError("; ".join(network.lacks))
+        coded = claims(style.code(network.tensors), f"the code of {style.writer}")
+        found = [*given, *configs.claims(container, style), *coded]
+        bare = any(claim.fact == "final_norm" and not claim.value for claim in found)
+        if lacks := network.lacks(final_norm=not bare):
+            raise ConversionError("; ".join(lacks))
         if not counts or not all(counts):
             raise ConversionError("it has no blocks, or a stage without any")
         told = kind.told(parameter_shapes(network, container), counts, network.tensors)
-        coded = claims(style.code(network.tensors), f"the code of {style.writer}")
-        found = [*given, *configs.claims(container, style), *coded]
         settled = dict(settle([*claims(told, TENSORS), *found]))
     except UserError as error:
         raise ConversionError(f"{container.path}: {style.writer}: {error}") from error
@@ -116,6 +117,8 @@ def source(description: Description, container: Container) -> tuple[Source, list
         arch, told = kind.arch(settled)
         fields = {name: settled[name].value for name in _FIELDS if name in settled}
         fields |= {n: tuple(fields[n]) for n in ("mean", "std") if n in fields}
+        if "pool" in fields:
+            fields["pool"] = _pool(fields["pool"], description.told)
         spec = ModelSpec(network.style.network, arch, **fields, origins=origins(settled))
         kinds.check_sizes(spec, container)
         kinds.shapes(spec)
@@ -134,6 +137,14 @@ def source(description: Description, container: Container) -> tuple[Source, list
         remarks=tuple(remarks),
     )
     return made, remarks
+
+
+def _pool(claimed: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """A pool as it is in the file, whose MLP may have another width than the published one."""
+    if claimed["kind"] != "attention":
+        return dict(claimed)
+    kept = {name: claimed[name] for name in ("kind", "heads", "activation", "norm_eps")}
+    return kept | {"mlp_width": told["pool_mlp_width"]}
 
 
 def pool_rules(table: Table) -> list[Rule]:

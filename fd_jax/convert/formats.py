@@ -1,5 +1,6 @@
 """Everything that a model folder can be written as, by the name the user types."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ _TORCH = {"format": "pt"}  # which transformers asks of a safetensors file
 
 def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
     """Names of timm, as safetensors."""
+    name = spec.source.partition(":")[0]
+    if name.startswith("timm_") and name in families.STYLES:  # as it came, packed or not
+        return _write_source(dataclasses.replace(spec, source_dtypes={}), params, path)
     _, fit = families.layout(Timm, spec, set(params), format="timm")
     tensors = dict(invert(fit.table, params, spec.arch, derived=False))
     safetensors_io.write(path, tensors, _TORCH)

@@ -114,6 +114,20 @@ def _facts(spec: ModelSpec, names: Iterable[str]) -> dict[str, Any]:
     return {name: every[name] for name in names if name in every}
 
 
+def described(container: Container) -> list[str]:
+    """The networks in a file by the names of their tensors, one line each, for `inspect`."""
+    try:
+        found = _descriptions(container, (), None, None)
+        made, open_, problems = _sources(found, container)
+    except ConversionError as error:
+        return [str(error)]
+    lines = [f"{one.name}: fits completely" for one in made]
+    lines += [
+        f"{d.network.style.name}: {d.summary}; to be stated: {', '.join(d.missing)}" for d in open_
+    ]
+    return lines + [line for problem in problems for line in problem.splitlines()]
+
+
 def published_claims(name: str) -> list[Claim]:
     """The facts of a published network, or of a source, that the user names with --arch.
 
@@ -188,9 +202,19 @@ def _descriptions(
     named = configs.styles(container, families.STYLES.values())
     every = [n for n in every if n.style.name in named] or every
     most = max((network.claimed for network in every), default=0)
-    return [
-        describe(network, container, given) for network in every if network.claimed >= most - _RIVAL
-    ]
+    rivals = sorted(
+        (network for network in every if network.claimed >= most - _RIVAL),
+        key=lambda network: -network.claimed,
+    )
+    found, errors = [], []
+    for network in rivals:
+        try:
+            found.append(describe(network, container, given))
+        except ConversionError as error:
+            errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found
 
 
 def _sources(

@@ -32,6 +32,7 @@ AUTO = "auto"
 _LAZY_SIZE = 1 << 18
 _POSITIONS = ("pos_embed", "rel_pos_bias/table")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_SHARDS = "the file is one of several shards: name the folder that holds them all"
 MAX_IMAGE_SIZE = 1 << 13  # position tables grow with its square
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -211,7 +212,12 @@ def _chosen(
         return chosen, check_part(chosen, part)
     if style is None and (own := families.self_described(container)):
         return own, check_part(own, part)
-    chosen = identifying.identify(container, given, style=style, part=part, digest=digest)
+    try:
+        chosen = identifying.identify(container, given, style=style, part=part, digest=digest)
+    except ConversionError as error:
+        if not _SHARD.search(container.path.name):
+            raise
+        raise ConversionError(f"{error}\n{_SHARDS}") from error
     own_part = chosen.recognized is not None or part is None
     return chosen, chosen.default_part if own_part else check_part(chosen, part)
 
@@ -269,7 +275,7 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
     if fitting:
         lines.append(f"the file fits {', '.join(fitting)}")
     if _SHARD.search(container.path.name):
-        lines.append("the file is one of several shards: name the folder that holds them all")
+        lines.append(_SHARDS)
     listing = "\n  ".join(lines)
     raise ConversionError(
         f"{container.path} ({container.kind}) is not a {source.name} file "
@@ -279,7 +285,7 @@ def refuse_problems(source: Source, container: Container, found: Match) -> None:
 
 def _converted(
     found: Match,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, Shape],
     dtype: np.dtype,
     convert: Callable[[str, np.ndarray], np.ndarray],
@@ -315,6 +321,6 @@ def _in_dtype(
     return stored
 
 
-def _source_dtypes(found: Match, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _source_dtypes(found: Match, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     taken = (name for step in found.steps for name in step.names)
     return {name: tensors[name].dtype for name in taken if tensors[name].dtype != "float32"}

@@ -9,7 +9,7 @@ from etils import epath
 from fd_jax import model_folder
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.containers.tensors import DTYPES, Container
-from fd_jax.convert.identifying import candidates
+from fd_jax.convert.identifying import candidates, described
 from fd_jax.convert.rules.names import collapse, summarize
 from fd_jax.convert.source import Source
 
@@ -60,7 +60,8 @@ def _tree(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
 
 def _sources(container: Container) -> str:
     found = candidates(container)
-    lines = [f"{c.label}: fits completely{_note(c.source)}" for c in found if c.fits]
+    lines = described(container)
+    lines += [f"{c.label}: fits completely{_note(c.source)}" for c in found if c.fits]
     near = [c for c in found if not c.fits][:_NEAREST]
     lines += [f"{c.label}: {c.report}" for c in near]
     return "sources:\n" + _indented(lines or ["none comes near"])

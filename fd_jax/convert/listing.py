@@ -19,7 +19,7 @@ _STATISTICS = {
 
 
 def source_table() -> str:
-    """The table of sources as markdown; `docs/conversion.md` holds the same text."""
+    """The table of sources as markdown; `docs/sources.md` holds the same text."""
     header = "source", "public file", "parts", "network", "statistics", "positions", "compared with"
     rows = [header, ("---",) * len(header)]
     for source in families.SOURCES.values():
@@ -35,6 +35,15 @@ def source_table() -> str:
                 source.oracle + (f"; {source.note}" if source.note else ""),
             )
         )
+    return _markdown(rows)
+
+
+def style_table() -> str:
+    """The table of styles as markdown; `docs/sources.md` holds the same text."""
+    rows = [("style", "names of", "network", "`model_type` in config.json"), ("---",) * 4]
+    for style in families.STYLES.values():
+        types = ", ".join(f"`{name}`" for name in style.configs)
+        rows.append((f"`{style.name}`", style.writer, f"`{style.network}`", types))
     return _markdown(rows)
 
 

@@ -84,7 +84,7 @@ class Source:
         """The source's name, with that of the part unless it is the default one."""
         return self.name if part == self.default_part else f"{self.name}:{part}"
 
-    def match(self, container: Container, part: str) -> tuple[Match, dict[str, Tensor]]:
+    def match(self, container: Container, part: str) -> tuple[Match, Mapping[str, Tensor]]:
         """Matches the part's table against a file.
 
         Returns:

@@ -50,6 +50,7 @@ class Style:
       marks: names that every file of the style has, with the numbers of first blocks.
       unlike: globs of names; a file with one of them is of another style.
       one_of: groups of names of which a network has at least one.
+      norms: names of which a network has at least one, unless it is said to have no final norm.
       bases: what the library puts before the names in a larger model, such as "vision_model.".
       pick: (tensors by name) -> the variant that a file has.
       code: (tensors by name) -> facts that the library's code has for every such network.
@@ -65,6 +66,7 @@ class Style:
     marks: tuple[str, ...]
     unlike: tuple[str, ...] = ()
     one_of: tuple[tuple[str, ...], ...] = ()
+    norms: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     pick: Callable[[Mapping[str, Tensor]], str] = _only_table
     code: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing
@@ -108,13 +110,17 @@ class Recognized:
         """Which share of the tensors the rules name."""
         return sum(_claims(self.table, name) for name in self.tensors) / len(self.tensors)
 
-    @property
-    def lacks(self) -> list[str]:
-        """What every network of the style has and this one does not, one line each."""
+    def lacks(self, *, final_norm: bool) -> list[str]:
+        """What every network of the style has and this one does not, one line each.
+
+        Args:
+          final_norm: whether it should have a norm at the end.
+        """
+        groups = [*self.style.one_of, *([self.style.norms] if final_norm else [])]
         return [
             f"missing {' or '.join(names)}"
-            for names in self.style.one_of
-            if not any(name in self.tensors for name in names)
+            for names in groups
+            if names and not any(name in self.tensors for name in names)
         ]
 
 

@@ -106,7 +106,7 @@ def verify(
     _compare_parameters(trees.flat(read.params), params)
     shape = (1, *sizes.sides(spec.arch["image_size"]), 3)
     images = np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)
-    own = _own_model(read, Path(path), getattr(torch, dtype))
+    own = _own_model(read, path, getattr(torch, dtype))
     if own is not None:
         model, layout, untouched = own
     else:
@@ -138,7 +138,7 @@ def report(compared: Compared) -> str:
 
 
 def _own_model(
-    read: importing.Imported, path: Path, dtype: Any
+    read: importing.Imported, path: str | os.PathLike[str], dtype: Any
 ) -> tuple[Any, HuggingFace, int] | None:
     """The model that transformers makes of a file by its own config.json, if it has one.
 
@@ -150,9 +150,10 @@ def _own_model(
     import transformers
 
     style = families.STYLES.get(read.source.partition(":")[0])
-    if style is None or not style.configs or read.resized or open_container(path).config is None:
+    container = open_container(path)
+    if style is None or not style.configs or read.resized or container.config is None:
         return None
-    folder = path if path.is_dir() else path.parent
+    folder = container.files[0].parent
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     model = getattr(model, "vision_model", model)  # of two towers, the one that sees
     with torch.no_grad():

@@ -71,7 +71,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
     found = _compare(plain, FIELDS, required=("family",))
     if found:
         return found
-    rows, optional = (table[fields["family"]] for table in (ARCHITECTURES, OPTIONAL))
+    rows, optional = ARCHITECTURES[fields["family"]], OPTIONAL[fields["family"]]
     found = _section("arch", fields.get("arch"), rows, [n for n in rows if n not in optional])
     if not found:
         found = _too_large(fields["family"], fields["arch"])
@@ -83,7 +83,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _pool(values: Any) -> list[str]:
-    kind = values.get("kind") if isinstance(values, dict) else None
+    kind: Any = values.get("kind") if isinstance(values, dict) else None
     if problem := Choice(tuple(POOL)).problem(kind):
         return [f"pool.kind={reprlib.repr(kind)}{problem}"]
     rows, optional = POOL[kind], _POOL_OPTIONAL[kind]

@@ -1,6 +1,7 @@
 """The MLP of a block: plain or gated, with or without a norm of its hidden channels."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -87,8 +88,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
-        if self.gate is None:
-            hidden = layers.activate(self.fc1(x), self.activation)
-        else:
-            hidden = gate(self.gate(x), self.fc1(x), self.activation)
+        hidden = self._hidden(x)
         return self.fc2(hidden if self.norm is None else self.norm(hidden))
+
+    def _hidden(self, x: jax.Array) -> Any:
+        if self.gate is None:
+            return layers.activate(self.fc1(x), self.activation)
+        return gate(self.gate(x), self.fc1(x), self.activation)

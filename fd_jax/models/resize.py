@@ -4,7 +4,7 @@ Every method here is linear along one axis, so it is written as a [target, sourc
 and applied to rows and columns; the same code serves tables on the host and images on the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, Literal, TypeVar
 
@@ -95,7 +95,12 @@ def _position_matrix(source: int, target: int, method: PositionResize) -> np.nda
 
 
 def resize_rel_pos_table(
-    table: Array, source: tuple[int, int], target: tuple[int, int], *, extra: int
+    table: Array,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    extra: int,
+    method: PositionResize = "size",
 ) -> Array:
     """Resizes a relative position bias table to another grid.
 
@@ -103,13 +108,16 @@ def resize_rel_pos_table(
 
     On each axis, source offsets are placed in a geometric progression, dense near zero, so that
     close neighbours keep their bias; the target offsets are read off a tensor-product cubic spline
-    through them. An axis that keeps its length keeps its offsets.
+    through them, or off straight lines between them as timm does. An axis that keeps its length
+    keeps its offsets.
 
     Args:
       table: [(2H - 1)(2W - 1) + extra, A]; an array of JAX as in `resize_pos_embed`.
       source: (H, W) of the table's patches.
       target: (H, W) wanted.
       extra: trailing rows that belong to no pair of patches (3 with a class token); copied.
+      method: "antialias", which is timm's way with absolute positions, takes straight lines; all
+        others take splines.
 
     Returns:
       [(2H - 1)(2W - 1) + extra, A] for the target's H and W, in the dtype of `table`.
@@ -122,17 +130,20 @@ def resize_rel_pos_table(
         )
     if source == target:
         return table
-    matrices = [_offset_matrix(old, new) for old, new in zip(source, target, strict=True)]
+    through = linear_matrix if method == "antialias" else spline_matrix
+    matrices = [_offset_matrix(old, new, through) for old, new in zip(source, target, strict=True)]
     return _concatenate([_resize_axes(table[:rows], offsets, matrices), table[rows:]])
 
 
-def _offset_matrix(source: int, target: int) -> np.ndarray:
+def _offset_matrix(
+    source: int, target: int, through: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
     """From a bias per offset of `source` tokens in a row to one of `target`; both 2n - 1."""
     if source == target:
         return np.eye(2 * source - 1)
     offsets = geometric_offsets(source - 1, target - 1)
     queries = np.arange(-(target - 1), target, dtype=np.float64)
-    return spline_matrix(offsets, np.clip(queries, offsets[0], offsets[-1]))
+    return through(offsets, np.clip(queries, offsets[0], offsets[-1]))
 
 
 def resize_patch_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
@@ -191,6 +202,11 @@ def geometric_offsets(half: int, reach: int) -> np.ndarray:
             low = ratio
     positions = np.cumsum(ratio ** np.arange(half))
     return np.concatenate([-positions[::-1], [0.0], positions])
+
+
+def linear_matrix(knots: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Straight lines between knots as a matrix; queries lie between the outer ones. [Q, n]"""
+    return np.stack([np.interp(queries, knots, unit) for unit in np.eye(len(knots))], axis=1)
 
 
 def spline_matrix(knots: np.ndarray, queries: np.ndarray) -> np.ndarray:

@@ -30,7 +30,6 @@ class SwinV1(Swin):
         The window stays; a table changes where the grid is smaller than the window before or after.
         Arguments as in `ViT.resize_positions`.
         """
-        del method  # of absolute tables, which this family has not
         before, after = (
             grids(size, arch["patch_size"], len(arch["depths"]))
             for size in (arch["image_size"], image_size)
@@ -40,9 +39,8 @@ class SwinV1(Swin):
             old, new = (min(arch["window"], sides[int(number)]) for sides in (before, after))
             blocks = {}
             for index, block in stage["blocks"].items():
-                table = resize_rel_pos_table(
-                    block["attn"]["rel_pos_bias"]["table"], (old, old), (new, new), extra=0
-                )
+                own = block["attn"]["rel_pos_bias"]["table"]
+                table = resize_rel_pos_table(own, (old, old), (new, new), extra=0, method=method)
                 attn = {**block["attn"], "rel_pos_bias": {"table": table}}
                 blocks[index] = {**block, "attn": attn}
             stages[number] = {**stage, "blocks": blocks}

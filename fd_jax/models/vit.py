@@ -234,7 +234,7 @@ class ViT(Backbone):
           params: nested dict of numpy arrays; a new dict comes back, arrays are shared.
           arch: the architecture keywords of `params`.
           image_size: wanted side of a square in pixels, or (height, width).
-          method: of the absolute table, see `resize.resize_pos_embed`.
+          method: see `resize.resize_pos_embed` and `resize.resize_rel_pos_table`.
         """
         cls = int(arch["cls_token"])
         source, target = (
@@ -247,7 +247,9 @@ class ViT(Backbone):
                 if name == "pos_embed":
                     out[name] = resize_pos_embed(value, source, target, prefix=cls, method=method)
                 elif name == "rel_pos_bias":
-                    table = resize_rel_pos_table(value["table"], source, target, extra=3 * cls)
+                    table = resize_rel_pos_table(
+                        value["table"], source, target, extra=3 * cls, method=method
+                    )
                     out[name] = {"table": table}
                 else:
                     out[name] = resized(value) if isinstance(value, dict) else value

@@ -304,16 +304,16 @@ def test_verify_sees_a_wrong_table_of_a_hugging_face_file(small, tmp_path, monke
     assert compared.untouched == 43 and not compared.agrees
 
 
-def test_sources_prints_the_table_of_the_docs(capsys):
+def test_sources_prints_the_tables_of_the_docs(capsys):
     assert run("sources") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 2
-    assert len(tables[0].splitlines()) == len(families.SOURCES) + 2
-    assert len(tables[1].splitlines()) == len(formats.FORMATS) + 2
-    text = (ROOT / "docs" / "conversion.md").read_text()
-    missing = [line for table in tables for line in table.splitlines() if line not in text]
-    assert not missing and all(table in text for table in tables), (
-        "docs/conversion.md is not up to date: paste the output of `convert_checkpoints.py sources`"
+    lists = families.STYLES, families.SOURCES, formats.FORMATS
+    assert [len(table.splitlines()) - 2 for table in tables] == [len(rows) for rows in lists]
+    pages = ("sources.md", "conversion.md")
+    text = "\n".join((ROOT / "docs" / page).read_text() for page in pages)
+    assert all(table in text for table in tables), (
+        "docs/sources.md and docs/conversion.md are not up to date: paste the output of "
+        "`convert_checkpoints.py sources`"
     )
 
 

@@ -113,3 +113,26 @@ def test_a_network_beside_the_public_ones_is_written_right_or_refused(base, tmp_
         assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max(), (kind, change)
     assert kinds[0] == base
     assert "refused" in kinds
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        ("vit", {"position": "ape_rope"}),
+        ("vit", {"gated_mlp": True}),
+        ("vit", {"mlp_norm": True}),
+        ("vit", {"attn_norm": True}),
+        ("dinov3_vit", {"rope_pairs": "neighbours"}),
+        ("dinov3_vit", {"rope_reference": 3}),
+        ("dinov3_vit", {"rope_axes": "xy"}),
+        ("dinov3_vit", {"position": "ape_rope"}),
+        ("dinov3_vit", {"gated_mlp": True}),
+    ],
+    ids=str,
+)
+def test_what_no_class_has_is_refused_also_where_no_tensor_shows_it(base, change, tmp_path):
+    spec = ModelSpec("vit", {**BASES[base], **change})
+    params = random_params(spec)
+    for name in ("huggingface", "timm"):
+        with pytest.raises(ConversionError, match="cannot be written as"):
+            formats.FORMATS[name].write(spec, params, tmp_path / name)

@@ -16,6 +16,7 @@ from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
 from tests import tiny
+from tests.models import evas
 
 ROWS = 4
 SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
@@ -72,6 +73,10 @@ def swin(family):
     return arch(SWIN, image_size=32)
 
 
+def gated(remat):
+    return ClassifyTask(tiny.fine_tuning(remat=remat), init_spec=evas.spec("EVA-02-CLIP"))
+
+
 def convnext(**arch):
     """A spec whose sides neither the patches nor the halvings divide."""
     fields = {
@@ -108,6 +113,17 @@ CASES = {
     "fine-tune": lambda: ClassifyTask(tiny.fine_tuning(), init_spec=tiny.teacher_spec()),
     "fine-tune remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=tiny.teacher_spec()
+    ),
+    **{
+        f"a gate and norms, remat {remat or 'off'}": functools.partial(gated, remat)
+        for remat in ("", "full", "dots")
+    },
+    "a teacher with rotations": lambda: DistillTask(
+        tiny.config(), teacher_spec=evas.spec("Perception Encoder")
+    ),
+    "partial patches": lambda: ClassifyTask(
+        tiny.fine_tuning(),
+        init_spec=tiny.teacher_spec(patch_size=7, partial_patches="crop"),
     ),
     "probe": lambda: ClassifyTask(
         tiny.fine_tuning(**{"model.trains": "head", "model.final_norm": True}),

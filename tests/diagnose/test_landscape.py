@@ -347,6 +347,7 @@ def test_figures_depend_on_neither_batch_size_nor_mesh(measurement):
     assert not np.allclose(padding_counted["loss"], whole["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(measurement, student):
     other = Landscape("student", student, directions=2, points=3, dtype=jnp.bfloat16)
     one, two = (measured(each, [labelled(24)]) for each in (measurement, other))

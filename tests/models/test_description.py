@@ -56,7 +56,7 @@ def test_what_this_library_writes_is_read_again(spec):
 
 
 def test_a_plain_network_is_described_as_by_earlier_versions():
-    """The text of release 0.1, field by field: later fields are not mentioned where they say nothing."""
+    """Field by field: later ones are not mentioned where they say nothing."""
     arch = ",\n".join(f'    "{name}": {json.dumps(value)}' for name, value in tiny.TEACHER.items())
     numbers = {
         name: json.dumps(getattr(ModelSpec, name), indent=2).replace("\n", "\n  ")

@@ -86,6 +86,7 @@ def layer_with_gradients(implementation, monkeypatch, seen=None):
     return [out, *jax.tree.leaves(grads)]
 
 
+@pytest.mark.slow
 def test_a_token_that_a_layer_adds_before_its_kernel_changes_nothing(monkeypatch):
     seen = []
     got = layer_with_gradients("cudnn", monkeypatch, seen)

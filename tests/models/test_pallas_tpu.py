@@ -100,6 +100,7 @@ def turned(**rope):
     return Rotation(Rope(100.0, **rope), (2, 4), 1, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rotate", "norm_eps"),
     [(None, None), (turned(), None), (turned(pairs="neighbours", reference=3), 1e-6), (None, 1e-6)],
@@ -153,6 +154,7 @@ def test_the_gradient_of_the_bias_is_the_slope_of_exact_attention():
     assert np.sum(np.asarray(jax.grad(loss)(bias)) * along) == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_errs_no_more_than_twice_as_much_as_xla():
     *tokens, bias = inputs(65, heads=2, width=64, seed=7)
     q, k, v = (x.astype(jnp.bfloat16) for x in tokens)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
-from scipy.interpolate import make_interp_spline
+from scipy.interpolate import RegularGridInterpolator, make_interp_spline
 import torch
 
 from fd_jax.models import resize
@@ -178,6 +178,24 @@ def test_rel_pos_table_of_a_grid_that_is_not_square(target):
     got = resize.resize_rel_pos_table(table, source, target, extra=3)
     np.testing.assert_allclose(got[:-3], want.reshape(-1, 4), atol=1e-5)
     np.testing.assert_array_equal(got[-3:], table[-3:])
+
+
+@pytest.mark.parametrize(("source", "grid"), [(14, 24), (14, 7), (7, 12)])
+def test_tables_of_timm_follow_straight_lines(source, grid):
+    """The oracle is scipy's interpolation on a grid, which timm's own is made after."""
+    table = np.random.default_rng(0).standard_normal(((2 * source - 1) ** 2 + 3, 2))
+    got = resize.resize_rel_pos_table(
+        table, (source, source), (grid, grid), extra=3, method="antialias"
+    )
+    knots = resize.geometric_offsets(source - 1, grid - 1)
+    points = np.arange(-(grid - 1), grid).clip(knots[0], knots[-1])
+    patches = table[:-3].reshape(2 * source - 1, 2 * source - 1, 2)
+    places = np.stack(np.meshgrid(points, points, indexing="ij"), -1)
+    expected = RegularGridInterpolator((knots, knots), patches)(places).reshape(-1, 2)
+    np.testing.assert_allclose(got[:-3], expected, atol=1e-12)
+    np.testing.assert_array_equal(got[-3:], table[-3:])
+    splines = resize.resize_rel_pos_table(table, (source, source), (grid, grid), extra=3)
+    assert np.abs(splines - got).max() > 0.01  # the original's way, which fine-tuning here has
 
 
 def test_rel_pos_table_keeps_near_offsets_and_class_rows():

@@ -539,6 +539,7 @@ def tiny_segmenter(**changes):
     )
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_global_batch_on_every_mesh():
     definition, params = specs.split(tiny_segmenter())
     running = tiny_segmenter().fresh_statistics()

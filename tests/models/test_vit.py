@@ -202,6 +202,7 @@ def test_intermediates_drop_the_same_branches():
         assert np.abs(got - want).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_recomputing_changes_nothing(remat):
     spec = student_spec({**SMALL, "depth": 2}, "shared_rpb")

@@ -145,6 +145,7 @@ def test_logits_of_a_swin_are_learned_from_mean_tokens(esvit, tmp_path):
     assert jax.eval_shape(task.predict, params, tiny.batch()).shape == (16, 1, 7)
 
 
+@pytest.mark.slow
 def test_drop_path_is_drawn_for_the_blocks_of_all_stages(esvit):
     rates = {"student.drop_path": 0.5, "teacher.drop_path": 0.5}
     task, params, frozen = make(tiny.swin_config(esvit, **rates))

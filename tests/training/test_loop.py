@@ -234,6 +234,7 @@ def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_p
         fit(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_neither_saved_nor_exported(config, tmp_path, monkeypatch):
     """Loss and gradients are finite, but the optimizer's moments overflow."""
     config.checkpoint.every = 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fd_jax import sharding
+from fd_jax import settings, sharding
 from fd_jax.data import global_batch
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError
@@ -16,6 +16,7 @@ from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import program
 from tests import tiny
+from tests.models import evas
 
 STEPS = 3
 MESHES = {
@@ -83,6 +84,25 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(reference, nam
     ):
         # Adam divides by the root of the second moment. The sign of a gradient near zero depends on
         # rounding, so the tolerance is relative to the largest parameter.
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
+
+
+def test_gates_norms_rotations_and_partial_patches_train_alike_on_every_mesh():
+    shape = {"width": 32, "mlp_width": 64, "depth": 1, "patch_size": 7, "partial_patches": "crop"}
+    config = tiny.config("teacher")
+    with config.unlocked():
+        config.student.arch.update(evas.spec("EVA-02-CLIP", **shape).arch)
+    settings.check(config)
+
+    def make(config, **_):
+        return DistillTask(config, teacher_spec=evas.spec("Perception Encoder", depth=1))
+
+    alone, together = (
+        train(mesh, make_task=make, config=config, steps=2) for mesh in ((1, 1, 1), (2, 2, 2))
+    )
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)
+    leaves = (jax.tree.leaves(state.params) for _, state in (together, alone))
+    for got, want in zip(*leaves, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
 
 
@@ -282,6 +302,7 @@ def test_two_seeds_share_one_compiled_program(classifier):
     assert lowered(0) == lowered(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices,batch_size",
     [

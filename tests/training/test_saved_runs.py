@@ -31,6 +31,7 @@ def saved(tmp_path):
     return tmp_path / "saved_runs"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_version_0_1_resumes_to_the_weights_of_the_unbroken_run(
     saved, embedded_data, monkeypatch
 ):

@@ -196,6 +196,7 @@ class SmallFilesOnly(Fault):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -148,6 +148,7 @@ def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_beside_the_last(embedded_data, tmp_path):
     """The folder, measured again, has the best figure of the log; a high rate spoils the last."""
     student = tiny.save_student(tmp_path / "student")

@@ -21,11 +21,11 @@ _HARMLESS = frozenset(
 # Those whose effect the tensors show, and the facts of the architecture that no longer hold.
 _SHOWN = types.MappingProxyType(
     {
-        "embed_dim": ("width", "embed_width", "mlp_width", "pool"),
+        "embed_dim": ("width", "embed_width", "mlp_width"),
         "depth": ("depth",),
         "depths": ("depths",),
         "dims": ("widths",),
-        "mlp_ratio": ("mlp_width", "mlp_ratio", "pool"),
+        "mlp_ratio": ("mlp_width", "mlp_ratio"),
         "patch_size": ("patch_size",),
         "reg_tokens": ("registers",),
         "num_reg_tokens": ("registers",),

@@ -60,6 +60,11 @@ def folder_hint(path: Path) -> str:
         return "it is a model folder already: `inspect` shows it, `export` writes other formats"
     if (path / "model" / "model.json").exists():
         return f"the model folder of this run is {path / 'model'}"
+    if (path / ".metadata").exists() and any(path.glob("*.distcp")):
+        return (
+            "it is a distributed checkpoint of PyTorch; make one file of it with `python -m "
+            "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`"
+        )
     inside = sorted(p.name for p in path.iterdir() if p.name.endswith(_WEIGHTS))
     if not inside:
         return "it holds no weights file"

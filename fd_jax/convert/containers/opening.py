@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from fd_jax.convert.containers import foreign, npz, onnx_files, safetensors_io, torch_files
+from fd_jax.convert.containers import foreign, hub, npz, onnx_files, safetensors_io, torch_files
 from fd_jax.convert.containers.tensors import Container, Tensor, damaged
 from fd_jax.convert.containers.zips import MappedZip
 from fd_jax.errors import ConversionError
@@ -28,17 +28,23 @@ _BESIDE = ("preprocessor_config.json", "open_clip_config.json")
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
-    """Opens a file or Hugging Face folder. Reads no tensor and runs nothing that is in it.
+    """Opens a file or folder. Reads no tensor and runs nothing that is in it.
+
+    Args:
+      path: a file; a folder of transformers, timm or open_clip; a repository in the cache of
+        Hugging Face's hub; or the name of a repository, "hf-hub:ORG/NAME[@REVISION]".
 
     Raises:
       ConversionError: missing, unreadable, damaged, of no known kind, or its pickle names a class
         that is not on the list of harmless ones.
     """
+    if os.fspath(path).startswith(hub.NAME):
+        path = hub.fetch(os.fspath(path))
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, never raises
         raise ConversionError(f"{path}: no such file or folder; {_EXPECTED}")
     if path.is_dir():
-        return _open_folder(_snapshot(path))
+        return _open_folder(hub.snapshot(path))
     if path.name in _INDEXES:
         return _open_shards(path.parent, path.name)
     container = _open_file(path)
@@ -79,16 +85,6 @@ def _open_zip(path: Path) -> Container:
     raise ConversionError(
         f"{path}: a zip file with neither data.pkl (torch) nor .npy arrays; {_EXPECTED}"
     )
-
-
-def _snapshot(path: Path) -> Path:
-    """The newest version inside a repository of Hugging Face's cache; other folders as they are."""
-    main = path / "refs" / "main"
-    if not main.is_file():
-        return path
-    name = main.read_bytes()[:100].decode(errors="replace").strip()
-    version = path / "snapshots" / Path(name).name
-    return version if version.is_dir() else path
 
 
 def _open_folder(path: Path) -> Container:

@@ -134,8 +134,8 @@ TIMM_STYLE = Style(
         )
     },
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.gamma_1", "cls_token"),
+    norms=("norm.weight", "fc_norm.weight"),
     one_of=(
-        ("norm.weight", "fc_norm.weight"),
         (
             "rel_pos_bias.relative_position_bias_table",
             "blocks.0.attn.relative_position_bias_table",

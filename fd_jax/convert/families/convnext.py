@@ -270,8 +270,8 @@ _CLASSIFIES = Need(
 
 
 def _blocks(model: Any) -> list[Any]:
-    encoder = model.encoder if hasattr(model, "encoder") else model.model
-    return [block for stage in encoder.stages for block in stage.layers]
+    trunk = model.encoder if hasattr(model, "encoder") else model.model
+    return [block for stage in trunk.stages for block in stage.layers]
 
 
 def _patches(model: Any, tokens: Any) -> Any:

@@ -110,8 +110,8 @@ STYLE = Style(
     {_name(*case): _variant(*case) for case in itertools.product(ROWS, _QKV, _HIDDEN)},
     ("patch_embed.proj.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.weight"),
     unlike=("storage_tokens", "*relative_position_bias_table", "blocks.*.ls1.gamma"),
+    norms=("norm.weight", "fc_norm.weight"),
     one_of=(
-        ("norm.weight", "fc_norm.weight"),
         ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"),
         ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight"),
     ),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HAS_HEAD_ON_MEAN, HuggingFace
 from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM, Timm
@@ -133,6 +134,12 @@ def any_size(table: Table, head: Table) -> Table:
     return Table((*rules, *classifier), (*table.drops, *MASK_TOKEN.drops), table.derived)
 
 
+def on_mean(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the code of every library has: a head reads the mean token."""
+    del tensors
+    return {"pooling": "mean"}
+
+
 IN_MEMORY = (
     (r"\.attention\.q_proj\.", ".attention.self.query."),
     (r"\.attention\.k_proj\.", ".attention.self.key."),
@@ -150,6 +157,7 @@ STYLES = (
         {"": any_size(_table(TIMM_MERGING), TIMM_HEAD)},
         (*TIMM_MARKS, _FIRST_TABLE),
         unlike=("layers.0.downsample.*",),
+        code=on_mean,
     ),
     Style(
         "microsoft_swin",
@@ -157,6 +165,7 @@ STYLES = (
         "swin",
         {"": any_size(TABLE, HEAD)},
         (*MICROSOFT_MARKS, _FIRST_TABLE),
+        code=on_mean,
     ),
     Style(
         "hf_swin",
@@ -170,6 +179,7 @@ STYLES = (
         bases=("swin.",),
         configs=("swin",),
         renames=IN_MEMORY,
+        code=on_mean,
     ),
 )
 

@@ -75,6 +75,7 @@ STYLES = (
         {"": swin.any_size(_table(TIMM_MERGING, "cpb_mlp"), swin.TIMM_HEAD)},
         (*swin.TIMM_MARKS, _FIRST_SCALE),
         unlike=("layers.0.downsample.*",),
+        code=swin.on_mean,
     ),
     Style(
         "microsoft_swin_v2",
@@ -83,6 +84,7 @@ STYLES = (
         {"": swin.any_size(_MICROSOFT, HEAD)},
         (*swin.MICROSOFT_MARKS, _FIRST_SCALE),
         unlike=("*.rpe_mlp.*",),
+        code=swin.on_mean,
     ),
     Style(
         "hf_swinv2",
@@ -95,6 +97,7 @@ STYLES = (
         ),
         bases=("swinv2.",),
         configs=("swinv2",),
+        code=swin.on_mean,
     ),
 )
 

@@ -125,7 +125,7 @@ TIMM_STYLE = Style(
         "blocks.0.mlp.fc1.weight",
     ),
     unlike=("mask_token", "storage_tokens", "rope*", "blocks.*.gamma_1", "blocks.*.attn.q_bias"),
-    one_of=(("norm.weight", "fc_norm.weight"),),
+    norms=("norm.weight", "fc_norm.weight"),
     pick=_pick,
 )
 

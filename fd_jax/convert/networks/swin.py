@@ -156,8 +156,10 @@ def _size_of_buffers(tensors: Mapping[str, Tensor], patch_size: int) -> dict[str
             return {"image_size": grid * patch_size << int(mask[1])}
         if (index := _INDEX.search(name)) and len(tensor.shape) == 2:
             sides[int(index[1])] = math.isqrt(tensor.shape[0])
-    clipped = [stage for stage, side in sides.items() if side < sides.get(0, side)]
-    return {"image_size": sides[s] * patch_size << s for s in clipped[:1]}
+    for stage, side in sides.items():
+        if side < sides.get(0, side):
+            return {"image_size": side * patch_size << stage}
+    return {}
 
 
 def _windows_of_buffers(tensors: Mapping[str, Tensor], stages: int) -> dict[str, Any]:

@@ -98,8 +98,13 @@ def _told(shapes: Shapes, depths: Sequence[int], tensors: Mapping[str, Tensor]) 
 
 
 def _pool(shapes: Shapes) -> dict[str, Any]:
-    """The projection of the class token, if that is how one vector is made of a picture."""
-    if PROJECTION not in shapes or f"{POOL}/latent" in shapes:
+    """The projection of the class token, if that is how one vector is made of a picture.
+
+    Of a pool with a learned query the shapes tell the width of its MLP alone.
+    """
+    if f"{POOL}/latent" in shapes:
+        return {"pool_mlp_width": shape_of(shapes, f"{POOL}/mlp/fc1/kernel", 2)[1]}
+    if PROJECTION not in shapes:
         return {}
     return {"pool": {"kind": "projection", "width": shapes[PROJECTION][1]}}
 

@@ -35,7 +35,7 @@ def table(library: str) -> dict[str, Any]:
       -> tag -> facts that are unlike those of the architecture, null for one that it lacks), and
       `others` (kind that no network here can hold -> architectures).
     """
-    text = resources.files(__package__).joinpath(f"{library}.json").read_text("utf-8")
+    text = resources.files(__name__).joinpath(f"{library}.json").read_text("utf-8")
     return json.loads(text)
 
 

@@ -1,0 +1,55 @@
+"""The page docs/teachers.md, and what it says of a run."""
+
+import json
+import pathlib
+
+from benchmarks.coverage import backbones, page
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks/coverage/results.json"
+
+
+def row(kind, **more):
+    return {"is": kind, "says": "it has RMSNorm | and more", "source": "timm_vit", **more}
+
+
+EQUAL = {"224": 1e-7, "256": 2e-7}
+
+
+def rendered(folder, **forms):
+    rows = {"a_network": {"library": "timm", "lacked": "names", "folder": folder, **forms}}
+    results = {"versions": {"timm": "1.0.31"}, "runs": {"now": {"rows": rows}}}
+    return page.render(results)
+
+
+def test_the_page_is_made_of_the_results():
+    results = json.loads(RESULTS.read_text())
+    assert (ROOT / "docs/teachers.md").read_text() == page.render(results)
+
+
+def test_every_backbone_has_a_row():
+    rows = json.loads(RESULTS.read_text())["runs"]["now"]["rows"]
+    assert len(rows) == backbones.count() == 162
+
+
+def test_nothing_is_taken_with_other_features():
+    rows = json.loads(RESULTS.read_text())["runs"]["now"]["rows"]
+    forms = [(name, form, row[form]) for name, row in rows.items() for form in ("folder", "file")]
+    assert not [(name, form) for name, form, found in forms if found["is"] == "other"]
+
+
+def test_a_row_has_both_sizes_and_the_other_forms():
+    text = rendered(row("equal", **EQUAL), file=row("asked"), named=row("equal", **EQUAL))
+    assert "| a_network | names | equal, 224 px: 1e-07 | 256 px: 2e-07 | asks | equal |" in text
+
+
+def test_other_features_stand_out_and_are_counted():
+    text = rendered(row("other", **EQUAL), file=row("other", **EQUAL))
+    assert "**other features**, 224 px" in text
+    assert "| folder | 0 | 1 | 0 | 0 |" in text
+
+
+def test_a_refusal_keeps_its_reason_in_one_cell():
+    text = rendered(row("refused"), file=row("failed"))
+    assert "refused: it has RMSNorm / and more" in text
+    assert "**fails**: it has RMSNorm / and more" in text
