@@ -49,7 +49,7 @@ CLASSIFIERS = {
 
 def spec(kind, *, pooling="mean_norm", classes=0, **arch):
     fields = {**SHARED, **KINDS[kind], **arch}
-    return ModelSpec("convnext", fields, pooling=pooling, classes=classes, source=f"tiny {kind}")
+    return ModelSpec("convnext", fields, pooling=pooling, classes=classes, source="tiny")
 
 
 def random_params(made, seed=0, dtype=np.float32):

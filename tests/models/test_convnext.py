@@ -10,8 +10,9 @@ import torch
 
 from fd_jax import model_folder, optimizer
 from fd_jax.errors import ConfigError
-from fd_jax.models import convnext_blocks, depthwise
+from fd_jax.models import convnext_blocks, depthwise, sizes
 from fd_jax.models.convnext import ConvNeXt
+from fd_jax.models.segmenter import network as segmenters
 from fd_jax.models.spec import ModelSpec
 from tests.models import convnexts
 
@@ -284,6 +285,20 @@ def test_feature_map_has_patches_only():
     np.testing.assert_array_equal(features.full, features.tokens)
     embedded = network.embed(images)
     assert embedded.shape == (2, 19 * 17, 8)
+
+
+def test_a_segmenter_reads_the_map_of_each_stage():
+    where = segmenters.levels(nnx.merge(*convnexts.spec("v2").abstract()))
+    assert where == ((0, 2, 6, 7), (8, 12, 20, 24), "stage_norms")
+    with pytest.raises(ConfigError, match="a network of 2 stages has no four levels"):
+        segmenters.levels(nnx.merge(*convnexts.spec("v2", **TWO_STAGES).abstract()))
+
+
+def test_pixels_of_a_token_whatever_is_left_over():
+    made = convnexts.spec("v1")
+    grids = nnx.merge(*made.abstract()).grids
+    assert [sizes.token_side([77, 70], 4, grid) for grid in grids] == [4, 8, 16, 32]
+    assert made.stride == 32
 
 
 def test_tokens_that_are_sent_to_a_run_go_on():

@@ -36,7 +36,7 @@ def make(config):
 def config(folder, **fields):
     """A ViT student with patches of 32, which has the grid of the teacher, 2 x 2."""
     sizes = {"data.image_size": 64, "student.arch.image_size": 64, "student.arch.patch_size": 32}
-    return tiny.config(folder, **sizes, **fields)
+    return tiny.config(folder, **{**sizes, **fields})
 
 
 def target(task, frozen):
@@ -57,9 +57,10 @@ def test_a_vit_learns_the_last_map(kind, folders, tmp_path):
     want = whitened(convnexts.hf_tokens(kind, model, images).astype(np.float64))
     assert want.shape == (16, 4, 24)
     np.testing.assert_allclose(target(task, frozen), want, atol=1e-4)
-    batch = tiny.batch(side=64)
-    grads = jax.jit(jax.grad(lambda p: task.loss(p, {}, frozen, batch)[0]))(params)
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+    if kind == "v2":
+        batch = tiny.batch(side=64)
+        grads = jax.jit(jax.grad(lambda p: task.loss(p, {}, frozen, batch)[0]))(params)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_a_vit_learns_an_earlier_map(folders, tmp_path):
@@ -119,6 +120,7 @@ def losses(mesh, folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_convnext_student_trains_alike_on_any_mesh(folders):
     devices = jax.devices()
     alone = losses(sharding.make_mesh(devices=devices[:1]), folders["dinov3"])
