@@ -484,6 +484,7 @@ OPEN_CLIP: dict[str, str] = {
 }
 
 
-def count() -> int:
-    """How many backbones there are."""
-    return sum(map(len, TIMM.values())) + len(HUB) + len(HUGGING_FACE) + len(OPEN_CLIP)
+def names() -> list[str]:
+    """All names, in the order of the page."""
+    timm = [name for names in TIMM.values() for name in names]
+    return [*timm, *HUB, *HUGGING_FACE, *OPEN_CLIP]

@@ -75,7 +75,7 @@ def _outcome(
         read = importing.read("auto", path, **options)
     except UserError as error:
         text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
-        kind = "asked" if "--arch" in text or "say which" in text else "refused"
+        kind = "asked" if "say which" in text.lower() else "refused"
         return {"is": kind, "says": _short(text), "whole": text}, None
     except Exception as error:  # a bug of the converter is a row of the table, not its end
         return {"is": "failed", "says": _short(f"{type(error).__name__}: {error}")}, None

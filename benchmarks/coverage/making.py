@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -145,11 +146,9 @@ def _timm(
 def _short(entry: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that make a network of few blocks."""
     text = inspect.getsource(entry)
-    if "depths" in text:
-        return {"depths": STAGES}
-    if "stages=" in text:
-        return {"stages": (1, 1, 1, 1)}
-    return {"depth": 2} if "depth" in text else {}
+    known = {"depth": 2, "depths": STAGES, "stages": (1, 1, 1, 1)}
+    found = (name for name in known if re.search(rf"\b{name}=", text))
+    return {name: known[name] for name in [*found][:1]}
 
 
 def timm_at(model: Any, name: str, side: int, arguments: dict[str, Any]) -> Any:

@@ -27,9 +27,11 @@ def test_the_page_is_made_of_the_results():
     assert (ROOT / "docs/teachers.md").read_text() == page.render(results)
 
 
-def test_every_backbone_has_a_row():
+def test_rows_are_of_the_backbones_in_their_order():
     rows = json.loads(RESULTS.read_text())["runs"]["now"]["rows"]
-    assert len(rows) == backbones.count() == 162
+    names = backbones.names()
+    assert len(set(names)) == 162
+    assert list(rows) == [name for name in names if name in rows]
 
 
 def test_nothing_is_taken_with_other_features():

@@ -94,7 +94,7 @@ def test_tokens_are_those_of_the_library_at_two_sizes(name, tmp_path):
         assert off(ours(spec, encoder, side), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", cases(NAMES, ("eva02", "vit_quick_gelu")))
+@pytest.mark.parametrize("name", cases(NAMES, ("vit_quick_gelu",)))
 def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)
@@ -111,9 +111,7 @@ def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
     assert off(ours(shifted, encoder, side), expected) > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")]
-)
+@pytest.mark.parametrize("name", cases(POOLED, ("clip_gelu", "vit_map")))
 def test_pooled_vectors_are_those_of_the_library(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)

@@ -68,14 +68,13 @@ def claims(config: Mapping[str, Any]) -> list[Claim]:
       ConversionError: no network of timm has the architecture's name, or the config changes it in
         a way that is not known here.
     """
-    name = config["architecture"]
-    given = config.get("model_args") or {}
-    changed = _arguments(given)
     pretrained = config.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, dict) else {}
+    facts, origin = published.architecture(str(config["architecture"]), pretrained.get("tag"))
+    given = config.get("model_args") or {}
+    changed = _arguments(given)
     found = changed + _pretrained(pretrained, _said(pretrained, changed))
     known = {claim.fact for claim in found}
-    facts, origin = published.architecture(str(name), pretrained.get("tag"))
     facts = {**_PLAIN, **facts} if "width" in facts else facts
     if "pool" in facts:
         facts["pool"] = _pool(facts, given)
