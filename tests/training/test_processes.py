@@ -17,6 +17,7 @@ import pytest
 import fd_jax
 from fd_jax.training import loop, metric_writer
 from tests import tiny
+from tests.training import wandb_records
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DEVICES = 2  # fake devices of each process
@@ -267,3 +268,18 @@ def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(config_file,
     assert steps == list(range(1, len(steps) + 1))
     # Stopped, it has left the workdir to the next run.
     assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script,count", [("train.py", 2), ("finetune.py", 1)])
+def test_the_first_process_logs_to_wandb(
+    script, count, config_file, classifying_config_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = config_file if script == "train.py" else classifying_config_file
+    statuses, outputs = Run(config, tmp_path, count, "--wandb", script=script).wait()
+    assert statuses == [0] * count, "\n".join(outputs)
+    (records,) = wandb_records.parts(tmp_path)
+    assert wandb_records.rows(records) == metric_writer.read(tmp_path)
+    assert sum("\n  wandb      offline in " in output for output in outputs) == 1
+    assert f"python -m fd_jax.report --workdir={tmp_path} --wandb" in outputs[0]

@@ -16,6 +16,7 @@ from fd_jax.report import cli
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import loop, metric_writer, tracking
 from tests import tiny
+from tests.training.wandb_records import of_kind, parts, rows
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -63,34 +64,6 @@ def tracked(config, tmp_path_factory):
     loop.fit(DistillTask(config), config, workdir, wandb=True)
     assert cli.main([f"--workdir={workdir}", "--wandb"]) == 0
     return workdir
-
-
-def parts(workdir):
-    """The records of each part of a run, oldest first, as wandb's reader prints them."""
-    return [
-        [
-            json.loads(line)
-            for line in subprocess.run(
-                [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.splitlines()
-        ]
-        for folder in sorted((workdir / "wandb").glob("offline-run-*"))
-    ]
-
-
-def of_kind(records, kind):
-    return [record[kind] for record in records if record["type"] == kind]
-
-
-def rows(records):
-    """The rows that a run logged, without those of wandb itself."""
-    return [
-        {name: value for name, value in row["item"].items() if not name.startswith("_")}
-        for row in of_kind(records, "history")
-    ]
 
 
 @pytest.fixture(scope="module")
