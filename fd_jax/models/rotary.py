@@ -76,8 +76,9 @@ class Rotation:
     """Axial rotary position embedding of the patch tokens; prefix tokens stay as they are.
 
     Pairs of channels are always d/2 apart here. Where a network has them side by side, `arranged`
-    reorders what makes queries and keys, whose products do not depend on the order: an exchange of
-    neighbours in every token would cost a TPU a third of the time of a forward pass.
+    reorders the weights that make queries and keys, whose products do not depend on the order. By
+    the compiler for TPUs, exchanging neighbours in every token takes a forward pass a third more
+    cycles.
 
     Attributes:
       cos, sin: [H*W, 1, d] float32, or [B, P, 1, d] for the patches of every row, see `at`.

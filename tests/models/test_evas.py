@@ -109,7 +109,11 @@ def test_gradients_of_every_parameter_equal_torchs(name):
     ours = renamed(grads, names)
     assert ours.keys() == tensors.keys()
     for name, grad in ours.items():
-        assert relative(grad, tensors[name].grad.numpy()) < 2 * TOLERANCE, name
+        wanted = tensors[name].grad.numpy()
+        # The keys' bias adds the same to all logits of a query where nothing is rotated: its
+        # gradient is zero but for rounding.
+        largest = max(np.abs(wanted).max(), 1e-4)
+        assert np.abs(grad - wanted).max() < 2 * TOLERANCE * largest, name
 
 
 @pytest.mark.parametrize("name", ["Perception Encoder", "rotary with a register"])

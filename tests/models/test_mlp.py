@@ -52,7 +52,7 @@ def test_plain(name, reference):
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-3])
 @pytest.mark.parametrize(("name", "reference"), ACTIVATIONS.items())
-def test_gated(name, reference, norm_eps):
+def test_gated(name, norm_eps, reference):
     module, x = mlp(name, gated=True, norm_eps=norm_eps), rand(B, N, D, seed=2)
     module.gate.bias[...] = jnp.asarray(rand(HIDDEN, seed=3))
     hidden = reference(dense(module.gate, t(x))) * dense(module.fc1, t(x))
