@@ -167,10 +167,10 @@ def timm_at(model: Any, name: str, side: int, arguments: dict[str, Any]) -> Any:
 
 def other_size(model: Any, size: int) -> int:
     """Another side of the input: two patches more, or twice as many windows."""
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or hasattr(model, "layers"):
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None or hasattr(model, "layers"):
         return 2 * size
-    patch = embed.patch_size if isinstance(embed.patch_size, int) else embed.patch_size[0]
+    patch = patch if isinstance(patch, int) else patch[0]
     return size // patch * patch + 2 * patch
 
 
@@ -236,9 +236,10 @@ def _preprocessor(size: int, mean: Any, std: Any) -> dict[str, Any]:
 
 def _final_tokens(model: Any, pixels: torch.Tensor, interpolate: bool) -> torch.Tensor:
     """The tokens after the final norm, of the encoder inside any of the classes."""
-    core = model
-    for name in (model.base_model_prefix, "vision_model", "vision_model"):
-        core = getattr(core, name, core) if name else core
+    whole = type(model).__name__.endswith("Model")  # not a base with a head
+    core = model if whole else getattr(model, model.base_model_prefix, model)
+    core = getattr(core, "vision_model", core)
+    core = getattr(core, "vision_model", core)
     takes = "interpolate_pos_encoding" in inspect.signature(core.forward).parameters
     call = {"interpolate_pos_encoding": True} if interpolate and takes else {}
     if type(core).__name__ == "ViTMAEModel":
@@ -246,6 +247,8 @@ def _final_tokens(model: Any, pixels: torch.Tensor, interpolate: bool) -> torch.
         count = (pixels.shape[-1] // core.config.patch_size) ** 2
         call["noise"] = torch.arange(count)[None].float()
     found = core(pixels, **call).last_hidden_state
+    if type(core).__name__ == "DINOv3ConvNextModel":
+        found = found[:, 1:]  # the first is the mean of the others
     if hasattr(core, "post_layernorm") and "Siglip" not in type(core).__name__:
         found = core.post_layernorm(found)
     return found

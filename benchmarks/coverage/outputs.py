@@ -51,7 +51,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224.in22k_ft_in22k_in1k", {"embed_dim": 48, **_VIT}),
     "eva": ("eva_large_patch14_196.in22k_ft_in22k_in1k", {"embed_dim": 64, **_VIT}),
     "eva02": ("eva02_tiny_patch14_224.mim_in22k", {"embed_dim": 48, **_VIT}),
-    "eva02_clip": ("eva02_base_patch16_clip_224.merged2b", {"embed_dim": 48, **_VIT}),
+    "eva02_clip": ("eva02_base_patch16_clip_224.merged2b", {"embed_dim": 96, **_VIT}),
     "eva_pe_core": ("vit_pe_core_tiny_patch16_384.fb", {"embed_dim": 48, **_VIT}),
     "eva_pe_spatial": ("vit_pe_spatial_tiny_patch16_512.fb", {"embed_dim": 48, **_VIT}),
     "eva_rope": ("vit_medium_patch16_rope_reg1_gap_256.sbb_in1k", {"embed_dim": 64, **_VIT}),

@@ -108,7 +108,9 @@ def _eva(model: Any) -> Facts:
     first = model.blocks[0]
     _require(type(first).__name__ == "EvaBlock", _BLOCKS.get(type(first).__name__, "other blocks"))
     scaled = {"layer_scale": first.init_values} if first.gamma_1 is not None else {}
-    return {**_common(model), **scaled, **_rope(model), **_pooled(model)}
+    bare = isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)
+    final = {"final_norm": False} if bare else {}
+    return {**_common(model), **scaled, **_rope(model), **_pooled(model), **final}
 
 
 def _beit(model: Any) -> Facts:

@@ -178,6 +178,8 @@ def identify(
         near = candidates(container)[:1] if style is None else []
         also = [f"Of the sources, the nearest is {c.label} ({c.report})." for c in near]
         raise ConversionError("\n".join((*problems, *also)))
+    if (name := (container.config or {}).get("architecture")) and style is None:
+        published.architecture(str(name), None)  # says what networks of this kind have
     raise ConversionError(f"{container.path}: it fits no source; {_nearest(container, style)}")
 
 

@@ -22,6 +22,8 @@ from tests.convert import seeded
 
 OUTPUTS = Path(__file__).parent / "outputs"
 NAMES = sorted(path.stem for path in OUTPUTS.glob("*.json"))
+# Those that run by default; all others are slow tests.
+QUICK = ("beit", "clip_quick_gelu", "convnext_v2", "eva02_clip", "vit_prefix_positions")
 POOLED = [name for name in NAMES if "pooled" in np.load(OUTPUTS / f"{name}.npz")]
 TOLERANCE = 4e-6  # of the largest value; Swin V2 in timm is off by 2e-6 from its own float64
 # Facts that no tensor tells, and what they are not.
@@ -35,6 +37,11 @@ OTHERS = {
     "rope_axes": lambda value: "yx" if value == "xy" else "xy",
     "pretrained_windows": lambda value: [side + 3 for side in value],
 }
+
+
+def cases(names, quick=QUICK):
+    """Parameters of a test, of which those that are not quick are marked."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,7 @@ def off(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(NAMES))
 def test_tokens_are_those_of_the_library_at_two_sizes(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)
@@ -87,7 +94,7 @@ def test_tokens_are_those_of_the_library_at_two_sizes(name, tmp_path):
         assert off(ours(spec, encoder, side), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(NAMES, ("eva02", "vit_quick_gelu")))
 def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)
@@ -95,7 +102,7 @@ def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
     resized, encoder = got.spec.resized(got.params["encoder"], side)
     arch, expected = resized.arch, found.tokens[side]
     wrong = {fact: {fact: other(arch[fact])} for fact, other in OTHERS.items() if fact in arch}
-    if isinstance(arch.get("heads"), int):
+    if isinstance(arch.get("heads"), int) and "rpb" not in arch["position"]:  # tables have heads
         wrong["heads"] = {"heads": arch["heads"] // 2 if arch["heads"] % 2 == 0 else 1}
     for fact, change in wrong.items():
         spec = dataclasses.replace(resized, arch={**arch, **change})
@@ -115,7 +122,7 @@ def test_pooled_vectors_are_those_of_the_library(name, tmp_path):
     assert off(np.asarray(model.pooled(images)), found.pooled) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["vit", "eva02", "beit"])
+@pytest.mark.parametrize("name", ["vit", "beit"])
 def test_another_size_needs_the_position_resizing_of_the_library(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)

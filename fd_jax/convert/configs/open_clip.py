@@ -9,6 +9,8 @@ from fd_jax.errors import ConversionError
 
 FILE = "open_clip_config.json"
 HEAD_WIDTH = 64  # open_clip's default
+# What the head of a tower of timm reads.
+_POOLINGS = {"token": "cls"}
 # Fields of a tower that change features in ways that networks here do not know.
 _REFUSED = ("attentional_pool", "attn_pooler_queries", "norm_kwargs", "act_kwargs", "patch_dropout")
 
@@ -33,7 +35,9 @@ def _tower(model: Mapping[str, Any], vision: Mapping[str, Any]) -> list[Claim]:
         facts, origin = published.architecture(vision["timm_model_name"], None)
         taken = ("image_size", "mean", "std")
         rest = [Claim(fact, v, origin) for fact, v in facts.items() if fact not in taken]
-        return [size, *rest]
+        pooling = _POOLINGS.get(vision.get("timm_pool"))
+        read = [Claim("pooling", pooling, f"{where}timm_pool")] if pooling else []
+        return [size, *rest, *read]
     if wrong := [f"{name} {vision[name]!r:.40}" for name in _REFUSED if vision.get(name)]:
         raise ConversionError(f"{FILE} has {', '.join(wrong)}, which networks here do not have")
     code = "the code of open_clip"

@@ -77,8 +77,20 @@ def claims(config: Mapping[str, Any]) -> list[Claim]:
     known = {claim.fact for claim in found}
     facts, origin = published.architecture(str(name), pretrained.get("tag"))
     facts = {**_PLAIN, **facts} if "width" in facts else facts
+    if "pool" in facts:
+        facts["pool"] = _pool(facts, given)
     known.update(fact for argument in given for fact in _SHOWN.get(argument, ()))
     return found + [Claim(f, value, origin) for f, value in facts.items() if f not in known]
+
+
+def _pool(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The pool of an architecture whose arguments are changed: timm makes it of the same ones."""
+    pool = facts["pool"]
+    ratio = given.get("mlp_ratio", pool["mlp_width"] / facts["width"])
+    width = int(given.get("embed_dim", facts["width"]) * ratio)
+    alike = pool["heads"] == facts["heads"]
+    heads = given.get("num_heads", pool["heads"]) if alike else pool["heads"]
+    return {**pool, "mlp_width": width, "heads": heads}
 
 
 def _said(pretrained: Mapping[str, Any], changed: list[Claim]) -> bool:

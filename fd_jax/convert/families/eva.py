@@ -48,7 +48,6 @@ _SOMETIMES = (
 )
 _DROPS = (
     Drop("attn_pool.*", "the attention pooling head"),
-    Drop("rope.*", "rotary tables, which follow from the architecture"),
     Drop("mask_token", "only masked-image training uses it"),
 )
 _FUSED = Rule(f"{_ATTENTION}.qkv.weight", QKV, FUSED_QKV)

@@ -64,6 +64,8 @@ _MORE = (
     *norm("norm_pre", "encoder/ln_pre"),
     Rule("blocks.{i}.ls1.gamma", f"{BLOCK}/gamma_1"),
     Rule("blocks.{i}.ls2.gamma", f"{BLOCK}/gamma_2"),
+    *norm("blocks.{i}.attn.norm", f"{BLOCK}/attn/norm"),
+    *norm("blocks.{i}.mlp.norm", f"{BLOCK}/mlp/norm"),
     *norm("fc_norm", "fc_norm"),
     *linear("head", "head"),
     *timm_pool("attn_pool"),
