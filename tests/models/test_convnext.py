@@ -17,6 +17,8 @@ from fd_jax.models.spec import ModelSpec
 from tests.models import convnexts
 
 KINDS = tuple(convnexts.KINDS)
+# For tests of which each kind takes long; V2 has all that V1 has but a layer scale.
+ONE_OF_THEM = ["v2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("v1", "dinov3"))]
 TWO_STAGES = {"depths": [1, 2], "widths": [8, 12], "image_size": [30, 37]}
 
 
@@ -36,7 +38,7 @@ def test_features_equal_transformers(kind, tmp_path):
     assert convnexts.relative(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_features_equal_transformers_in_float64(kind, tmp_path):
     made = convnexts.spec(kind, depths=[1, 11], widths=[8, 12])  # as text, 10 comes before 2
     images = convnexts.pictures(made, dtype=np.float64)
@@ -110,7 +112,7 @@ def test_dinov3s_class_token_is_the_normalised_mean(tmp_path):
     assert convnexts.relative(network.norm(mean), want) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_loss_and_gradients_equal_torchs(kind, tmp_path):
     """Smooth L1 against random features, through every parameter, in float64."""
     made = convnexts.spec(kind, **TWO_STAGES)
@@ -331,7 +333,7 @@ def test_first_stages_are_an_earlier_map(kind):
 
 
 def test_another_size_changes_no_parameter(tmp_path):
-    made = convnexts.spec("v2", **TWO_STAGES)
+    made = convnexts.spec("v2", depths=[1], widths=[8], image_size=20)
     params = convnexts.random_params(made)
     larger, same = made.resized(params, [26, 35])
     assert same is params
@@ -340,7 +342,7 @@ def test_another_size_changes_no_parameter(tmp_path):
     model = convnexts.hf_model("v2", made, params, tmp_path)
     want = convnexts.hf_tokens("v2", model, images)
     got = convnexts.bind(larger, params)(images)
-    assert got.grid == (3, 4)
+    assert got.grid == (6, 8)
     assert convnexts.relative(got.tokens, want) < 1e-5
 
 
@@ -359,7 +361,7 @@ def test_parameter_counts():
 
 def test_initialisation():
     """0.02 for every kernel, zeros for biases and the response norm, the layer scale as given."""
-    made = convnexts.spec("v2", widths=[64, 96], depths=[1, 1], layer_scale=1e-3)
+    made = convnexts.spec("v2", widths=[64], depths=[1], layer_scale=1e-3)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(made.build(rngs=nnx.Rngs(0)))[1]))
     for path, leaf in optimizer_paths(params):
         if path.endswith("kernel"):
@@ -405,6 +407,7 @@ def test_branches_drop_by_example():
     np.testing.assert_allclose(out[1], halved[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_recomputing_changes_nothing():
     made = convnexts.spec("v2", **TWO_STAGES)
     params, images = convnexts.random_params(made), convnexts.pictures(made)
@@ -423,6 +426,7 @@ def test_recomputing_changes_nothing():
             np.testing.assert_allclose(ours, leaf, rtol=0, atol=2e-5 * np.abs(leaf).max())
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near():
     made = convnexts.spec("v2", **TWO_STAGES)
     params, images = convnexts.random_params(made), convnexts.pictures(made)
