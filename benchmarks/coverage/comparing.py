@@ -39,7 +39,8 @@ def outcome(made: Made) -> dict[str, Any]:
         if made.arch and "arch" in inspect.signature(importing.read).parameters:
             options = {"arch": made.arch}
             named["named"], _ = _outcome(made, made.file, options, [made.size], (folder, read))
-    if alone["is"] == "asked" and made.arch and made.arch not in alone["whole"]:
+    asked = alone["whole"] if alone["is"] == "asked" else ""
+    if asked and made.arch not in asked and " more:" not in asked:  # long lists are cut short
         alone["lacks_candidate"] = made.arch
     for found in (folder, alone, *named.values()):
         found.pop("whole", None)

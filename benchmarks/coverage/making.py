@@ -123,6 +123,7 @@ def _timm(
     short = _short(timm.models.model_entrypoint(timm.models.get_arch_name(name)))
     model = timm.create_model(name, pretrained=False, **short, **arguments, **code).eval()
     fill(model)
+    model._model_args = {k: v for k, v in model._model_args.items() if k not in code}
     # The depth stands in the folder, as timm itself writes a network that is not the published one.
     _hub.save_for_hf(
         model, folder / "hub", model_args={**arguments, **short}, safe_serialization=True
