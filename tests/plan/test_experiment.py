@@ -16,7 +16,7 @@ from configs import base
 from fd_jax import sharding
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError, ConversionError
-from fd_jax.plan import bounds, compiled, experiment, topology
+from fd_jax.plan import bounds, compiled, duration, experiment, topology
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -267,6 +267,19 @@ def test_bounds_are_work_over_peak(planned):
     np.testing.assert_allclose(bounds.step_bounds(planned, halves, slow).hbm, 2 * 819e9 / 1228e9)
     slow.effort = -1.0
     assert bounds.step_bounds(planned, target, slow).estimated_seconds is None
+
+
+def test_the_announced_time_is_near_that_of_a_recorded_plan(planned):
+    recorded = json.loads((ROOT / "benchmarks/scale/distill_b_v5e.json").read_text())
+    expected = duration.seconds(planned, 0.0)
+    assert 1 / 3 < expected / recorded["compile"]["seconds"] < 3
+    assert duration.seconds(planned, -1.0) < duration.seconds(planned, -0.5) < expected
+    target = topology.Slice("v5e:4x4", hardware.CHIPS["v5e"], 16, [None] * 16)
+    said = duration.of(planned, target, 0.0)
+    assert said == (
+        f"the step for 16 devices of v5e:4x4 at effort 0, roughly {expected / 60:.0f} min on two "
+        "idle cores"
+    )
 
 
 def test_out_of_memory_messages_are_parsed():

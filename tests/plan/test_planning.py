@@ -62,7 +62,7 @@ def test_a_signal_ends_the_compiler_at_once_and_without_a_trace(config, tmp_path
 def test_the_plan_of_the_config_comes_first(config, tmp_path):
     """It is printed and saved before anything else is compiled, and a stop leaves it."""
     output = tmp_path / "plan.json"
-    planning = start(f"{config}:6144", f"--output={output}", "--effort=-1", "--advice")
+    planning = start(f"{config}:7168", f"--output={output}", "--effort=-1", "--advice")
     lines = []
     for line in planning.stdout:
         lines.append(line.split("  ")[0].strip())
@@ -80,7 +80,7 @@ def test_the_plan_of_the_config_comes_first(config, tmp_path):
 
 
 def test_nothing_is_looked_for_at_the_lowest_effort_unless_asked(config):
-    planning = start(f"{config}:6144", "--effort=-1")
+    planning = start(f"{config}:7168", "--effort=-1")
     said, complaints = planning.communicate(timeout=200)
     assert planning.returncode == 1, complaints
     assert "looking for" not in said
@@ -90,7 +90,7 @@ def test_nothing_is_looked_for_at_the_lowest_effort_unless_asked(config):
 def test_settings_that_fit_are_planned(config, tmp_path):
     output = tmp_path / "plan.json"
     flags = (f"--output={output}", "--effort=-1", "--advice")
-    planning = start(f"{config}:6144", *flags)
+    planning = start(f"{config}:7168", *flags)
     said, complaints = planning.communicate(timeout=400)
     assert planning.returncode == 1, complaints
     plan = json.loads(output.read_text())
