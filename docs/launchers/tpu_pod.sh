@@ -12,7 +12,7 @@ on_every_host() {
 }
 
 on_every_host "git clone https://github.com/YOU/fd_jax && cd fd_jax && python3.11 -m venv .venv &&
-  .venv/bin/pip install -c constraints.txt '.[train,tpu]'"
+  .venv/bin/pip install -c constraints/py311.txt '.[train,tpu]'"
 
 # The libraries ask the machine for its peers, so --distributed is all that they need.
 on_every_host "cd fd_jax && .venv/bin/python train.py --distributed \

@@ -84,7 +84,7 @@ def check_libtpu() -> None:
       ConfigError: libtpu is missing or has another version.
     """
     required = _required_libtpu()
-    remedy = f"pip install 'libtpu=={required}', or 'fd_jax[plan]' if its libtpu matches this jax"
+    remedy = f"pip install 'libtpu=={required}', or 'fd_jax[plan]', which asks for the same"
     try:
         installed = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
