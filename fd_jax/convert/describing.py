@@ -5,9 +5,10 @@ weights, what a published name says, what the style's library has as constants, 
 tensors tell. They have to agree; what nobody tells is asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
+import reprlib
 from typing import Any
 
 from fd_jax.convert import configs
@@ -18,6 +19,8 @@ from fd_jax.convert.rules.tables import Rule, Table, as_tuple
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Recognized, depths, parameter_shapes
 from fd_jax.errors import ConversionError, UserError
+from fd_jax.models.architectures import ARCHITECTURES
+from fd_jax.models.description import FIELDS
 from fd_jax.models.spec import ModelSpec
 
 # The fields of `ModelSpec` beside `arch` that are facts.
@@ -80,6 +83,7 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
             raise ConversionError("; ".join(lacks))
         if not counts or not all(counts):
             raise ConversionError("it has no blocks, or a stage without any")
+        _check_values(found, style.network)
         told = kind.told(parameter_shapes(network, container), counts, network.tensors)
         settled = dict(settle([*claims(told, TENSORS), *found]))
     except UserError as error:
@@ -89,6 +93,22 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
         asked = (*asked, "pooling")
     missing = tuple(fact for fact in asked if fact not in settled)
     return Description(network, settled, missing, told)
+
+
+def _check_values(given: Iterable[Claim], family: str) -> None:
+    """Refuses values that no network can have, whoever claims them.
+
+    Raises:
+      ConversionError: the message names the origin of each.
+    """
+    rows = {**FIELDS, **ARCHITECTURES[family]}
+    wrong = [
+        f"{claim.origin} is {reprlib.repr(claim.value)}{problem}"
+        for claim in given
+        if claim.fact in rows and (problem := rows[claim.fact].problem(claim.value))
+    ]
+    if wrong:
+        raise ConversionError("; ".join(wrong))
 
 
 def filled(description: Description) -> Description:

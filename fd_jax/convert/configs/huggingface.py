@@ -264,7 +264,8 @@ def _value(fact: str, value: Any, origin: str) -> Any:
         return activation(value, origin)
     if fact == "mlp_ratio" and isinstance(value, float) and value.is_integer():
         return int(value)
-    if fact in ("image_size", "patch_size") and isinstance(value, list) and len(set(value)) == 1:
+    pair = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    if fact in ("image_size", "patch_size") and pair:
         return value[0]
     return value
 
@@ -275,7 +276,7 @@ def activation(name: Any, origin: str) -> str:
     Raises:
       ConversionError: it has none.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConversionError(
             f"{origin} is {name!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}"
         )
@@ -289,6 +290,10 @@ def statistics(fields: Mapping[str, Any]) -> list[Claim]:
       ConversionError: they are not three numbers each, or the deviation is not positive.
     """
     scale = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
+    if not isinstance(scale, int | float):
+        raise ConversionError(
+            f"{PREPROCESSOR} has the rescale_factor {scale!r:.60}; expected a number"
+        )
     mean, std = fields.get("image_mean"), fields.get("image_std")
     if fields.get("do_normalize") is False:
         mean, std = [0.0] * 3, [1.0] * 3
