@@ -221,7 +221,8 @@ def _pooled(model: Any) -> Facts:
     names = {("token", False): "cls", ("avg", False): "mean", ("avg", True): "mean_norm"}
     pooling = names.get((model.global_pool, norm_after))
     unlike = both or getattr(model, "pool_include_prefix", False)
-    return {"pooling": None if unlike else pooling}
+    bare = {} if norm_after or not isinstance(model.norm, nn.Identity) else {"final_norm": False}
+    return {"pooling": None if unlike else pooling, **bare}
 
 
 def _latent(pool: Any) -> Facts | None:
