@@ -5,13 +5,14 @@ or which pixels it expects. Files beside the weights claim these, and so do the 
 networks. `settle` puts the claims together and refuses those that contradict each other.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import types
 from typing import Any
 
 from fd_jax.errors import ConversionError
+from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 TENSORS = "the tensors"
 
@@ -64,7 +65,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-6)
+        return one == other or math.isclose(one, other, rel_tol=1e-6)
     return one == other
 
 
@@ -81,12 +82,29 @@ def _joined(values: Sequence[Any]) -> str:
     return ", ".join(map(show, values))
 
 
+STATISTICS: Mapping[tuple[Any, Any], str] = types.MappingProxyType(
+    {
+        (IMAGENET_MEAN, IMAGENET_STD): "ImageNet",
+        (CLIP_MEAN, CLIP_STD): "CLIP",
+        ((0.5,) * 3, (0.5,) * 3): "0.5 / 0.5",
+    }
+)
+
+
 def _number(text: str) -> float:
     return float(text)
 
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
+
+
+def _list_of_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _whole_numbers(text: str) -> int | list[int]:
@@ -108,11 +126,12 @@ STATED = types.MappingProxyType(
         "position_resize": str,
         "pooling": str,
         "window": int,
-        "pretrained_windows": _whole_numbers,
-        "rope_theta": _number,
+        "pretrained_windows": _list_of_numbers,
+        "rope_theta": _or_none(_number),  # "none": no rotary positions
         "rope_pairs": str,
-        "rope_reference": int,
+        "rope_reference": _or_none(int),
         "rope_offset": _number,
+        "rope_axes": str,
     }
 )
 

@@ -5,17 +5,12 @@ import math
 
 from fd_jax import model_folder
 from fd_jax.convert import families, networks
+from fd_jax.convert.facts import STATISTICS
 from fd_jax.convert.formats import FORMATS
 from fd_jax.convert.importing import Imported
 from fd_jax.convert.rules.names import summarize
 from fd_jax.models import sizes
-from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
-
-_STATISTICS = {
-    (IMAGENET_MEAN, IMAGENET_STD): "ImageNet",
-    (CLIP_MEAN, CLIP_STD): "CLIP",
-    ((0.5,) * 3, (0.5,) * 3): "0.5 / 0.5",
-}
+from fd_jax.models.spec import ModelSpec
 
 
 def source_table() -> str:
@@ -69,7 +64,7 @@ def _network(spec: ModelSpec) -> str:
 
 
 def _statistics(spec: ModelSpec) -> str:
-    return _STATISTICS.get((spec.mean, spec.std), f"{spec.mean} / {spec.std}")
+    return STATISTICS.get((spec.mean, spec.std), f"{spec.mean} / {spec.std}")
 
 
 def _positions(spec: ModelSpec) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from fd_jax.convert.containers.tensors import Container, Tensor, damaged
 from fd_jax.convert.rules.tables import Rule, Table, as_tuple
 from fd_jax.convert.source import unstacked
+from fd_jax.errors import ConversionError
 
 ParameterShapes = Mapping[str, tuple[int, ...]]
 _PLACEHOLDERS = re.compile(r"\\\{(i|b|s|s\\\+1)\\\}")
@@ -54,6 +55,7 @@ class Style:
       bases: what the library puts before the names in a larger model, such as "vision_model.".
       pick: (tensors by name) -> the variant that a file has.
       code: (tensors by name) -> facts that the library's code has for every such network.
+      asks: facts beyond those of its network class that its tensors leave open.
       configs: values of `model_type` in the config.json of transformers' models of this style.
       unstack: prefix of tensors whose leading axis is the block number, see `source.unstacked`.
       renames: (pattern, replacement) of names that are called otherwise in memory than in files.
@@ -70,13 +72,10 @@ class Style:
     bases: tuple[str, ...] = ()
     pick: Callable[[Mapping[str, Tensor]], str] = _only_table
     code: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing
+    asks: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     unstack: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
-
-    def table(self, source: str) -> Table:
-        """The rules by which a network was read whose `ModelSpec.source` is given."""
-        return self.tables[source.removeprefix(self.name).removeprefix(":")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +123,40 @@ class Recognized:
         ]
 
 
-def recognized(style: Style, container: Container) -> Iterator[Recognized]:
-    """The networks of a style in a file, one for each prefix under which its marks are."""
+def recognized(style: Style, container: Container) -> list[Recognized]:
+    """The networks of a style in a file, one for each prefix under which its marks are.
+
+    Raises:
+      ConversionError: its tensors have shapes that no network of the style has.
+    """
+    found = list(_recognized(style, container.tensors))
+    if found or not style.renames:
+        return found
     renamed = {_renamed(style, name): tensor for name, tensor in container.tensors.items()}
-    for prefix in _prefixes(style.marks, renamed):
-        tensors, beside = _under(prefix, style.bases, renamed)
+    return list(_recognized(style, renamed))
+
+
+def _recognized(style: Style, names: Mapping[str, Tensor]) -> Iterator[Recognized]:
+    for prefix in _prefixes(style.marks, names):
+        tensors, beside = _under(prefix, style.bases, names)
         if style.unstack is not None:
             tensors = unstacked(tensors, style.unstack)
         if any(fnmatch.filter(tensors, pattern) for pattern in style.unlike):
             continue
-        variant = style.pick(tensors)
+        variant = _variant(style, tensors)
         table = narrowed(style.tables[variant], tensors)
         yield Recognized(style, prefix, tensors, variant, table, tuple(beside))
+
+
+def _variant(style: Style, tensors: Mapping[str, Tensor]) -> str:
+    try:
+        return style.pick(tensors)
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(
+            f"it has the names of {style.writer}, and tensors with shapes that none has ({error})"
+        ) from error
 
 
 def _renamed(style: Style, name: str) -> str:
@@ -193,7 +214,7 @@ def _claims(table: Table, name: str) -> bool:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(_PLACEHOLDERS.sub(r"(\\d+)", re.escape(template)))
+    return re.compile(_PLACEHOLDERS.sub(r"(\\d{1,9})", re.escape(template)))
 
 
 def _places(template: str, names: Mapping[str, Any]) -> list[tuple[int, ...]]:
@@ -210,7 +231,7 @@ def depths(table: Table, names: Mapping[str, Any]) -> list[int]:
     A network without stages has one entry; [] where no name has a number.
 
     Raises:
-      ValueError: there are more than any network has.
+      ConversionError: there are more than any network has.
     """
     counts: dict[int, int] = {}
     for rule in table.rules:
@@ -221,7 +242,7 @@ def depths(table: Table, names: Mapping[str, Any]) -> list[int]:
                 stage, block = place if len(place) == 2 else (0, place[0])
                 counts[stage] = max(counts.get(stage, 0), block + 1)
     if max([*counts, *counts.values()], default=0) > _MOST_BLOCKS:
-        raise ValueError(f"blocks or stages are numbered beyond {_MOST_BLOCKS}")
+        raise ConversionError(f"blocks or stages are numbered beyond {_MOST_BLOCKS}")
     return [counts.get(stage, 0) for stage in range(max(counts, default=-1) + 1)]
 
 

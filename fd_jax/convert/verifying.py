@@ -90,7 +90,7 @@ def verify(
     params = trees.flat(params)
     dtype = next(iter(params.values())).dtype.name
     made_from, _, made_part = spec.source.partition(":")
-    if part is None and made_from == source and made_part:
+    if part is None and made_from == source and made_part and source in families.SOURCES:
         part = made_part
     # The reference's parameters come from the file, at the size and in the dtype of the folder.
     read = importing.read(

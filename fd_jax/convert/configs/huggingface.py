@@ -117,8 +117,22 @@ def _beit_pooling(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"pooling": "mean_norm" if fields.get("use_mean_pooling", True) else "cls"}
 
 
-def _gated(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"activation": "silu"} if fields.get("use_swiglu_ffn") else {}
+def _biases(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": "qkv" if fields.get("qkv_bias", True) else "none"}
+
+
+def _dinov2(fields: Mapping[str, Any]) -> dict[str, Any]:
+    gated = bool(fields.get("use_swiglu_ffn"))
+    return {"gated_mlp": gated, **_biases(fields), **({"activation": "silu"} if gated else {})}
+
+
+def _dinov3(fields: Mapping[str, Any]) -> dict[str, Any]:
+    usual = {"query": True, "key": False, "value": True}
+    given = "".join(name[0] for name, has in usual.items() if fields.get(f"{name}_bias", has))
+    biases = {"qkv": "qkv", "qv": "qv", "": "none"}
+    if given not in biases:
+        raise ConversionError(f"{FILE} gives biases to {given} alone of q, k and v")
+    return {"gated_mlp": bool(fields.get("use_gated_mlp")), "qkv_bias": biases[given]}
 
 
 def _siglip_pool(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +160,7 @@ _SIGLIP = ModelType(
 _BEIT = ModelType(
     _B16, _VIT, _SIZED, {"use_absolute_position_embeddings": False}, more=_beit_pooling
 )
-_VITS = ModelType(_B16, _VIT, _ON_CLASS_TOKEN)
+_VITS = ModelType(_B16, _VIT, _ON_CLASS_TOKEN, more=_biases)
 # The MLP of DINOv2 is a ratio, and two thirds of it where it is gated: its tensors tell.
 _DINOV2_NAMES = {field: fact for field, fact in _VIT.items() if fact != "mlp_width"}
 _DINOV2 = {**_B16, "layer_norm_eps": 1e-6, "patch_size": 14}
@@ -160,19 +174,19 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
     {
         "vit": _VITS,
         "deit": _VITS,
-        "ijepa": _VITS,
+        "ijepa": dataclasses.replace(_VITS, constants={**_SIZED, "pooling": "mean"}),
         "vit_msn": dataclasses.replace(_VITS, defaults={**_B16, "layer_norm_eps": 1e-6}),
         "beit": _BEIT,
         "data2vec-vision": _BEIT,
         "clip_vision_model": _CLIP,
         "metaclip_2_vision_model": _CLIP,
         "siglip_vision_model": _SIGLIP,
-        "dinov2": ModelType(_DINOV2, _DINOV2_NAMES, _SIZED, more=_gated),
+        "dinov2": ModelType(_DINOV2, _DINOV2_NAMES, _SIZED, more=_dinov2),
         "dinov2_with_registers": ModelType(
             {**_DINOV2, "patch_size": 16, "num_register_tokens": 4},
             {**_DINOV2_NAMES, "num_register_tokens": "registers"},
             {"position_resize": "antialias"},
-            more=_gated,
+            more=_dinov2,
         ),
         "dinov3_vit": ModelType(
             {
@@ -185,6 +199,7 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
                 "rope_theta": 100.0,
             },
             {**_VIT, "num_register_tokens": "registers", "rope_theta": "rope_theta"},
+            more=_dinov3,
         ),
         "convnext": _CONVNEXTS,
         "convnextv2": _CONVNEXTS,
@@ -237,6 +252,11 @@ def claims(config: Mapping[str, Any], style: Style) -> list[Claim]:
     return [*found, *(Claim(fact, value, constant) for fact, value in kind.constants.items())]
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether it is the config of a class of transformers that is known here."""
+    return str(config.get("model_type")) in (*TYPES, *_TOWERS)
+
+
 def vision_type(config: Mapping[str, Any]) -> str:
     """The model_type of the network that sees; "None" if the config has none."""
     return _vision(config)[1]
@@ -247,8 +267,10 @@ def _vision(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
     name = str(config.get("model_type"))
     if name not in _TOWERS:
         return config, name, ""
-    vision = config.get("vision_config")
-    return (vision if isinstance(vision, dict) else {}), _TOWERS[name], "vision_config."
+    # Older files have the fields twice, and transformers lets the second place win.
+    places = [config.get(place) for place in ("vision_config", "vision_config_dict")]
+    fields = {k: v for place in places if isinstance(place, dict) for k, v in place.items()}
+    return fields, _TOWERS[name], "vision_config."
 
 
 def _claim(kind, fields, field: str, fact: str, where: str, name: str) -> Claim:
@@ -299,21 +321,21 @@ def statistics(fields: Mapping[str, Any]) -> list[Claim]:
         mean, std = [0.0] * 3, [1.0] * 3
     if mean is None or std is None:
         return []  # the class of the image processor has them in its code
-    for name, values in (("image_mean", mean), ("image_std", std)):
-        if not _three_numbers(values, positive=name == "image_std"):
-            raise ConversionError(
-                f"{PREPROCESSOR} has the {name} {values!r:.60}; expected three "
-                "numbers, positive ones for image_std"
-            )
+    where = f"{PREPROCESSOR}: "
     return [
-        Claim("mean", list(map(float, mean)), f"{PREPROCESSOR}: image_mean"),
-        Claim("std", list(map(float, std)), f"{PREPROCESSOR}: image_std"),
-        Claim("pixel_scale", float(scale), f"{PREPROCESSOR}: rescale_factor"),
+        Claim("mean", three_numbers(mean, f"{where}image_mean"), f"{where}image_mean"),
+        Claim("std", three_numbers(std, f"{where}image_std"), f"{where}image_std"),
+        Claim("pixel_scale", float(scale), f"{where}rescale_factor"),
     ]
 
 
-def _three_numbers(values: Any, *, positive: bool) -> bool:
-    if not isinstance(values, list) or len(values) != 3:
-        return False
-    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    return numbers and (not positive or min(values) > 0)
+def three_numbers(values: Any, origin: str) -> list[float]:
+    """A value for each of the channels red, green and blue.
+
+    Raises:
+      ConversionError: they are not three numbers.
+    """
+    numbers = isinstance(values, list | tuple) and len(values) == 3
+    if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise ConversionError(f"{origin} is {values!r:.60}; expected three numbers")
+    return [float(value) for value in values]

@@ -10,6 +10,7 @@ from fd_jax.convert.facts import Claim
 from fd_jax.errors import ConversionError
 
 FILE = "config.json"
+STYLES = "timm_"  # how the names of styles begin whose networks it describes
 # Arguments of timm's models that change no feature.
 _HARMLESS = frozenset(
     (
@@ -53,16 +54,17 @@ _ARGUMENTS = types.MappingProxyType(
         "rope_grid_offset": "rope_offset",
     }
 )
-# What a vision transformer has not unless its facts say so. Some configs leave out that an MLP is
-# gated, and then what they say of the activation is wrong too.
-_PLAIN = types.MappingProxyType({"gated_mlp": False, "mlp_norm": False, "attn_norm": False})
 _ACTIVATIONS = types.MappingProxyType(
     {**huggingface.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
 )
 
 
-def claims(config: Mapping[str, Any]) -> list[Claim]:
+def claims(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[Claim]:
     """What timm's config.json says, and timm itself of the architecture in it.
+
+    Args:
+      config: the file.
+      tensors: of the network, by name.
 
     Raises:
       ConversionError: no network of timm has the architecture's name, or the config changes it in
@@ -72,14 +74,27 @@ def claims(config: Mapping[str, Any]) -> list[Claim]:
     pretrained = pretrained if isinstance(pretrained, dict) else {}
     facts, origin = published.architecture(str(config["architecture"]), pretrained.get("tag"))
     given = config.get("model_args") or {}
+    if not isinstance(given, dict):
+        raise ConversionError(f"{FILE}: model_args is {given!r:.60}; expected names and values")
     changed = _arguments(given)
     found = changed + _pretrained(pretrained, _said(pretrained, changed))
+    found += _pooling(config, given, tensors)
     known = {claim.fact for claim in found}
-    facts = {**_PLAIN, **facts} if "width" in facts else facts
+    facts = published.complete(facts)
     if "pool" in facts:
         facts["pool"] = _pool(facts, given)
     known.update(fact for argument in given for fact in _SHOWN.get(argument, ()))
     return found + [Claim(f, value, origin) for f, value in facts.items() if f not in known]
+
+
+def _pooling(
+    config: Mapping[str, Any], given: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[Claim]:
+    """What a head reads, as the config of one file says it; it may be unlike the published one."""
+    pool = given.get("global_pool", config.get("global_pool"))
+    mean = "mean_norm" if any(name.startswith("fc_norm.") for name in tensors) else "mean"
+    pooling = {"token": "cls", "avg": mean}.get(str(pool))
+    return [] if pooling is None else [Claim("pooling", pooling, f"{FILE}: global_pool")]
 
 
 def _pool(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +109,7 @@ def _pool(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _said(pretrained: Mapping[str, Any], changed: list[Claim]) -> bool:
     """Whether the size of the input is that of the config's own weights."""
-    return "input_size" in pretrained and not any(c.fact == "image_size" for c in changed)
+    return bool(pretrained.get("input_size")) and not any(c.fact == "image_size" for c in changed)
 
 
 def _arguments(given: Mapping[str, Any]) -> list[Claim]:
@@ -103,7 +118,7 @@ def _arguments(given: Mapping[str, Any]) -> list[Claim]:
         where = f"{FILE}: model_args.{argument}"
         if argument in _ARGUMENTS:
             found.append(Claim(_ARGUMENTS[argument], _size(value), where))
-        elif argument == "act_layer" and value in _ACTIVATIONS:
+        elif argument == "act_layer" and str(value) in _ACTIVATIONS:
             found.append(Claim("activation", _ACTIVATIONS[value], where))
         elif argument not in _HARMLESS and argument not in _SHOWN:
             raise ConversionError(
@@ -116,9 +131,9 @@ def _arguments(given: Mapping[str, Any]) -> list[Claim]:
 def _pretrained(fields: Mapping[str, Any], sized: bool) -> list[Claim]:
     where = f"{FILE}: pretrained_cfg."
     found = [
-        Claim(name, list(map(float, fields[name])), f"{where}{name}")
+        Claim(name, huggingface.three_numbers(fields[name], f"{where}{name}"), f"{where}{name}")
         for name in ("mean", "std")
-        if name in fields
+        if fields.get(name) is not None
     ]
     if sized:
         found.append(Claim("image_size", _size(fields["input_size"][1:]), f"{where}input_size"))

@@ -16,6 +16,7 @@ from fd_jax.convert.networks.vit import (
     CLASS_TOKEN,
     NOT_ROTARY,
     PATCH_BIAS,
+    POOL_HEAD,
     QKV,
     SIZES,
 )
@@ -110,7 +111,7 @@ _SOMETIMES = ("gamma_", "q_bias", "v_bias")
 _BEIT_DROPS = (
     Drop("mask_token", "only masked-image training uses it"),
     Drop("lm_head.*", "the head of masked-image training"),
-    Drop("attn_pool.*", "the attention pooling head"),
+    Drop("attn_pool.*", POOL_HEAD),
 )
 
 

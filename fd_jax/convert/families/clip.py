@@ -11,12 +11,13 @@ from fd_jax.convert.networks.vit import (
     BLOCK,
     CLASS_TOKEN,
     NORM_BEFORE_BLOCKS,
+    POOL_HEAD,
     PROJECTION,
     QKV,
     QKV_BIASES,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, optional, prefixed
+from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, prefixed
 from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
@@ -77,7 +78,7 @@ _ANY_TOWER = Table(
         *_TOWER.drops,
         *(Drop(f"../{name}", why) for name, why in _OUTSIDE),
         Drop("../text.*", _TEXT),
-        Drop("attn_pool.*", "the attention pooling head"),
+        Drop("attn_pool.*", POOL_HEAD),
     ),
 )
 OPENAI_STYLE = Style(
@@ -127,8 +128,12 @@ HUGGINGFACE_STYLE = Style(
     "vit",
     {
         "": Table(
-            (*_VISION_MODEL.rules, *optional((_PROJECTION, *linear("../classifier", "head")))),
-            (*_VISION_MODEL.drops, *(Drop(f"../{name}", why) for name, why in _HF_OUTSIDE)),
+            (*_VISION_MODEL.rules, dataclasses.replace(_PROJECTION, optional=True)),
+            (
+                *_VISION_MODEL.drops,
+                *(Drop(f"../{name}", why) for name, why in _HF_OUTSIDE),
+                Drop("../classifier.*", "it reads the mean of patches before the norm"),
+            ),
         )
     },
     (

@@ -129,6 +129,7 @@ HUB_STYLE = Style(
     code=lambda tensors: {
         "activation": "silu" if _is_gated(tensors) else "gelu_erf",
         "norm_eps": 1e-6,
+        "position_resize": "antialias" if "register_tokens" in tensors else "offset_0.1",
     },
     renames=_CHUNKS,
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,6 @@ _HUB_MORE = (
 )
 _HUB_DROPS = (
     Drop("local_cls_norm.*", "the norm of local crops, which only training uses"),
-    Drop("cls_norm.*", "a norm of class tokens that only training uses"),
     Drop("*_head.*", "the heads of DINO and iBOT"),
 )
 _HUB_GATED = "blocks.0.mlp.w1.weight"
@@ -129,9 +129,12 @@ def _hub_code(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "norm_eps": 1e-5,
         "rope_theta": 100.0,
     }
-    periods, width = tensors.get("rope_embed.periods"), tensors["cls_token"].shape[-1]
-    if periods is not None and periods.shape and width % (4 * periods.shape[0]) == 0:
-        found["heads"] = width // (4 * periods.shape[0])  # a period for each quarter of a head
+    periods, weight = (
+        tensors.get(name) for name in ("rope_embed.periods", "blocks.0.attn.proj.weight")
+    )
+    if periods is not None and weight is not None and math.prod(periods.shape):
+        # A head has a period for each quarter of its channels.
+        found["heads"] = weight.shape[0] // (4 * math.prod(periods.shape))
     return found
 
 

@@ -8,6 +8,7 @@ from fd_jax.convert.family import Family
 from fd_jax.convert.networks.vit import (
     BLOCK,
     PACKED,
+    POOL_HEAD,
     QKV,
     QKV_BIASES,
     ROWS,
@@ -47,7 +48,7 @@ _SOMETIMES = (
     *timm_pool("attn_pool"),
 )
 _DROPS = (
-    Drop("attn_pool.*", "the attention pooling head"),
+    Drop("attn_pool.*", POOL_HEAD),
     Drop("mask_token", "only masked-image training uses it"),
 )
 _FUSED = Rule(f"{_ATTENTION}.qkv.weight", QKV, FUSED_QKV)
@@ -115,6 +116,7 @@ STYLE = Style(
         ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight"),
     ),
     pick=_pick,
+    asks=("rope_theta",),
 )
 
 FAMILY = Family("eva", styles=(STYLE,))

@@ -13,6 +13,7 @@ from fd_jax.convert.networks.vit import (
     PATCH_BIAS,
     POOL,
     POOL_BIASES,
+    POOL_HEAD,
     POOL_QKV,
     QKV,
     QKV_BIASES,
@@ -33,7 +34,6 @@ from fd_jax.convert.style import Style
 from fd_jax.models.spec import ModelSpec
 
 _TEXT = "the text tower"
-_POOL = "the attention pooling head"
 _SIMILARITY = "scale and bias of the similarity"
 
 
@@ -70,7 +70,7 @@ def big_vision(heads: int) -> Table:
             *_both("img/Transformer/encoder_norm", "encoder/norm", ("scale", "bias")),
         ),
         (
-            Drop("img/MAPHead_0/*", _POOL),
+            Drop("img/MAPHead_0/*", POOL_HEAD),
             Drop("txt/*", _TEXT),
             Drop("t", _SIMILARITY),
             Drop("b", _SIMILARITY),
@@ -96,7 +96,7 @@ _VISION_MODEL = Table(
         *linear(f"{_LAYER}.mlp.fc2", f"{BLOCK}/mlp/fc2"),
         *norm("post_layernorm", "encoder/norm"),
     ),
-    (Drop("head.*", _POOL), Drop("embeddings.position_ids", "a constant buffer")),
+    (Drop("head.*", POOL_HEAD), Drop("embeddings.position_ids", "a constant buffer")),
 )
 _OUTSIDE = (
     ("text_model.*", _TEXT),

@@ -20,6 +20,7 @@ from fd_jax.convert.networks.vit import (
     PACKED,
     PLAIN,
     PLAIN_MLP,
+    POOL_HEAD,
     QKV,
     QKV_BIASES,
     ROWS,
@@ -72,7 +73,7 @@ _MORE = (
 )
 _DROPS = (
     Drop("head_dist.*", "the head of the distillation token"),
-    Drop("attn_pool.*", "the attention pooling head"),
+    Drop("attn_pool.*", POOL_HEAD),
 )
 _MLP = "blocks.{i}.mlp.fc1"
 # Token beside the class token -> what the name of a variant says of it.
@@ -129,6 +130,7 @@ TIMM_STYLE = Style(
     unlike=("mask_token", "storage_tokens", "rope*", "blocks.*.gamma_1", "blocks.*.attn.q_bias"),
     norms=("norm.weight", "fc_norm.weight"),
     pick=_pick,
+    code=lambda tensors: {"rope_theta": None},
 )
 
 _LAYER = "encoder.layer.{i}"
@@ -190,7 +192,7 @@ def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
         cls="embeddings.cls_token" in tensors,
         registers=int(distilled),
     )
-    return _hf_name(rows, _HF_DISTILLED if distilled else "")
+    return _hf_name(rows, _HF_DISTILLED if "../cls_classifier.weight" in tensors else "")
 
 
 def _hf_name(*words: str) -> str:

@@ -41,6 +41,7 @@ QKV = f"{BLOCK}/attn/qkv/kernel"
 QKV_BIASES = (f"{BLOCK}/attn/q_bias", f"{BLOCK}/attn/k_bias", f"{BLOCK}/attn/v_bias")
 
 POOL = "pool"
+POOL_HEAD = "the attention pooling head"  # why its tensors are dropped
 PROJECTION = f"{POOL}/projection/kernel"
 
 SIZES = {
@@ -69,7 +70,7 @@ EXTRAS = {
     "mlp_norm": f"{_FIRST}/mlp/norm/scale",
     "attn_norm": f"{_FIRST}/attn/norm/scale",
 }
-_ROPE = {f"rope_{field.name}": field.default for field in dataclasses.fields(Rope)}
+ROPE = {f"rope_{field.name}": field.default for field in dataclasses.fields(Rope)}
 _POSITION_TABLES = ("encoder/pos_embed", _SHARED_TABLE, _BLOCK_TABLE)
 
 
@@ -152,8 +153,8 @@ _KINDS = {
 
 def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     facts = {name: claim.value for name, claim in settled.items()}
-    rotary = {name: facts[name] for name, usual in _ROPE.items() if facts.get(name, usual) != usual}
-    kind = facts["table"], "rope_theta" in rotary
+    rotary = {name: facts[name] for name, usual in ROPE.items() if facts.get(name, usual) != usual}
+    kind = facts["table"], facts.get("rope_theta") is not None
     if kind not in _KINDS:
         raise ConversionError("it has rotary positions beside a table of relative ones")
     size, remarks = _image_size(settled)
@@ -188,7 +189,7 @@ def _image_size(settled: Settled) -> tuple[sizes.ImageSize, list[str]]:
 def position_rows(table: Tensor | None, *, cls: bool, registers: int) -> str:
     """For which tokens beside the patches a position table [1, rows, D] has rows.
 
-    The patches of a square image are a square number, which decides it.
+    The patches of a square image are a square number, which decides it in all published networks.
 
     Args:
       table: the table, if there is one.
@@ -197,6 +198,9 @@ def position_rows(table: Tensor | None, *, cls: bool, registers: int) -> str:
 
     Returns:
       One of ROWS; a network without class token and registers has CLASS_ROW.
+
+    Raises:
+      ConversionError: the rows can be read in several ways.
     """
     if table is None or len(table.shape) != 3:
         return CLASS_ROW
@@ -204,8 +208,13 @@ def position_rows(table: Tensor | None, *, cls: bool, registers: int) -> str:
     choices = [(CLASS_ROW, int(cls))]
     choices += [(NO_ROW, 0)] if cls else []
     choices += [(ALL_ROWS if cls else ALL_ROWS_NO_CLASS, cls + registers)] if registers else []
-    squares = (name for name, before in choices if _is_square(rows - before))
-    return next(squares, CLASS_ROW)
+    squares = [name for name, before in choices if _is_square(rows - before)]
+    if len(squares) > 1:
+        raise ConversionError(
+            f"a position table of {rows} rows can be one with rows for class token and registers "
+            "or one without; convert the network in its own library to one without registers"
+        )
+    return squares[0] if squares else CLASS_ROW
 
 
 def _is_square(number: int) -> bool:

@@ -10,6 +10,7 @@ differ in statistics, in sizes and even in activations.
 """
 
 from collections.abc import Iterator, Mapping
+import dataclasses
 import difflib
 import functools
 from importlib import resources
@@ -17,6 +18,7 @@ import json
 from typing import Any
 
 from fd_jax.errors import ConversionError, first_few
+from fd_jax.models.rotary import Rope
 
 LIBRARIES = ("timm", "open_clip")
 _NEAR = 5  # names that an error suggests
@@ -88,6 +90,20 @@ def architecture(name: str, tag: str | None) -> tuple[dict[str, Any], str]:
             facts, origin = _stated(found, known, None)
             return {fact: v for fact, v in facts.items() if fact not in _OF_WEIGHTS}, origin
     raise ConversionError(_unknown(name))
+
+
+def complete(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a published network with those that a table leaves out because they are plain.
+
+    A table has an entry for what few networks have. That the others do not have it is a fact too:
+    some configs leave out that an MLP is gated, and then what they say of the activation is wrong.
+    """
+    if "width" not in facts:  # a network with stages, which has none of these
+        return dict(facts)
+    plain = {"gated_mlp": False, "mlp_norm": False, "attn_norm": False, "rope_theta": None}
+    turned = {f"rope_{f.name}": f.default for f in dataclasses.fields(Rope) if f.name != "theta"}
+    rotary = turned if facts.get("rope_theta") is not None else {}
+    return {**plain, **rotary, **facts}
 
 
 def matching(style: str, shapes: Mapping[str, Any]) -> list[str]:

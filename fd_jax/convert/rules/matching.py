@@ -19,7 +19,7 @@ from fd_jax.errors import ConversionError
 
 FLOATS = ("float32", "float16", "bfloat16")
 # Parts of which every parameter has to be filled, where a network has them.
-NEEDED = ("encoder/", "segmenter/", "segmenter_statistics/")
+NEEDED = ("encoder/", "pool/", "segmenter/", "segmenter_statistics/")
 
 
 @dataclasses.dataclass(frozen=True)
