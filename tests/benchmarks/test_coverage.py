@@ -34,10 +34,24 @@ def test_rows_are_of_the_backbones_in_their_order():
     assert list(rows) == [name for name in names if name in rows]
 
 
-def test_nothing_is_taken_with_other_features():
+# Equal at their own size. For another one, transformers resizes the tables of BEiT bilinearly, and
+# its Swin V2 keeps the window that the last stage had at the size for which it was built.
+OTHER_AT_ANOTHER_SIZE = {
+    "microsoft/beit-base-patch16-224-pt22k",
+    "microsoft/beit-base-patch16-224",
+    "facebook/data2vec-vision-base",
+    "microsoft/swinv2-base-patch4-window12to16-192to256-22kto1k-ft",
+}
+
+
+def test_nothing_else_is_taken_with_other_features():
     rows = json.loads(RESULTS.read_text())["runs"]["now"]["rows"]
-    forms = [(name, form, row[form]) for name, row in rows.items() for form in ("folder", "file")]
-    assert not [(name, form) for name, form, found in forms if found["is"] == "other"]
+    forms = [(name, row[form]) for name, row in rows.items() for form in ("folder", "file")]
+    assert {name for name, found in forms if found["is"] == "other"} <= OTHER_AT_ANOTHER_SIZE
+    native = [
+        min(rows[n]["folder"].get(s, 1) for s in ("224", "256")) for n in OTHER_AT_ANOTHER_SIZE
+    ]
+    assert max(native) < 1e-5
 
 
 def test_a_row_has_both_sizes_and_the_other_forms():
