@@ -7,6 +7,7 @@ tensors tell. They have to agree; what nobody tells is asked for.
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import json
 import math
 import reprlib
 from typing import Any
@@ -15,16 +16,21 @@ from fd_jax.convert import configs
 from fd_jax.convert import networks as kinds
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.facts import TENSORS, Claim, claims, settle, show
-from fd_jax.convert.rules.tables import Rule, Table, as_tuple
+from fd_jax.convert.networks.vit import POOL_HEAD, ROPE
+from fd_jax.convert.rules.tables import Drop, Table, as_tuple
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Recognized, depths, parameter_shapes
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models.architectures import ARCHITECTURES
-from fd_jax.models.description import FIELDS
+from fd_jax.models.description import FIELDS, problems
 from fd_jax.models.spec import ModelSpec
 
 # The fields of `ModelSpec` beside `arch` that are facts.
-_FIELDS = ("mean", "std", "pixel_scale", "position_resize", "pooling", "pool")
+_FIELDS = ("mean", "std", "pixel_scale", "position_resize", "pooling")
+
+
+# How numbers and names of a stranger's file can fail to be what they should.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +81,55 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
     """
     style, kind = network.style, kinds.NETWORKS[network.style.network]
     try:
-        counts = depths(network.table, network.tensors)
         coded = claims(style.code(network.tensors), f"the code of {style.writer}")
-        found = [*given, *configs.claims(container, style), *coded]
-        bare = any(claim.fact == "final_norm" and not claim.value for claim in found)
-        if lacks := network.lacks(final_norm=not bare):
-            raise ConversionError("; ".join(lacks))
-        if not counts or not all(counts):
-            raise ConversionError("it has no blocks, or a stage without any")
+        found = [*given, *configs.claims(container, network), *coded]
         _check_values(found, style.network)
-        told = kind.told(parameter_shapes(network, container), counts, network.tensors)
-        settled = dict(settle([*claims(told, TENSORS), *found]))
-    except UserError as error:
+        told = _told(network, container, found)
+        settled = settle([*claims(told, TENSORS), *found])
+        _check_head(network, settled)
+    except (UserError, *UNREADABLE) as error:
         raise ConversionError(f"{container.path}: {style.writer}: {error}") from error
-    asked = kind.asks(told)
-    if any("head/kernel" in as_tuple(rule.paths) for rule in network.table.rules):
-        asked = (*asked, "pooling")
+    asked = [*kind.asks(told), *style.asks]
+    if style.asks and "rope_theta" in settled and settled["rope_theta"].value is not None:
+        asked += ROPE
+    if _has(network.table, "head/kernel"):
+        asked.append("pooling")
     missing = tuple(fact for fact in asked if fact not in settled)
     return Description(network, settled, missing, told)
+
+
+def _told(network: Recognized, container: Container, found: Sequence[Claim]) -> dict[str, Any]:
+    """What the tensors tell, if they are those of a whole network."""
+    bare = any(claim.fact == "final_norm" and not claim.value for claim in found)
+    if lacks := network.lacks(final_norm=not bare):
+        raise ConversionError("; ".join(lacks))
+    counts = depths(network.table, network.tensors)
+    if not counts or not all(counts):
+        raise ConversionError("it has no blocks, or a stage without any")
+    kind = kinds.NETWORKS[network.style.network]
+    return kind.told(parameter_shapes(network, container), counts, network.tensors)
+
+
+def _check_head(network: Recognized, settled: Mapping[str, Claim]) -> None:
+    """Refuses a head that would read what the network does not have.
+
+    Raises:
+      ConversionError: the tensors and the pooling do not fit each other.
+    """
+    pooling = settled.get("pooling")
+    if pooling is None or not _has(network.table, "head/kernel"):
+        return
+    normed = pooling.value in ("mean_norm", "norm_mean")
+    if normed != _has(network.table, "fc_norm/scale"):
+        has = "no norm" if normed else "a norm"
+        raise ConversionError(f"{pooling}, but its head has {has} of its own")
+    cls = settled.get("cls_token")
+    if pooling.value == "cls" and cls is not None and not cls.value:
+        raise ConversionError(f"{pooling}, but it has no class token")
+
+
+def _has(table: Table, path: str) -> bool:
+    return any(path in as_tuple(rule.paths) for rule in table.rules)
 
 
 def _check_values(given: Iterable[Claim], family: str) -> None:
@@ -105,7 +142,9 @@ def _check_values(given: Iterable[Claim], family: str) -> None:
     wrong = [
         f"{claim.origin} is {reprlib.repr(claim.value)}{problem}"
         for claim in given
-        if claim.fact in rows and (problem := rows[claim.fact].problem(claim.value))
+        if claim.fact in rows
+        and claim.value is not None  # nothing of the kind, such as no rotary positions
+        and (problem := rows[claim.fact].problem(claim.value))
     ]
     if wrong:
         raise ConversionError("; ".join(wrong))
@@ -119,57 +158,67 @@ def filled(description: Description) -> Description:
     return dataclasses.replace(description, settled={**description.settled, **made_up}, missing=())
 
 
-def source(description: Description, container: Container) -> tuple[Source, list[str]]:
-    """The source that a complete description makes of one file, and remarks for people.
+def source(description: Description, container: Container) -> Source:
+    """The source that a complete description makes of one file.
 
     Raises:
       ConversionError: the facts together make no network.
     """
-    network, settled, remarks = description.network, description.settled, []
-    table = network.table
-    if "pool" not in settled and (pools := pool_rules(table)):
-        table = dataclasses.replace(table, rules=tuple(r for r in table.rules if r not in pools))
-        remarks.append("its pooling head is left out: nothing tells its heads and activation")
-    elif "pool" in settled and not pool_rules(table):
-        settled = {name: claim for name, claim in settled.items() if name != "pool"}
-    kind = kinds.NETWORKS[network.style.network]
+    network = description.network
+    table, pool, remarks = _with_pool(description)
     try:
-        arch, told = kind.arch(settled)
-        fields = {name: settled[name].value for name in _FIELDS if name in settled}
-        fields |= {n: tuple(fields[n]) for n in ("mean", "std") if n in fields}
-        if "pool" in fields:
-            fields["pool"] = _pool(fields["pool"], description.told)
-        spec = ModelSpec(network.style.network, arch, **fields, origins=origins(settled))
+        arch, more = kinds.NETWORKS[network.style.network].arch(description.settled)
+        spec = _spec(description, arch, pool)
         kinds.check_sizes(spec, container)
         kinds.shapes(spec)
-    except (UserError, ValueError) as error:
+    except (UserError, *UNREADABLE) as error:
         raise ConversionError(f"{container.path}: {description.summary}: {error}") from error
-    remarks += told
+    remarks += more
     if network.prefix:
         remarks.append(f"its tensors are below {network.prefix!r}")
-    part = Part(table, spec)
-    made = Source(
+    return Source(
         network.source,
         network.style.writer,
-        {"network": part},
+        {"network": Part(table, spec)},
         "its own library",
         recognized=network,
         remarks=tuple(remarks),
     )
-    return made, remarks
 
 
-def _pool(claimed: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """A pool as it is in the file, whose MLP may have another width than the published one."""
-    if claimed["kind"] != "attention":
-        return dict(claimed)
-    kept = {name: claimed[name] for name in ("kind", "heads", "activation", "norm_eps")}
-    return kept | {"mlp_width": told["pool_mlp_width"]}
+def _spec(description: Description, arch: dict[str, Any], pool: dict[str, Any] | None) -> ModelSpec:
+    settled, family = description.settled, description.network.style.network
+    fields = {name: settled[name].value for name in _FIELDS if name in settled}
+    fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
+    spec = ModelSpec(family, arch, **fields, pool=pool, origins=origins(settled))
+    if wrong := problems(json.loads(spec.to_json())):
+        raise ConversionError("; ".join(wrong))
+    return spec
 
 
-def pool_rules(table: Table) -> list[Rule]:
-    """The rules of a pool."""
-    return [rule for rule in table.rules if as_tuple(rule.paths)[0].startswith("pool/")]
+def _with_pool(description: Description) -> tuple[Table, dict[str, Any] | None, list[str]]:
+    """The rules of a file, its pool if all is known of it, and remarks.
+
+    A head above a pool reads its vector, which no head here does.
+    """
+    table, claim = description.network.table, description.settled.get("pool")
+    own = [rule for rule in table.rules if as_tuple(rule.paths)[0].startswith("pool/")]
+    if not own:
+        return table, None, []
+    if claim is None:
+        rest = tuple(rule for rule in table.rules if rule not in own)
+        remark = "its pooling head is left out: nothing tells its heads and activation"
+        return dataclasses.replace(table, rules=rest), None, [remark]
+    if claim.value["kind"] != "attention":
+        return table, dict(claim.value), []
+    kept = {name: claim.value[name] for name in ("kind", "heads", "activation", "norm_eps")}
+    heads = [rule for rule in table.rules if as_tuple(rule.paths)[0].startswith("head/")]
+    names = [name for rule in heads for name in as_tuple(rule.names)]
+    above = tuple(Drop(name, "a head above the attention pooling") for name in names)
+    drops = tuple(drop for drop in table.drops if drop.why != POOL_HEAD)
+    rules = tuple(rule for rule in table.rules if rule not in heads)
+    pool = kept | {"mlp_width": description.told["pool_mlp_width"]}
+    return Table(rules, (*drops, *above), table.derived), pool, []
 
 
 def origins(settled: Mapping[str, Claim]) -> dict[str, str]:

@@ -5,35 +5,23 @@ beside the weights, from a published hash, or from a name that the user gives; o
 asked for, with the candidates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
-from typing import Any
+import re
 
-from fd_jax.convert import configs, families, published
+from fd_jax.convert import asking, configs, families, published
+from fd_jax.convert.asking import OF_SPEC, facts_of
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.describing import Description, describe, filled, source
 from fd_jax.convert.facts import Claim, claims, same, show
 from fd_jax.convert.rules.matching import Match
 from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.source import Source
-from fd_jax.convert.style import Recognized, Style, recognized
+from fd_jax.convert.style import OUTER, Recognized, Style, recognized
 from fd_jax.errors import ConversionError
-from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 _NEAR = 0.1  # a source is near where at least this share of its tensors is in the file
 _RIVAL = 0.05  # a style that claims so much fewer tensors than another one is no rival
-_SHOWN = 3  # names of published networks that agree in all facts
-# Facts of a published network that other files of it have in common with it.
-_SHARED = (
-    "width depth heads mlp_width patch_size embed_width widths depths window pretrained_windows "
-    "activation norm_eps rope_theta rope_pairs rope_reference rope_offset"
-).split()
-_OF_SPEC = ("mean", "std", "pixel_scale", "position_resize", "pooling")
-_STATISTICS = {
-    (IMAGENET_MEAN, IMAGENET_STD): "ImageNet statistics",
-    (CLIP_MEAN, CLIP_STD): "CLIP statistics",
-    ((0.5,) * 3, (0.5,) * 3): "statistics 0.5 / 0.5",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +81,12 @@ def fitting(container: Container) -> list[Source]:
 
 def conflicts(source: Source, part: str, container: Container) -> list[str]:
     """What files beside the weights say otherwise than a source, one line each."""
-    if not source.style:
-        return []
     try:
-        said = configs.claims(container, families.STYLES[source.style])
+        said = _beside(source, container)
     except ConversionError as error:
         return [str(error)]
     spec = source.parts[part].spec
-    facts = _facts(spec, (*spec.arch, *_OF_SPEC))
+    facts = {**spec.arch, **{name: getattr(spec, name) for name in OF_SPEC}}
     return [
         f"{claim.origin} is {show(claim.value)}, but {source.name} has {claim.fact} "
         f"{show(facts[claim.fact])}; --source=auto takes the facts from the files"
@@ -109,9 +95,12 @@ def conflicts(source: Source, part: str, container: Container) -> list[str]:
     ]
 
 
-def _facts(spec: ModelSpec, names: Iterable[str]) -> dict[str, Any]:
-    every = {**spec.arch, **{name: getattr(spec, name) for name in _OF_SPEC}}
-    return {name: every[name] for name in names if name in every}
+def _beside(source: Source, container: Container) -> list[Claim]:
+    """What files beside the weights claim of the network of a source."""
+    if not source.style:
+        return configs.pixels(container)
+    found = recognized(families.STYLES[source.style], container)
+    return configs.claims(container, found[0]) if found else configs.pixels(container)
 
 
 def described(container: Container) -> list[str]:
@@ -120,7 +109,7 @@ def described(container: Container) -> list[str]:
         found = _descriptions(container, (), None, None)
         made, open_, problems = _sources(found, container)
     except ConversionError as error:
-        return [str(error)]
+        return str(error).splitlines()
     lines = [f"{one.name}: fits completely" for one in made]
     lines += [
         f"{d.network.style.name}: {d.summary}; to be stated: {', '.join(d.missing)}" for d in open_
@@ -136,9 +125,9 @@ def published_claims(name: str) -> list[Claim]:
     """
     if name in families.SOURCES:
         spec = families.SOURCES[name].parts[families.SOURCES[name].default_part].spec
-        return claims(_facts(spec, (*_SHARED, *_OF_SPEC)), f"--arch={name}")
+        return claims(facts_of(spec), f"--arch={name}")
     facts, origin = published.network(name)
-    return claims(facts, f"--arch={name} ({origin})")
+    return claims(published.complete(facts), f"--arch={name} ({origin})")
 
 
 def identify(
@@ -165,15 +154,20 @@ def identify(
     fits = [] if style else fitting(container)
     if fits and not given and (known := _certain(fits, digest)):
         return known
-    made, open_, problems = _sources(_descriptions(container, given, style, part), container)
-    if len(made) == 1:
+    try:
+        made, open_, problems = _sources(_descriptions(container, given, style, part), container)
+    except ConversionError as error:
+        if fits and not given:
+            raise ConversionError(asking.for_source(container, fits)) from error
+        raise
+    if len(made) == 1 and not open_:
         return made[0]
-    if made:
-        raise ConversionError(_several(container, made))
     if open_:
-        raise ConversionError(_question(container, open_, fits))
+        raise ConversionError(asking.question(container, open_, fits))
+    if made:
+        raise ConversionError(asking.for_style(container, made))
     if fits:
-        raise ConversionError(_ask_for_source(container, fits))
+        raise ConversionError(asking.for_source(container, fits))
     if problems:
         near = candidates(container)[:1] if style is None else []
         also = [f"Of the sources, the nearest is {c.label} ({c.report})." for c in near]
@@ -190,24 +184,18 @@ def _certain(fits: list[Source], digest: Callable[[], str] | None) -> Source | N
         for source in hashed:
             if digest().startswith(source.sha256 or source.published):
                 return source
-    return fits[0] if len(fits) == 1 and not fits[0].style else None
+    return fits[0] if len(fits) == 1 and fits[0].certain else None
 
 
 def _descriptions(
     container: Container, given: Sequence[Claim], style: str | None, part: str | None
 ) -> list[Description]:
-    """The networks in a file under the styles that name most of it, described."""
-    styles = [families.STYLES[style]] if style else list(families.STYLES.values())
-    every = [network for one in styles for network in recognized(one, container)]
-    if part is not None:
-        every = [network for network in every if part in network.prefix]
-    named = configs.styles(container, families.STYLES.values())
-    every = [n for n in every if n.style.name in named] or every
-    most = max((network.claimed for network in every), default=0)
-    rivals = sorted(
-        (network for network in every if network.claimed >= most - _RIVAL),
-        key=lambda network: -network.claimed,
-    )
+    """The network in a file under the styles that name most of it, described.
+
+    Raises:
+      ConversionError: the file holds several networks, or none can be described.
+    """
+    rivals = _rivals(_networks(container, style, part))
     found, errors = [], []
     for network in rivals:
         try:
@@ -217,6 +205,44 @@ def _descriptions(
     if errors and not found:
         raise errors[0]
     return found
+
+
+def _networks(container: Container, style: str | None, part: str | None) -> list[Recognized]:
+    """What the names in a file are, of one network: that of the part if there are several."""
+    styles = [families.STYLES[style]] if style else list(families.STYLES.values())
+    found, errors = [], []
+    for one in styles:
+        try:
+            found += recognized(one, container)
+        except ConversionError as error:
+            errors.append(ConversionError(f"{container.path}: {error}"))
+    if errors and not found:
+        raise errors[0]
+    named = configs.styles(container, families.STYLES.values())
+    found = [n for n in found if n.style.name in named] or found
+    prefixes = {network.prefix for network in found}
+    if part is not None:
+        prefixes = _chosen(prefixes, part)
+    if len(prefixes) > 1:
+        raise ConversionError(
+            f"{container.path} holds {len(prefixes)} networks, below "
+            f"{', '.join(map(repr, sorted(prefixes)))}; say which with --part, which takes the "
+            "whole prefix or a word of it"
+        )
+    return [network for network in found if network.prefix in prefixes]
+
+
+def _chosen(prefixes: set[str], part: str) -> set[str]:
+    """The prefixes that a part names: the one that it is, or else those with such a word."""
+    whole = {prefix for prefix in prefixes if prefix.rstrip("./") == part.rstrip("./")}
+    return whole or {prefix for prefix in prefixes if part in re.split(r"[./]", prefix)}
+
+
+def _rivals(found: list[Recognized]) -> list[Recognized]:
+    """The styles that name about as much of a network as the best one, which comes first."""
+    most = max((network.claimed for network in found), default=0)
+    near = (network for network in found if network.claimed >= most - _RIVAL)
+    return sorted(near, key=lambda network: -network.claimed)
 
 
 def _sources(
@@ -229,19 +255,18 @@ def _sources(
       that make the same network of the same tensors; the descriptions that lack facts and match
       otherwise; and what is wrong with all others.
     """
-    made: dict[tuple[str, str], Source] = {}
+    made: dict[str, Source] = {}
     open_, problems = [], []
     for description in found:
-        one, _ = source(filled(description), container)
+        one = source(filled(description), container)
         match = one.match(container, one.default_part)[0]
         if match.problems:
             problems.append(_unfit(container, description, match))
         elif description.missing:
             open_.append(description)
         else:
-            spec = one.parts[one.default_part].spec
-            key = description.network.prefix, repr((spec.family, spec.arch, spec.mean, spec.std))
-            made.setdefault(key, one)
+            spec = dataclasses.replace(one.parts[one.default_part].spec, origins={})
+            made.setdefault(spec.to_json(), one)
     return list(made.values()), open_, problems
 
 
@@ -255,106 +280,10 @@ def _unfit(container: Container, description: Description, match: Match) -> str:
 
 def grouped(problems: Sequence[str]) -> list[str]:
     """Problems with the numbers of blocks collapsed: one line per kind."""
+    problems = [problem.replace(OUTER, "") for problem in problems]
     missing = [p.removeprefix("missing ") for p in problems if p.startswith("missing ")]
     others = [p for p in problems if not p.startswith("missing ")]
     return [f"missing {line}" for line in summarize(missing)] + summarize(others)
-
-
-def _several(container: Container, made: list[Source]) -> str:
-    prefixes = sorted({_network(one).prefix for one in made})
-    if len(prefixes) > 1:
-        return (
-            f"{container.path} holds {len(prefixes)} networks, below {', '.join(prefixes)}; say "
-            "which with --part, a word of its prefix"
-        )
-    names = ", ".join(sorted(_network(one).style.name for one in made))
-    return (
-        f"{container.path}: its names are those of several styles; say which with --source={names}"
-    )
-
-
-def _network(made: Source) -> Recognized:
-    assert made.recognized is not None
-    return made.recognized
-
-
-def _question(container: Container, open_: list[Description], fits: list[Source]) -> str:
-    """What was recognised, what is not told, and which published networks it may be."""
-    first = open_[0]
-    lines = [
-        f"{container.path}: {first.summary}. No tensor, and no file beside it, tells "
-        f"{', '.join(first.missing)}.",
-        "Say which network it is with --source or --arch, or state each with --fact=NAME=VALUE.",
-    ]
-    lines += [
-        f"Its file name is that of --source={one.name}."
-        for one in fits
-        if container.path.name in one.file.split()
-    ]
-    rows = _rows(open_, fits)
-    if rows:
-        lines.append("Networks of these shapes:")
-    lines += [f"  {', '.join(names)}: {facts}" for facts, names in rows]
-    return "\n".join(lines)
-
-
-def _rows(open_: list[Description], fits: list[Source]) -> list[tuple[str, list[str]]]:
-    """Facts in words, and the published networks that have them."""
-    found: dict[str, list[str]] = {}
-    for one in fits:
-        spec = one.parts[one.default_part].spec
-        found.setdefault(_words(_facts(spec, (*_SHARED, *_OF_SPEC))), []).append(
-            f"--source={one.name}"
-        )
-    for description in open_:
-        for name in _matching(description):
-            words = _words(published.network(name)[0])
-            found.setdefault(words, []).append(f"--arch={name}")
-    return [(facts, _some(list(dict.fromkeys(names)))) for facts, names in found.items()]
-
-
-def _matching(description: Description) -> list[str]:
-    """The published networks that have the names and shapes of a file."""
-    told = description.told
-    compared = {name: value for name, value in told.items() if name in _COMPARED}
-    names = published.matching(description.network.style.name, compared)
-    scaled = told.get("scaled", False)
-    return [n for n in names if (published.network(n)[0].get("layer_scale") is not None) == scaled]
-
-
-# What shapes tell of a published network, whatever its head and image size.
-_COMPARED = (
-    "width depth mlp_width patch_size registers gated_mlp mlp_norm attn_norm embed_width depths "
-    "heads window widths grn"
-).split()
-
-
-def _some(names: list[str]) -> list[str]:
-    more = len(names) - _SHOWN
-    return [*names[:_SHOWN], f"and {more} more"] if more > 0 else names
-
-
-def _words(facts: Mapping[str, Any]) -> str:
-    statistics = tuple(facts["mean"]), tuple(facts["std"])
-    known = _STATISTICS.get(statistics)
-    words = [
-        f"{name} {show(facts[name])}"
-        for name in ("heads", "window", "pretrained_windows")
-        if name in facts
-    ]
-    words += [str(facts["activation"]), f"eps {show(facts['norm_eps'])}"]
-    words.append(known or f"mean {show(facts['mean'])}, std {show(facts['std'])}")
-    if facts.get("position_resize"):
-        words.append(f"positions resized by {facts['position_resize']}")
-    return ", ".join(words)
-
-
-def _ask_for_source(container: Container, fits: list[Source]) -> str:
-    lines = "\n  ".join(f"{s.name}: {s.file}; {s.note}" for s in fits)
-    return (
-        f"{container.path}: the names and shapes in it fit several sources; say which with "
-        f"--source=\n  {lines}"
-    )
 
 
 def _nearest(container: Container, style: str | None) -> str:
@@ -378,7 +307,7 @@ def _nearest_style(container: Container) -> str:
     ranked = sorted(families.STYLES.values(), key=lambda s: sum(map(there, s.marks)) / len(s.marks))
     nearest: Style = ranked[-1]
     lacking = [mark for mark in nearest.marks if not there(mark)]
-    if len(lacking) == len(nearest.marks):
+    if not lacking or len(lacking) == len(nearest.marks):
         return "`inspect` lists what is in it, `sources` what can be read"
     return (
         f"Of the styles, {nearest.writer} comes nearest, which also has {', '.join(lacking)}. "

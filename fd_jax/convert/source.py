@@ -55,6 +55,8 @@ class Source:
       unstack: prefix of tensors whose leading axis is the block number, see `unstacked`.
       hf: whether the file has the names that a class of transformers expects.
       complete: whether the spec came out of the file with every fact, so that nothing is added.
+      certain: whether nobody but the publisher of the file gives such names, so that a file with
+        them has the facts of the source.
       style: name of the style whose names the file has, if files beside it may state facts; what
         they say has to agree with the spec.
       recognized: the network in the one file that the source was made from.
@@ -71,6 +73,7 @@ class Source:
     unstack: str | None = None
     hf: bool = False
     complete: bool = False
+    certain: bool = False
     style: str = ""
     recognized: "Recognized | None" = None
     remarks: tuple[str, ...] = ()

@@ -130,10 +130,16 @@ def recognized(style: Style, container: Container) -> list[Recognized]:
       ConversionError: its tensors have shapes that no network of the style has.
     """
     found = list(_recognized(style, container.tensors))
-    if found or not style.renames:
+    if not style.renames:
         return found
     renamed = {_renamed(style, name): tensor for name, tensor in container.tensors.items()}
-    return list(_recognized(style, renamed))
+    # Names in memory may begin with what stands before a network in a file, so that a part of them
+    # looks like one: the reading counts that makes sense of more tensors.
+    return max((found, list(_recognized(style, renamed))), key=_explained)
+
+
+def _explained(found: list["Recognized"]) -> float:
+    return sum(network.claimed * len(network.tensors) for network in found)
 
 
 def _recognized(style: Style, names: Mapping[str, Tensor]) -> Iterator[Recognized]:

@@ -4,7 +4,7 @@ Every method here is linear along one axis, so it is written as a [target, sourc
 and applied to rows and columns; the same code serves tables on the host and images on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
-PositionResize = Literal["size", "offset_0.1", "antialias"]
+PositionResize = Literal["size", "offset_0.1", "antialias", "bilinear"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,7 +70,7 @@ def resize_pos_embed(
       prefix: leading rows that belong to no patch (class token); copied.
       method: "size" is torch's bicubic; "offset_0.1" the same with the scale factors
         (target + 0.1) / source of both axes that DINO and DINOv2 state; "antialias" torch's
-        antialiased bicubic.
+        antialiased bicubic; "bilinear", of relative tables, is "size" here.
 
     Returns:
       [1, prefix + H*W of the target, D] in the dtype of `table`.
@@ -116,8 +116,8 @@ def resize_rel_pos_table(
       source: (H, W) of the table's patches.
       target: (H, W) wanted.
       extra: trailing rows that belong to no pair of patches (3 with a class token); copied.
-      method: "antialias", which is timm's way with absolute positions, takes straight lines; all
-        others take splines.
+      method: "antialias", which is timm's way with absolute positions, takes straight lines;
+        "bilinear" resizes the table as a picture (transformers); all others take splines.
 
     Returns:
       [(2H - 1)(2W - 1) + extra, A] for the target's H and W, in the dtype of `table`.
@@ -130,20 +130,26 @@ def resize_rel_pos_table(
         )
     if source == target:
         return table
-    through = linear_matrix if method == "antialias" else spline_matrix
-    matrices = [_offset_matrix(old, new, through) for old, new in zip(source, target, strict=True)]
+    matrices = [_offset_matrix(old, new, method) for old, new in zip(source, target, strict=True)]
     return _concatenate([_resize_axes(table[:rows], offsets, matrices), table[rows:]])
 
 
-def _offset_matrix(
-    source: int, target: int, through: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _offset_matrix(source: int, target: int, method: PositionResize) -> np.ndarray:
     """From a bias per offset of `source` tokens in a row to one of `target`; both 2n - 1."""
     if source == target:
         return np.eye(2 * source - 1)
+    if method == "bilinear":
+        return bilinear_matrix(2 * source - 1, 2 * target - 1)
     offsets = geometric_offsets(source - 1, target - 1)
     queries = np.arange(-(target - 1), target, dtype=np.float64)
+    through = linear_matrix if method == "antialias" else spline_matrix
     return through(offsets, np.clip(queries, offsets[0], offsets[-1]))
+
+
+def bilinear_matrix(source: int, target: int) -> np.ndarray:
+    """Torch's bilinear (align_corners False, no antialias) along one axis. [target, source]"""
+    centres = (np.arange(target) + 0.5) * source / target - 0.5
+    return linear_matrix(np.arange(source), np.clip(centres, 0, source - 1))
 
 
 def resize_patch_kernel(kernel: np.ndarray, size: int) -> np.ndarray:

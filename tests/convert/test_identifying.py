@@ -13,15 +13,11 @@ from tests.convert import synthetic
 
 # Files whose names only one publisher gives; all others lack facts that no tensor tells.
 CERTAIN = {
-    "dino_vitb16_full_checkpoint",
-    "esvit_swin_base_w14",
     "fd_official_distilled_clip_vit_b",
     "fd_official_distilled_clip_vit_l",
     "fd_official_distilled_esvit_swin_b",
     "fd_official_finetuned_clip_vit_l",
     "fd_official_finetuned_swin_b",
-    "mae_vit_base_full",
-    "siglip2_base_patch16_224_bigvision",
     "swinv2_giant",
 }
 

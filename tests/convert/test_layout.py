@@ -119,14 +119,12 @@ def test_a_network_beside_the_public_ones_is_written_right_or_refused(base, tmp_
     ("base", "change"),
     [
         ("vit", {"position": "ape_rope"}),
-        ("vit", {"gated_mlp": True}),
         ("vit", {"mlp_norm": True}),
         ("vit", {"attn_norm": True}),
         ("dinov3_vit", {"rope_pairs": "neighbours"}),
         ("dinov3_vit", {"rope_reference": 3}),
         ("dinov3_vit", {"rope_axes": "xy"}),
         ("dinov3_vit", {"position": "ape_rope"}),
-        ("dinov3_vit", {"gated_mlp": True}),
     ],
     ids=str,
 )
@@ -136,3 +134,14 @@ def test_what_no_class_has_is_refused_also_where_no_tensor_shows_it(base, change
     for name in ("huggingface", "timm"):
         with pytest.raises(ConversionError, match="cannot be written as"):
             formats.FORMATS[name].write(spec, params, tmp_path / name)
+
+
+@pytest.mark.parametrize(("base", "library"), [("vit", "timm"), ("dinov3_vit", "huggingface")])
+def test_gates_have_a_class_in_one_library_and_none_in_the_other(base, library, tmp_path):
+    """timm packs them into its VisionTransformer, and transformers' DINOv3 has a switch."""
+    spec = ModelSpec("vit", {**BASES[base], "gated_mlp": True, "activation": "silu"})
+    params = random_params(spec)
+    assert formats.FORMATS[library].write(spec, params, tmp_path / "written") == []
+    (other,) = {"timm", "huggingface"} - {library}
+    with pytest.raises(ConversionError, match="cannot be written as"):
+        formats.FORMATS[other].write(spec, params, tmp_path / other)

@@ -11,7 +11,7 @@ ROOT = Path(fd_jax.convert.__file__).parent
 MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks", "style", "facts"}
 MADE_OF |= {"configs", "describing"}
 COMMANDS = {"cli", "importing", "exporting", "verifying", "inspecting", "listing"}
-COMMANDS |= {"identifying", "formats", "__main__"}
+COMMANDS |= {"identifying", "asking", "formats", "__main__"}
 # Room -> the rooms it may import.
 ALLOWED = {
     "containers": {"containers"},
@@ -24,7 +24,7 @@ ALLOWED = {
 # What the converter may use of the rest, one entry per room.
 OUTSIDE = {
     "containers": {"errors"},
-    "published": {"errors"},
+    "published": {"errors", "models"},
     "rules": {"errors"},
     "made of": {"errors", "model_folder", "models"},
     "families": {"errors", "models"},

@@ -198,6 +198,18 @@ def test_tables_of_timm_follow_straight_lines(source, grid):
     assert np.abs(splines - got).max() > 0.01  # the original's way, which fine-tuning here has
 
 
+@pytest.mark.parametrize(("source", "grid"), [(14, 24), (14, 7), (7, 12)])
+def test_tables_of_transformers_are_resized_as_pictures(source, grid):
+    table = np.random.default_rng(0).standard_normal(((2 * source - 1) ** 2 + 3, 2))
+    got = resize.resize_rel_pos_table(
+        table, (source, source), (grid, grid), extra=3, method="bilinear"
+    )
+    picture = torch.from_numpy(table[:-3].T.reshape(1, 2, 2 * source - 1, 2 * source - 1))
+    resized = torch.nn.functional.interpolate(picture, size=2 * grid - 1, mode="bilinear")
+    np.testing.assert_allclose(got[:-3], resized.numpy().reshape(2, -1).T, atol=1e-12)
+    np.testing.assert_array_equal(got[-3:], table[-3:])
+
+
 def test_rel_pos_table_keeps_near_offsets_and_class_rows():
     rng = np.random.default_rng(0)
     table = rng.normal(size=(27 * 27 + 3, 12)).astype(np.float32)

@@ -158,7 +158,11 @@ _SIGLIP = ModelType(
     more=_siglip_pool,
 )
 _BEIT = ModelType(
-    _B16, _VIT, _SIZED, {"use_absolute_position_embeddings": False}, more=_beit_pooling
+    _B16,
+    _VIT,
+    {"position_resize": "bilinear"},
+    {"use_absolute_position_embeddings": False},
+    more=_beit_pooling,
 )
 _VITS = ModelType(_B16, _VIT, _ON_CLASS_TOKEN, more=_biases)
 # The MLP of DINOv2 is a ratio, and two thirds of it where it is gated: its tensors tell.
@@ -286,9 +290,8 @@ def _value(fact: str, value: Any, origin: str) -> Any:
         return activation(value, origin)
     if fact == "mlp_ratio" and isinstance(value, float) and value.is_integer():
         return int(value)
-    pair = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
-    if fact in ("image_size", "patch_size") and pair:
-        return value[0]
+    if fact in ("image_size", "patch_size") and isinstance(value, list):
+        return value[0] if len(value) == 2 and value[0] == value[1] else value
     return value
 
 

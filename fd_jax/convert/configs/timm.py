@@ -92,7 +92,8 @@ def _pooling(
 ) -> list[Claim]:
     """What a head reads, as the config of one file says it; it may be unlike the published one."""
     pool = given.get("global_pool", config.get("global_pool"))
-    mean = "mean_norm" if any(name.startswith("fc_norm.") for name in tensors) else "mean"
+    normed = any(name.startswith(("fc_norm.", "head.norm.")) for name in tensors)
+    mean = "mean_norm" if normed else "mean"
     pooling = {"token": "cls", "avg": mean}.get(str(pool))
     return [] if pooling is None else [Claim("pooling", pooling, f"{FILE}: global_pool")]
 

@@ -49,6 +49,7 @@ def _distilled(name: str, student: Table, spec: ModelSpec, teacher: Part, oracle
         },
         oracle,
         "the projector is kept; the teacher inside can be taken instead",
+        certain=True,
     )
 
 
@@ -69,6 +70,7 @@ def _finetuned(name: str, table: Table, spec: ModelSpec, oracle: str) -> Source:
         {"classifier": Part(table, spec, ("model/",))},
         oracle,
         "trained with ImageNet statistics (kept here), evaluated by its authors with CLIP's",
+        certain=True,
     )
 
 

@@ -150,6 +150,7 @@ SOURCES = (
         "Swin V2 in plain torch (transformers' has no norms on the main branch)",
         "heads, window and size are assumed: its authors give channels, depths and the norm after "
         "every sixth block",
+        certain=True,
     ),
     Source(
         "swinv2_base_patch4_window8_256_hf",

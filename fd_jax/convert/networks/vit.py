@@ -153,8 +153,10 @@ _KINDS = {
 
 def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     facts = {name: claim.value for name, claim in settled.items()}
-    rotary = {name: facts[name] for name, usual in ROPE.items() if facts.get(name, usual) != usual}
-    kind = facts["table"], facts.get("rope_theta") is not None
+    turned = facts.get("rope_theta") is not None
+    given = {name: facts.get(name, usual) for name, usual in ROPE.items()} if turned else {}
+    rotary = {name: value for name, value in given.items() if value != ROPE[name]}
+    kind = facts["table"], turned
     if kind not in _KINDS:
         raise ConversionError("it has rotary positions beside a table of relative ones")
     size, remarks = _image_size(settled)
@@ -276,7 +278,14 @@ def packed_mlp(name: str) -> tuple[Rule, ...]:
 
 def _stand_ins(told: Mapping[str, Any]) -> dict[str, Any]:
     side = math.isqrt(told.get("patches") or 1) * told["patch_size"]
-    return {**STAND_INS, "heads": told["width"] // 4, "rope_theta": 100.0, "image_size": side}
+    theta = 100.0 if told["table"] is None else None
+    return {
+        **STAND_INS,
+        **ROPE,
+        "heads": told["width"] // 4,
+        "rope_theta": theta,
+        "image_size": side,
+    }
 
 
 NETWORK = Network(

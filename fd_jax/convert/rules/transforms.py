@@ -160,7 +160,9 @@ def folded_positions(cls: int) -> Transform:
     def fold(registers, table):
         end = cls + registers.shape[1]
         own = table[:, cls:end].astype(np.float32)  # the libraries add in it
-        return registers.astype(np.float32) + own, np.concatenate((table[:, :cls], table[:, end:]), axis=1)
+        return registers.astype(np.float32) + own, np.concatenate(
+            (table[:, :cls], table[:, end:]), axis=1
+        )
 
     def unfold(registers, table):
         rows = (table[:, :cls], np.zeros_like(registers), table[:, cls:])

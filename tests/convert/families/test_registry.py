@@ -50,7 +50,8 @@ def added(monkeypatch):
     table = prefixed(timm_vit.TABLE, "toy.")
     arch = {**timm_vit.ARCH, **synthetic.SMALL, "image_size": 12}
     spec = dataclasses.replace(timm_vit.DEIT, arch=arch)
-    source = Source("toy_vit", "toy.safetensors", {"backbone": Part(table, spec)}, "itself")
+    parts = {"backbone": Part(table, spec)}
+    source = Source("toy_vit", "toy.safetensors", parts, "itself", certain=True)
     family = Family("toy", (source,))
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))
     monkeypatch.setitem(families.SOURCES, "toy_vit", source)
