@@ -165,8 +165,8 @@ def source(description: Description, container: Container) -> Source:
       ConversionError: the facts together make no network.
     """
     network = description.network
-    table, pool, remarks = _with_pool(description)
     try:
+        table, pool, remarks = _with_pool(description)
         arch, more = kinds.NETWORKS[network.style.network].arch(description.settled)
         spec = _spec(description, arch, pool)
         kinds.check_sizes(spec, container)
@@ -211,6 +211,8 @@ def _with_pool(description: Description) -> tuple[Table, dict[str, Any] | None, 
         return dataclasses.replace(table, rules=rest), None, [remark]
     if claim.value["kind"] != "attention":
         return table, dict(claim.value), []
+    if "pool_mlp_width" not in description.told:
+        raise ConversionError("its pooling head has no learned query")
     kept = {name: claim.value[name] for name in ("kind", "heads", "activation", "norm_eps")}
     heads = [rule for rule in table.rules if as_tuple(rule.paths)[0].startswith("head/")]
     names = [name for rule in heads for name in as_tuple(rule.names)]

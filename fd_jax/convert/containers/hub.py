@@ -1,5 +1,6 @@
 """Hugging Face's hub: names of repositories, and the folders of its cache."""
 
+import json
 from pathlib import Path
 
 from fd_jax.errors import ConversionError
@@ -59,20 +60,32 @@ def fetch(name: str) -> Path:
             "logged in (`hf auth login`)"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"{name}: not in the cache of huggingface_hub, and it cannot be fetched "
-            f"({str(error).splitlines()[0]:.120}). Connect to the network, or fetch the repository "
-            "elsewhere and name its folder"
+            f"{name}: not in the cache of huggingface_hub, and it cannot be fetched ({why:.120}). "
+            "Connect to the network, or fetch the repository elsewhere and name its folder"
         ) from error
 
 
 def _cached(hub, errors, asked: dict[str, str | None]) -> Path | None:
-    """The folder in the cache, if weights are in it."""
+    """The folder in the cache, if whole weights and a config are in it."""
     try:
         folder = Path(hub.snapshot_download(**asked, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         return None
-    return folder if _holds(folder, (*_WEIGHTS, *_PICKLES)) else None
+    whole = _holds(folder, _CONFIGS) and _holds(folder, (*_WEIGHTS, *_PICKLES))
+    return folder if whole and _shards_are_there(folder) else None
+
+
+def _shards_are_there(folder: Path) -> bool:
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            return False
+        if not all((folder / str(shard)).exists() for shard in shards):
+            return False
+    return True
 
 
 def _download(hub, asked: dict[str, str | None]) -> Path:
