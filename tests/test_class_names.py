@@ -101,6 +101,7 @@ def test_a_head_without_names_is_compared_by_numbers_and_a_note_says_so(
         accuracy(folder, data, "bc", tmp_path)
 
 
+@pytest.mark.slow
 def test_landscapes_number_the_classes_as_the_head_does(classifier, data):
     folder = classifier(("cow", "ant", "bee"), ["cow", "ant", "bee"])
     landscape = Landscape("tiny", folder, directions=1, points=3)

@@ -140,6 +140,7 @@ print("saved", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "delay",
     [

@@ -270,6 +270,7 @@ def test_the_example_whose_read_hangs_is_named(make_loader, unbroken):
 LATE = 21  # a batch of worker 1 of 2, after it has delivered others
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_named(make_loader, tmp_path):
     dataset, pid_file = Pictures(200), tmp_path / "pid"
     at = pipeline.epoch_order(SEED, 0, 200)[LATE * BATCH]
@@ -312,6 +313,7 @@ def running(pid):
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_workers_ignore_sigterm(make_loader, tmp_path):
     """The main process still needs batches until it has saved, after a signal to all processes."""
     dataset, pid_file = Pictures(200), tmp_path / "pid"

@@ -255,6 +255,7 @@ def test_a_swin_has_the_figures_of_its_windows(run, tmp_path):
     assert model["about"]["patch"] == [4, 4, 8, 16]
 
 
+@pytest.mark.slow
 def test_a_convnext_has_the_figures_of_its_features(run, tmp_path):
     status, _, err = run("convnext", figures="rank,pca,landscape", directions=1, points=3)
     assert status == 0, err

@@ -107,6 +107,7 @@ def same_norms(path, delta, theta):
     return np.allclose(filter_norms(path, delta), filter_norms(path, theta), rtol=2e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_filters_of_a_literal_direction_have_the_norms_of_the_weights(name):
     """Negative control: neither the noise itself nor another direction's filters pass."""

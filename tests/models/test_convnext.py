@@ -38,6 +38,7 @@ def test_features_equal_transformers(kind, tmp_path):
     assert convnexts.relative(got, want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_features_equal_transformers_in_float64(kind, tmp_path):
     made = convnexts.spec(kind, depths=[1, 11], widths=[8, 12])  # as text, 10 comes before 2
@@ -52,6 +53,7 @@ def test_features_equal_transformers_in_float64(kind, tmp_path):
     assert convnexts.relative(got, want) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_equals_transformers(kind, tmp_path):
     made = convnexts.spec(kind)
@@ -112,6 +114,7 @@ def test_dinov3s_class_token_is_the_normalised_mean(tmp_path):
     assert convnexts.relative(network.norm(mean), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_loss_and_gradients_equal_torchs(kind, tmp_path):
     """Smooth L1 against random features, through every parameter, in float64."""
@@ -387,6 +390,7 @@ def test_drop_path_rates_grow_over_all_stages():
     np.testing.assert_allclose(rates, 0.7 * np.arange(8) / 7)
 
 
+@pytest.mark.slow
 def test_branches_drop_by_example():
     made = convnexts.spec("v1")
     params, images = convnexts.random_params(made), convnexts.pictures(made)

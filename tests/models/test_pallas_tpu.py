@@ -122,6 +122,7 @@ def test_a_layer_has_the_gradients_of_xla_whoever_sums_those_of_its_biases(
             assert np.abs(got[name] - array).max() < TOLERANCE * largest, name
 
 
+@pytest.mark.slow
 def test_a_bias_that_nobody_sums_would_be_seen(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "_start_sums", lambda refs, here: None)
     want = layer_with_gradients("xla", monkeypatch)

@@ -135,6 +135,7 @@ def test_loss_is_the_mean_over_every_element(folder):
     np.testing.assert_allclose(total / count, loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_metrics(folder):
     task, params, frozen = make(folder)
     batch = tiny.batch()

@@ -50,6 +50,7 @@ def theirs(kind, folder, scratch):
     return model, np.asarray(spec.normalize(tiny.batch(side=64)["image"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", convnexts.KINDS)
 def test_a_vit_learns_the_last_map(kind, folders, tmp_path):
     task, params, frozen = make(config(folders[kind]))

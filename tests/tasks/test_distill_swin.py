@@ -90,6 +90,7 @@ def interpolated(tokens, grid):
     return image.flatten(2).permute(0, 2, 1).numpy()
 
 
+@pytest.mark.slow
 def test_swin_student_of_a_vit_learns_its_map_on_a_coarser_grid(vit):
     task, params, frozen = make(tiny.swin_config(vit, **{"target.resample": "bilinear"}))
     spec, parts = model_folder.load(vit)
@@ -130,6 +131,7 @@ def test_class_token_targets_are_refused_without_class_tokens(esvit):
         DistillTask(tiny.swin_config(esvit, **{"target.kind": "cls"}))
 
 
+@pytest.mark.slow
 def test_logits_of_a_swin_are_learned_from_mean_tokens(esvit, tmp_path):
     """Without class tokens, the heads of teacher and student read the mean patch token."""
     spec, parts = model_folder.load(esvit)

@@ -258,6 +258,7 @@ def test_linear_decoder_equals_torch_on_the_normalised_map(student):
     assert np.abs(np.asarray(raw_map.patches) - patches).max() > 0.1
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_a_frozen_encoder(student):
     task, params, extra, frozen = initialized(student, **LINEAR)
     batch = task.prepare(tiny.segmented_batch(), jax.random.key(0))
@@ -511,7 +512,7 @@ def test_impossible_configs_are_refused(student, fields, message):
 def test_a_network_without_four_levels_is_refused():
     with pytest.raises(ConfigError, match="a ViT of 2 blocks has no four levels"):
         SegmentTask(tiny.segmentation(), init_spec=tiny.teacher_spec())
-    with pytest.raises(ConfigError, match="a Swin of 3 stages"):
+    with pytest.raises(ConfigError, match="a network of 3 stages has no four levels"):
         SegmentTask(tiny.segmentation(), init_spec=tiny.swin_spec(2))
 
 

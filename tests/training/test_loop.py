@@ -184,6 +184,7 @@ def test_damaged_checkpoint_is_named(config, finished, tmp_path):
         fit(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_falls_back_to_the_newest_whole_checkpoint_bit_for_bit(config, finished, tmp_path):
     """The damaged one stays on the disk, out of the way of the one that replaces it."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
@@ -227,6 +228,7 @@ def test_checkpoint_of_another_state_is_reported_as_such_and_not_as_damaged(
     assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_nonfinite_steps_stop_the_run_and_their_examples_are_named(config, tmp_path):
     config.optim.update(peak_lr=1e35, weight_decay=0.0)
     config.max_nonfinite = 2

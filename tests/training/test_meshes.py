@@ -107,6 +107,7 @@ def test_gates_norms_rotations_and_partial_patches_train_alike_on_every_mesh():
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max() + 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh,accumulation",
     [
@@ -159,6 +160,7 @@ def test_a_small_swin_giant_trains_the_same_on_a_mesh_of_three_axes():
     assert "extra_norm" in state.params["encoder"]["stages"]["0"]["blocks"]["1"]
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_are_split_over_fsdp():
     _, state = train((1, 8, 1))
     kernel = state.params["encoder"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]

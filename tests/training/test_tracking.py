@@ -226,6 +226,7 @@ def server():
         listening.shutdown()
 
 
+@pytest.mark.slow
 def test_the_network_is_not_asked_offline(server, tmp_path):
     address, asked = server
     ways = {"HTTPS_PROXY": address, "HTTP_PROXY": address, "WANDB_BASE_URL": address}

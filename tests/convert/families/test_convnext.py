@@ -169,6 +169,7 @@ def test_verify_compares_every_block(name, tmp_path):
 TIMM = ("convnext", "convnext_v2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_a_network_of_timm_goes_back_bit_for_bit_and_to_transformers(name, tmp_path):
     (tmp_path / "timm").mkdir()
