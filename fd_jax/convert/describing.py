@@ -86,13 +86,15 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
         _check_values(found, style.network)
         told = _told(network, container, found)
         settled = settle([*claims(told, TENSORS), *found])
-        _check_head(network, settled)
+        above_pool = "pool" in settled and "pool_mlp_width" in told  # such a head is left out
+        if has_head := _has(network.table, "head/kernel") and not above_pool:
+            _check_head(network, settled)
     except (UserError, *UNREADABLE) as error:
         raise ConversionError(f"{container.path}: {style.writer}: {error}") from error
     asked = [*kind.asks(told), *style.asks]
     if style.asks and "rope_theta" in settled and settled["rope_theta"].value is not None:
         asked += ROPE
-    if _has(network.table, "head/kernel"):
+    if has_head:
         asked.append("pooling")
     missing = tuple(fact for fact in asked if fact not in settled)
     return Description(network, settled, missing, told)
@@ -117,7 +119,7 @@ def _check_head(network: Recognized, settled: Mapping[str, Claim]) -> None:
       ConversionError: the tensors and the pooling do not fit each other.
     """
     pooling = settled.get("pooling")
-    if pooling is None or not _has(network.table, "head/kernel"):
+    if pooling is None:
         return
     normed = pooling.value in ("mean_norm", "norm_mean")
     if normed != _has(network.table, "fc_norm/scale"):

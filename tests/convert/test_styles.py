@@ -46,6 +46,7 @@ CLASSES = {
     "DeiTModel": ("DeiTConfig", SMALL),
     "ViTMSNModel": ("ViTMSNConfig", {**SMALL, "hidden_act": "gelu_new"}),
     "IJepaModel": ("IJepaConfig", SMALL),
+    "ViTMAEModel": ("ViTMAEConfig", {**SMALL, "mask_ratio": 0.0}),
     "BeitModel": ("BeitConfig", {**SMALL, "use_relative_position_bias": True}),
     "Data2VecVisionModel": (
         "Data2VecVisionConfig",
@@ -102,6 +103,8 @@ def reference(name, images, **changes):
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     size = {} if images.shape[1] == model.config.image_size else {"interpolate_pos_encoding": True}
     size = {} if "dino" in name.lower() or "Swin" in name else size
+    if "MAE" in name:  # which orders patches by random numbers before it masks none
+        size = {"noise": torch.arange(9.0).expand(len(images), 9)}
     with torch.no_grad():
         tokens = model(pixels, **size).last_hidden_state
         if hasattr(model, "post_layernorm") and "CLIP" in name:

@@ -178,6 +178,7 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
     {
         "vit": _VITS,
         "deit": _VITS,
+        "vit_mae": _VITS,
         "ijepa": dataclasses.replace(_VITS, constants={**_SIZED, "pooling": "mean"}),
         "vit_msn": dataclasses.replace(_VITS, defaults={**_B16, "layer_norm_eps": 1e-6}),
         "beit": _BEIT,

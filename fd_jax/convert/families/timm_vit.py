@@ -217,7 +217,7 @@ HUGGINGFACE_STYLE = Style(
     unlike=("encoder.layer.*.lambda_1", "*relative_position_bias_table"),
     bases=("vit_msn.", "ijepa.", "deit.", "vit."),
     pick=_hf_pick,
-    configs=("vit", "deit", "ijepa", "vit_msn"),
+    configs=("vit", "deit", "ijepa", "vit_mae", "vit_msn"),
     renames=IN_MEMORY,
 )
 
