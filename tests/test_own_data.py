@@ -258,14 +258,16 @@ def test_errors_of_a_config_reach_the_terminal_as_one_message(folder, tmp_path):
     assert "argument 'colour' is unknown" in done.stderr and "Traceback" not in done.stderr
 
 
-BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The blocks of the page; those of Python say so.
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = re.compile(r"(--config=configs/own_\w+\.py:[^\s]+)")
 
 
 def commands_of(page):
     """The commands of a page in order, with `smoke` added to the configs of this module."""
     text = page.read_text("utf-8")
-    return [OWN.sub(r"\1,smoke", block) for block in BLOCK.findall(text)]
+    blocks = BLOCK.findall(text)
+    return [OWN.sub(r"\1,smoke", block) for language, block in blocks if not language]
 
 
 def test_the_page_uses_all_configs_and_each_argument():
