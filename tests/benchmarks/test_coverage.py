@@ -34,14 +34,8 @@ def test_rows_are_of_the_backbones_in_their_order():
     assert list(rows) == [name for name in names if name in rows]
 
 
-# Equal at their own size. For another one, transformers resizes the tables of BEiT bilinearly, and
-# its Swin V2 keeps the window that the last stage had at the size for which it was built.
-OTHER_AT_ANOTHER_SIZE = {
-    "microsoft/beit-base-patch16-224-pt22k",
-    "microsoft/beit-base-patch16-224",
-    "facebook/data2vec-vision-base",
-    "microsoft/swinv2-base-patch4-window12to16-192to256-22kto1k-ft",
-}
+# Equal at its own size. transformers keeps the window that its last stage had at that size.
+OTHER_AT_ANOTHER_SIZE = {"microsoft/swinv2-base-patch4-window12to16-192to256-22kto1k-ft"}
 
 
 def test_nothing_else_is_taken_with_other_features():
