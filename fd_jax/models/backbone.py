@@ -11,6 +11,7 @@ from fd_jax.errors import check_choice
 from fd_jax.models import layers, sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
+from fd_jax.models.resize import PositionResize
 from fd_jax.typing import PyTree
 
 REMAT_POLICIES = {
@@ -203,6 +204,29 @@ class Backbone(nnx.Module):
             policy = None if name is None else getattr(jax.checkpoint_policies, name)
             run = jax.checkpoint(run, policy=policy)
         return run(block, x, drops, shared_bias)
+
+    @staticmethod
+    def resize_positions(
+        params: dict[str, Any],
+        arch: dict[str, Any],
+        image_size: sizes.ImageSize,
+        *,
+        method: PositionResize,
+    ) -> dict[str, Any]:
+        """The same parameters, in a network whose parameters serve any size."""
+        del arch, image_size, method
+        return params
+
+    @staticmethod
+    def untied(arch: dict[str, Any]) -> dict[str, Any]:
+        """The same architecture, in a network whose blocks share no position bias."""
+        return arch
+
+    @staticmethod
+    def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
+        """The parameters for `untied(arch)`."""
+        del arch
+        return params
 
     def _attention_map(self, visit: Visit) -> AttentionMap:
         return AttentionMap(

@@ -17,7 +17,6 @@ from fd_jax.errors import ConfigError, check_choice, check_positive
 from fd_jax.models import kernels, layers, sizes
 from fd_jax.models.backbone import Backbone, Visit, check_remat
 from fd_jax.models.convnext_blocks import HALF, KERNEL_INIT, Block, Downsample
-from fd_jax.models.resize import PositionResize
 from fd_jax.models.sizes import ImageSize
 
 GROUP = 3  # blocks that have one learning rate under layer-wise decay
@@ -180,29 +179,6 @@ class ConvNeXt(Backbone):
                 "scale": np.ones(width, np.float32),
                 "bias": np.zeros(width, np.float32),
             }
-        return params
-
-    @staticmethod
-    def resize_positions(
-        params: dict[str, Any],
-        arch: dict[str, Any],
-        image_size: ImageSize,
-        *,
-        method: PositionResize,
-    ) -> dict[str, Any]:
-        """The same parameters: a convolution takes any size."""
-        del arch, image_size, method
-        return params
-
-    @staticmethod
-    def untied(arch: dict[str, Any]) -> dict[str, Any]:
-        """The same architecture, in which no position bias is shared."""
-        return arch
-
-    @staticmethod
-    def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-        """The parameters for `untied(arch)`."""
-        del arch
         return params
 
     def embed(self, images: jax.Array) -> jax.Array:

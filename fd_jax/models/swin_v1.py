@@ -46,17 +46,6 @@ class SwinV1(Swin):
             stages[number] = {**stage, "blocks": blocks}
         return {**params, "stages": stages}
 
-    @staticmethod
-    def untied(arch: dict[str, Any]) -> dict[str, Any]:
-        """The architecture with a bias per block, which is the only one there is."""
-        return arch
-
-    @staticmethod
-    def untie_positions(params: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-        """The parameters for `untied(arch)`."""
-        del arch
-        return params
-
     def _attention(self, stage, width, heads, **kwargs):
         bias = windows.WindowBias(min(self.window, self.grids[stage]), heads)
         return windows.WindowAttention(width, heads, qkv_bias="qkv", rel_pos_bias=bias, **kwargs)

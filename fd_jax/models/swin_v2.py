@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import windows
-from fd_jax.models.resize import PositionResize
-from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin import KERNEL_INIT, Swin
 
 Position = Literal["rpb", "shared_rpb"]
@@ -54,18 +52,6 @@ class SwinV2(Swin):
         self.residual_scale = residual_scale
         self.extra_norm_every = extra_norm_every
         super().__init__(depths=depths, **kwargs)
-
-    @staticmethod
-    def resize_positions(
-        params: dict[str, Any],
-        arch: dict[str, Any],
-        image_size: ImageSize,
-        *,
-        method: PositionResize,
-    ) -> dict[str, Any]:
-        """The parameters as they are: the bias networks serve any window."""
-        del arch, image_size, method
-        return params
 
     @staticmethod
     def untied(arch: dict[str, Any]) -> dict[str, Any]:
