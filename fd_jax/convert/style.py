@@ -9,6 +9,7 @@ networks.
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import fnmatch
+import functools
 import math
 import re
 from typing import Any
@@ -26,6 +27,11 @@ _MOST_BLOCKS = 1000
 _MOST_NUMBERS = 2**31  # in a tensor of a network
 # Begins the names, in tables, of what is beside a network in a larger model of the same library.
 OUTER = "../"
+
+
+def variant_name(*words: str) -> str:
+    """The name of a variant with several properties; "" for the plain one."""
+    return "+".join(filter(None, words))
 
 
 def _only_table(tensors: Mapping[str, Tensor]) -> str:
@@ -104,7 +110,7 @@ class Recognized:
         """How the style and the variant stand in `ModelSpec.source`."""
         return f"{self.style.name}:{self.variant}" if self.variant else self.style.name
 
-    @property
+    @functools.cached_property
     def claimed(self) -> float:
         """Which share of the tensors the rules name."""
         return sum(_claims(self.table, name) for name in self.tensors) / len(self.tensors)
@@ -219,6 +225,7 @@ def _claims(table: Table, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, drop.names) for drop in table.drops)
 
 
+@functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(_PLACEHOLDERS.sub(r"(\\d{1,9})", re.escape(template)))
 

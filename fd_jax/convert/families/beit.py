@@ -1,7 +1,6 @@
 """BEiT's ViT, also the student of the original repository: relative positions, no k bias."""
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from fd_jax.convert.rules.tables import (
     norm,
     optional,
     prefixed,
+    sometimes,
 )
 from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import Part, Source
@@ -115,21 +115,13 @@ _BEIT_DROPS = (
 )
 
 
-def _sometimes(table: Table, words: tuple[str, ...]) -> tuple[Rule, ...]:
-    """The rules, those with one of the words in their names for networks that may lack them."""
-    return tuple(
-        dataclasses.replace(rule, optional=any(word in str(rule.names) for word in words))
-        for rule in table.rules
-    )
-
-
 TIMM_STYLE = Style(
     "timm_beit",
     "timm's Beit",
     "vit",
     {
         "": Table(
-            (*_sometimes(_TRUNK, _SOMETIMES), *optional(dict.fromkeys(_BEIT_MORE))),
+            (*sometimes(_TRUNK.rules, _SOMETIMES), *optional(dict.fromkeys(_BEIT_MORE))),
             _BEIT_DROPS,
             TIMM.derived,
         )
@@ -165,8 +157,8 @@ HUGGINGFACE_STYLE = Style(
     {
         "": Table(
             (
-                *_sometimes(
-                    HUGGINGFACE,
+                *sometimes(
+                    HUGGINGFACE.rules,
                     (
                         "lambda_",
                         "relative_position",

@@ -17,7 +17,7 @@ from fd_jax.convert.networks.vit import (
     QKV_BIASES,
     SIZES,
 )
-from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, prefixed
+from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, prefixed, sometimes
 from fd_jax.convert.rules.transforms import (
     CONV,
     FUSED_QKV,
@@ -69,7 +69,7 @@ OPENAI = prefixed(_TOWER, "visual.") + Table((), tuple(Drop(*pair) for pair in _
 # Towers of any size, with what some of open_clip's have or lack.
 _ANY_TOWER = Table(
     (
-        *(dataclasses.replace(r, optional="ln_pre" in str(r.names)) for r in _TOWER.rules),
+        *sometimes(_TOWER.rules, ("ln_pre",)),
         Rule("proj", PROJECTION, optional=True),
         Rule(f"{_RES}.ls_1.gamma", f"{BLOCK}/gamma_1", optional=True),
         Rule(f"{_RES}.ls_2.gamma", f"{BLOCK}/gamma_2", optional=True),

@@ -31,6 +31,7 @@ from fd_jax.convert.rules.tables import (
     linear,
     norm,
     optional,
+    sometimes,
 )
 from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, MASKED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
@@ -140,11 +141,7 @@ def _hub_code(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _optional_where(table: Table, words: tuple[str, ...], more: tuple[Rule, ...]) -> Table:
     """The table with rules that networks may lack, those with one of the words in their names."""
-    rules = (
-        dataclasses.replace(rule, optional=any(word in str(rule.names) for word in words))
-        for rule in table.rules
-    )
-    return Table((*rules, *optional(more)), table.drops, table.derived)
+    return Table((*sometimes(table.rules, words), *optional(more)), table.drops, table.derived)
 
 
 _hub_table = _optional_where(HUB, ("mlp", "storage_tokens"), _HUB_MORE)

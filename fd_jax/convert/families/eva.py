@@ -20,7 +20,7 @@ from fd_jax.convert.networks.vit import (
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, linear, norm, optional
 from fd_jax.convert.rules.transforms import CONV, FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
-from fd_jax.convert.style import Style
+from fd_jax.convert.style import Style, variant_name
 
 _BLOCK = "blocks.{i}"
 _ATTENTION = f"{_BLOCK}.attn"
@@ -87,10 +87,6 @@ def _variant(rows: str, qkv: str, hidden: str) -> Table:
     return Table((*_ALWAYS, *own, *optional(_SOMETIMES)), _DROPS)
 
 
-def _name(*words: str) -> str:
-    return "+".join(filter(None, words))
-
-
 def _pick(tensors: Mapping[str, Tensor]) -> str:
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     table = tensors.get("pos_embed")
@@ -100,14 +96,14 @@ def _pick(tensors: Mapping[str, Tensor]) -> str:
         hidden = PACKED
     qkv = "one bias" if "blocks.0.attn.qkv.bias" in tensors else ""
     qkv = "split" if "blocks.0.attn.q_proj.weight" in tensors else qkv
-    return _name(rows, qkv, hidden)
+    return variant_name(rows, qkv, hidden)
 
 
 STYLE = Style(
     "timm_eva",
     "timm's Eva",
     "vit",
-    {_name(*case): _variant(*case) for case in itertools.product(ROWS, _QKV, _HIDDEN)},
+    {variant_name(*case): _variant(*case) for case in itertools.product(ROWS, _QKV, _HIDDEN)},
     ("patch_embed.proj.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.weight"),
     unlike=("storage_tokens", "*relative_position_bias_table", "blocks.*.ls1.gamma"),
     norms=("norm.weight", "fc_norm.weight"),

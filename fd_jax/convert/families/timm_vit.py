@@ -34,7 +34,7 @@ from fd_jax.convert.networks.vit import (
 from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
-from fd_jax.convert.style import Style
+from fd_jax.convert.style import Style, variant_name
 from fd_jax.models.spec import ModelSpec
 
 TABLE = Table(
@@ -94,7 +94,7 @@ def _variant(rows: str, registers: str, packed: bool) -> Table:
 
 
 def _name(rows: str, registers: str, packed: bool) -> str:
-    return "+".join(filter(None, (rows, _REGISTERS[registers], PACKED if packed else "")))
+    return variant_name(rows, _REGISTERS[registers], PACKED if packed else "")
 
 
 def _pick(tensors: Mapping[str, Tensor]) -> str:
@@ -192,11 +192,7 @@ def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
         cls="embeddings.cls_token" in tensors,
         registers=int(distilled),
     )
-    return _hf_name(rows, _HF_DISTILLED if "../cls_classifier.weight" in tensors else "")
-
-
-def _hf_name(*words: str) -> str:
-    return "+".join(filter(None, words))
+    return variant_name(rows, _HF_DISTILLED if "../cls_classifier.weight" in tensors else "")
 
 
 HUGGINGFACE_STYLE = Style(
@@ -204,7 +200,7 @@ HUGGINGFACE_STYLE = Style(
     "transformers' ViTModel",
     "vit",
     {
-        _hf_name(rows, word): _hf_variant(rows, word)
+        variant_name(rows, word): _hf_variant(rows, word)
         for rows in (CLASS_ROW, NO_ROW, ALL_ROWS)
         for word in ("", _HF_DISTILLED)
     },

@@ -167,6 +167,15 @@ def optional(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
 
 
+def sometimes(rules: Iterable[Rule], words: Iterable[str]) -> tuple[Rule, ...]:
+    """The same rules, of which those with one of the words in their names are optional."""
+    known = tuple(words)
+    return tuple(
+        dataclasses.replace(rule, optional=any(word in str(rule.names) for word in known))
+        for rule in rules
+    )
+
+
 def target_paths(table: Table, arch: Mapping[str, Any]) -> set[str]:
     """Every parameter path the table reads and writes."""
     return {path for step, _ in steps(table, arch) for path in step.paths}
