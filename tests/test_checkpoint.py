@@ -109,6 +109,7 @@ def test_a_bug_while_a_checkpoint_is_written_keeps_its_traceback(tmp_path):
 
 
 READ = """
+import pathlib
 import sys
 
 from etils import epath
@@ -118,22 +119,27 @@ from fd_jax.checkpoint import Checkpoints
 from fd_jax.errors import DamagedCheckpointError
 from tests.test_checkpoint import LIKE, like
 
-process, port, *folders = sys.argv[1:]
+process, port, answers, *folders = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 checkpoints = Checkpoints(epath.Path(folders[int(process)]), keep=1, keep_every=None)
+lines = []
 for step in checkpoints.steps():
     try:
         checkpoints.restore(step, like(**LIKE))
     except DamagedCheckpointError as error:
-        print(step, str(error).splitlines()[0])
+        lines.append(f"{step} {str(error).splitlines()[0]}")
     else:
-        print(step, "whole")
+        lines.append(f"{step} whole")
+pathlib.Path(answers, process).write_text("\\n".join(lines))
 """
 
 
 @pytest.mark.slow
 def test_all_processes_agree_on_what_is_damaged(tmp_path):
-    """A file that one of them reads differently, as from a cache of a file server."""
+    """A file that one of them reads differently, as from a cache of a file server.
+
+    The processes write their answers to files, since Gloo writes to stdout from threads of its own.
+    """
     one, other = (tmp_path / name / "checkpoints" for name in ("one", "other"))
     with Checkpoints(epath.Path(one), keep=2, keep_every=None) as checkpoints:
         for step in (3, 4):
@@ -147,7 +153,16 @@ def test_all_processes_agree_on_what_is_damaged(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", READ, str(process), str(port), str(one), str(other)],
+            [
+                sys.executable,
+                "-c",
+                READ,
+                str(process),
+                str(port),
+                str(tmp_path),
+                str(one),
+                str(other),
+            ],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -162,6 +177,6 @@ def test_all_processes_agree_on_what_is_damaged(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    lines = [[line for line in out.splitlines() if line[0].isdigit()] for out, _ in outputs]
+    lines = [(tmp_path / str(process)).read_text().splitlines() for process in range(2)]
     assert lines[0] == ["3 whole", f"4 checkpoint {one / '4'} cannot be read by another process"]
     assert lines[1][0] == "3 whole" and "its record is not what was written" in lines[1][1]
