@@ -25,13 +25,13 @@ def network(image_size: int) -> Any:
     from flax import nnx
 
     from configs import base
-    from fd_jax import model_folder
+    from fd_jax import inference
     from fd_jax.models import spec as specs
 
     arch = base.student(base.VIT_B16, image_size=image_size, position="ape")
     spec = specs.ModelSpec("vit", arch, source="random")
     _, encoder = specs.split(spec.build(rngs=nnx.Rngs(0)))
-    return model_folder.Model(spec, {"encoder": encoder})
+    return inference.Model(spec, {"encoder": encoder})
 
 
 def forward(model: Any, figures: Sequence[str]) -> tuple[Callable[..., Any], Any]:

@@ -23,7 +23,7 @@ import numpy as np
 from fd_jax import console, sharding, storage
 from fd_jax.console import say
 from fd_jax.errors import ConfigError, DataError, UserError
-from fd_jax.model_folder import Model, load_model
+from fd_jax.inference import Model, load_model
 from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
 

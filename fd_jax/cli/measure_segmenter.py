@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from fd_jax import files, model_folder, sharding
+from fd_jax import files, inference, model_folder, sharding
 from fd_jax.cli import evaluation_only
 from fd_jax.console import say
 from fd_jax.data.segmentation import SegmentationFeed
@@ -61,7 +61,7 @@ def measure(
     sharding.check_batch(config.batch_size, 1, mesh)
     evaluator = segmentation.Segmented.of(config, spec, fill=outside(spec))
     data = _held_out(config)
-    model = model_folder.load_model(folder, image_size=config.data.image_size)
+    model = inference.load_model(folder, image_size=config.data.image_size)
     say(f"measuring {folder} ({spec.source}) on {config.data.eval_split} of {data.name}")
     weights = Weights(jax.device_put(model.params, sharding.replicated(mesh)), {}, {})
     matrix = evaluator.confusion_matrix(_loaded(model.spec, mesh), weights, data)
@@ -106,7 +106,7 @@ def _held_out(config: Config) -> SegmentationFeed:
 
 
 def _loaded(spec: ModelSpec, mesh: Mesh) -> Loaded:
-    logits = functools.partial(model_folder.segmenter_logits, spec)
+    logits = functools.partial(inference.segmenter_logits, spec)
 
     def predict(params, extra, frozen, batch):
         del extra, frozen
@@ -115,7 +115,7 @@ def _loaded(spec: ModelSpec, mesh: Mesh) -> Loaded:
     return Loaded(mesh, jax.jit(predict, out_shardings=sharding.batch_sharding(mesh)))
 
 
-def _page(model: model_folder.Model, data: SegmentationFeed, names: Sequence[str]) -> str:
+def _page(model: inference.Model, data: SegmentationFeed, names: Sequence[str]) -> str:
     """HTML of the first held-out pictures, their labels and predictions."""
     shown = range(min(SHOWN, data.examples("eval")))
     samples = [
@@ -125,5 +125,5 @@ def _page(model: model_folder.Model, data: SegmentationFeed, names: Sequence[str
     return overlays.page(samples, names, title=model.spec.source)
 
 
-def _labels(model: model_folder.Model, image: np.ndarray) -> np.ndarray:
+def _labels(model: inference.Model, image: np.ndarray) -> np.ndarray:
     return model.segment([image])[0]

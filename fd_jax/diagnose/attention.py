@@ -16,7 +16,7 @@ import numpy as np
 
 from fd_jax.diagnose.measurement import Figures, Sums
 from fd_jax.errors import ConfigError, check_choice
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from fd_jax.models import sizes
 from fd_jax.models.attention import relative_position_index
 from fd_jax.models.attention_map import AttentionMap

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 import dataclasses
 
 from fd_jax.errors import ConfigError
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from fd_jax.models.spec import ModelSpec
 
 

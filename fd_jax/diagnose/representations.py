@@ -21,7 +21,7 @@ import numpy as np
 
 from fd_jax.diagnose.measurement import Figures, Sums
 from fd_jax.errors import ConfigError, DataError
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from fd_jax.models import sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.typing import Batch, PyTree

@@ -22,7 +22,7 @@ from fd_jax.diagnose.landscape import Landscape, symmetric_steps
 from fd_jax.diagnose.measurement import Figures, Measurement
 from fd_jax.diagnose.representations import Comparison, Rank
 from fd_jax.errors import ConfigError, check_positive
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from fd_jax.models import sizes
 from fd_jax.precision import compute_dtype
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax.errors import ConfigError
-from fd_jax.model_folder import Model, load_model
+from fd_jax.inference import Model, load_model
 from fd_jax.models import sizes
 from fd_jax.models.sizes import ImageSize
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from fd_jax import model_folder
+from fd_jax import inference
 from fd_jax.convert import importing
 from tests.convert import oracles, synthetic
 
@@ -34,7 +34,7 @@ def difference(name: str, folder: Path) -> float:
     importing.import_file(name, path, folder / "model")
     part, wanted = next(iter(synthetic.REAL[name].parts.items()))
     size = wanted.spec.arch["image_size"]
-    model = model_folder.load_model(folder / "model")
+    model = inference.load_model(folder / "model")
     assert model.spec.arch == wanted.spec.arch
     images = np.random.default_rng(1).standard_normal((1, size, size, 3)).astype(np.float32)
     with jax.default_matmul_precision("highest"):

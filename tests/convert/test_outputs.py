@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fd_jax import model_folder
+from fd_jax import inference
 from fd_jax.convert import importing
 from fd_jax.errors import ConversionError
 from tests.convert import seeded
@@ -115,7 +115,7 @@ def test_the_comparison_sees_every_fact_that_no_tensor_tells(name, tmp_path):
 def test_pooled_vectors_are_those_of_the_library(name, tmp_path):
     found = saved(name)
     got = read(found, tmp_path)
-    model = model_folder.Model(got.spec, got.params)
+    model = inference.Model(got.spec, got.params)
     images = got.spec.normalize(seeded.images(min(found.tokens)))
     assert off(np.asarray(model.pooled(images)), found.pooled) < TOLERANCE
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors.torch import load_file
 
-from fd_jax import model_folder
+from fd_jax import inference
 from fd_jax.convert import exporting, families, importing
 from tests.convert import oracles, synthetic
 
@@ -107,7 +107,7 @@ def check(name, folder):
     path = synthetic.write(given, synthetic.values(given), folder)
     importing.import_file(name, path, folder / "model")
     exporting.export("timm", folder / "model", folder / "timm.safetensors")
-    loaded = model_folder.load_model(folder / "model")
+    loaded = inference.load_model(folder / "model")
     arch = loaded.spec.arch
     theirs = (timm_model if loaded.spec.family == "vit" else timm_swin)(arch, loaded.spec.classes)
     theirs.load_state_dict(load_file(folder / "timm.safetensors"), strict=True)

@@ -13,7 +13,7 @@ import torch
 from fd_jax.diagnose import attention
 from fd_jax.diagnose.attention import FIGURES, AttentionStatistics, explained_shares
 from fd_jax.errors import ConfigError
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from fd_jax.models import sizes
 from tests import tiny
 from tests.models import swins, vits

@@ -11,7 +11,7 @@ import pytest
 from scipy import special
 from sklearn import datasets as sklearn_datasets
 
-from fd_jax import losses, model_folder, sharding
+from fd_jax import inference, losses, model_folder, sharding
 from fd_jax.data.datasets import Example
 from fd_jax.diagnose import landscape
 from fd_jax.diagnose.classifier import ImageClassifier
@@ -256,7 +256,7 @@ def labelled(size, side=32):
 
 
 def plain_evaluation(model, batch):
-    """Mean loss and accuracy in numpy, from the features of a `model_folder.Model`."""
+    """Mean loss and accuracy in numpy, from the features of a `inference.Model`."""
     spec, params = model.spec, model.params
     pixels = (batch["image"] / 255 - np.array(spec.mean)) / np.array(spec.std)
     features = model(jnp.asarray(pixels, jnp.float32))
@@ -301,7 +301,7 @@ def test_points_equal_a_plain_evaluation_of_the_perturbed_network(
         Landscape("it", folder, image_size=image_size, **options), [labelled(12, image_size or 32)]
     )
     assert got["position"] == [-0.5, 0.0, 0.5]
-    model = model_folder.load_model(folder, image_size=image_size)
+    model = inference.load_model(folder, image_size=image_size)
     middle = model.params
     key = jax.random.fold_in(jax.random.key(4, impl="threefry2x32"), 1)
     direction = landscape.random_direction(middle, key, tables="literal")

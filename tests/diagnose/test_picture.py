@@ -9,7 +9,7 @@ import torch
 
 from fd_jax.diagnose import picture
 from fd_jax.errors import ConfigError, DataError
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from tests import tiny
 from tests.models import convnexts, swins, vits
 

@@ -10,7 +10,7 @@ import torch
 from fd_jax import sharding
 from fd_jax.diagnose.representations import Comparison, Rank, effective_rank, linear_cka
 from fd_jax.errors import ConfigError, DataError
-from fd_jax.model_folder import Model
+from fd_jax.inference import Model
 from tests import tiny
 from tests.models import swins, vits
 

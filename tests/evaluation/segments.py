@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from fd_jax import model_folder, sharding
+from fd_jax import inference, sharding
 from fd_jax.evaluation import evaluators
 from fd_jax.models.spec import ModelSpec, split
 from tests import tiny
@@ -115,7 +115,7 @@ def of_any_size(made, devices):
     def predict(params, extra, frozen, batch):
         del frozen
         parts = {**params, "segmenter_statistics": extra}
-        return model_folder.segmenter_logits(made, parts, made.normalize(batch["image"]))
+        return inference.segmenter_logits(made, parts, made.normalize(batch["image"]))
 
     return Compiled(mesh, jax.jit(predict, out_shardings=sharding.batch_sharding(mesh)))
 

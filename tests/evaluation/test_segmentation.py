@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fd_jax import model_folder, sharding
+from fd_jax import inference, sharding
 from fd_jax.data.segmentation import SegmentationFeed
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import evaluators, segmentation
@@ -247,7 +247,7 @@ def whole_labels(made, params, picture, *, fill, cut=True, ratio=1.0, mirrored=F
     padded[: size[0], : size[1]] = image
     spec, encoder = made.resized(params["encoder"], filled)
     images = made.normalize(padded[None])
-    run = jax.jit(functools.partial(model_folder.segmenter_logits, spec))
+    run = jax.jit(functools.partial(inference.segmenter_logits, spec))
     found = run({**params, "encoder": encoder}, images)
     logits = torch.from_numpy(np.array(found[0])).permute(2, 0, 1)
     if cut:

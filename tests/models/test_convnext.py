@@ -8,7 +8,7 @@ import optax
 import pytest
 import torch
 
-from fd_jax import model_folder, optimizer
+from fd_jax import inference, model_folder, optimizer
 from fd_jax.errors import ConfigError
 from fd_jax.models import convnext_blocks, depthwise, sizes
 from fd_jax.models.convnext import ConvNeXt
@@ -501,7 +501,7 @@ def test_model_folder(tmp_path):
     made = convnexts.spec("v1", **TWO_STAGES)
     params = convnexts.random_params(made)
     model_folder.save(tmp_path / "m", made, {"encoder": params})
-    model = model_folder.load_model(tmp_path / "m")
+    model = inference.load_model(tmp_path / "m")
     assert model.spec == made
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (2, 100, 120, 3), dtype=np.uint8)
@@ -511,5 +511,5 @@ def test_model_folder(tmp_path):
     assert "convnext" in repr(model) and "3 x 4 patches of width 12" in repr(model)
     with pytest.raises(ConfigError, match="a ConvNeXt has no attention"):
         model.attention_maps(images)
-    square = model_folder.load_model(tmp_path / "m", image_size=96)
+    square = inference.load_model(tmp_path / "m", image_size=96)
     assert square.spec.arch["image_size"] == 96

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from configs import own
-from fd_jax import model_folder
+from fd_jax import inference, model_folder
 from fd_jax.cost import flops
 from fd_jax.diagnose import subjects
 from fd_jax.errors import ConfigError, ModelFolderError
@@ -97,7 +97,7 @@ def test_descriptions_agree():
         ModelSpec.from_json(refused.to_json(), where="")
     whole = siglip(image_size=28)
     assert flops.network(spec, trains=True) == flops.network(whole, trains=True)
-    model = model_folder.Model(spec, {"encoder": vits.random_params(spec)})
+    model = inference.Model(spec, {"encoder": vits.random_params(spec)})
     assert subjects.about(model)["patch"] == [PATCH, PATCH]
     assert "30 px, 7 x 7 patches" in repr(model)
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 import fd_jax
-from fd_jax import model_folder, sharding
+from fd_jax import inference, model_folder, sharding
 from fd_jax.convert import exporting, importing
 from fd_jax.errors import ConfigError, ModelFolderError
 from fd_jax.models import transfer
@@ -51,7 +51,7 @@ def parts_of(spec):
 
 
 def pooled(spec, parts, images):
-    return np.asarray(model_folder.pooled_vectors(spec, parts, images))
+    return np.asarray(inference.pooled_vectors(spec, parts, images))
 
 
 def test_siglips_head_equals_transformers():
@@ -121,7 +121,7 @@ def test_it_goes_with_a_network_of_another_size(folder):
 
 
 def test_a_network_without_one_says_so():
-    model = model_folder.Model(tiny.teacher_spec(), {"encoder": {}})
+    model = inference.Model(tiny.teacher_spec(), {"encoder": {}})
     with pytest.raises(ModelFolderError, match=r"'tiny' has no pool: .*features.cls_token"):
         model.pooled(jnp.zeros((1, 32, 32, 3)))
 

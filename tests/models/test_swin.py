@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs import base
-from fd_jax import losses, model_folder, optimizer
+from fd_jax import inference, losses, model_folder, optimizer
 from fd_jax.errors import ConfigError
 from fd_jax.models import swin, windows
 from fd_jax.models.spec import FAMILIES, ModelSpec
@@ -445,6 +445,6 @@ def test_model_folder(tmp_path):
     made = swins.spec(2)
     params, images = swins.random_params(made), swins.pictures(made, 2)
     model_folder.save(tmp_path / "m", made, {"encoder": params})
-    model = model_folder.load_model(tmp_path / "m")
+    model = inference.load_model(tmp_path / "m")
     assert model.spec == made
     np.testing.assert_array_equal(model(images).tokens, tokens(made, params, images))

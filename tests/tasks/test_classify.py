@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from configs import base
-from fd_jax import model_folder, optimizer
+from fd_jax import inference, model_folder, optimizer
 from fd_jax.data import mixing
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
@@ -277,7 +277,7 @@ def test_probe_equals_torch_batch_norm_and_linear(student):
 def test_probe_features_are_the_normalised_mean_before_the_trained_norm(student):
     """See docs/reference.md#probe-head: mean patch before the final norm, fc_norm (1, 0)."""
     task, params, _, frozen = initialized(student, **probe_fields())
-    model = model_folder.load_model(student)
+    model = inference.load_model(student)
     raw = tiny.labelled_batch()
     definition, _ = model.spec.abstract()
     network = nnx.merge(definition, model.params["encoder"])

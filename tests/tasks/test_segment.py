@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.models.beit import modeling_beit
 
 from configs import base
-from fd_jax import model_folder, optimizer, sharding
+from fd_jax import inference, model_folder, optimizer, sharding
 from fd_jax.data import elements
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.models import spec as specs
@@ -230,7 +230,7 @@ def test_linear_decoder_equals_torch_on_the_normalised_map(student):
         norm.weight.copy_(torch.from_numpy(np.array(decoder["norm"]["scale"])))
         kernel = np.array(decoder["classifier"]["kernel"])
         linear.weight.copy_(torch.from_numpy(kernel.transpose(3, 2, 0, 1)))
-    model = model_folder.load_model(student)
+    model = inference.load_model(student)
     for seed in range(2):
         raw = tiny.segmented_batch(seed=seed)
         patches = np.asarray(model(model.preprocess(raw["image"])).patches)
@@ -373,7 +373,7 @@ def test_pictures_of_another_size_are_predicted_with_resized_positions(student):
     assert image.shape[1:3] == (24, 64)
     spec, encoder = task.spec.resized(host, (24, 64))
     parts = {**params, "encoder": encoder, "segmenter_statistics": extra}
-    logits = jax.jit(functools.partial(model_folder.segmenter_logits, spec))
+    logits = jax.jit(functools.partial(inference.segmenter_logits, spec))
     np.testing.assert_allclose(got, logits(parts, spec.normalize(image)), rtol=1e-4, atol=1e-4)
 
 

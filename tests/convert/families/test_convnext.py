@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 import torch
 import transformers
 
-from fd_jax import model_folder
+from fd_jax import inference, model_folder
 from fd_jax.convert import exporting, importing, verifying
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ConversionError
@@ -146,7 +146,7 @@ def test_a_program_holds_the_network_for_any_number_of_pictures(tmp_path):
     importing.import_file("auto", tmp_path / "hf", tmp_path / "model")
     exporting.export("stablehlo", tmp_path / "model", tmp_path / "program.bin")
     program = jax.export.deserialize(bytearray((tmp_path / "program.bin").read_bytes()))
-    model = model_folder.load_model(tmp_path / "model")
+    model = inference.load_model(tmp_path / "model")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     want = model(model.preprocess(pictures)).tokens
     assert convnexts.relative(program.call(pictures), want) < TOLERANCE

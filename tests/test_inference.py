@@ -1,0 +1,151 @@
+"""A model folder in use."""
+
+import re
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+import fd_jax
+from fd_jax import inference, model_folder
+from fd_jax.data.transforms import EvalTransform
+from fd_jax.errors import ConfigError, DataError, ModelFolderError
+from fd_jax.evaluation import segmentation
+from fd_jax.models.spec import split
+from tests import tiny
+from tests.evaluation import segments
+
+
+@pytest.fixture
+def parts():
+    encoder = split(tiny.teacher_spec().build(rngs=nnx.Rngs(0)))[1]
+    return {"encoder": tiny.randomize(encoder, 3)}
+
+
+@pytest.fixture
+def folder(tmp_path, parts):
+    model_folder.save(tmp_path / "model", tiny.teacher_spec(), parts)
+    return tmp_path / "model"
+
+
+def test_loaded_model_gives_the_features_of_the_saved_module(folder, parts):
+    model = fd_jax.load_model(folder)
+    images = tiny.batch(2)["image"]
+    definition, _ = tiny.teacher_spec().abstract()
+    want = nnx.merge(definition, parts["encoder"])(model.preprocess(images)).tokens
+    np.testing.assert_allclose(model(model.preprocess(images)).tokens, want, atol=1e-5)
+    pixels = (images / 255.0 - np.array(model.spec.mean)) / np.array(model.spec.std)
+    np.testing.assert_allclose(model.preprocess(images), pixels, atol=1e-5)
+
+
+def test_pictures_of_any_sizes_become_the_images_of_evaluation(folder):
+    model = fd_jax.load_model(folder)
+    pictures = [tiny.batch(1, side=side)["image"][0] for side in (50, 40)]
+    transform = EvalTransform(32)
+    want = model.preprocess(np.stack([transform(picture) for picture in pictures]))
+    got = model.preprocess(pictures, resize=True)
+    one_level = 1 / 255 / min(model.spec.std)
+    assert np.abs(np.asarray(got) - np.asarray(want)).max() < 1.01 * one_level
+    with pytest.raises(DataError, match="16-bit"):
+        model.preprocess([pictures[0].astype(np.uint16)], resize=True)
+
+
+def test_a_model_prints_what_it_is(folder):
+    shown = repr(fd_jax.load_model(folder))
+    spec, parts = model_folder.load(folder)
+    values = sum(leaf.size for leaf in jax.tree.leaves(parts["encoder"])) / 1e6
+    assert f"{spec.source!r}: vit, {values:.3g} M parameters, 32 px, 4 x 4 patches" in shown
+    assert "of width 48, class token; parts: encoder" in shown
+
+
+def test_attention_maps_are_those_of_the_network(folder, parts):
+    model = fd_jax.load_model(folder)
+    images = model.preprocess(tiny.batch(2)["image"])
+    network = nnx.merge(tiny.teacher_spec().abstract()[0], parts["encoder"])
+    want = [np.asarray(m.weights()) for m in network.attention_maps(images, [0, 1])]
+    got = [np.asarray(m.weights()) for m in model.attention_maps(images)]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    (last,) = model.attention_maps(images, blocks=[-1])
+    np.testing.assert_allclose(last.weights(), want[1], atol=1e-6)
+    assert np.abs(want[1] - want[0]).max() > 1e-3
+    with pytest.raises(ConfigError, match="has 2 blocks, so there is no block 2"):
+        model.attention_maps(images, blocks=[2])
+
+
+def test_model_can_be_loaded_for_another_image_size(folder):
+    model = fd_jax.load_model(folder, image_size=48)
+    features = model(model.preprocess(tiny.batch(1, side=48)["image"]))
+    assert features.grid == (6, 6)
+    assert model.spec.arch["image_size"] == 48
+
+
+@pytest.mark.parametrize(
+    "images, remedy",
+    [
+        (np.zeros((1, 32, 32, 3), np.float32), "np.round(255 * images)"),
+        (np.zeros((1, 32, 32, 3), np.uint16), "images >> 8"),
+        (np.zeros((1, 32, 32, 3), np.int64), "int64 [1, 32, 32, 3]"),
+        (np.zeros((32, 32, 3), np.uint8), "image[None]"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "np.moveaxis"),
+        ([[0, 1]], "list"),
+    ],
+    ids=["float", "16 bit", "int", "single image", "channels first", "list"],
+)
+def test_preprocess_refuses_what_would_give_other_features(teacher, images, remedy):
+    model = fd_jax.load_model(teacher)
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        model.preprocess(images)
+
+
+@pytest.fixture
+def segmenting(tmp_path):
+    made = segments.spec()
+    model_folder.save(tmp_path / "segmenting", made, segments.parts(made))
+    return inference.load_model(tmp_path / "segmenting")
+
+
+def test_labels_equal_those_of_an_evaluation(segmenting):
+    pictures = [segments.picture(i, size).image for i, size in enumerate(segments.SIZES)]
+    labels = segmenting.segment(pictures)
+    assert [label.shape for label in labels] == list(segments.SIZES)
+    assert all(label.dtype == np.int32 for label in labels)
+    assert len(np.unique(np.concatenate([label.ravel() for label in labels]))) > 2
+    made = segments.spec()
+    run = segments.compiled(made, jax.devices()[:1])
+    items = [
+        segments.Picture(i, str(i), picture, label.astype(np.uint8))
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True))
+    ]
+    for stride, same in ((21, True), (32, False)):
+        evaluator = segmentation.Segmented(8, 5, 32, scale=(128, 32), stride=stride)
+        result = evaluator(run, segments.weights(made, run.mesh), segments.Pictures(items))
+        assert (result["aacc"] > 0.9998) == same
+    assert segmenting._logits._cache_size() == 1
+    array = np.stack([pictures[0], pictures[0][::-1]])
+    np.testing.assert_array_equal(segmenting.segment(array)[0], labels[0])
+
+
+def test_logits_are_those_of_the_network(segmenting):
+    images = np.stack([segments.picture(i, (32, 32)).image for i in range(3)])
+    got = segmenting.segment(images, logits=True)
+    made = segments.spec()
+    run = segments.compiled(made, jax.devices()[:1])
+    weights = segments.weights(made, run.mesh)
+    want = run.predict(weights.params, weights.extra, {}, {"image": images})
+    assert got.shape == (3, 16, 16, 5) and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_segmenting_refuses_what_it_cannot_do(segmenting, folder, tmp_path):
+    with pytest.raises(ModelFolderError, match="'tiny' has no segmenter.*finetune.py"):
+        inference.load_model(folder).segment([np.zeros((32, 32, 3), np.uint8)])
+    with pytest.raises(DataError, match=r"float32 \[1, 40, 50, 3\]; expected uint8"):
+        segmenting.segment([np.zeros((40, 50, 3), np.float32)])
+    with pytest.raises(DataError, match="Use image\\[None\\]"):
+        segmenting.segment(np.zeros((40, 50, 3), np.uint8))
+    with pytest.raises(DataError, match="40 x 32 pixels, and the network reads 32 x 32"):
+        segmenting.segment(np.zeros((2, 40, 32, 3), np.uint8), logits=True)
+    wide = inference.load_model(tmp_path / "segmenting", image_size=(32, 48))
+    with pytest.raises(ModelFolderError, match="reads 32 x 48 pixels; load it with image_size=N"):
+        wide.segment([np.zeros((40, 50, 3), np.uint8)])
