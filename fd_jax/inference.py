@@ -34,6 +34,7 @@ class Model:
         colours = fd_jax.pca_picture(features)  # [B, H, W, 3]
         last = model.attention_maps(images, blocks=[-1])[0].weights()  # [B, heads, N, N]
         vectors = model.pooled(images)  # [B, E] of a network with a pool, such as CLIP's
+        names = model.classify(pictures)  # of a network with a classifier head: see there
         labels = model.segment(pictures)  # of a network with a segmenter
 
     Args:
@@ -51,7 +52,8 @@ class Model:
         self._definition, _ = spec.abstract()
         self._forward = jax.jit(self._apply)
         self._pooled = jax.jit(functools.partial(pooled_vectors, spec))
-        self._logits = jax.jit(functools.partial(segmenter_logits, spec))
+        self._classes = jax.jit(functools.partial(class_logits, spec))
+        self._segments = jax.jit(functools.partial(segmenter_logits, spec))
 
     def __repr__(self) -> str:
         size, arch = sizes.describe(self.spec.arch["image_size"]), self.spec.arch
@@ -149,6 +151,51 @@ class Model:
             )
         return network.attention_maps(images, [n % network.depth for n in numbers])
 
+    def classify(
+        self, pictures: Sequence[np.ndarray] | np.ndarray, *, top: int = 5
+    ) -> list[list[tuple[str, float]]]:
+        """The likeliest classes of pictures, which evaluation's resizing brings to the network.
+
+            model = fd_jax.load_model("runs/mine_finetuned/model")
+            model.classify([picture])[0][0]  # ("cat", 0.915)
+
+        Args:
+          pictures: uint8 [h, w, 3] RGB each, of any sizes.
+          top: how many classes of each picture; at most all of them.
+
+        Returns:
+          For each picture, pairs of a class's name (its number where names are not known) and its
+          probability by the softmax, the likeliest first.
+
+        Raises:
+          ModelFolderError: the folder has no classifier head.
+          DataError: a picture has another dtype or shape, or there is none.
+        """
+        self._check_head()
+        logits = self.logits(self.preprocess(pictures, resize=True))
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        names = self.class_names or list(map(str, range(self.spec.classes)))
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+        return [
+            [(names[k], float(row[k])) for k in best]
+            for best, row in zip(order, probabilities, strict=True)
+        ]
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """The classifier's logits, in the order of `class_names`.
+
+        Args:
+          images: normalised images [B, H, W, 3], float32.
+
+        Returns:
+          [B, K] float32.
+
+        Raises:
+          ModelFolderError: the folder has no classifier head.
+        """
+        self._check_head()
+        return self._classes(self.params, images)
+
     def segment(
         self, pictures: Sequence[np.ndarray] | np.ndarray, *, logits: bool = False
     ) -> list[np.ndarray] | np.ndarray:
@@ -181,7 +228,16 @@ class Model:
             return self._window_logits(self._check_windows(np.asarray(pictures)))
         return [self._labels(np.asarray(picture)) for picture in pictures]
 
+    def _check_head(self) -> None:
+        if not self.spec.classes:
+            raise ModelFolderError(
+                f"{self.spec.source!r} has no classifier head: only features can be had from it. "
+                "finetune.py with configs/own_finetune.py or configs/own_probe.py trains one on it"
+            )
+
     def _resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        if not pictures:
+            raise DataError("there is no picture: expected a list of uint8 arrays [h, w, 3]")
         for picture in pictures:
             check_images(picture[None])
         size = self.spec.arch["image_size"]
@@ -207,7 +263,7 @@ class Model:
         return np.concatenate(parts)[: len(windows)]
 
     def _window_logits(self, windows: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits(self.params, self.preprocess(windows)))
+        return np.asarray(self._segments(self.params, self.preprocess(windows)))
 
     def _check_windows(self, windows: np.ndarray) -> np.ndarray:
         check_images(windows)
@@ -238,6 +294,23 @@ def pooled_vectors(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -
     encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
     pool: Any = nnx.merge(spec.abstract_pool()[0], params["pool"])
     return pool(encoder(images))
+
+
+def class_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """The logits of a model folder's classifier head, as a function for jit.
+
+    Args:
+      spec: of the folder; it has classes.
+      params: the parts of the folder.
+      images: normalised images [B, H, W, 3], of the size of the network.
+
+    Returns:
+      [B, K] float32.
+    """
+    encoder: Any = nnx.merge(spec.abstract()[0], params["encoder"])
+    stored = {name: params[name] for name in ("head", "fc_norm") if name in params}
+    head: Any = nnx.merge(spec.abstract_head(encoder.width)[0], stored)
+    return head(encoder(images))
 
 
 def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array) -> jax.Array:

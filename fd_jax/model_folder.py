@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from etils import epath
+from flax import nnx
 import jax
 
 from fd_jax import checkpoint, digests, files, sharding
@@ -286,7 +287,11 @@ def _refuse_special_files(folder: epath.Path) -> None:
 
 def described(spec: ModelSpec) -> dict[str, Any]:
     """The parts whose shapes follow from the spec: by name, nested dicts of shapes."""
-    parts = {"encoder": spec.abstract()[1]}
+    definition, encoder = spec.abstract()
+    parts = {"encoder": encoder}
+    if spec.classes:
+        network: Any = nnx.merge(definition, encoder)
+        parts |= spec.abstract_head(network.width)[1]
     if spec.segmenter is not None:
         _, parts["segmenter"], parts["segmenter_statistics"] = spec.abstract_segmenter()
     if spec.pool is not None:

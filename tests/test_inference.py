@@ -1,5 +1,6 @@
 """A model folder in use."""
 
+import dataclasses
 import re
 
 from flax import nnx
@@ -149,3 +150,75 @@ def test_segmenting_refuses_what_it_cannot_do(segmenting, folder, tmp_path):
     wide = inference.load_model(tmp_path / "segmenting", image_size=(32, 48))
     with pytest.raises(ModelFolderError, match="reads 32 x 48 pixels; load it with image_size=N"):
         wide.segment([np.zeros((40, 50, 3), np.uint8)])
+
+
+NAMES = ["cat", "coffee", "rocket"]
+
+
+def classifier(parts, *, pooling, names=None):
+    """A classifier of three classes, and its logits in numpy from the features [B, 1 + P, D]."""
+    spec = dataclasses.replace(
+        tiny.teacher_spec(), classes=3, pooling=pooling, class_names=names and list(names)
+    )
+    rng = np.random.default_rng(5)
+    width = spec.arch["width"]
+    head = {"kernel": rng.normal(size=(width, 3)), "bias": rng.normal(size=3)}
+    norm = {"scale": rng.normal(size=width), "bias": rng.normal(size=width)}
+    parts = {**parts, "head": head} | ({"fc_norm": norm} if "norm" in pooling else {})
+
+    def normalized(x):
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = np.sqrt(x.var(-1, keepdims=True) + spec.head_norm_eps)
+        return centred / deviation * norm["scale"] + norm["bias"]
+
+    def expected(tokens):
+        patches = np.asarray(tokens, np.float64)[:, 1:]
+        pooled = {
+            "cls": lambda: np.asarray(tokens, np.float64)[:, 0],
+            "mean": lambda: patches.mean(1),
+            "mean_norm": lambda: normalized(patches.mean(1)),
+            "norm_mean": lambda: normalized(patches).mean(1),
+        }[pooling]()
+        return pooled @ head["kernel"] + head["bias"]
+
+    to_float32 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), parts)
+    return inference.Model(spec, to_float32), expected
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "mean_norm", "norm_mean"])
+def test_class_logits_equal_numpy_on_the_features(parts, pooling):
+    model, expected = classifier(parts, pooling=pooling)
+    images = model.preprocess(tiny.labelled_batch()["image"])
+    logits = model.logits(images)
+    assert logits.dtype == np.float32
+    tokens = model(images).tokens
+    np.testing.assert_allclose(logits, expected(tokens), rtol=1e-5, atol=1e-4)
+    other = expected(np.roll(tokens, 1, axis=1))  # another token in the place of the class token
+    assert np.abs(logits - other).max() > 1e-2
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_pictures_of_any_sizes_are_classified_by_name(parts, names):
+    model, expected = classifier(parts, pooling="mean_norm", names=names)
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 60), (97, 33))]
+    found = model.classify(pictures, top=2)
+    logits = expected(model(model.preprocess(pictures, resize=True)).tokens)
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for pairs, row in zip(found, shares, strict=True):
+        order = np.argsort(-row)[:2]
+        assert [name for name, _ in pairs] == [(names or "012")[k] for k in order]
+        np.testing.assert_allclose([share for _, share in pairs], row[order], rtol=1e-4)
+    assert all(len(pairs) == 3 for pairs in model.classify(pictures))
+
+
+def test_classifying_refuses_what_it_cannot_do(folder, parts):
+    model, _ = classifier(parts, pooling="cls")
+    with pytest.raises(DataError, match="there is no picture"):
+        model.classify([])
+    with pytest.raises(DataError, match="expected uint8"):
+        model.classify([np.zeros((32, 32, 3), np.float32)])
+    headless = fd_jax.load_model(folder)
+    for refused in (headless.classify, headless.logits):
+        with pytest.raises(ModelFolderError, match="has no classifier head: only features"):
+            refused([np.zeros((32, 32, 3), np.uint8)])

@@ -258,21 +258,29 @@ def test_errors_of_a_config_reach_the_terminal_as_one_message(folder, tmp_path):
     assert "argument 'colour' is unknown" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_errors_of_the_project_in_a_config_are_said_as_everywhere(tmp_path):
+    """ml_collections puts them into a traceback, with the flag, a type and words of its own."""
+    config = f"configs/own_finetune.py:data=/nowhere,init_from={tmp_path / 'none'}"
+    done = run("finetune.py", config, tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(("error: no model folder at", "error: no folder of images"))
+    assert "Error" not in done.stderr
+
+
 # The blocks of the page; those of Python say so.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = re.compile(r"(--config=configs/own_\w+\.py:[^\s]+)")
 
 
-def commands_of(page):
-    """The commands of a page in order, with `smoke` added to the configs of this module."""
-    text = page.read_text("utf-8")
-    blocks = BLOCK.findall(text)
-    return [OWN.sub(r"\1,smoke", block) for language, block in blocks if not language]
+def blocks_of(page):
+    """The blocks of a page: language, and text with `smoke` added to the configs of own data."""
+    blocks = BLOCK.findall(page.read_text("utf-8"))
+    return [(language, OWN.sub(r"\1,smoke", block)) for language, block in blocks]
 
 
 def test_the_page_uses_all_configs_and_each_argument():
     page = ROOT / "docs" / "your_own_data.md"
-    commands = "\n".join(commands_of(page))
+    commands = "\n".join(block for language, block in blocks_of(page) if not language)
     for name in ("own_probe", "own_distill", "own_finetune", "features", "diagnose", "export"):
         assert name in commands
     assert commands.count(",smoke") == 4
@@ -283,20 +291,22 @@ def test_the_page_uses_all_configs_and_each_argument():
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_run_in_order(tmp_path):
+    """And its lines of Python, after the commands whose results they read."""
     for name in ("configs", "train.py", "finetune.py", "convert_checkpoints.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    for command in commands_of(ROOT / "docs" / "your_own_data.md"):
+    shells = {"": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    printed = []
+    for language, block in blocks_of(ROOT / "docs" / "your_own_data.md"):
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
+            [*shells[language], block], cwd=tmp_path, env=env, capture_output=True, text=True
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        printed.append(done.stdout)
+    classes = sorted(re.findall(r"^(\w+): 0\.\d{3}$", "".join(printed), re.MULTILINE))
+    assert classes == ["brick", "grass", "gravel"]
     results = tmp_path / "runs" / "own"
     features = np.load(results / "features.npz")
     assert features["cls"].shape == (60, 384)

@@ -72,6 +72,20 @@ def distributions(tmp_path_factory):
     return sdist, wheel, unpacked
 
 
+def test_an_editable_install_is_found_beside_the_clone(distributions, tmp_path):
+    """The clone is called fd_jax as well, and a script may lie in the folder that holds it."""
+    *_, unpacked = distributions
+    clone = shutil.copytree(unpacked, tmp_path / "fd_jax")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(DEPENDENCIES)}  # of the build
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--editable", clone], check=True, env=found)
+    script = "import importlib.util as u; print(u.find_spec('fd_jax').origin)"
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(clone / "fd_jax" / "__init__.py"), done.stderr
+
+
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(distributions):
     _, wheel, _ = distributions
     package = {

@@ -100,11 +100,17 @@ def _unknown_field(message: str) -> str:
 
 
 def _without_traceback(message: str) -> str:
-    """Returns the first and last line of a message in which ml_collections put a traceback."""
-    if "Traceback" not in message:
+    """What a config file raised, of a message in which ml_collections put a traceback.
+
+    Of errors that are no UserError, the flag and the type of the error are said as well.
+    """
+    raised = re.search(r"^(?P<type>[\w.]+): (?P<text>.*)\Z", message, re.MULTILINE | re.DOTALL)
+    if "Traceback" not in message or not raised:
         return message
-    lines = message.strip().splitlines()
-    return f"{lines[0]} {lines[-1]}"
+    if raised["type"].startswith("fd_jax.errors."):
+        return raised["text"].strip()
+    flag = message.strip().splitlines()[0].removesuffix(":")
+    return f"{flag}: {raised['type']}: {raised['text'].strip()}"
 
 
 def _print_error(message: str) -> None:

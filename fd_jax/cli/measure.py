@@ -22,6 +22,7 @@ from fd_jax.training.program import build
 from fd_jax.typing import Config
 
 THROUGHPUT_SECONDS = 10.0
+MOST_LINES = 100  # classes up to which their table is also printed
 
 
 def measure(
@@ -88,8 +89,11 @@ def measure(
         if per_class:
             table = tables.per_class(matrix, task.spec.class_names)
             files.write_text(workdir / "per_class.md", table)
-            pictures.confusion(matrix, workdir / "confusion.png")
-    say(f"written to {workdir}")
+            pictures.confusion(matrix, workdir / "confusion.png", task.spec.class_names)
+            if len(matrix) <= MOST_LINES:
+                say(f"\n{table}")
+    written = ["evaluation.json", *(["per_class.md", "confusion.png"] if per_class else [])]
+    say(f"written to {workdir}: {', '.join(written)}")
     return figures
 
 

@@ -5,6 +5,7 @@ import shlex
 
 from etils import epath
 
+from fd_jax import model_folder
 from fd_jax.data import datasets
 from fd_jax.errors import DataError
 from fd_jax.tasks import registry
@@ -26,12 +27,17 @@ def at_end(config: Config, workdir: epath.PathLike, command: Sequence[str]) -> s
     lines = [
         "finished",
         f"  model      {workdir / workdirs.MODEL}",
-        *([f"  best       {best}, by {config.eval.keep_best}"] if best.exists() else []),
+        *([f"  best       {best}, {_notes(best)}"] if best.exists() else []),
         f"  metrics    {workdir / metric_writer.FILE_NAME} and {workdir / 'tensorboard'}",
         f"  report     {workdir / 'report' / 'report.html'}, written by the first command below",
         "next",
     ]
     return "\n".join(lines + [f"  {text}" for text in commands(config, workdir, command)])
+
+
+def _notes(folder: epath.Path) -> str:
+    """Which step a model folder is of, and by which figure it was kept."""
+    return model_folder.load_spec(folder).notes
 
 
 def commands(config: Config, workdir: epath.Path, command: Sequence[str]) -> list[str]:

@@ -8,10 +8,8 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.errors import ModelFolderError
-from fd_jax.models import heads
-from fd_jax.models.keys import param_keys
 from fd_jax.models.sizes import ImageSize
-from fd_jax.models.spec import ModelSpec, split
+from fd_jax.models.spec import ModelSpec
 from fd_jax.typing import PyTree
 
 
@@ -53,9 +51,8 @@ class ImageClassifier:
         self.spec = spec
         self._encoder, shapes = spec.abstract(dtype=dtype)
         width = nnx.merge(self._encoder, shapes).width
-        self._head, head_shapes = split(nnx.eval_shape(lambda: _head(spec, width)))
-        stored = {name: parts[name] for name in ("head", "fc_norm") if name in parts}
-        _check_shapes(folder, head_shapes, stored)
+        self._head, shapes = spec.abstract_head(width)
+        stored = {name: parts[name] for name in shapes}
         self.params = jax.tree.map(
             lambda leaf: np.asarray(leaf, np.float32), {"encoder": encoder, **stored}
         )
@@ -75,29 +72,9 @@ class ImageClassifier:
         return head(encoder(self.spec.normalize(images, encoder.dtype)))
 
 
-def _head(spec: ModelSpec, width: int) -> heads.Classifier:
-    return heads.Classifier(
-        width,
-        spec.classes,
-        pooling=spec.pooling,
-        norm_eps=spec.head_norm_eps,
-        kernel_init=nnx.initializers.zeros,
-        rngs=param_keys(0),
-    )
-
-
 def _check_head(folder: epath.PathLike, spec: ModelSpec) -> None:
     if not spec.classes:
         raise ModelFolderError(
             f"{folder} has no classifier head, so that it has no loss and no accuracy; fine-tune "
             "or probe it with finetune.py and name the model folder of that run"
-        )
-
-
-def _check_shapes(folder: epath.PathLike, expected: PyTree, stored: PyTree) -> None:
-    wanted, found = map(model_folder.flat_shapes, (expected, stored))
-    if wanted != found:
-        raise ModelFolderError(
-            f"the classifier head in {folder} does not match its model.json: expected {wanted}, "
-            f"found {found}; write the folder again"
         )

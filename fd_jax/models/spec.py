@@ -12,7 +12,7 @@ import numpy as np
 from fd_jax.errors import ModelFolderError, first_few
 from fd_jax.models import description, kernels, resize, sizes
 from fd_jax.models.convnext import ConvNeXt
-from fd_jax.models.heads import Pooling
+from fd_jax.models.heads import Classifier, Pooling
 from fd_jax.models.keys import param_keys
 from fd_jax.models.pool import Pool, make_pool
 from fd_jax.models.segmenter import Segmenter, widths_of
@@ -125,6 +125,26 @@ class ModelSpec:
         """
         module = nnx.eval_shape(lambda: self.build_segmenter(rngs=param_keys(0), **runtime))
         return *split(module), jax.eval_shape(module.fresh_statistics)
+
+    def build_head(self, width: int, *, rngs: nnx.Rngs, **runtime) -> Classifier:
+        """The classifier with fresh parameters, on features of this width.
+
+        `runtime` is what `Classifier` takes beside the facts of the description; its weights are
+        zeros unless there is a `kernel_init`.
+        """
+        arguments: dict[str, Any] = {"kernel_init": nnx.initializers.zeros, **runtime}
+        return Classifier(
+            width,
+            self.classes,
+            pooling=self.pooling,
+            norm_eps=self.head_norm_eps,
+            **arguments,
+            rngs=rngs,
+        )
+
+    def abstract_head(self, width: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
+        """Definition and parameter shapes of the classifier, on features of this width."""
+        return split(nnx.eval_shape(lambda: self.build_head(width, rngs=param_keys(0))))
 
     def build_pool(self, *, rngs: nnx.Rngs, **runtime) -> Pool:
         """The pool with fresh parameters; `runtime` is its dtype.

@@ -9,6 +9,9 @@ import numpy as np
 
 from fd_jax.errors import DataError
 from fd_jax.models.features import FeatureMap
+from fd_jax.show import html
+
+MOST_NAMES = 40  # classes whose names fit on the axes of a confusion matrix
 
 
 def pyplot() -> Any:
@@ -143,11 +146,26 @@ def pca_picture(features: FeatureMap) -> np.ndarray:
     return colours.reshape(len(patches), *features.grid, 3)
 
 
-def confusion(matrix: np.ndarray, path: epath.Path) -> None:
-    """Plots a confusion matrix whose rows are divided by their sums."""
+def confusion(
+    matrix: np.ndarray, path: epath.Path, class_names: Sequence[str] | None = None
+) -> None:
+    """Plots a confusion matrix whose rows are divided by their sums.
+
+    Args:
+      matrix: counts [K, K], a row for each label.
+      path: file to write.
+      class_names: name of each class, which the axes have if there are at most MOST_NAMES.
+    """
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure, axes = pyplot().subplots(figsize=(5, 4.4), layout="constrained")
     image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="label")
+    if len(matrix) <= MOST_NAMES:
+        given = class_names or [""] * len(matrix)
+        names = [html.printable(name) or str(k) for k, name in enumerate(given)]
+        axes.set_xticks(range(len(matrix)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(matrix)), names, parse_math=False)
+    else:
+        axes.locator_params(integer=True)
     figure.colorbar(image, label="share of the label's images")
     save(figure, path)

@@ -276,11 +276,8 @@ class ClassifyTask:
 
     def _classifier(self, rngs: nnx.Rngs) -> Classifier:
         init = layers.truncated_normal(HEAD_STD[self.config.model.trains], 2.0)
-        return Classifier(
+        return self.spec.build_head(
             self.encoder.width,
-            self.spec.classes,
-            pooling=self.spec.pooling,
-            norm_eps=self.spec.head_norm_eps,
             affine=not self.probe,
             kernel_init=layers.scaled(init, self.config.model.head_scale),
             grad_dtype=jnp.dtype(self.config.grad_reduce_dtype),

@@ -76,6 +76,9 @@ class Watch:
 class Best:
     """The best evaluation so far by the figure that `eval.keep_best` names.
 
+    Of evaluations with the same figure, that with the lower loss is the better one: on few pictures
+    an accuracy often stays the same while the network still improves.
+
     Args:
       name: of the figure, such as "top1"; "" for none.
       rows: what the log of the run holds so far.
@@ -83,7 +86,8 @@ class Best:
         which may have been chosen later than they were. None counts them all.
 
     Attributes:
-      step, value: of the best evaluation; step is None before the first one.
+      step, value, loss: of the best evaluation; step is None before the first one. The loss is NaN
+        if it is not measured.
 
     Raises:
       ModelFolderError: the folder is damaged.
@@ -92,10 +96,10 @@ class Best:
     def __init__(self, name: str, rows: Rows, folder: epath.Path | None = None):
         self.name = name
         self.step: int | None = None
-        self.value = math.nan
+        self.value = self.loss = math.nan
         for row in rows if folder is None or _is_by(name, folder) else ():
             if EVALUATION + name in row:
-                self._keep_if_better(int(row["step"]), row[EVALUATION + name])
+                self._keep_if_better(int(row["step"]), row)
 
     @property
     def averaged(self) -> bool:
@@ -111,12 +115,15 @@ class Best:
         if not self.name:
             return False
         check_figure(self.name, [name.removeprefix(EVALUATION) for name in evaluation])
-        return self._keep_if_better(step, evaluation[EVALUATION + self.name])
+        return self._keep_if_better(step, evaluation)
 
-    def _keep_if_better(self, step: int, value: float) -> bool:
+    def _keep_if_better(self, step: int, evaluation: Mapping[str, float]) -> bool:
+        value = evaluation[EVALUATION + self.name]
+        loss = evaluation.get(EVALUATION + ("ema_loss" if self.averaged else "loss"), math.nan)
         first = self.step is None and not math.isnan(value)
-        if first or better(self.name, value, self.value):
-            self.step, self.value = step, value
+        tie = value == self.value and better("loss", loss, self.loss)
+        if first or tie or better(self.name, value, self.value):
+            self.step, self.value, self.loss = step, value, loss
             return True
         return False
 

@@ -86,6 +86,20 @@ def test_the_best_is_the_first_of_equal_figures(name, best):
     assert improved == [best[0]]
 
 
+@pytest.mark.parametrize("name,loss", [("top1", "loss"), ("ema_top1", "ema_loss")])
+def test_of_equal_figures_that_with_the_lower_loss_is_the_best(name, loss):
+    other = {"loss": "ema_loss", "ema_loss": "loss"}[loss]
+    figures = {1: (0.9, 2.0), 2: (0.9, 1.0), 3: (0.9, 1.5), 4: (0.8, 0.1), 5: (0.9, math.nan)}
+    rows = [
+        {"step": s, f"eval_{name}": top1, f"eval_{loss}": value, f"eval_{other}": -s}
+        for s, (top1, value) in figures.items()
+    ]
+    watched = Best(name, [])
+    assert [row["step"] for row in rows if watched.improved_by(row["step"], row)] == [1, 2]
+    assert (watched.step, watched.value, watched.loss) == (2, 0.9, 1.0)
+    assert Best(name, rows).step == 2
+
+
 @pytest.mark.parametrize(
     "notes,counted",
     [
