@@ -11,6 +11,7 @@ it is. Any folder of pictures can be used without this, as folder:/path/to/it.
 from collections.abc import Sequence
 import sys
 
+from absl import logging
 from etils import epath
 
 from fd_jax import console, storage
@@ -66,13 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="destination; by default that of TFDS")
     parser.add_argument("--manual_dir", help="folder with files that cannot be downloaded")
     args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of the folder that it is about to fill
     try:
+        if not sys.stderr.isatty():
+            _hide_bars()
         with storage.one_message(args.data_dir or "the data folder of TFDS"):
             print(prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir))
     except (UserError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _hide_bars() -> None:
+    """In a file, bars are hundreds of torn lines."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
 
 
 if __name__ == "__main__":
