@@ -34,14 +34,17 @@ def run(
     undisturbed = lab.finish(whole)
     assert undisturbed.status == 0, undisturbed.output
     expected, rows = runs.model(whole), runs.rows(whole)
+    lasts = undisturbed.seconds
     found = {"signals": 0, "runs": 0, "models": 0, "rows": 0, "statuses": {}}
     while found["signals"] < count:
-        workdir = lab.folder / f"run{found['runs']}"
-        while not _stopped(lab, workdir, number, rng.uniform(0, undisturbed.seconds), found):
+        workdir, before = lab.folder / f"run{found['runs']}", found["signals"]
+        while (ended := _stopped(lab, workdir, number, rng.uniform(0, lasts), found)).status != 0:
             log(f"{found['signals']} signals, {found['runs']} runs")
             if found["signals"] >= count:
                 assert lab.finish(workdir).status == 0
                 break
+        if found["signals"] == before:  # it was never disturbed: so long do runs last by now
+            lasts = ended.seconds
         found["runs"] += 1
         found["models"] += runs.model(workdir) != expected
         found["rows"] += runs.differing_rows(runs.rows(workdir), rows)
@@ -51,8 +54,8 @@ def run(
 
 def _stopped(
     lab: Lab, workdir: pathlib.Path, number: signal.Signals, moment: float, found: dict[str, Any]
-) -> bool:
-    """Starts a run and sends a signal after some seconds; whether it ended before."""
+) -> runs.Ended:
+    """Starts a run and sends a signal after some seconds, unless it has ended before."""
     process = lab.start(workdir)
     deadline = time.monotonic() + moment
     while time.monotonic() < deadline and process.popen.poll() is None:
@@ -64,7 +67,7 @@ def _stopped(
     status = str(ended.status)
     found["statuses"][status] = found["statuses"].get(status, 0) + 1
     assert status in ("0", "75", str(-number)), ended.output
-    return ended.status == 0
+    return ended
 
 
 def soak(lab: Lab, steps: int, log: Callable[[str], None]) -> dict[str, Any]:
