@@ -136,7 +136,7 @@ def build(
     return Program(
         mesh=mesh,
         total_steps=total_steps,
-        schedule=schedule,
+        schedule=jax.jit(schedule),  # twenty small operations, each a program of its own
         state=state,
         frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
         batch=_abstract_batch(elements, config.batch_size, mesh),
