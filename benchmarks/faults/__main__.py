@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import logging
 
-from benchmarks.faults import damage, stops, storage
+from benchmarks.faults import damage, runs, stops, storage
 from benchmarks.faults.runs import ROOT, Lab
 import fd_jax
 from fd_jax import storage as files
@@ -50,28 +50,37 @@ def main() -> int:
         return 0
     counts = SHORT if arguments.short else LONG
     report = _opened(arguments.output, short=arguments.short)
-    for part in arguments.parts:
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for part in arguments.parts:
+            began = time.monotonic()
             found = measure(part, counts[part], pathlib.Path(folder), short=arguments.short)
-        taken = round(time.monotonic() - began)
-        report["parts"][part] = {
-            "date": time.strftime("%Y-%m-%d"),
-            "code": _code(),
-            "count": counts[part],
-            "seed": SEEDS.get(part),
-            "seconds": taken,
-            **found,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+            report["parts"][part] = {
+                "date": time.strftime("%Y-%m-%d"),
+                "code": _code(),
+                "count": counts[part],
+                "seed": SEEDS.get(part),
+                "seconds": round(time.monotonic() - began),
+                **found,
+            }
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
     return int(not all(is_fine(report, part) for part in report["parts"]))
 
 
-def measure(part: str, count: int, folder: pathlib.Path, *, short: bool) -> dict[str, Any]:
-    """The figures of one part; `folder` is empty."""
+def measure(part: str, count: int, root: pathlib.Path, *, short: bool) -> dict[str, Any]:
+    """The figures of one part, in a new folder of `root`; parts share the inputs of their runs."""
+    folder, inputs = root / part, root / "inputs"
+    folder.mkdir()
+    try:
+        return _measure(part, count, folder, inputs, short=short)
+    finally:
+        runs.remove(folder)
 
+
+def _measure(
+    part: str, count: int, folder: pathlib.Path, inputs: pathlib.Path, *, short: bool
+) -> dict[str, Any]:
     def log(text: str) -> None:
         print(f"{part}: {text}", flush=True)
 
@@ -80,9 +89,9 @@ def measure(part: str, count: int, folder: pathlib.Path, *, short: bool) -> dict
     if part == "json":
         return damage.mutate_descriptions(count, SEEDS[part], log)
     if part == "storage":
-        lab = Lab(folder, f"--config.steps={storage.STEPS // (4 if short else 1)}")
+        lab = Lab(folder, inputs, f"--config.steps={storage.STEPS // (4 if short else 1)}")
         return {"rows": list(storage.run(lab, count, log))}
-    lab = Lab(folder)
+    lab = Lab(folder, inputs)
     if part == "soak":
         return stops.soak(lab, count, log)
     number = signal.SIGKILL if part == "kills" else signal.SIGTERM

@@ -40,25 +40,28 @@ class Ended:
 
 
 class Lab:
-    """A folder with a teacher, the digits and a compilation cache, and the runs made from them.
+    """A folder of runs, all made from the same inputs.
 
     Args:
-      folder: new or empty folder.
+      folder: of the runs; new or empty.
+      inputs: folder of a teacher, the digits and a compilation cache, which several labs can share;
+        filled if it does not exist.
       flags: further flags of every run, such as --config.steps=20.
     """
 
-    def __init__(self, folder: pathlib.Path, *flags: str):
-        self.folder, self._flags = folder, flags
+    def __init__(self, folder: pathlib.Path, inputs: pathlib.Path, *flags: str):
+        self.folder, self._inputs, self._flags = folder, inputs, flags
         folder.mkdir(parents=True, exist_ok=True)
-        _prepare(folder)
+        if not inputs.exists():
+            _prepare(inputs)
 
     def command(self, workdir: pathlib.Path, *flags: str) -> list[str]:
         """The command of a run."""
         return [
             *(sys.executable, "-u", "train.py"),
             f"--config={pathlib.Path(__file__).parent / 'config.py'}",
-            f"--config.teacher.path={self.folder / 'teacher'}",
-            f"--config.data.data_dir={self.folder / 'data'}",
+            f"--config.teacher.path={self._inputs / 'teacher'}",
+            f"--config.data.data_dir={self._inputs / 'data'}",
             f"--workdir={workdir}",
             *self._flags,
             *flags,
@@ -82,7 +85,7 @@ class Lab:
         return {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(self._inputs / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
             **(more or {}),
