@@ -1,24 +1,22 @@
 """Every test runs on eight fake CPU devices, in float32 with exact matmuls."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation, and a third of that is LLVM's optimisation, which small
-# programs do not need.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Tests use the same small programs again and again, often in processes of their own. With this
-# cache, each program is compiled once per run of the suite.
+# cache, each program is compiled once per run of the suite; .ci/run gives both suites the same one.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="fd_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 import jax  # noqa: E402
@@ -40,6 +38,17 @@ LONGEST_FIRST = (
     "models/test_swin.py",
     "test_report.py",
 )
+
+
+def pytest_collection():
+    """Imports make a million objects that stay; the collector would search them again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """From here on the collector leaves out whatever the modules of the tests have imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,7 @@ from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import account, loop
-from tests import tiny
+from tests import tiny, xla
 from tests.models import convnexts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -296,7 +296,7 @@ def test_the_commands_of_the_page_run_in_order(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = xla.UNOPTIMIZED
     shells = {"": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     printed = []
     for language, block in blocks_of(ROOT / "docs" / "your_own_data.md"):

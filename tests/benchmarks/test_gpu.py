@@ -38,8 +38,8 @@ def test_accuracy_of_every_choice_is_measured_or_refused_by_name(tmp_path):
 @pytest.mark.slow
 def test_steps_of_both_sides_are_timed_and_traced(tmp_path):
     output = tmp_path / "toy.json"
-    args = ("--parts=fd_jax,torch,flags", "--models=b", f"--profile={tmp_path / 'traces'}")
-    done = run(output, *args)
+    args = ("--parts=fd_jax,torch,flags", "--models=b", "--first", "--flags=cublas")
+    done = run(output, *args, f"--profile={tmp_path / 'traces'}")
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
     measured = [(row["part"], row.get("choice")) for row in rows if "images_per_second" in row]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import tiny, xla
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -27,8 +27,7 @@ def start(folder, data, output, *flags, devices=1):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla.flags(devices),
     }
     command = [sys.executable, "-m", "fd_jax.diagnose", f"--model={folder}", "--data=digits:test"]
     command += [f"--data_dir={data}", f"--output={output}", "--threads=2", *flags]

@@ -24,7 +24,7 @@ from fd_jax.evaluation import evaluators, segmentation
 from fd_jax.models.segmenter import sliding
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
-from tests import tiny
+from tests import tiny, xla
 from tests.evaluation import segments
 from tests.evaluation.segments import CLASSES, SCALE, SIDE
 
@@ -393,8 +393,7 @@ def test_refusals(made):
 def start(process, count, port, tensor, devices, *more):
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla.flags(devices),
     }
     command = [sys.executable, "-m", "tests.evaluation.segments"]
     command += [str(value) for value in (process, count, port, tensor, *more)]

@@ -18,7 +18,7 @@ import pytest
 from fd_jax.errors import CheckpointError, ConfigError, ModelFolderError
 from fd_jax.reproduce import __main__ as command_line
 from fd_jax.reproduce import cells, launching, results, small
-from tests import tiny
+from tests import tiny, xla
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -145,11 +145,10 @@ command_line.run("cpu", cells, cells, epath.Path(sys.argv[1]), sys.argv[2:])
 
 def start(*arguments, **environment):
     """Starts Python in the checkout, with this machine's devices."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**inherited, **environment},
+        env={**os.environ, "XLA_FLAGS": xla.FAST, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,7 +16,7 @@ import pytest
 
 import fd_jax
 from fd_jax.training import loop, metric_writer
-from tests import tiny
+from tests import tiny, xla
 from tests.training import wandb_records
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -63,8 +63,7 @@ class Run:
             "JAX_PLATFORMS": "cpu",
             "PYTHONFAULTHANDLER": "1",  # prints a traceback if a signal kills the process
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": xla.flags(devices),
             "PYTHONPATH": str(ROOT),
         }
         command = [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}"]
