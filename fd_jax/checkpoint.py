@@ -24,13 +24,15 @@ from fd_jax.errors import (
     CheckpointError,
     DamagedCheckpointError,
     StorageError,
+    UserError,
     differences,
     first_few,
 )
 from fd_jax.typing import PyTree
 
-# What Orbax raises for files that are damaged; the last for an unknown kind of sharding.
-_UNREADABLE = (ValueError, KeyError, OSError, NotImplementedError)
+# What says nothing about files. Of damaged ones, Orbax raises whatever its parsers meet: errors of
+# values, keys, attributes and kinds that are not implemented, and `Exception` itself.
+_NOT_OF_FILES = (UserError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,9 +308,10 @@ class Checkpoints:
                         record=ocp.args.JsonRestore(),
                     ),
                 )
-        except _UNREADABLE as error:
-            self._refuse_closed_files(error)
-            damage = self._damaged(step, f"cannot be read: {error}")
+        except Exception as error:
+            self._refuse_other_reasons(error)
+            reason = f"{error}".partition("\n")[0]  # some go on with every setting of TensorStore
+            damage = self._damaged(step, f"cannot be read: {type(error).__name__}: {reason:.300}")
             damage.__cause__ = error
             return damage
         if not saved:
@@ -319,8 +322,10 @@ class Checkpoints:
             return self._damaged(step, "is damaged: its record is not what was written")
         return restored["state"], record, expected
 
-    def _refuse_closed_files(self, error: Exception) -> None:
-        """Files that the system does not let this process read may be whole."""
+    def _refuse_other_reasons(self, error: Exception) -> None:
+        """Raises what is no sign of damage: files that the system keeps closed may be whole."""
+        if isinstance(error, _NOT_OF_FILES):
+            raise error
         if storage.code_of(error) in storage.NOT_DAMAGE:
             raise storage.explained(error, self._folder) or error from error
 
@@ -357,8 +362,8 @@ class Checkpoints:
         try:
             (self._folder / str(step)).stat()  # Orbax takes any error for a missing folder
             return describe_tree(self._folder / str(step) / "state")
-        except _UNREADABLE as error:
-            self._refuse_closed_files(error)
+        except Exception as error:
+            self._refuse_other_reasons(error)
             return {}  # `_read` finds out what is damaged
 
     def _damaged(self, step: int, what: str) -> DamagedCheckpointError:

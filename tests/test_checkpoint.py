@@ -85,6 +85,21 @@ def test_a_checkpoint_that_the_system_does_not_let_us_read_is_not_damaged(saved,
         saved.restore(3, like(**LIKE))
 
 
+@pytest.mark.parametrize("name, raised", [("array_metadata", "Attribute"), ("param_name", "Key")])
+def test_metadata_that_orbax_stumbles_over_is_damage(saved, tmp_path, name, raised):
+    path = tmp_path / "checkpoints" / "3" / "state" / "array_metadatas" / "process_0"
+    path.write_text(path.read_text().replace(f'"{name}"', f'"{name[:-1]}"', 1))
+    with pytest.raises(DamagedCheckpointError, match=f"checkpoints/3 cannot be read: {raised}Err"):
+        saved.restore(3, like(**LIKE))
+
+
+def test_what_says_nothing_about_files_is_no_damage(saved):
+    for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):
+        with pytest.raises(type(error)):
+            saved._refuse_other_reasons(error)
+    saved._refuse_other_reasons(ValueError("a wrong checksum"))
+
+
 def test_a_missing_file_is_damage(saved, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
     with pytest.raises(DamagedCheckpointError, match="cannot be read"):
