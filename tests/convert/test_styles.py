@@ -18,7 +18,7 @@ from fd_jax import model_folder
 from fd_jax.convert import cli, exporting, importing, verifying
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.opening import open_container
-from fd_jax.errors import ConversionError
+from fd_jax.errors import ConfigError, ConversionError
 
 TOLERANCE = 1e-5
 HALF = [0.5, 0.4, 0.6]
@@ -151,6 +151,27 @@ def test_features_at_another_size_are_those_of_the_class(name, tmp_path):
 @pytest.mark.parametrize("name", [n for n in CLASSES if n != "ViTForImageClassification"])
 def test_names_in_memory_are_read_as_those_in_files(name, tmp_path):
     import torch
+
+def test_swin_v2_keeps_its_windows_at_another_size_as_the_class_does(tmp_path):
+    """The class decides windows and shifts when it is made, timm and Microsoft for every size.
+
+    Windows of 8 on grids 8 and 4 are not shifted, and clipped to 4 in the second stage.
+    """
+    folder = saved("Swinv2Model", tmp_path / "hf", window_size=8)
+    importing.import_file("auto", folder, tmp_path / "model", image_size=64)
+    spec, params = model_folder.load(tmp_path / "model")
+    theirs = reference("Swinv2Model", pictures(64), window_size=8)
+    assert difference(features(spec, params, pictures(64)), theirs) < TOLERANCE
+    free = {name: value for name, value in spec.arch.items() if name != "windows_at"}
+    other = dataclasses.replace(spec, arch=free)
+    assert difference(features(other, params, pictures(64)), theirs) > 100 * TOLERANCE
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["image_size"] == 32
+    with pytest.raises(ConversionError, match="asks for windows that the size of its input deci"):
+        exporting.export("timm", tmp_path / "model", tmp_path / "timm.safetensors")
+    with pytest.raises(ConfigError, match="windows of 8, which an input of 32 px decides, do not"):
+        spec.resized(params["encoder"], 16)
+
 
     folder = saved(name, tmp_path / "hf")
     expected = importing.read("auto", folder)
