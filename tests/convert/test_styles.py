@@ -61,6 +61,7 @@ CLASSES = {
         "DINOv3ViTConfig",
         {**SMALL, "num_register_tokens": 2, "rope_theta": 50.0, "key_bias": True},
     ),
+    "InternVLVisionModel": ("InternVLVisionConfig", {**SMALL, "attention_bias": True}),
     "SwinModel": ("SwinConfig", SWIN),
     "Swinv2Model": ("Swinv2Config", {**SWIN, "pretrained_window_sizes": [3, 2]}),
 }
@@ -102,7 +103,7 @@ def reference(name, images, **changes):
     model = getattr(model, "vision_model", getattr(model, "vit", model))
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     size = {} if images.shape[1] == model.config.image_size else {"interpolate_pos_encoding": True}
-    size = {} if "dino" in name.lower() or "Swin" in name else size
+    size = {} if any(word in name for word in ("Dino", "DINO", "Swin", "InternVL")) else size
     if "MAE" in name:  # which orders patches by random numbers before it masks none
         size = {"noise": torch.arange(9.0).expand(len(images), 9)}
     with torch.no_grad():
@@ -140,7 +141,10 @@ def test_a_folder_of_transformers_gives_the_features_of_its_class(name, tmp_path
 
 @pytest.mark.parametrize(
     "name",
-    ["ViTModel", "CLIPVisionModel", "BeitModel", "Dinov2Model", "Dinov2WithRegistersModel"],
+    [
+        *("ViTModel", "CLIPVisionModel", "BeitModel", "Dinov2Model", "Dinov2WithRegistersModel"),
+        "InternVLVisionModel",
+    ],
 )
 def test_features_at_another_size_are_those_of_the_class(name, tmp_path):
     result = importing.read("auto", saved(name, tmp_path / "hf"), image_size=20)
@@ -380,6 +384,16 @@ def test_an_epsilon_that_only_some_norms_of_a_swin_would_have_is_refused(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["DeiTModel", "Dinov2Model", "Swinv2Model", "CLIPVisionModel"])
+@pytest.mark.parametrize(
+    ("field", "value", "ours"),
+    [("norm_type", "rms_norm", "'layer_norm'"), ("use_qk_norm", True, "False")],
+)
+def test_an_internvl_with_other_norms_is_refused(field, value, ours, tmp_path):
+    folder = changed(saved("InternVLVisionModel", tmp_path / "hf"), "config.json", **{field: value})
+    with pytest.raises(ConversionError, match=f"{field} {value!r}; networks here have {ours}"):
+        importing.read("auto", folder)
+
+
 def test_verify_compares_with_the_model_of_the_own_config(name, tmp_path):
     folder = saved(name, tmp_path / "hf")
     importing.import_file("auto", folder, tmp_path / "model")
@@ -391,7 +405,9 @@ def test_verify_compares_with_the_model_of_the_own_config(name, tmp_path):
     assert not verifying.verify("auto", folder, tmp_path / "wrong").agrees
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2Model", "SwinModel"])
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "Dinov2Model", "SwinModel", "InternVLVisionModel"]
+)
 def test_export_gives_the_tensors_back(name, tmp_path):
     folder = saved(name, tmp_path / "hf")
     importing.import_file("auto", folder, tmp_path / "model")
@@ -413,3 +429,31 @@ def test_the_command_says_where_every_fact_is_from(tmp_path, capsys):
     assert "mean, std, pixel_scale" not in printed  # each has a line of its own field
     assert "heads: config.json: num_attention_heads" in printed
     assert Path(out, "model.json").exists()
+def test_internvl_is_taken_out_of_its_model_and_written_for_its_own_class(tmp_path):
+    """Of a model that also speaks; with a norm at the end, and no biases of q, k and v."""
+    import torch
+    import transformers
+
+    changes = {"use_mean_pooling": False, "attention_bias": False}
+    folder = saved("InternVLVisionModel", tmp_path / "hf", **changes)
+    tensors = contents(folder)
+    whole = {f"model.vision_tower.{name}": value for name, value in tensors.items()}
+    whole["model.language_model.layers.0.mlp.up_proj.weight"] = np.ones((3, 2), np.float32)
+    safetensors_io.write(folder / "model.safetensors", whole, {"format": "pt"})
+    vision = json.loads((folder / "config.json").read_text())
+    text = json.dumps({"model_type": "internvl", "vision_config": vision})
+    (folder / "config.json").write_text(text)
+    importing.import_file("auto", folder, tmp_path / "model")
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    back = contents(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "back").eval()
+    assert type(model).__name__ == "InternVLVisionModel"
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.moveaxis(pictures(12), -1, 1).copy())
+        found = model(pixels).last_hidden_state.numpy()
+    expected = reference("InternVLVisionModel", pictures(12), **changes)
+    np.testing.assert_array_equal(found, expected)
+
+

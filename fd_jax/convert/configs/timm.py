@@ -5,7 +5,7 @@ import types
 from typing import Any
 
 from fd_jax.convert import published
-from fd_jax.convert.configs import huggingface
+from fd_jax.convert.configs import classes, huggingface
 from fd_jax.convert.facts import Claim
 from fd_jax.errors import ConversionError
 
@@ -55,7 +55,7 @@ _ARGUMENTS = types.MappingProxyType(
     }
 )
 _ACTIVATIONS = types.MappingProxyType(
-    {**huggingface.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
+    {**classes.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
 )
 
 
