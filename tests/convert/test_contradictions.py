@@ -218,6 +218,29 @@ def test_any_value_beside_the_weights_is_read_or_refused(name, file, path, value
         fields[path[-1]] = value
 
     with_config(folder, file, change)
+def test_a_tower_whose_norm_follows_the_pooling_says_so_in_its_config(tmp_path):
+    folder = folder_of("clip_coca", tmp_path / "open_clip")
+
+    def change(value):
+        def changed(fields):
+            fields["model_cfg"]["vision_cfg"]["attentional_pool"] = value
+
+        return changed
+
+    name = "open_clip_config.json"
+    with_config(folder, name, change(False))
+    with pytest.raises(ConversionError, match="final_norm is False .the tensors., but True .open_"):
+        importing.read("auto", folder)
+    with_config(folder, name, change("parallel"))
+    with pytest.raises(ConversionError, match="has attentional_pool 'parallel', which networks"):
+        importing.read("auto", folder)
+    with_config(folder, name, change(True))
+    found = importing.read("auto", folder)
+    assert not found.spec.arch["final_norm"] and found.spec.pool is None
+    dropped = found.dropped["the attention pooling head"]
+    assert {"attn_pool.query", "ln_post.weight"} <= set(dropped)
+
+
     try:
         spec = importing.read("auto", folder).spec
     except ConversionError:
