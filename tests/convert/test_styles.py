@@ -152,10 +152,6 @@ def test_features_at_another_size_are_those_of_the_class(name, tmp_path):
     assert difference(ours, reference(name, pictures(20))) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n for n in CLASSES if n != "ViTForImageClassification"])
-def test_names_in_memory_are_read_as_those_in_files(name, tmp_path):
-    import torch
-
 def test_swin_v2_keeps_its_windows_at_another_size_as_the_class_does(tmp_path):
     """The class decides windows and shifts when it is made, timm and Microsoft for every size.
 
@@ -176,6 +172,10 @@ def test_swin_v2_keeps_its_windows_at_another_size_as_the_class_does(tmp_path):
     with pytest.raises(ConfigError, match="windows of 8, which an input of 32 px decides, do not"):
         spec.resized(params["encoder"], 16)
 
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n != "ViTForImageClassification"])
+def test_names_in_memory_are_read_as_those_in_files(name, tmp_path):
+    import torch
 
     folder = saved(name, tmp_path / "hf")
     expected = importing.read("auto", folder)
@@ -310,10 +310,19 @@ def test_stated_facts_answer_and_are_kept_with_their_origin(tmp_path):
     found = importing.read("auto", alone(folder), facts=stated)
     assert found.spec.arch == expected.spec.arch
     assert set(found.spec.origins.values()) == {"--fact"}
-    with pytest.raises(
-        ConversionError, match=r"does not agree: heads is 8 \(--fact\), but 4 \(config.json"
-    ):
-        importing.read("auto", folder, facts=["heads=8"])
+
+
+def test_a_stated_fact_overrules_a_config_and_no_tensor(tmp_path):
+    folder = saved("ViTModel", tmp_path / "hf")
+    spec = importing.read("auto", folder, facts=["heads=8", "mean=0,0,0", "mlp_width=96"]).spec
+    assert spec.arch["heads"] == 8 and spec.mean == (0, 0, 0)
+    assert spec.origins["heads"] == (
+        "stated by the user, against 4 (config.json: num_attention_heads)"
+    )
+    assert spec.origins["mean"].startswith("stated by the user, against (0.5, 0.4, 0.6) (preproc")
+    for fact, tensors in {"mlp_width=64": 96, "cls_token=no": True, "registers=1": 0}.items():
+        with pytest.raises(ConversionError, match=f"but {tensors} .the tensors."):
+            importing.read("auto", folder, facts=[fact])
 
 
 @pytest.mark.parametrize(
@@ -322,6 +331,7 @@ def test_stated_facts_answer_and_are_kept_with_their_origin(tmp_path):
         ("heads", "expected NAME=VALUE"),
         ("noses=3", "expected NAME=VALUE with a name of image_size, heads"),
         ("heads=many", "'many' is no heads"),
+        ("gated_mlp=maybe", "'maybe' is no gated_mlp; expected yes or no"),
     ],
 )
 def test_facts_that_cannot_be_read_are_refused(text, message, tmp_path):
@@ -374,16 +384,6 @@ def test_a_config_that_contradicts_the_tensors_is_refused(field, value, message,
         importing.read("auto", folder)
 
 
-def test_an_epsilon_that_only_some_norms_of_a_swin_would_have_is_refused(tmp_path):
-    folder = changed(saved("SwinModel", tmp_path / "hf"), "config.json", layer_norm_eps=1e-6)
-    with pytest.raises(ConversionError, match="layer_norm_eps 1e-06; networks here have 1e-05"):
-        importing.read("auto", folder)
-
-
-# --- what follows an import
-
-
-@pytest.mark.parametrize("name", ["DeiTModel", "Dinov2Model", "Swinv2Model", "CLIPVisionModel"])
 @pytest.mark.parametrize(
     ("field", "value", "ours"),
     [("norm_type", "rms_norm", "'layer_norm'"), ("use_qk_norm", True, "False")],
@@ -394,6 +394,16 @@ def test_an_internvl_with_other_norms_is_refused(field, value, ours, tmp_path):
         importing.read("auto", folder)
 
 
+def test_an_epsilon_that_only_some_norms_of_a_swin_would_have_is_refused(tmp_path):
+    folder = changed(saved("SwinModel", tmp_path / "hf"), "config.json", layer_norm_eps=1e-6)
+    with pytest.raises(ConversionError, match="layer_norm_eps 1e-06; networks here have 1e-05"):
+        importing.read("auto", folder)
+
+
+# --- what follows an import
+
+
+@pytest.mark.parametrize("name", ["DeiTModel", "Dinov2Model", "Swinv2Model", "CLIPVisionModel"])
 def test_verify_compares_with_the_model_of_the_own_config(name, tmp_path):
     folder = saved(name, tmp_path / "hf")
     importing.import_file("auto", folder, tmp_path / "model")
@@ -420,15 +430,6 @@ def test_export_gives_the_tensors_back(name, tmp_path):
         np.testing.assert_array_equal(tensor.load(), short[key].load(), err_msg=key)
 
 
-def test_the_command_says_where_every_fact_is_from(tmp_path, capsys):
-    folder = saved("ViTModel", tmp_path / "hf")
-    out = tmp_path / "model"
-    assert cli.main(["import", f"--input={folder}", f"--output={out}"]) == 0
-    printed = capsys.readouterr().out
-    assert "as hf_vit" in printed
-    assert "mean, std, pixel_scale" not in printed  # each has a line of its own field
-    assert "heads: config.json: num_attention_heads" in printed
-    assert Path(out, "model.json").exists()
 def test_internvl_is_taken_out_of_its_model_and_written_for_its_own_class(tmp_path):
     """Of a model that also speaks; with a norm at the end, and no biases of q, k and v."""
     import torch
@@ -457,3 +458,12 @@ def test_internvl_is_taken_out_of_its_model_and_written_for_its_own_class(tmp_pa
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_command_says_where_every_fact_is_from(tmp_path, capsys):
+    folder = saved("ViTModel", tmp_path / "hf")
+    out = tmp_path / "model"
+    assert cli.main(["import", f"--input={folder}", f"--output={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "as hf_vit" in printed
+    assert "mean, std, pixel_scale" not in printed  # each has a line of its own field
+    assert "heads: config.json: num_attention_heads" in printed
+    assert Path(out, "model.json").exists()

@@ -87,7 +87,7 @@ def _refuse(vision: Mapping[str, Any]) -> None:
 
 def _of_timm(vision: Mapping[str, Any], where: str) -> list[Claim]:
     facts, origin = published.architecture(vision["timm_model_name"], None)
-    facts = published.complete(facts)
+    facts = published.whole(facts)
     taken = ("image_size", "mean", "std")
     found = [Claim(fact, value, origin) for fact, value in facts.items() if fact not in taken]
     pooling = _POOLINGS.get(str(vision.get("timm_pool")))
