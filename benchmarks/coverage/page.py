@@ -36,7 +36,8 @@ largest value, has to be below 1e-5 (float32).
 {_summary(now)}
 
 - "folder" is a repository of a hub: weights with `config.json`, `preprocessor_config.json`, timm's
-  `config.json` or `open_clip_config.json` beside them.
+  `config.json` or `open_clip_config.json` beside them. "Stated" is what a model card passes in
+  code while the files of the repository say otherwise; without it they are refused.
 - "file" is the same `state_dict` alone, in which no tensor tells heads, activation, epsilon and
   statistics; "asks" means that the import names what is missing and what the file may be. "With
   `--arch`" is this file with the network's public name.
@@ -71,6 +72,8 @@ def _row(name: str, row: Mapping[str, Any]) -> str:
     folder = row["folder"]
     sizes = [key for key in folder if key.isdigit()]
     native = _said(folder, sizes[0] if sizes else "")
+    if "stated" in folder:
+        native += f", stated {' '.join(f'`--fact={fact}`' for fact in folder['stated'])}"
     other = _size(sizes[1], folder[sizes[1]]) if len(sizes) > 1 else ""
     rest = [_said(row[form], "") if form in row else "" for form in ("file", "named")]
     cells = [name, row["lacked"], native, other, *rest]
