@@ -210,7 +210,12 @@ NETWORKS = ("student", "model", "segment", "contrast")
 OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
-    *(f"{name}.arch.{field}" for name in NETWORKS for field in architectures.OPTIONAL["vit"]),
+    *(
+        f"{name}.arch.{field}"
+        for name in NETWORKS
+        for fields in architectures.OPTIONAL.values()
+        for field in fields
+    ),
     # Fields that configs of earlier versions do not have.
     "eval.keep_best",
     "data.exif",

@@ -55,7 +55,7 @@ def _try(results: dict[str, Any], arguments: argparse.Namespace) -> None:
 
     results["versions"] = {name: _version(name) for name in LIBRARIES}
     run = results.setdefault("runs", {}).setdefault(arguments.run, {"rows": {}})
-    run |= {"date": time.strftime("%Y-%m-%d"), "code": _code()}
+    run["date"], code = time.strftime("%Y-%m-%d"), _code()
     chosen = _mixed([b for b in making.every() if fnmatch.fnmatch(b.name, arguments.only)])
     order = [backbone.name for backbone in making.every()]
     for number, backbone in enumerate(chosen, 1):
@@ -63,7 +63,7 @@ def _try(results: dict[str, Any], arguments: argparse.Namespace) -> None:
             continue
         began = time.monotonic()
         try:
-            row = _row(backbone)
+            row = {**_row(backbone), "code": code}
         except Exception as error:  # a structure that this library version cannot make
             print(f"{backbone.name}: not made: {type(error).__name__}: {error}", flush=True)
             continue

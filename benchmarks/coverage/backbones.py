@@ -162,8 +162,8 @@ _HUGE = {"hidden_size": 1280, "num_attention_heads": 16, "intermediate_size": 51
 _SO400M = {"hidden_size": 1152, "num_attention_heads": 16, "intermediate_size": 4304}
 _DINOV2 = {"image_size": 518, "patch_size": 14, "layer_norm_eps": 1e-6}
 _QUICK = {"hidden_act": "quick_gelu"}
-_SWIN = {"embed_dim": 128, "depths": [2, 1, 2, 1], "num_heads": [4, 8, 16, 32]}
-_SWIN_LARGE = {"embed_dim": 192, "depths": [2, 1, 2, 1], "num_heads": [6, 12, 24, 48]}
+_SWIN = {"embed_dim": 128, "depths": [1, 1, 2, 2], "num_heads": [4, 8, 16, 32]}
+_SWIN_LARGE = {"embed_dim": 192, "depths": [1, 1, 2, 2], "num_heads": [6, 12, 24, 48]}
 _BEIT = {"use_relative_position_bias": True, "use_mask_token": False, "layer_scale_init_value": 0.1}
 _GELU_TANH = {"hidden_act": "gelu_pytorch_tanh"}
 

@@ -32,7 +32,7 @@ def outcome(made: Made) -> dict[str, Any]:
     # timm, does not.
     described = (made.folder / "config.json").exists()
     with contextlib.nullcontext() if described else _depths_of_tables():
-        folder, read = _outcome(made, made.folder, {}, both, None)
+        folder, read = _of_folder(made, both)
     with _depths_of_tables():
         alone, _ = _outcome(made, made.file, {}, [made.size], (folder, read))
         named = {}
@@ -45,6 +45,15 @@ def outcome(made: Made) -> dict[str, Any]:
     for found in (folder, alone, *named.values()):
         found.pop("whole", None)
     return {"folder": folder, "file": alone, **named}
+
+
+def _of_folder(made: Made, sizes: list[int]) -> tuple[dict[str, Any], Imported | None]:
+    """What becomes of the folder; where facts have to be stated, also what it says without them."""
+    folder, read = _outcome(made, made.folder, {}, sizes, None)
+    if not made.facts or read is not None:
+        return folder, read
+    stated, read = _outcome(made, made.folder, {"facts": made.facts}, sizes, None)
+    return {**stated, "stated": list(made.facts), "unstated": folder["says"]}, read
 
 
 @contextlib.contextmanager

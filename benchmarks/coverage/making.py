@@ -17,9 +17,11 @@ from benchmarks.coverage import backbones, tables
 from tests.convert import seeded
 
 STATISTICS = tables.STATISTICS | {"rad-dino": ((0.5307,) * 3, (0.2583,) * 3)}
-# What the model card of a network passes in code, and its config.json does not hold.
-IN_CODE = ("paige-ai/Virchow2",)
-STAGES = [2, 1, 2, 1]  # shifted windows on a grid larger than the window, and stages without
+# What the model card of a network passes in code, and its config.json does not hold: the user has
+# to state it.
+IN_CODE = {"paige-ai/Virchow2": ("gated_mlp=yes", "activation=silu")}
+# Two blocks where windows are shifted, and where they are only at another size of the input.
+STAGES = [1, 1, 2, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Made:
       size: native side of its input.
       other: another side, at which features are compared as well.
       features: (uint8 images [B, H, W, 3]) -> tokens [B, N, D] of the library, at any of the two.
+      facts: what a user has to state of the folder, whose files say otherwise.
     """
 
     folder: Path
@@ -41,6 +44,7 @@ class Made:
     size: int
     other: int
     features: Callable[[np.ndarray], np.ndarray]
+    facts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ def every() -> list[Backbone]:
     for name, (lacked, architecture, arguments) in backbones.HUB.items():
 
         def make(folder, name=name, architecture=architecture, arguments=arguments):
-            return _timm(folder, architecture, arguments, "", in_code=name in IN_CODE)
+            return _timm(folder, architecture, arguments, "", facts=IN_CODE.get(name, ()))
 
         found.append(Backbone(name, "timm", lacked, make))
     for name, (lacked, *given) in backbones.HUGGING_FACE.items():
@@ -113,13 +117,13 @@ def tokens(found: torch.Tensor, *, channels_first: bool = False) -> np.ndarray:
 
 
 def _timm(
-    folder: Path, name: str, arguments: dict[str, Any], arch: str, *, in_code: bool = False
+    folder: Path, name: str, arguments: dict[str, Any], arch: str, *, facts: tuple[str, ...] = ()
 ) -> Made:
     import timm
     from timm.layers import SwiGLUPacked
     from timm.models import _hub
 
-    code = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU} if in_code else {}
+    code = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU} if facts else {}
     short = _short(timm.models.model_entrypoint(timm.models.get_arch_name(name)))
     model = timm.create_model(name, pretrained=False, **short, **arguments, **code).eval()
     fill(model)
@@ -139,9 +143,8 @@ def _timm(
             found = run.forward_features(pixels(images, config["mean"], config["std"]))
         return tokens(found, channels_first=type(model).__name__ == "ConvNeXt")
 
-    return Made(
-        folder / "hub", folder / "weights.pth", arch, size, other_size(model, size), features
-    )
+    files = folder / "hub", folder / "weights.pth"
+    return Made(*files, arch, size, other_size(model, size), features, facts)
 
 
 def _short(entry: Callable[..., Any]) -> dict[str, Any]:

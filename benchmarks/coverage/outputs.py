@@ -77,6 +77,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
 OPEN_CLIP = {
     "clip_quick_gelu": "ViT-B-32-quickgelu.openai",
     "clip_gelu": "ViT-L-14.laion2b_s32b_b82k",
+    "clip_coca": "coca_ViT-L-14.laion2b_s13b_b90k",
 }
 
 
@@ -135,26 +136,40 @@ def _of_timm(name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict
     return about, arrays
 
 
+def _small_open_clip(model_name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a model of open_clip and its configuration, small."""
+    import open_clip
+
+    config = open_clip.get_model_config(model_name)
+    config.pop("custom_text", None)
+    config["embed_dim"] = 24
+    config["vision_cfg"] |= {"width": 48, "head_width": 8, "layers": 2, "image_size": 32}
+    config["vision_cfg"] |= {"patch_size": 8}
+    text = {"width": 16, "heads": 2, "layers": 1}
+    config["text_cfg"] = {**text, "vocab_size": 50}
+    if "multimodal_cfg" not in config:
+        return open_clip.CLIP, config
+    config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    config["multimodal_cfg"] = {**text, "context_length": 5, "attn_pooler_heads": 2}
+    return open_clip.CoCa, config
+
+
 def _of_open_clip(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     import open_clip
 
     model_name, _, tag = name.partition(".")
-    config = open_clip.get_model_config(model_name)
-    config["embed_dim"] = 24
-    config["vision_cfg"] |= {"width": 48, "head_width": 8, "layers": 2, "image_size": 32}
-    config["vision_cfg"] |= {"patch_size": 8}
-    config["text_cfg"] = {"width": 16, "heads": 2, "layers": 1, "vocab_size": 50}
+    kind, config = _small_open_clip(model_name)
     weights = open_clip.get_pretrained_cfg(model_name, tag)
-    model = open_clip.CLIP(**config).eval()
+    model = kind(**config).eval()
     making.fill(model)
     arrays = {}
     for side in (32, 48):
         native = side == 32
-        tower = model.visual if native else making.open_clip_at(model, type(model), config, side)
+        tower = model.visual if native else making.open_clip_at(model, kind, config, side)
         pixels = making.pixels(seeded.images(side), weights["mean"], weights["std"])
         with torch.no_grad():
             arrays[str(side)] = making.open_clip_tokens(tower, pixels)
-            if native:
+            if native and tower.attn_pool is None:
                 arrays["pooled"] = tower(pixels).numpy()
     preprocess = {key: weights[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     about = {

@@ -49,7 +49,9 @@ def of_open_clip(tower: nn.Module) -> Facts:
         "mlp_width": first.mlp.c_fc.out_features,
         "activation": activation(first.mlp.gelu),
         "norm_eps": epsilon(tower),
-        **({} if final else {"final_norm": False}),
+        **({"ln_pre": True} if _present(tower, "ln_pre") else {}),
+        "patch_bias": False,
+        "final_norm": final,
         "pooling": {"tok": "cls", "avg": "mean" if final else "mean_norm"}[tower.pool_type]
         if tower.attn_pool is None
         else None,
@@ -139,7 +141,8 @@ def _common(model: Any) -> Facts:
     _require(isinstance(embed.norm, nn.Identity), "a norm of the patches")
     _require(embed.proj.kernel_size == embed.proj.stride, "patches that overlap")
     _check_attention(first.attn, width)
-    registers = getattr(model, "num_prefix_tokens", 1) - int(model.cls_token is not None)
+    has_class = model.cls_token is not None
+    registers = getattr(model, "num_prefix_tokens", 1) - int(has_class)
     return {
         "image_size": side(embed.img_size),
         "patch_size": side(embed.patch_size),
@@ -149,7 +152,10 @@ def _common(model: Any) -> Facts:
         **_mlp(first.mlp),
         **({"attn_norm": True} if _present(first.attn, "norm") else {}),
         "norm_eps": eps,
+        **({} if has_class else {"cls_token": False}),
         **({"registers": registers} if registers > 0 else {}),
+        **({"ln_pre": True} if _present(model, "norm_pre") else {}),
+        **({} if embed.proj.bias is not None else {"patch_bias": False}),
     }
 
 

@@ -13,8 +13,9 @@ from fd_jax.models.spec import ModelSpec
 _SHOWN = 3  # names of published networks that agree in all facts
 # Facts of a published network that other files of it have in common with it.
 _SHARED = (
-    "width depth heads mlp_width patch_size embed_width depths window pretrained_windows "
-    "activation norm_eps rope_theta rope_pairs rope_reference rope_offset rope_axes"
+    "width depth heads mlp_width patch_size cls_token registers embed_width depths window "
+    "pretrained_windows activation norm_eps rope_theta rope_pairs rope_reference rope_offset "
+    "rope_axes"
 ).split()
 OF_SPEC = ("mean", "std", "pixel_scale", "position_resize", "pooling")
 
@@ -48,6 +49,11 @@ def question(container: Container, open_: list[Description], fits: list[Source])
         f"{', '.join(first.missing)}.",
         "Say which network it is with --source or --arch, or state each with --fact=NAME=VALUE.",
     ]
+    if "cls_token" in first.missing:
+        lines.append(
+            "It holds no class token: --fact=cls_token=no, if the network has none; a file that "
+            "has lost it looks alike."
+        )
     lines += [
         f"Its file name is that of --source={one.name}."
         for one in fits
@@ -78,8 +84,14 @@ def _matching(description: Description) -> list[str]:
     told = description.told
     compared = {name: value for name, value in told.items() if name in _COMPARED}
     names = published.matching(description.network.style.name, compared)
-    scaled = told.get("scaled", False)
-    return [n for n in names if (published.network(n)[0].get("layer_scale") is not None) == scaled]
+    return [name for name in names if _alike(published.network(name)[0], told)]
+
+
+def _alike(facts: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+    """Whether a published network has layer scale, and ends with a norm, where a file says so."""
+    if (facts.get("layer_scale") is not None) != told.get("scaled", False):
+        return False
+    return facts.get("final_norm", told.get("final_norm")) == told.get("final_norm")
 
 
 # What shapes tell of a published network, whatever its head and image size.

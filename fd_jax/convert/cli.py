@@ -127,7 +127,8 @@ def _add_facts(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a fact that no tensor tells, such as heads=12; may be repeated",
+        help="a fact that no tensor tells, such as heads=12; it overrules what files beside the "
+        "weights say; may be repeated",
     )
 
 

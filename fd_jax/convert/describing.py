@@ -1,8 +1,9 @@
 """A network's description from its file: shapes, files beside the weights, published tables.
 
-The one order in which facts are put together: what the user states, what stands beside the
-weights, what a published name says, what the style's library has as constants, and what the
-tensors tell. They have to agree; what nobody tells is asked for.
+The one order in which facts are put together: what the user states, what a published name says,
+what stands beside the weights, what the style's library has as constants, and what the tensors
+tell. They have to agree, except that a stated fact may overrule a name and the files. What nobody
+tells is asked for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from fd_jax.convert import configs
 from fd_jax.convert import networks as kinds
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.facts import TENSORS, Claim, claims, settle, show
+from fd_jax.convert.facts import STATED_BY, TENSORS, Claim, claims, overruled, settle, show
 from fd_jax.convert.networks.vit import POOL_HEAD, ROPE
 from fd_jax.convert.rules.tables import Drop, Table, as_tuple
 from fd_jax.convert.source import Part, Source
@@ -77,15 +78,19 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
 
     Raises:
       ConversionError: claims contradict each other or the tensors, or the tensors are not those of
-        a network.
+        a network. What the user states may contradict the published network and the files.
     """
     style, kind = network.style, kinds.NETWORKS[network.style.network]
     try:
         coded = claims(style.code(network.tensors), f"the code of {style.writer}")
-        found = [*given, *configs.claims(container, network), *coded]
+        stated = [claim for claim in given if claim.origin == STATED_BY]
+        said = [claim for claim in given if claim not in stated]
+        said += configs.claims(container, network)
+        stated, said = overruled(stated, said)
+        found = [*stated, *said, *coded]
         _check_values(found, style.network)
         told = _told(network, container, found)
-        settled = settle([*claims(told, TENSORS), *found])
+        settled = settle([*stated, *claims(told, TENSORS), *said, *coded])
         above_pool = "pool" in settled and "pool_mlp_width" in told  # such a head is left out
         if has_head := _has(network.table, "head/kernel") and not above_pool:
             _check_head(network, settled)
@@ -96,8 +101,21 @@ def describe(network: Recognized, container: Container, given: Sequence[Claim] =
         asked += ROPE
     if has_head:
         asked.append("pooling")
-    missing = tuple(fact for fact in asked if fact not in settled)
-    return Description(network, settled, missing, told)
+    missing = [fact for fact in asked if fact not in settled]
+    if _lost_class_token(network, told) and not any(c.fact == "cls_token" for c in found):
+        missing.append("cls_token")
+    return Description(network, settled, tuple(missing), told)
+
+
+def _lost_class_token(network: Recognized, told: Mapping[str, Any]) -> bool:
+    """Whether a file may have lost the class token of its network, or this never had one.
+
+    The names of some styles are those of networks of both kinds, and no other tensor tells them
+    apart: position tables may have no row for the token.
+    """
+    every = network.style.tables[network.variant].rules
+    paths = [path for rule in every for path in as_tuple(rule.paths) if rule.optional]
+    return "encoder/cls_token" in paths and not told["cls_token"]
 
 
 def _told(network: Recognized, container: Container, found: Sequence[Claim]) -> dict[str, Any]:
@@ -156,7 +174,11 @@ def filled(description: Description) -> Description:
     """The same with stand-ins for what is missing, so that its tensors can be compared."""
     kind = kinds.NETWORKS[description.network.style.network]
     values = kind.stand_ins(description.told)
-    made_up = {fact: Claim(fact, values[fact], "a stand-in") for fact in description.missing}
+    made_up = {
+        fact: Claim(fact, values[fact], "a stand-in")
+        for fact in description.missing
+        if fact not in description.settled
+    }
     return dataclasses.replace(description, settled={**description.settled, **made_up}, missing=())
 
 

@@ -15,6 +15,10 @@ from fd_jax.errors import ConversionError
 from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 TENSORS = "the tensors"
+STATED_BY = "--fact"  # how the user states a fact
+_AGAINST = "stated by the user, against "
+# Facts that the same argument of a library sets: who is wrong about the first knows no other.
+TIED: Mapping[str, tuple[str, ...]] = types.MappingProxyType({"gated_mlp": ("activation",)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,39 @@ def settle(given: Iterable[Claim]) -> dict[str, Claim]:
     if conflicts:
         raise ConversionError(
             "what the file and the files beside it say of the network does not agree: "
-            f"{'; '.join(conflicts)}. Correct what is wrong, or name the file that belongs to them"
+            f"{'; '.join(conflicts)}. Correct what is wrong, or name the file that belongs to "
+            f"them; {STATED_BY}=NAME=VALUE overrules all but tensors, where a network was made "
+            "otherwise than its files say"
         )
     return found
+
+
+def overruled(stated: Sequence[Claim], said: Sequence[Claim]) -> tuple[list[Claim], list[Claim]]:
+    """Lets stated facts take the place of what files and published names say.
+
+    Args:
+      stated: the claims of the user.
+      said: the claims of files and published names.
+
+    Returns:
+      The stated claims, with the values that they stand against in their origins, and what is left
+      of the others. What is tied to a fact they are wrong about does not count either: who does not
+      know of a gate names the activation of a plain MLP.
+    """
+    found, silent = [], {claim.fact for claim in stated}
+    for claim in stated:
+        against = [o for o in said if o.fact == claim.fact and not same(o.value, claim.value)]
+        if against:
+            listed = ", ".join(f"{show(other.value)} ({other.origin})" for other in against)
+            claim = dataclasses.replace(claim, origin=f"{_AGAINST}{listed}")
+            silent.update(TIED.get(claim.fact, ()))
+        found.append(claim)
+    return found, [claim for claim in said if claim.fact not in silent]
+
+
+def is_stated(origin: str) -> bool:
+    """Whether a fact is from the user, by its origin."""
+    return origin == STATED_BY or origin.startswith(_AGAINST)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -112,6 +146,10 @@ def _whole_numbers(text: str) -> int | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def _flag(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
+
+
 # What can be stated on a command line, and how its text is read.
 STATED = types.MappingProxyType(
     {
@@ -132,6 +170,16 @@ STATED = types.MappingProxyType(
         "rope_reference": _or_none(int),
         "rope_offset": _number,
         "rope_axes": str,
+        "cls_token": _flag,
+        "registers": int,
+        "ln_pre": _flag,
+        "final_norm": _flag,
+        "patch_bias": _flag,
+        "qkv_bias": str,
+        "mlp_width": int,
+        "gated_mlp": _flag,
+        "mlp_norm": _flag,
+        "attn_norm": _flag,
     }
 )
 
@@ -151,7 +199,8 @@ def stated(texts: Iterable[str]) -> list[Claim]:
                 "numbers are separated by commas, as in mean=0.5,0.5,0.5"
             )
         try:
-            found.append(Claim(name, STATED[name](value), "--fact"))
-        except ValueError as error:
-            raise ConversionError(f"--fact {text!r}: {value!r} is no {name}") from error
+            found.append(Claim(name, STATED[name](value), STATED_BY))
+        except (KeyError, ValueError) as error:
+            expected = "; expected yes or no" if STATED[name] is _flag else ""
+            raise ConversionError(f"--fact {text!r}: {value!r} is no {name}{expected}") from error
     return found

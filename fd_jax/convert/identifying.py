@@ -13,7 +13,7 @@ from fd_jax.convert import asking, configs, families, published
 from fd_jax.convert.asking import OF_SPEC, facts_of
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.describing import Description, describe, filled, source
-from fd_jax.convert.facts import Claim, claims, same, show
+from fd_jax.convert.facts import Claim, claims, is_stated, same, show
 from fd_jax.convert.rules.matching import Match
 from fd_jax.convert.rules.names import summarize
 from fd_jax.convert.source import Source
@@ -91,7 +91,9 @@ def conflicts(source: Source, part: str, container: Container) -> list[str]:
         f"{claim.origin} is {show(claim.value)}, but {source.name} has {claim.fact} "
         f"{show(facts[claim.fact])}; --source=auto takes the facts from the files"
         for claim in said
-        if claim.fact in facts and not same(facts[claim.fact], claim.value)
+        if claim.fact in facts
+        and not same(facts[claim.fact], claim.value)
+        and not is_stated(spec.origins.get(claim.fact, ""))
     ]
 
 
@@ -127,7 +129,7 @@ def published_claims(name: str) -> list[Claim]:
         spec = families.SOURCES[name].parts[families.SOURCES[name].default_part].spec
         return claims(facts_of(spec), f"--arch={name}")
     facts, origin = published.network(name)
-    return claims(published.complete(facts), f"--arch={name} ({origin})")
+    return claims(published.whole(facts), f"--arch={name} ({origin})")
 
 
 def identify(

@@ -27,6 +27,7 @@ _MOST_BLOCKS = 1000
 _MOST_NUMBERS = 2**31  # in a tensor of a network
 # Begins the names, in tables, of what is beside a network in a larger model of the same library.
 OUTER = "../"
+_NO_NORM = " (if the network ends without a norm, state it: --fact=final_norm=no)"
 
 
 def variant_name(*words: str) -> str:
@@ -123,7 +124,7 @@ class Recognized:
         """
         groups = [*self.style.one_of, *([self.style.norms] if final_norm else [])]
         return [
-            f"missing {' or '.join(names)}"
+            f"missing {' or '.join(names)}{_NO_NORM if names is self.style.norms else ''}"
             for names in groups
             if names and not any(name in self.tensors for name in names)
         ]

@@ -216,14 +216,14 @@ def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
 def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
     grids = swin.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
     embedding = 2.0 * grids[0] ** 2 * 3 * arch["patch_size"] ** 2 * arch["embed_width"]
+    keys = [window.side**2 for window in swin.windows_of(arch)]
     blocks, merging = [], 0.0
     for stage, (grid, depth) in enumerate(zip(grids, arch["depths"], strict=True)):
         width = arch["embed_width"] * swin.MERGE**stage
-        window = min(arch["window"], grid) ** 2
         hidden = arch["mlp_ratio"] * width
         # SwinV2 ends its branches with a norm; like a layer scale, its gradient needs their result.
         scaled = "residual_scale" in arch
-        blocks += [_block(grid**2, window, width, hidden, scaled=scaled)] * depth
+        blocks += [_block(grid**2, keys[stage], width, hidden, scaled=scaled)] * depth
         if stage < len(grids) - 1:
             merging += 2.0 * grids[stage + 1] ** 2 * 4 * width * 2 * width
     return embedding, blocks, merging

@@ -61,6 +61,7 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         ),
         "residual_scale": Number(unit="start of the factor of each branch"),
         "extra_norm_every": whole(0, "blocks; 0 is off"),
+        "windows_at": whole(1, "pixels on a side", most=8192),
     },
     "convnext": {
         "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
@@ -92,6 +93,6 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         "partial_patches",
     ),
     "swin": (),
-    "swin_v2": (),
+    "swin_v2": ("windows_at",),
     "convnext": (),
 }

@@ -5,10 +5,10 @@ V1 normalises before each branch and before the reduction of a merging, V2 after
 attentions and position biases differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -170,6 +170,7 @@ class Swin(Backbone):
     cls = 0
     registers = 0
     norm_first: bool  # whether a norm comes before its layer (V1) or after it (V2)
+    windows_at: int | None = None  # side of the input whose grids clip windows; None for its own
 
     def __init__(
         self,
@@ -195,7 +196,8 @@ class Swin(Backbone):
         del init
         _check(image_size, patch_size, embed_width, depths, heads, window, activation, remat)
         self.image_size = square_side(image_size)
-        self.window = window
+        used = stage_windows(image_size, patch_size, len(depths), window, self.windows_at)
+        self.window_sides = tuple(side for side, _ in used)
         self.depths, self.depth = tuple(depths), sum(depths)
         self.widths = tuple(embed_width * MERGE**stage for stage in range(len(depths)))
         self.width = self.widths[-1]
@@ -217,8 +219,8 @@ class Swin(Backbone):
             heads_here = {"heads": heads[stage], "implementation": attention}
             return Block(
                 grid=grid,
-                window=min(window, grid),
-                shift=window // 2 if index % 2 and grid > window else 0,
+                window=used[stage].side,
+                shift=window // 2 if index % 2 and used[stage].shifts else 0,
                 norm1=self._branch_norm(norm(width)),
                 attn=self._attention(stage, width, **heads_here, **common),
                 norm2=self._branch_norm(norm(width)),
@@ -366,6 +368,41 @@ def grids(image_size: ImageSize, patch_size: int, stages: int) -> tuple[int, ...
     return tuple(side // patch_size // MERGE**stage for stage in range(stages))
 
 
+class Window(NamedTuple):
+    """The windows of a stage: tokens on a side, and whether every second block shifts them."""
+
+    side: int
+    shifts: bool
+
+
+def stage_windows(
+    image_size: ImageSize, patch_size: int, stages: int, window: int, windows_at: int | None = None
+) -> tuple[Window, ...]:
+    """The windows of each stage; arguments as in `Swin` and `SwinV2`.
+
+    Raises:
+      ConfigError: they do not divide the grids of the image.
+    """
+    sides = grids(image_size, patch_size, stages)
+    deciding = grids(windows_at or image_size, patch_size, stages)
+    found = tuple(Window(min(window, side), side > window) for side in deciding)
+    for stage, (side, (used, _)) in enumerate(zip(sides, found, strict=True)):
+        if not used or side % used:
+            unit = patch_size * window * MERGE ** (stages - 1)
+            at = f", which an input of {windows_at} px decides," if windows_at else ""
+            raise ConfigError(
+                f"the grid of stage {stage} is {side} x {side}, which windows of {used}{at} do not "
+                f"divide; set window to a divisor, or image_size to a multiple of {unit}"
+            )
+    return found
+
+
+def windows_of(arch: Mapping[str, Any]) -> tuple[Window, ...]:
+    """The windows of each stage of an architecture; errors as in `stage_windows`."""
+    size = arch["image_size"], arch["patch_size"], len(arch["depths"])
+    return stage_windows(*size, arch["window"], arch.get("windows_at"))
+
+
 square_side = functools.partial(sizes.square_side, network="a Swin network")
 
 
@@ -389,14 +426,7 @@ def _check(image_size, patch_size, embed_width, depths, heads, window, activatio
             f"{MERGE ** (len(depths) - 1)} (the stages halve the grid); use {lower} or "
             f"{lower + unit}"
         )
-    sides = grids(image_size, patch_size, len(depths))
-    for stage, side in enumerate(sides):
-        if side > window and side % window:
-            unit = patch_size * window * MERGE ** (len(depths) - 1)
-            raise ConfigError(
-                f"the grid of stage {stage} is {side} x {side}, which windows of {window} do not "
-                f"divide; set window to a divisor, or image_size to a multiple of {unit}"
-            )
+    for stage in range(len(depths)):
         if embed_width * MERGE**stage % heads[stage]:
             raise ConfigError(
                 f"width {embed_width * MERGE**stage} of stage {stage} is not divisible by "

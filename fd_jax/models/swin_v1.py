@@ -47,5 +47,5 @@ class SwinV1(Swin):
         return {**params, "stages": stages}
 
     def _attention(self, stage, width, heads, **kwargs):
-        bias = windows.WindowBias(min(self.window, self.grids[stage]), heads)
+        bias = windows.WindowBias(self.window_sides[stage], heads)
         return windows.WindowAttention(width, heads, qkv_bias="qkv", rel_pos_bias=bias, **kwargs)

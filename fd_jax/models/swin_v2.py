@@ -25,6 +25,9 @@ class SwinV2(Swin):
         SwinV2.
       extra_norm_every: every so many blocks of a stage end with a norm on the main branch (6 in the
         giant); 0 for none.
+      windows_at: side of the input whose grids decide where a window is clipped and whether it is
+        shifted; None for `image_size`. transformers decides it when a network is made, and keeps it
+        for inputs of other sizes.
     """
 
     norm_first = False
@@ -39,6 +42,7 @@ class SwinV2(Swin):
         pretrained_windows: Sequence[int],
         residual_scale: float,
         extra_norm_every: int,
+        windows_at: int | None = None,
         **kwargs: Any,
     ):
         check_choice("position", position, Position.__args__)
@@ -51,6 +55,7 @@ class SwinV2(Swin):
         self.pretrained_windows = tuple(pretrained_windows)
         self.residual_scale = residual_scale
         self.extra_norm_every = extra_norm_every
+        self.windows_at = windows_at
         super().__init__(depths=depths, **kwargs)
 
     @staticmethod
@@ -88,7 +93,7 @@ class SwinV2(Swin):
 
     def _bias(self, stage: int, heads: int, rngs: nnx.Rngs) -> windows.ContinuousBias:
         return windows.ContinuousBias(
-            min(self.window, self.grids[stage]),
+            self.window_sides[stage],
             heads,
             pretrained=self.pretrained_windows[stage],
             dtype=self.dtype,

@@ -6,6 +6,7 @@ final norm that distillation trained, and begins with a fresh head
 """
 
 import dataclasses
+from typing import Any
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import resize, sizes
@@ -45,8 +46,10 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
     """
     family = FAMILIES[spec.family]
     arch = {**spec.arch, "image_size": sizes.plain(changes.image_size)}
-    arch |= _window(spec, changes)
+    arch = _with_window(spec, arch, changes.window)
     arch["patch_size"] = changes.patch_size or arch["patch_size"]
+    if "windows_at" in arch:  # whose grid stays
+        arch["windows_at"] = arch["windows_at"] * arch["patch_size"] // spec.arch["patch_size"]
     if changes.final_norm and not spec.arch.get("final_norm", True):
         raise ConfigError(
             f"final_norm=True, but the network of {spec.source!r} ends without one; "
@@ -58,14 +61,17 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
     return dataclasses.replace(spec, arch=arch, class_names=None, segmenter=None, pool=None)
 
 
-def _window(spec: ModelSpec, changes: Changes) -> dict[str, int]:
-    """The keyword of the architecture that another window changes."""
-    if changes.window and spec.family != "swin_v2":
+def _with_window(spec: ModelSpec, arch: dict[str, Any], window: int) -> dict[str, Any]:
+    """The architecture with another window, if one is given; its own grids clip it."""
+    if not window:
+        return arch
+    if spec.family != "swin_v2":
         raise ConfigError(
-            f"window={changes.window}, but only a network of the family 'swin_v2' takes another "
-            f"window, and {spec.source!r} is of the family {spec.family!r}; set it to 0"
+            f"window={window}, but only a network of the family 'swin_v2' takes another window, "
+            f"and {spec.source!r} is of the family {spec.family!r}; set it to 0"
         )
-    return {"window": changes.window} if changes.window else {}
+    kept = {name: value for name, value in arch.items() if name != "windows_at"}
+    return {**kept, "window": window}
 
 
 def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, list[str]]:
@@ -86,7 +92,7 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     patch = changes.patch_size or old_patch
     # The size at which the old patches have the new grid.
     height, width = (side * old_patch // patch for side in sizes.sides(changes.image_size))
-    spec = dataclasses.replace(spec, arch={**spec.arch, **_window(spec, changes)})
+    spec = dataclasses.replace(spec, arch=_with_window(spec, spec.arch, changes.window))
     resized, encoder = spec.resized(parts["encoder"], (height, width))
     if resized is not spec:
         old, new = map(sizes.describe, (spec.arch["image_size"], changes.image_size))

@@ -95,6 +95,8 @@ def _small_swin(arch):
         "window": 2 if arch["window"] == last else 4,
         "depths": [2, 1, 1, 1],
     }
+    if "windows_at" in arch:
+        small["windows_at"] = small["image_size"]
     if arch.get("extra_norm_every"):
         small |= {"extra_norm_every": 2, "depths": [1, 1, 2, 1]}
     if any(arch.get("pretrained_windows", ())):

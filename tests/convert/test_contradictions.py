@@ -31,6 +31,11 @@ def with_tensors(folder, change):
     return folder
 
 
+def without(*names):
+    """A change of tensors that drops some."""
+    return lambda tensors: {name: v for name, v in tensors.items() if name not in names}
+
+
 def with_config(folder, name, change):
     """The same folder with another value in the file of this name."""
     path = folder / name
@@ -84,6 +89,28 @@ def test_the_second_place_of_the_vision_config_wins_as_in_transformers(tmp_path)
     assert importing.read("auto", folder).spec.arch["activation"] == "gelu_erf"
 
 
+# --- what the user states against a config
+
+
+def test_a_gate_that_only_a_model_card_tells_can_be_stated(tmp_path):
+    """As Virchow2's: made with other layers, in code, than the architecture in its config has."""
+    folder = folder_of("vit_gated", tmp_path / "timm")
+    expected = importing.read("auto", folder).spec.arch
+    with_config(
+        folder, "config.json", lambda fields: fields.update(architecture="vit_small_patch14_dinov2")
+    )
+    with pytest.raises(ConversionError, match="gated_mlp is True .the tensors., but False .timm 1"):
+        importing.read("auto", folder)
+    with pytest.raises(ConversionError, match="tells activation"):  # that of the plain MLP is none
+        importing.read("auto", folder, facts=["gated_mlp=yes", "heads=24"])
+    stated = ["gated_mlp=yes", "activation=silu", "heads=24"]
+    spec = importing.read("auto", folder, facts=stated).spec
+    assert spec.arch == expected
+    assert spec.origins["gated_mlp"] == "stated by the user, against False (timm 1.0.31)"
+    with pytest.raises(ConversionError, match="gated_mlp is False .--fact., but True .the tensors"):
+        importing.read("auto", folder, facts=["gated_mlp=no"])
+
+
 # --- several networks
 
 
@@ -119,6 +146,49 @@ def test_a_tensor_that_changes_features_is_not_dropped(name, tensor, shape, tmp_
         importing.read("auto", folder)
 
 
+def test_a_file_that_lost_its_class_token_is_not_one_of_a_network_without(tmp_path):
+    """Rotary positions have no row for it that would be missed."""
+    folder = with_tensors(folder_of("eva_dinov3", tmp_path / "timm"), without("cls_token"))
+    with pytest.raises(ConversionError, match="cls_token is False .the tensors., but True .timm 1"):
+        importing.read("auto", folder)
+    (folder / "config.json").unlink()
+    stated = ["heads=6", "activation=gelu_erf", "norm_eps=1e-5", "mean=0,0,0", "std=1,1,1"]
+    stated += ["rope_theta=100", "rope_pairs=halves", "rope_reference=none", "rope_offset=0"]
+    stated += ["rope_axes=yx", "image_size=32"]
+    with pytest.raises(ConversionError, match="tells cls_token.(.|\n)*a file that has lost it"):
+        importing.read("auto", folder, facts=stated)
+    with pytest.raises(ConversionError, match="cls_token is True .--fact., but False .the tensors"):
+        importing.read("auto", folder, facts=[*stated, "cls_token=yes"])
+    spec = importing.read("auto", folder, facts=[*stated, "cls_token=no"]).spec
+    assert not spec.arch["cls_token"] and spec.origins["cls_token"] == "--fact"
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "fact"),
+    [
+        ("vit_deit3", ("cls_token",), "cls_token"),
+        ("vit_registers", ("reg_token",), "registers"),
+        ("vit_clip", ("norm_pre.weight", "norm_pre.bias"), "ln_pre"),
+        ("vit", ("patch_embed.proj.bias",), "patch_bias"),
+    ],
+)
+def test_a_lost_tensor_contradicts_the_published_architecture(name, lost, fact, tmp_path):
+    folder = with_tensors(folder_of(name, tmp_path / "timm"), without(*lost))
+    with pytest.raises(ConversionError, match=f"{fact} is .* .the tensors., but .* .timm 1.0.31."):
+        importing.read("auto", folder)
+
+
+def test_metadata_of_safetensors_states_nothing(tmp_path):
+    """Libraries write no facts there; what a stranger wrote is no claim."""
+    folder = folder_of("vit", tmp_path / "timm")
+    expected = importing.read("auto", folder).spec
+    path = folder / "model.safetensors"
+    strange = {"format": "np", "heads": "3", "model_type": "swin", "model": "{", "\u2603": "\x00"}
+    save_file(load_file(path), path, strange)
+    found = importing.read("auto", folder).spec
+    assert found.arch == expected.arch and found.origins == expected.origins
+
+
 def test_a_gate_that_the_config_does_not_know_is_refused(tmp_path):
     import transformers
 
@@ -146,6 +216,29 @@ def test_a_tower_of_open_clip_that_computes_otherwise_is_refused(field, value, t
     with_config(folder, "open_clip_config.json", change)
     with pytest.raises(ConversionError, match=f"open_clip_config.json has {field} "):
         importing.read("auto", folder)
+
+
+def test_a_tower_whose_norm_follows_the_pooling_says_so_in_its_config(tmp_path):
+    folder = folder_of("clip_coca", tmp_path / "open_clip")
+
+    def change(value):
+        def changed(fields):
+            fields["model_cfg"]["vision_cfg"]["attentional_pool"] = value
+
+        return changed
+
+    name = "open_clip_config.json"
+    with_config(folder, name, change(False))
+    with pytest.raises(ConversionError, match="final_norm is False .the tensors., but True .open_"):
+        importing.read("auto", folder)
+    with_config(folder, name, change("parallel"))
+    with pytest.raises(ConversionError, match="has attentional_pool 'parallel', which networks"):
+        importing.read("auto", folder)
+    with_config(folder, name, change(True))
+    found = importing.read("auto", folder)
+    assert not found.spec.arch["final_norm"] and found.spec.pool is None
+    dropped = found.dropped["the attention pooling head"]
+    assert {"attn_pool.query", "ln_post.weight"} <= set(dropped)
 
 
 # --- facts that names alone leave open

@@ -18,7 +18,7 @@ from fd_jax import model_folder
 from fd_jax.convert import cli, exporting, importing, verifying
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.opening import open_container
-from fd_jax.errors import ConversionError
+from fd_jax.errors import ConfigError, ConversionError
 
 TOLERANCE = 1e-5
 HALF = [0.5, 0.4, 0.6]
@@ -61,6 +61,7 @@ CLASSES = {
         "DINOv3ViTConfig",
         {**SMALL, "num_register_tokens": 2, "rope_theta": 50.0, "key_bias": True},
     ),
+    "InternVLVisionModel": ("InternVLVisionConfig", {**SMALL, "attention_bias": True}),
     "SwinModel": ("SwinConfig", SWIN),
     "Swinv2Model": ("Swinv2Config", {**SWIN, "pretrained_window_sizes": [3, 2]}),
 }
@@ -102,7 +103,7 @@ def reference(name, images, **changes):
     model = getattr(model, "vision_model", getattr(model, "vit", model))
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     size = {} if images.shape[1] == model.config.image_size else {"interpolate_pos_encoding": True}
-    size = {} if "dino" in name.lower() or "Swin" in name else size
+    size = {} if any(word in name for word in ("Dino", "DINO", "Swin", "InternVL")) else size
     if "MAE" in name:  # which orders patches by random numbers before it masks none
         size = {"noise": torch.arange(9.0).expand(len(images), 9)}
     with torch.no_grad():
@@ -140,12 +141,36 @@ def test_a_folder_of_transformers_gives_the_features_of_its_class(name, tmp_path
 
 @pytest.mark.parametrize(
     "name",
-    ["ViTModel", "CLIPVisionModel", "BeitModel", "Dinov2Model", "Dinov2WithRegistersModel"],
+    [
+        *("ViTModel", "CLIPVisionModel", "BeitModel", "Dinov2Model", "Dinov2WithRegistersModel"),
+        "InternVLVisionModel",
+    ],
 )
 def test_features_at_another_size_are_those_of_the_class(name, tmp_path):
     result = importing.read("auto", saved(name, tmp_path / "hf"), image_size=20)
     ours = features(result.spec, result.params, pictures(20))
     assert difference(ours, reference(name, pictures(20))) < TOLERANCE
+
+
+def test_swin_v2_keeps_its_windows_at_another_size_as_the_class_does(tmp_path):
+    """The class decides windows and shifts when it is made, timm and Microsoft for every size.
+
+    Windows of 8 on grids 8 and 4 are not shifted, and clipped to 4 in the second stage.
+    """
+    folder = saved("Swinv2Model", tmp_path / "hf", window_size=8)
+    importing.import_file("auto", folder, tmp_path / "model", image_size=64)
+    spec, params = model_folder.load(tmp_path / "model")
+    theirs = reference("Swinv2Model", pictures(64), window_size=8)
+    assert difference(features(spec, params, pictures(64)), theirs) < TOLERANCE
+    free = {name: value for name, value in spec.arch.items() if name != "windows_at"}
+    other = dataclasses.replace(spec, arch=free)
+    assert difference(features(other, params, pictures(64)), theirs) > 100 * TOLERANCE
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["image_size"] == 32
+    with pytest.raises(ConversionError, match="asks for windows that the size of its input deci"):
+        exporting.export("timm", tmp_path / "model", tmp_path / "timm.safetensors")
+    with pytest.raises(ConfigError, match="windows of 8, which an input of 32 px decides, do not"):
+        spec.resized(params["encoder"], 16)
 
 
 @pytest.mark.parametrize("name", [n for n in CLASSES if n != "ViTForImageClassification"])
@@ -285,10 +310,19 @@ def test_stated_facts_answer_and_are_kept_with_their_origin(tmp_path):
     found = importing.read("auto", alone(folder), facts=stated)
     assert found.spec.arch == expected.spec.arch
     assert set(found.spec.origins.values()) == {"--fact"}
-    with pytest.raises(
-        ConversionError, match=r"does not agree: heads is 8 \(--fact\), but 4 \(config.json"
-    ):
-        importing.read("auto", folder, facts=["heads=8"])
+
+
+def test_a_stated_fact_overrules_a_config_and_no_tensor(tmp_path):
+    folder = saved("ViTModel", tmp_path / "hf")
+    spec = importing.read("auto", folder, facts=["heads=8", "mean=0,0,0", "mlp_width=96"]).spec
+    assert spec.arch["heads"] == 8 and spec.mean == (0, 0, 0)
+    assert spec.origins["heads"] == (
+        "stated by the user, against 4 (config.json: num_attention_heads)"
+    )
+    assert spec.origins["mean"].startswith("stated by the user, against (0.5, 0.4, 0.6) (preproc")
+    for fact, tensors in {"mlp_width=64": 96, "cls_token=no": True, "registers=1": 0}.items():
+        with pytest.raises(ConversionError, match=f"but {tensors} .the tensors."):
+            importing.read("auto", folder, facts=[fact])
 
 
 @pytest.mark.parametrize(
@@ -297,6 +331,7 @@ def test_stated_facts_answer_and_are_kept_with_their_origin(tmp_path):
         ("heads", "expected NAME=VALUE"),
         ("noses=3", "expected NAME=VALUE with a name of image_size, heads"),
         ("heads=many", "'many' is no heads"),
+        ("gated_mlp=maybe", "'maybe' is no gated_mlp; expected yes or no"),
     ],
 )
 def test_facts_that_cannot_be_read_are_refused(text, message, tmp_path):
@@ -349,6 +384,16 @@ def test_a_config_that_contradicts_the_tensors_is_refused(field, value, message,
         importing.read("auto", folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "ours"),
+    [("norm_type", "rms_norm", "'layer_norm'"), ("use_qk_norm", True, "False")],
+)
+def test_an_internvl_with_other_norms_is_refused(field, value, ours, tmp_path):
+    folder = changed(saved("InternVLVisionModel", tmp_path / "hf"), "config.json", **{field: value})
+    with pytest.raises(ConversionError, match=f"{field} {value!r}; networks here have {ours}"):
+        importing.read("auto", folder)
+
+
 def test_an_epsilon_that_only_some_norms_of_a_swin_would_have_is_refused(tmp_path):
     folder = changed(saved("SwinModel", tmp_path / "hf"), "config.json", layer_norm_eps=1e-6)
     with pytest.raises(ConversionError, match="layer_norm_eps 1e-06; networks here have 1e-05"):
@@ -370,7 +415,9 @@ def test_verify_compares_with_the_model_of_the_own_config(name, tmp_path):
     assert not verifying.verify("auto", folder, tmp_path / "wrong").agrees
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2Model", "SwinModel"])
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "Dinov2Model", "SwinModel", "InternVLVisionModel"]
+)
 def test_export_gives_the_tensors_back(name, tmp_path):
     folder = saved(name, tmp_path / "hf")
     importing.import_file("auto", folder, tmp_path / "model")
@@ -381,6 +428,34 @@ def test_export_gives_the_tensors_back(name, tmp_path):
     assert set(written) == set(short)
     for key, tensor in written.items():
         np.testing.assert_array_equal(tensor.load(), short[key].load(), err_msg=key)
+
+
+def test_internvl_is_taken_out_of_its_model_and_written_for_its_own_class(tmp_path):
+    """Of a model that also speaks; with a norm at the end, and no biases of q, k and v."""
+    import torch
+    import transformers
+
+    changes = {"use_mean_pooling": False, "attention_bias": False}
+    folder = saved("InternVLVisionModel", tmp_path / "hf", **changes)
+    tensors = contents(folder)
+    whole = {f"model.vision_tower.{name}": value for name, value in tensors.items()}
+    whole["model.language_model.layers.0.mlp.up_proj.weight"] = np.ones((3, 2), np.float32)
+    safetensors_io.write(folder / "model.safetensors", whole, {"format": "pt"})
+    vision = json.loads((folder / "config.json").read_text())
+    text = json.dumps({"model_type": "internvl", "vision_config": vision})
+    (folder / "config.json").write_text(text)
+    importing.import_file("auto", folder, tmp_path / "model")
+    exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    back = contents(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "back").eval()
+    assert type(model).__name__ == "InternVLVisionModel"
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.moveaxis(pictures(12), -1, 1).copy())
+        found = model(pixels).last_hidden_state.numpy()
+    expected = reference("InternVLVisionModel", pictures(12), **changes)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_command_says_where_every_fact_is_from(tmp_path, capsys):

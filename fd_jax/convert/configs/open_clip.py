@@ -17,8 +17,9 @@ _POOLINGS = {"token": "cls"}
 _KNOWN = frozenset(
     (
         "image_size layers width head_width patch_size mlp_ratio ls_init_value patch_dropout "
-        "output_tokens no_ln_pre attn_pooler_queries attn_pooler_heads timm_model_name "
-        "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
+        "output_tokens no_ln_pre attentional_pool attn_pooler_queries attn_pooler_heads "
+        "timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop "
+        "timm_drop_path"
     ).split()
 )
 # Others, with the only value that networks here have.
@@ -64,6 +65,8 @@ def _tower(model: Mapping[str, Any], vision: Mapping[str, Any]) -> list[Claim]:
             f"{FILE}: model_cfg.quick_gelu" if quick else code,
         ),
         Claim("ln_pre", not vision.get("no_ln_pre"), f"{where}no_ln_pre"),
+        # Its norm then comes after the pooling.
+        Claim("final_norm", not vision.get("attentional_pool"), f"{where}attentional_pool"),
         Claim("norm_eps", 1e-5, code),
         Claim("position_resize", "antialias", code),
     ]
@@ -76,13 +79,15 @@ def _refuse(vision: Mapping[str, Any]) -> None:
         for name, value in vision.items()
         if name not in _KNOWN and value not in (None, False, {}, _ONLY.get(name))
     ]
+    if isinstance(pool := vision.get("attentional_pool"), str):  # two pools, of which it warns
+        wrong.append(f"attentional_pool {pool!r:.40}")
     if wrong:
         raise ConversionError(f"{FILE} has {', '.join(wrong)}, which networks here do not have")
 
 
 def _of_timm(vision: Mapping[str, Any], where: str) -> list[Claim]:
     facts, origin = published.architecture(vision["timm_model_name"], None)
-    facts = published.complete(facts)
+    facts = published.whole(facts)
     taken = ("image_size", "mean", "std")
     found = [Claim(fact, value, origin) for fact, value in facts.items() if fact not in taken]
     pooling = _POOLINGS.get(str(vision.get("timm_pool")))

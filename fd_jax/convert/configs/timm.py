@@ -5,7 +5,7 @@ import types
 from typing import Any
 
 from fd_jax.convert import published
-from fd_jax.convert.configs import huggingface
+from fd_jax.convert.configs import classes, huggingface
 from fd_jax.convert.facts import Claim
 from fd_jax.errors import ConversionError
 
@@ -28,10 +28,7 @@ _SHOWN = types.MappingProxyType(
         "dims": ("widths",),
         "mlp_ratio": ("mlp_width", "mlp_ratio"),
         "patch_size": ("patch_size",),
-        "reg_tokens": ("registers",),
-        "num_reg_tokens": ("registers",),
         "in_chans": (),
-        "class_token": (),
         "no_embed_class": (),
         "init_values": ("layer_scale",),
         "ls_init_value": ("layer_scale",),
@@ -47,6 +44,9 @@ _ARGUMENTS = types.MappingProxyType(
     {
         "img_size": "image_size",
         "num_heads": "heads",
+        "class_token": "cls_token",
+        "reg_tokens": "registers",
+        "num_reg_tokens": "registers",
         "window_size": "window",
         "pretrained_window_sizes": "pretrained_windows",
         "ref_feat_shape": "rope_reference",
@@ -55,7 +55,7 @@ _ARGUMENTS = types.MappingProxyType(
     }
 )
 _ACTIVATIONS = types.MappingProxyType(
-    {**huggingface.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
+    {**classes.ACTIVATIONS, "gelu_tanh": "gelu_tanh", "quickgelu": "quick_gelu"}
 )
 
 
@@ -80,7 +80,7 @@ def claims(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[Claim]
     found = changed + _pretrained(pretrained, _said(pretrained, changed))
     found += _pooling(config, given, tensors)
     known = {claim.fact for claim in found}
-    facts = published.complete(facts)
+    facts = published.whole(facts)
     if "pool" in facts:
         facts["pool"] = _pool(facts, given)
     known.update(fact for argument in given for fact in _SHOWN.get(argument, ()))

@@ -1,7 +1,9 @@
 """CLIP's image tower in the names of OpenAI (also open_clip's) and of Hugging Face."""
 
+from collections.abc import Mapping
 import dataclasses
 
+from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace, vit_fields
 from fd_jax.convert.layout import FINAL_NORM
@@ -78,16 +80,35 @@ _ANY_TOWER = Table(
         *_TOWER.drops,
         *(Drop(f"../{name}", why) for name, why in _OUTSIDE),
         Drop("../text.*", _TEXT),
-        Drop("attn_pool.*", POOL_HEAD),
     ),
 )
+# CoCa's: what follows the blocks is an attention of learned queries, and `ln_post` and `proj` are
+# of the vectors that these make, whose width is another one. The map has no norm.
+_ABOVE_POOL = ("ln_post.weight", "ln_post.bias")
+_POOLED = "pooled"
+_POOLED_TOWER = Table(
+    tuple(rule for rule in _ANY_TOWER.rules if rule.names not in (*_ABOVE_POOL, "proj")),
+    (
+        *_ANY_TOWER.drops,
+        Drop("../text_decoder.*", _TEXT),
+        Drop("attn_pool.*", POOL_HEAD),
+        *(Drop(name, POOL_HEAD) for name in _ABOVE_POOL),
+    ),
+)
+
+
+def _pick(tensors: Mapping[str, Tensor]) -> str:
+    return _POOLED if "attn_pool.query" in tensors else ""
+
+
 OPENAI_STYLE = Style(
     "openai_clip",
     "the tower of OpenAI's CLIP and open_clip",
     "vit",
-    {"": _ANY_TOWER},
+    {"": _ANY_TOWER, _POOLED: _POOLED_TOWER},
     ("conv1.weight", "class_embedding", "transformer.resblocks.0.attn.in_proj_weight"),
     bases=("visual.",),
+    pick=_pick,
 )
 
 _LAYER = "encoder.layers.{i}"

@@ -8,7 +8,7 @@ from fd_jax.convert.families import beit, clip, swin, swin_v2, timm_vit
 from fd_jax.convert.families.beit import PER_BLOCK, SHARED
 from fd_jax.convert.family import Family, Format
 from fd_jax.convert.layout import EPSILON_1E5, EPSILON_1E6, EXACT_GELU, FINAL_NORM, Layout, best
-from fd_jax.convert.networks.swin import BIAS_PER_BLOCK, OWN_WINDOWS
+from fd_jax.convert.networks.swin import BIAS_PER_BLOCK, FREE_WINDOWS, OWN_WINDOWS
 from fd_jax.convert.networks.vit import BIASES_QV, CLASS_TOKEN, PATCH_BIAS, SHARED_TABLE
 from fd_jax.convert.rules.matching import invert
 from fd_jax.convert.rules.tables import Drop, Rule, Table, as_glob, as_tuple, prefixed
@@ -134,6 +134,7 @@ LAYOUTS = (
         FINAL_NORM,
         BIAS_PER_BLOCK,
         OWN_WINDOWS,
+        FREE_WINDOWS,
         EXACT_GELU,
         EPSILON_1E5,
     ),

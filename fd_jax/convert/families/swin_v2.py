@@ -97,7 +97,8 @@ STYLES = (
         ),
         bases=("swinv2.",),
         configs=("swinv2",),
-        code=swin.on_mean,
+        # Decided when the network is made, and kept for inputs of other sizes.
+        code=lambda tensors: {**swin.on_mean(tensors), "fixed_windows": True},
     ),
 )
 
@@ -155,7 +156,11 @@ SOURCES = (
     Source(
         "swinv2_base_patch4_window8_256_hf",
         "microsoft/swinv2-base-patch4-window8-256 model.safetensors",
-        _classifier(_HUGGINGFACE + swin.OPTIONAL_HEAD, arch("B", 256, 8), strip=("swinv2.",)),
+        _classifier(
+            _HUGGINGFACE + swin.OPTIONAL_HEAD,
+            arch("B", 256, 8, windows_at=256),
+            strip=("swinv2.",),
+        ),
         _ORACLE,
         hf=True,
         style="hf_swinv2",
@@ -175,13 +180,15 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
     return {
         **swin.huggingface_fields(spec),
         "pretrained_window_sizes": spec.arch["pretrained_windows"],
+        # The class makes its windows for this size, and takes images of others as well.
+        "image_size": spec.arch.get("windows_at", spec.arch["image_size"]),
     }
 
 
 # As in V1, some epsilons are torch's own, whatever the config says.
 _NEEDS = (FINAL_NORM, EPSILON_1E5, network.BIAS_PER_BLOCK, network.NO_EXTRA_NORMS)
 LAYOUTS = (
-    Timm("SwinTransformerV2", "swin_v2", _TIMM, (FINAL_NORM,)),
+    Timm("SwinTransformerV2", "swin_v2", _TIMM, (FINAL_NORM, network.FREE_WINDOWS)),
     HuggingFace(
         "Swinv2Model", "swin_v2", _HUGGINGFACE, _NEEDS, model_type="swinv2", fields=_fields
     ),

@@ -41,7 +41,7 @@ def _grid(arch: Arch, stage: int) -> int:
 
 
 def _window(arch: Arch, place: Place) -> int:
-    return min(arch["window"], _grid(arch, place.stage))
+    return swin.windows_of(arch)[place.stage].side
 
 
 def merges(arch: Arch, place: Place) -> bool:
@@ -57,7 +57,18 @@ def ends_with_norm(arch: Arch, place: Place) -> bool:
 
 def shifts(arch: Arch, place: Place) -> bool:
     """Whether the block's windows are shifted."""
-    return place.block % 2 == 1 and _grid(arch, place.stage) > arch["window"]
+    return place.block % 2 == 1 and swin.windows_of(arch)[place.stage].shifts
+
+
+def _decides_windows(arch: Arch) -> bool:
+    """Whether its windows are those that its image size decides, see `swin.Swin`."""
+    window = arch["window"]
+    own, deciding = (
+        swin.grids(size, arch["patch_size"], len(arch["depths"]))
+        for size in (arch["image_size"], arch.get("windows_at", arch["image_size"]))
+    )
+    pairs = zip(own, deciding, strict=True)
+    return all(one == other or min(one, other) > window for one, other in pairs)
 
 
 def bias_index(arch: Arch, place: Place) -> np.ndarray:
@@ -86,6 +97,7 @@ BIAS_PER_BLOCK = need("a position bias per block", lambda arch: arch["position"]
 OWN_WINDOWS = need(
     "coordinates scaled by the window itself", lambda arch: not any(arch["pretrained_windows"])
 )
+FREE_WINDOWS = need("windows that the size of its input decides", _decides_windows)
 NO_EXTRA_NORMS = need("no norms on the main branch", lambda arch: not arch["extra_norm_every"])
 
 
@@ -206,8 +218,10 @@ def _arch_v1(settled: Settled) -> tuple[dict[str, Any], list[str]]:
 
 def _arch_v2(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     arch, remarks = _arch_v1(settled)
+    fixed = {"windows_at": arch["image_size"]} if "fixed_windows" in settled else {}
     return {
         **arch,
+        **fixed,
         "position": "rpb",
         # transformers has four by default, whatever the number of stages.
         "pretrained_windows": list(settled["pretrained_windows"].value)[: len(arch["depths"])],

@@ -106,6 +106,17 @@ def complete(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, **rotary, **facts}
 
 
+def whole(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of `complete`, and those of single tensors that few networks have or lack.
+
+    With them a file that has lost its class token is not one of a network without.
+    """
+    if "width" not in facts:
+        return dict(facts)
+    plain = {"cls_token": True, "registers": 0, "ln_pre": False, "patch_bias": True}
+    return {**plain, **complete(facts)}
+
+
 def matching(style: str, shapes: Mapping[str, Any]) -> list[str]:
     """The published networks that a file may be, by its names and shapes.
 
