@@ -22,11 +22,13 @@ class Transform:
       forward: file arrays -> fd_jax arrays, both tuples.
       inverse: fd_jax arrays -> file arrays.
       file_shapes: fd_jax shapes -> file shapes.
+      inexact: what an inverse gives back that the file did not have, in words; "" for most.
     """
 
     forward: Callable[..., tuple[np.ndarray, ...]]
     inverse: Callable[..., tuple[np.ndarray, ...]]
     file_shapes: Callable[..., tuple[Shape, ...]]
+    inexact: str = ""
 
 
 def _one(forward, inverse, shape) -> Transform:
@@ -168,7 +170,13 @@ def folded_positions(cls: int) -> Transform:
         rows = (table[:, :cls], np.zeros_like(registers), table[:, cls:])
         return registers, np.concatenate(rows, axis=1)
 
-    return Transform(fold, unfold, lambda r, table: (r, (1, r[1] + table[1], r[2])))
+    return Transform(
+        fold,
+        unfold,
+        lambda r, table: (r, (1, r[1] + table[1], r[2])),
+        "registers hold the sum of themselves and their positions, whose rows in the table are "
+        "zeros: the first thing that a network computes of them, so its outputs are the same",
+    )
 
 
 def split_qkv_heads(heads: int) -> Transform:
