@@ -20,7 +20,7 @@ from fd_jax.convert.facts import Claim
 from fd_jax.convert.facts import stated as stated_facts
 from fd_jax.convert.rules import matching
 from fd_jax.convert.rules.matching import Match
-from fd_jax.convert.rules.transforms import Shape
+from fd_jax.convert.rules.transforms import Shape, in_rows
 from fd_jax.convert.source import Source
 from fd_jax.convert.style import OUTER
 from fd_jax.errors import ConversionError
@@ -312,7 +312,7 @@ def _in_dtype(
 ) -> np.ndarray:
     """The array in the wanted dtype; notes NaN and infinity, refuses to make any."""
     with np.errstate(over="ignore"):
-        stored = array.astype(dtype, copy=False)
+        stored = in_rows(array).astype(dtype, copy=False)
     if not np.isfinite(stored).all():
         if np.isfinite(array).all():
             raise ConversionError(
