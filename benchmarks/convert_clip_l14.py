@@ -10,7 +10,7 @@ in new processes, one after the other and as often as `--repeats` says: (a) the 
 alone; (b) the import command; (c) reading the file, computing its SHA-256, and writing the same
 tensors with Orbax. Time is that of the clock and of the processor (user + system), since the
 machine may have other work. Memory is the peak resident set, which includes mapped pages of the
-file, and its anonymous part.
+file, and its anonymous part. `--together` measures (b) and (c) in one process, and time alone.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from typing import Any, NamedTuple
 
 SOURCE = "openai_clip_vit_l14"
@@ -77,6 +78,32 @@ with open({path!r}, "rb") as stream:
         pass
 opening.open_container({path!r}).sha256()
 checkpoint.save_tree(epath.Path({output!r}), params)
+"""
+
+# The same pairs in one process, without memory: it saves what Python and JAX take to start.
+PAIRS = """
+import json, resource, shutil, time
+from fd_jax.convert import importing
+from fd_jax.convert.containers import opening
+from fd_jax import checkpoint
+from etils import epath
+import jax
+jax.config.update("jax_platforms", "cpu")
+{setup}
+def bare():
+{yardstick}
+def whole():
+    {code}
+def timed(call):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    start = time.perf_counter()
+    call()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    shutil.rmtree({output!r})
+    cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    return time.perf_counter() - start, cpu
+timed(bare)  # starts what Orbax starts once
+print(json.dumps([[timed(whole), timed(bare)] for _ in range({repeats})]))
 """
 
 
@@ -258,6 +285,27 @@ def compare(names: dict[str, Any], base: Cost, folder: Path, repeats: int) -> No
     )
 
 
+def together(names: dict[str, Any], folder: Path, repeats: int) -> None:
+    """Imports and writes by turns in one process, and prints the medians and the ratios."""
+    given = {**names, "output": str(folder / "output")}
+    yardstick = textwrap.indent(YARDSTICK.format(**given).strip(), "    ")
+    code, setup = IMPORT.format(**given), YARDSTICK_SETUP.format(**given)
+    parts = {"setup": setup, "yardstick": yardstick, "code": code, "repeats": repeats}
+    script = PAIRS.format(**parts, output=given["output"])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    pairs = json.loads(run.stdout.splitlines()[-1])
+    for column, what in enumerate(("the clock", "the processor")):
+        ours, bare = ([pair[i][column] for pair in pairs] for i in (0, 1))
+        ratios = sorted(one / other for one, other in zip(ours, bare, strict=True))
+        print(
+            f"  {what}: import {_median(ours):.1f} s, read + hash + write {_median(bare):.1f} s, "
+            f"ratio {_spread(ratios)}",
+            flush=True,
+        )
+
+
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
@@ -273,10 +321,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--styles", default="", help="names with commas, or all; default: CLIP")
     parser.add_argument("--dtype", default="float32", help="to store")
+    parser.add_argument("--together", action="store_true", help="time alone, in one process")
     arguments = parser.parse_args()
     chosen = list(STYLES) if arguments.styles == "all" else arguments.styles.split(",")
-    base = measure("pass")
-    print(f"imports alone: {base.resident:,} bytes resident, {base.anonymous:,} anonymous")
+    base = Cost(0, 0, 0, 0) if arguments.together else measure("pass")
+    if not arguments.together:
+        print(f"imports alone: {base.resident:,} bytes resident, {base.anonymous:,} anonymous")
     for style in chosen:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             folder = Path(name)
@@ -291,7 +341,10 @@ def main() -> None:
                 "facts": facts(style) if style else (),
                 "dtype": arguments.dtype,
             }
-            compare(names, base, folder, arguments.repeats)
+            if arguments.together:
+                together(names, folder, arguments.repeats)
+            else:
+                compare(names, base, folder, arguments.repeats)
 
 
 if __name__ == "__main__":
