@@ -55,12 +55,13 @@ def main() -> None:
         path = Path(folder) / "model.safetensors"
         write(path)
         print(f"file: {path.stat().st_size:,} bytes")
-        _, base, base_anonymous = measure("pass", SETUP)
+        base = measure("pass", SETUP)
         code = IMPORT.format(name=NAME, path=str(path), output=str(Path(folder) / "model"))
-        seconds, peak, anonymous = measure(code, SETUP)
+        cost = measure(code, SETUP)
+        resident, anonymous = cost.resident - base.resident, cost.anonymous - base.anonymous
         print(
-            f"import: {seconds:.0f} s; above the imports: resident {(peak - base) / 1e9:.2f} GB, "
-            f"mapped pages included; anonymous {(anonymous - base_anonymous) / 1e9:.2f} GB"
+            f"import: {cost.seconds:.0f} s; above the imports: resident {resident / 1e9:.2f} GB, "
+            f"mapped pages included; anonymous {anonymous / 1e9:.2f} GB"
         )
 
 

@@ -21,6 +21,7 @@ from fd_jax.models.spec import ModelSpec
 from tests.convert import seeded
 
 TOLERANCE = 1e-5  # of the largest value, float32, two blocks
+TOLERANCE_WHOLE = 1e-4  # the same of whole networks
 Known = tuple[dict[str, Any], Imported | None] | None
 _SAYS = 400  # characters of an error that are kept
 
@@ -56,6 +57,12 @@ def _of_folder(made: Made, sizes: list[int]) -> tuple[dict[str, Any], Imported |
     return {**stated, "stated": list(made.facts), "unstated": folder["says"]}, read
 
 
+def whole(made: Made) -> dict[str, Any]:
+    """What becomes of the folder of a network with all its blocks."""
+    both = [made.size, made.other]
+    return _outcome(made, made.folder, {}, both, None, tolerance=TOLERANCE_WHOLE)[0]
+
+
 @contextlib.contextmanager
 def _depths_of_tables() -> Iterator[None]:
     """Lets the tables of published networks have the depths of the networks made here."""
@@ -75,7 +82,13 @@ def _depths_of_tables() -> Iterator[None]:
 
 
 def _outcome(
-    made: Made, path: Path, options: dict[str, Any], sizes: list[int], known: Known
+    made: Made,
+    path: Path,
+    options: dict[str, Any],
+    sizes: list[int],
+    known: Known,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> tuple[dict[str, Any], Imported | None]:
     """Equal, other (silently!), asked, refused or failed; with differences or the message.
 
@@ -86,14 +99,14 @@ def _outcome(
     except UserError as error:
         text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
         kind = "asked" if "say which" in text.lower() else "refused"
-        return {"is": kind, "says": _short(text), "whole": text}, None
+        return {"is": kind, "says": short(text), "whole": text}, None
     except Exception as error:  # a bug of the converter is a row of the table, not its end
-        return {"is": "failed", "says": _short(f"{type(error).__name__}: {error}")}, None
+        return {"is": "failed", "says": short(f"{type(error).__name__}: {error}")}, None
     if known is not None and known[1] is not None and _same(read, known[1]):
         return {"is": known[0]["is"], "source": read.source, "as": "folder"}, read
     found = {str(size): _difference(made, read, size) for size in sizes}
     numbers = [value for value in found.values() if isinstance(value, float)]
-    fine = all(value < TOLERANCE for value in numbers)
+    fine = all(value < tolerance for value in numbers)
     return {"is": "equal" if fine and numbers else "other", "source": read.source, **found}, read
 
 
@@ -114,12 +127,12 @@ def _difference(made: Made, read: Imported, size: int) -> float | str:
     try:
         spec, encoder = read.spec.resized(read.params["encoder"], size)
     except UserError as error:
-        return f"refused: {_short(str(error))}"
+        return f"refused: {short(str(error))}"
     try:
         with making.uninitialised():  # a library makes a new module for another size
             expected = made.features(images)
     except Exception as error:  # libraries have sizes that they cannot run, too
-        return f"the library fails: {type(error).__name__}: {_short(str(error))}"
+        return f"the library fails: {type(error).__name__}: {short(str(error))}"
     found = tokens(spec, encoder, images)
     if found.shape != expected.shape:
         return float("inf")
@@ -134,6 +147,7 @@ def tokens(spec: ModelSpec, encoder: Any, images: np.ndarray) -> np.ndarray:
         return np.asarray(run(encoder, spec.normalize(images)))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """An error on one line, cut after some hundred characters."""
     text = re.sub(r"\s+", " ", text).strip()
     return text if len(text) <= _SAYS else f"{text[:_SAYS]}..."

@@ -20,6 +20,8 @@ STATISTICS = tables.STATISTICS | {"rad-dino": ((0.5307,) * 3, (0.2583,) * 3)}
 # What the model card of a network passes in code, and its config.json does not hold: the user has
 # to state it.
 IN_CODE = {"paige-ai/Virchow2": ("gated_mlp=yes", "activation=silu")}
+# Blocks of the networks of transformers whose config is not of the base size, by their width.
+DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40}
 # Two blocks where windows are shifted, and where they are only at another size of the input.
 STAGES = [1, 1, 2, 2]
 
@@ -75,6 +77,24 @@ def every() -> list[Backbone]:
     for name, lacked in backbones.OPEN_CLIP.items():
         found.append(Backbone(name, "open_clip", lacked, lambda f, n=name: _open_clip(f, n)))
     return found
+
+
+_whole: list[bool] = [False]
+
+
+@contextlib.contextmanager
+def whole(wanted: bool) -> Iterator[None]:
+    """Networks made in here have all blocks if that is wanted, or else two."""
+    before, _whole[0] = _whole[0], wanted
+    try:
+        yield
+    finally:
+        _whole[0] = before
+
+
+def is_whole() -> bool:
+    """Whether networks are made with all blocks."""
+    return _whole[0]
 
 
 @contextlib.contextmanager
@@ -148,7 +168,9 @@ def _timm(
 
 
 def _short(entry: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments that make a network of few blocks."""
+    """The arguments that make a network of few blocks, if it should have few."""
+    if is_whole():
+        return {}
     text = inspect.getsource(entry)
     known = {"depth": 2, "depths": STAGES, "stages": (1, 1, 1, 1)}
     found = (name for name in known if re.search(rf"\b{name}=", text))
@@ -200,7 +222,7 @@ def _huggingface(folder: Path, kind: str, fields: Mapping[str, Any], statistics:
 
     def features(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            found = _final_tokens(model, pixels(images, mean, std), images.shape[1] != size)
+            found = final_tokens(model, pixels(images, mean, std), images.shape[1] != size)
         return tokens(found, channels_first=True)
 
     patch = getattr(vision, "patch_size", 32)
@@ -215,7 +237,10 @@ def _config(model_class: Any, fields: dict[str, Any]) -> Any:
 
     kind = model_class.config_class
     if "hidden_size" in fields:
-        fields["num_hidden_layers"] = 2
+        fields["num_hidden_layers"] = DEPTHS[fields["hidden_size"]] if is_whole() else 2
+    if "depths" in fields and is_whole():
+        swin, first = "embed_dim" in fields, fields.get("hidden_sizes", [0])[0]
+        fields["depths"] = [2, 2, 18, 2] if swin else [3, 3, 9 if first == 96 else 27, 3]
     if "sub_configs" in dir(kind) and "text_config" in kind.sub_configs:
         text = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
         text |= {"num_hidden_layers": 1, "vocab_size": 1000}
@@ -237,7 +262,7 @@ def _preprocessor(size: int, mean: Any, std: Any) -> dict[str, Any]:
     }
 
 
-def _final_tokens(model: Any, pixels: torch.Tensor, interpolate: bool) -> torch.Tensor:
+def final_tokens(model: Any, pixels: torch.Tensor, interpolate: bool) -> torch.Tensor:
     """The tokens after the final norm, of the encoder inside any of the classes."""
     whole = type(model).__name__.endswith("Model")  # not a base with a head
     core = model if whole else getattr(model, model.base_model_prefix, model)
@@ -269,7 +294,7 @@ def _open_clip(folder: Path, name: str) -> Made:
     config = open_clip.get_model_config(model_name)
     weights = open_clip.get_pretrained_cfg(model_name, tag)
     vision = config["vision_cfg"]
-    if "timm_model_name" not in vision:
+    if "timm_model_name" not in vision and not is_whole():
         vision["layers"] = 2
     config["text_cfg"] = {"width": 64, "heads": 2, "layers": 1, "vocab_size": 1000}
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
@@ -311,7 +336,7 @@ def _two_blocks_of_timm(make: Callable[[], Any]) -> Any:
     """What `make` makes, with towers of timm cut to two blocks."""
     model = make()
     trunk = getattr(model.visual, "trunk", None)
-    if trunk is not None:
+    if trunk is not None and not is_whole():
         trunk.blocks = trunk.blocks[:2]
     return model
 

@@ -16,8 +16,13 @@ WORDS = {
 _REASON = 160  # characters of a message in the table
 
 
-def render(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+def render(results: Mapping[str, Any], more: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+      results: of networks of two blocks.
+      more: of whole networks, and of the way back to a library.
+    """
     now = results["runs"]["now"]["rows"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     missing = len(backbones.names()) - len(now)
@@ -44,8 +49,8 @@ repository: {run}.
 - "file" is the same `state_dict` alone, in which no tensor tells heads, activation, epsilon and
   statistics; "asks" means that the import names what is missing and what the file may be. "With
   `--arch`" is this file with the network's public name.
-- Whole networks and files of real weights were not run here: [conversion.md](conversion.md) says
-  what was.
+- Files of real weights were not run here: [conversion.md](conversion.md) says what was. Some whole
+  networks were, see [below](#whole-networks).
 
 To repeat it, install timm, open_clip_torch, torchvision, transformers and fd_jax into an
 environment of their own and run `python -m benchmarks.coverage`. `--only=PATTERN` tries some, and
@@ -56,7 +61,69 @@ environment of their own and run `python -m benchmarks.coverage`. `--only=PATTER
 | backbone | lacked | folder | at another size | file | with `--arch` |
 |---|---|---|---|---|---|
 {table}
+{_whole(more)}{_returned(more)}"""
+
+
+def _whole(more: Mapping[str, Any]) -> str:
+    """The section on networks with all their blocks."""
+    rows = more.get("whole", {})
+    if not rows:
+        return ""
+    lines = [f"| {name} | {_sizes(row)} |" for name, row in rows.items()]
+    return f"""
+## Whole networks
+
+`python -m benchmarks.coverage --whole --only=PATTERN` makes a network with all its blocks, real
+width and size, with weights that follow from its names, and compares the features of the imported
+folder with the library's at two sizes: the largest difference, relative to the largest value, has
+to be below 1e-4 (float32).
+
+| backbone | one size | another size |
+|---|---|---|
+{chr(10).join(lines)}
 """
+
+
+def _sizes(row: Mapping[str, Any]) -> str:
+    if row["is"] in ("refused", "failed", "asked"):
+        return f"{_said(row, '')} |"
+    return " | ".join(f"{_size(key, row[key])}" for key in row if key.isdigit())
+
+
+def _returned(more: Mapping[str, Any]) -> str:
+    """The section on the way back to a library."""
+    rows = more.get("returned", {})
+    if not rows:
+        return ""
+    back = [row for row in rows.values() if row["is"] == "equal"]
+    exact = sum(row["difference"] == 0 for row in back)
+    same = sum(row["same"] == row["tensors"] for row in back)
+    lines = [f"| {name} | {_back(row)} |" for name, row in rows.items() if not _plain(row)]
+    return f"""
+## Back to their libraries
+
+`python -m benchmarks.coverage --returned` imports backbones of timm and transformers, exports them
+(`--format=timm`, `--format=huggingface`), opens the folders with their own library, strictly, and
+compares features with those before the import. Of the {len(rows)} that were run, {len(back)} came
+back with equal features, {exact} of them bit for bit, and {same} with all tensors under their own
+names, bit for bit. The others are below: mask tokens are not kept and written as zeros, a class
+without its head has other names, and distillation tokens hold their positions.
+
+| backbone | came back |
+|---|---|
+{chr(10).join(lines)}
+"""
+
+
+def _plain(row: Mapping[str, Any]) -> bool:
+    return row["is"] == "equal" and row["same"] == row["tensors"] and not row["difference"]
+
+
+def _back(row: Mapping[str, Any]) -> str:
+    if row["is"] != "equal":
+        return _said(row, "")
+    off = f"{row['difference']:.0e}" if row["difference"] else "equal bit for bit"
+    return f"as {row['as']}: {off}; {row['same']} of {row['tensors']} tensors are the file's"
 
 
 def _summary(now: Mapping[str, Any]) -> str:

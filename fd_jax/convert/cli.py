@@ -99,7 +99,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     command.add_argument("--input", required=True, type=_path, help="model folder")
     command.add_argument(
-        "--output", required=True, type=_path, help="file, or folder for huggingface"
+        "--output", required=True, type=_path, help="file, or folder for huggingface and timm"
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=_export)
@@ -151,12 +151,12 @@ _path = os.path.expanduser
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    left = exporting.export(
+    written = exporting.export(
         arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
     )
-    if left:
-        print(f"the format has no place for {', '.join(summarize(left))}")
-    print(f"wrote {arguments.output}")
+    if written.left:
+        print(f"the format has no place for {', '.join(summarize(written.left))}")
+    print(*written.remarks, f"wrote {arguments.output}", sep="\n")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

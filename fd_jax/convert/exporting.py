@@ -8,23 +8,24 @@ from etils import epath
 
 from fd_jax import model_folder
 from fd_jax.convert import trees
+from fd_jax.convert.family import Written
 from fd_jax.convert.formats import FORMATS
 from fd_jax.errors import ConversionError
 
 
 def export(
     format: str, folder: epath.PathLike, output: str | os.PathLike[str], *, overwrite: bool = False
-) -> list[str]:
+) -> Written:
     """Writes a model folder in another format; complete or not at all.
 
     Args:
       format: a key of FORMATS.
       folder: model folder to read.
-      output: file to write, or folder for "huggingface".
+      output: file to write, or folder for "huggingface" and "timm".
       overwrite: whether what is there is replaced.
 
     Returns:
-      Names of the parameters that the format has no place for (a projector, say).
+      What was left behind, and how the output is opened.
 
     Raises:
       ConversionError: the format cannot hold this network, or the output exists.
@@ -43,7 +44,7 @@ def export(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove(staging)
-        left = FORMATS[format].write(spec, trees.flat(params), staging)
+        written = FORMATS[format].write(spec, trees.flat(params), staging)
         if output.is_dir():  # steps aside whole: a kill never leaves half of it
             _remove(replaced)
             output.rename(replaced)
@@ -53,7 +54,8 @@ def export(
         raise ConversionError(f"{output}: cannot be written ({error.strerror})") from error
     finally:
         _remove(staging)
-    return left
+    remarks = [remark.replace(str(staging), str(output)) for remark in written.remarks]
+    return Written(written.left, remarks)
 
 
 def _check_free(output: Path, format: str, *, overwrite: bool) -> None:
@@ -61,9 +63,11 @@ def _check_free(output: Path, format: str, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConversionError(f"{output} exists and is not overwritten; pass --overwrite to do so")
-    if format == "huggingface":
+    if FORMATS[format].folder:
         if not (output / "config.json").exists():
-            raise ConversionError(f"{output} is no Hugging Face folder, so it is not overwritten")
+            raise ConversionError(
+                f"{output} is no {FORMATS[format].folder} folder, so it is not overwritten"
+            )
     elif not output.is_file():
         raise ConversionError(f"{output} is not a file, so it is not overwritten; name a file")
 

@@ -14,16 +14,31 @@ from fd_jax.models.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """What became of a model folder in another format.
+
+    Attributes:
+      left: names of the parameters that the format has no place for (a projector, say).
+      remarks: what else people should know, such as how it is opened.
+    """
+
+    left: list[str]
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """Something that model folders are written as.
 
     Attributes:
-      write: (spec, flat parameters, path that does not exist) -> parameters it has no place for.
+      write: (spec, flat parameters, path that does not exist) -> what was written.
       writes: what it is, for people.
+      folder: whose folder it is, for people; "" for a file.
     """
 
-    write: Callable[[ModelSpec, dict[str, np.ndarray], Path], list[str]]
+    write: Callable[[ModelSpec, dict[str, np.ndarray], Path], Written]
     writes: str
+    folder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

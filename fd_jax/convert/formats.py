@@ -1,6 +1,6 @@
 """Everything that a model folder can be written as, by the name the user types."""
 
-import dataclasses
+from collections.abc import Mapping
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from fd_jax.convert import families, trees
+from fd_jax.convert import families, timm, trees
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import DTYPES
-from fd_jax.convert.family import Format
+from fd_jax.convert.family import Format, Written
 from fd_jax.convert.huggingface import HuggingFace, preprocessor
-from fd_jax.convert.layout import Layout, Timm, held
+from fd_jax.convert.layout import Layout, held
 from fd_jax.convert.rules.matching import invert
-from fd_jax.convert.rules.tables import target_paths
+from fd_jax.convert.rules.tables import Table, steps, target_paths
 from fd_jax.convert.style import OUTER
+from fd_jax.convert.timm import Timm
 from fd_jax.errors import ConversionError
 from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
@@ -27,18 +28,18 @@ from fd_jax.models.spec import ModelSpec
 _TORCH = {"format": "pt"}  # which transformers asks of a safetensors file
 
 
-def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
-    """Names of timm, as safetensors."""
-    name = spec.source.partition(":")[0]
-    if name.startswith("timm_") and name in families.STYLES:  # as it came, packed or not
-        return _write_source(dataclasses.replace(spec, source_dtypes={}), params, path)
-    _, fit = families.layout(Timm, spec, set(params), format="timm")
+def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
+    """A folder that timm's `create_model` opens."""
+    layout, fit = families.layout(Timm, spec, set(params), format="timm")
     tensors = dict(invert(fit.table, params, spec.arch, derived=False))
-    safetensors_io.write(path, tensors, _TORCH)
-    return fit.left
+    config = layout.config(spec, set(params))
+    path.mkdir()
+    safetensors_io.write(path / timm.WEIGHTS, tensors | layout.extra(spec, set(params)), _TORCH)
+    _write_json(path / timm.CONFIG, config)
+    return Written(fit.left, [*timm.calls(config, path), *_inexact(fit.table, spec)])
 
 
-def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
+def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     """A folder that `AutoModel.from_pretrained` opens."""
     layout, fit = families.layout(HuggingFace, spec, set(params), format="huggingface")
     tensors = dict(invert(fit.table, params, spec.arch, derived=False)) | layout.extra(spec)
@@ -46,10 +47,20 @@ def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Pat
     safetensors_io.write(path / "model.safetensors", tensors, _TORCH)
     _write_json(path / "config.json", layout.config(spec))
     _write_json(path / "preprocessor_config.json", preprocessor(spec))
-    return fit.left
+    return Written(fit.left, [_opens(layout, path), *_inexact(fit.table, spec)])
 
 
-def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
+def _opens(layout: HuggingFace, path: Path) -> str:
+    return f"opens with transformers.{layout.class_name}.from_pretrained({str(path)!r})"
+
+
+def _inexact(table: Table, spec: ModelSpec) -> list[str]:
+    """Remarks on tensors that are not those of a file, though what is computed is the same."""
+    found = (step.transform.inexact for step, _ in steps(table, spec.arch))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     """The names, shapes and dtypes of the file the model came from, as safetensors."""
     table = families.table_of(spec)
     if table is None:
@@ -61,12 +72,18 @@ def _write_source(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) ->
     tensors = {}
     for key, array in invert(table, params, spec.arch, derived=False):
         dtype = DTYPES[spec.source_dtypes.get(key, "float32")]
-        tensors[key.removeprefix(OUTER)] = array.astype(dtype, copy=False)
+        tensors[_in_source(key, spec.source_names)] = array.astype(dtype, copy=False)
     safetensors_io.write(path, tensors, {**_TORCH, "source": spec.source})
-    return sorted(set(params) - target_paths(table, spec.arch))
+    return Written(sorted(set(params) - target_paths(table, spec.arch)), _inexact(table, spec))
 
 
-def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
+def _in_source(key: str, names: Mapping[str, str]) -> str:
+    """The whole name of a tensor in the file it came from, see `ModelSpec.source_names`."""
+    base = OUTER if key.startswith(OUTER) else ""
+    return names.get(key) or names.get(base, "") + key.removeprefix(base)
+
+
+def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     """uint8 images [b, H, W, 3] -> tokens [b, N, D] float32, weights inside; see `jax.export`."""
     definition, _ = spec.abstract()
     encoder = trees.encoder(params)
@@ -79,7 +96,7 @@ def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path)
     images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
     path.write_bytes(exported.serialize())
-    return [name for name in params if not name.startswith("encoder/")]
+    return Written([name for name in params if not name.startswith("encoder/")])
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -95,18 +112,21 @@ def _classes(kind: type[Layout]) -> str:
 FORMATS: dict[str, Format] = {
     "timm": Format(
         _write_timm,
-        f"safetensors in the names of timm's {_classes(Timm)}; timm computes its index buffers "
-        "itself and takes none from a file",
+        "a folder with `config.json` and `model.safetensors` that timm's `create_model` opens, as "
+        f"a {_classes(Timm)}",
+        folder="timm",
     ),
     "huggingface": Format(
         _write_huggingface,
         "a folder with `config.json`, `model.safetensors` and `preprocessor_config.json` that "
         f"`AutoModel.from_pretrained` opens, as a {_classes(HuggingFace)}",
+        folder="Hugging Face",
     ),
     **families.formats(),
     "source": Format(
         _write_source,
-        "safetensors in the names, shapes and dtypes of the file the model came from",
+        "safetensors in the names, shapes and dtypes of the file the model came from; a level of "
+        'nested dictionaries is a name before a "/"',
     ),
     "stablehlo": Format(
         _write_stablehlo,

@@ -23,8 +23,11 @@ _ACTIVATIONS = {
 }
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
-# What its image classifiers need; those of Swin read the mean token and no other.
-HAS_HEAD = Need("a classifier head", lambda spec, paths: "head/kernel" in paths)
+# What its image classifiers need: each reads one vector and no other.
+HAS_HEAD_ON_CLASS = Need(
+    "a classifier head on the class token",
+    lambda spec, paths: "head/kernel" in paths and spec.pooling == "cls",
+)
 HAS_HEAD_ON_MEAN = Need(
     "a classifier head on the mean token",
     lambda spec, paths: "head/kernel" in paths and spec.pooling == "mean",

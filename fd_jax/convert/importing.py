@@ -13,15 +13,16 @@ import numpy as np
 
 from fd_jax import model_folder
 from fd_jax.checkpoint import LazyArray
-from fd_jax.convert import families, huggingface, identifying, networks, trees
+from fd_jax.convert import configs, families, identifying, networks, trees
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.containers.tensors import DTYPES, Container, Tensor
 from fd_jax.convert.facts import Claim
 from fd_jax.convert.facts import stated as stated_facts
 from fd_jax.convert.rules import matching
 from fd_jax.convert.rules.matching import Match
-from fd_jax.convert.rules.transforms import Shape
+from fd_jax.convert.rules.transforms import Shape, in_rows
 from fd_jax.convert.source import Source
+from fd_jax.convert.style import OUTER
 from fd_jax.errors import ConversionError
 from fd_jax.models import sizes
 from fd_jax.models.sizes import ImageSize
@@ -170,10 +171,11 @@ def read(
         spec = dataclasses.replace(
             spec,
             classes=classes,
-            class_names=huggingface.class_names(container.config, classes),
+            class_names=configs.class_names(container.config, classes),
             source=label,
             source_sha256=digest,
             source_dtypes=_source_dtypes(found, tensors),
+            source_names=_source_names(found, tensors),
         )
     before = model_folder.flat_shapes(params)
     if image_size is not None:
@@ -310,7 +312,7 @@ def _in_dtype(
 ) -> np.ndarray:
     """The array in the wanted dtype; notes NaN and infinity, refuses to make any."""
     with np.errstate(over="ignore"):
-        stored = array.astype(dtype, copy=False)
+        stored = in_rows(array).astype(dtype, copy=False)
     if not np.isfinite(stored).all():
         if np.isfinite(array).all():
             raise ConversionError(
@@ -319,6 +321,20 @@ def _in_dtype(
             )
         not_finite.append(path)
     return stored
+
+
+def _source_names(found: Match, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What stands before the names in the file, and whole names, see `ModelSpec.source_names`."""
+    before: dict[str, str] = {}
+    whole = {}
+    for name in (name for step in found.steps for name in step.names):
+        base = OUTER if name.startswith(OUTER) else ""
+        full, short = tensors[name].name, name.removeprefix(base)
+        if full.endswith(short):
+            before.setdefault(base, full.removesuffix(short))
+        if full != before.get(base, "") + short:
+            whole[name] = full
+    return {base: prefix for base, prefix in before.items() if prefix} | whole
 
 
 def _source_dtypes(found: Match, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -36,6 +36,9 @@ FINAL_NORM = need("a final norm", lambda arch: arch["final_norm"])
 EXACT_GELU = need("the exact GELU", lambda arch: arch["activation"] == "gelu_erf")
 EPSILON_1E6 = need("norm epsilon 1e-6", lambda arch: arch["norm_eps"] == 1e-6)
 EPSILON_1E5 = need("norm epsilon 1e-5", lambda arch: arch["norm_eps"] == 1e-5)
+EPSILON_1E6_OR_1E5 = need(
+    "norm epsilon 1e-6 or 1e-5", lambda arch: arch["norm_eps"] in (1e-6, 1e-5)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,16 @@ class Layout:
         """What errors call it."""
         return self.class_name
 
+    def rules(self, spec: ModelSpec) -> Table:
+        """The rules of the class for one network, also for parameters that it may not have."""
+        del spec
+        return self.table
+
+    def own(self, spec: ModelSpec) -> bool:
+        """Whether a network came from a file of this class, and so fits it best."""
+        del spec
+        return False
+
     def fit(self, spec: ModelSpec, paths: Set[str]) -> Fit:
         """Whether the layout holds a network, and what is in the way.
 
@@ -97,7 +110,7 @@ class Layout:
           spec: of the network, one of the family `network`.
           paths: its parameters; those beside the encoder may be left behind.
         """
-        table = held(self.table, spec, paths)
+        table = held(self.rules(spec), spec, paths)
         rest = sorted(paths - target_paths(table, spec.arch))
         return Fit(
             table,
@@ -113,23 +126,13 @@ def held(table: Table, spec: ModelSpec, paths: Set[str]) -> Table:
     return dataclasses.replace(table, rules=tuple(rules))
 
 
-@dataclasses.dataclass(frozen=True)
-class Timm(Layout):
-    """The names of a class of timm, whose index buffers are not stored in its files."""
-
-    @property
-    def label(self) -> str:
-        """What errors call it."""
-        return f"{self.class_name} of timm"
-
-
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
 def best(
     layouts: Iterable[AnyLayout], spec: ModelSpec, paths: Set[str], *, format: str
 ) -> tuple[AnyLayout, Fit]:
-    """The layout that holds a network; of several, the one that leaves the fewest parameters.
+    """The layout that holds a network; of several, its own, or that which leaves the fewest behind.
 
     Args:
       layouts: to ask; those for other networks are passed over.
@@ -148,13 +151,17 @@ def best(
             f"{format} has no class for networks of the family {spec.family!r}; export as "
             "safetensors instead"
         )
-    layout, fit = min(fits, key=lambda pair: (pair[1].problems, len(pair[1].left)))
+    layout, fit = min(fits, key=lambda pair: _rank(*pair, spec))
     if fit.problems:
         raise ConversionError(
             f"this network cannot be written as {format}: {_nearest(fits)}; export as safetensors "
             "instead"
         )
     return layout, fit
+
+
+def _rank(layout: Layout, fit: Fit, spec: ModelSpec) -> tuple[int, bool, int]:
+    return fit.problems, not layout.own(spec), len(fit.left)
 
 
 def _nearest(fits: list[tuple[AnyLayout, Fit]]) -> str:

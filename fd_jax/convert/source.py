@@ -150,6 +150,9 @@ def unstacked(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for i in range(min(tensor.shape[0], 1000)):
             row = f"{prefix}_{i}/{name[len(prefix) + 1 :]}"
             out[row] = dataclasses.replace(
-                tensor, name=row, shape=tensor.shape[1:], load=lambda t=tensor, i=i: t.load()[i]
+                tensor,
+                name=tensor.name.removesuffix(name) + row,
+                shape=tensor.shape[1:],
+                load=lambda t=tensor, i=i: t.load()[i],
             )
     return out

@@ -32,6 +32,7 @@ FIELDS: dict[str, Rule] = {
     "source": Text("a name", optional=True),
     "source_sha256": OrNone(Text("64 hexadecimal digits")),
     "source_dtypes": Named("a dtype per tensor name"),
+    "source_names": Named("a name, or its beginning, per tensor name"),
     "origins": Named("where each fact comes from, in words"),
     "notes": Text("a text", optional=True),
     "format_version": whole(0),

@@ -24,7 +24,7 @@ from fd_jax.typing import PyTree
 
 FORMAT_VERSION = 1
 # Left out of `model.json` where they say nothing, since earlier versions do not know them.
-LATER_FIELDS = ("segmenter", "class_names", "pool", "origins")
+LATER_FIELDS = ("segmenter", "class_names", "pool", "origins", "source_names")
 # The class of each family; ViT shows what it has to offer.
 FAMILIES: dict[str, Any] = {
     "vit": ViT,
@@ -60,6 +60,9 @@ class ModelSpec:
       source: where the weights come from: a converter source name, or the run that trained them.
       source_sha256: of the converted file; None for a network trained here.
       source_dtypes: dtype per tensor name of the source file, where it is not float32.
+      source_names: what stands before the names in the source file that the converter took off:
+        that of the network under "", that of the model around it under "../"; and the whole names
+        of single tensors that are called otherwise, under those by which they are known.
       origins: where a fact about the network comes from, in words, by the name of the field.
       notes: free text for people: licence, what was dropped.
       format_version: of this file.
@@ -79,6 +82,7 @@ class ModelSpec:
     source: str = ""
     source_sha256: str | None = None
     source_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_names: dict[str, str] = dataclasses.field(default_factory=dict)
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: str = ""
     format_version: int = FORMAT_VERSION

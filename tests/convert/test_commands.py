@@ -86,7 +86,7 @@ def test_an_existing_folder_is_never_overwritten_unasked(weights, tmp_path, caps
     export = (
         "export",
         "--format",
-        "timm",
+        "safetensors",
         "--input",
         model,
         "--output",
@@ -109,9 +109,11 @@ def test_overwriting_replaces_nothing_but_what_was_written_before(weights, tmp_p
     export = ("export", "--input", model, "--overwrite", "--output")
     assert run(*export, mine, "--format", "huggingface") == 2
     assert run(*export, mine, "--format", "timm") == 2
+    assert "mine is no timm folder" in capsys.readouterr().err
+    assert run(*export, mine, "--format", "source") == 2
     assert run(*export, model, "--format", "huggingface") == 2
     assert "model is no Hugging Face folder" in capsys.readouterr().err
-    for layout in ("huggingface", "huggingface"):
+    for layout in ("huggingface", "timm", "huggingface"):
         assert run(*export, exported, "--format", layout) == 0
     assert (mine / "thesis.tex").read_text() == "precious"
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "model", "exported", "model.pth"}
@@ -124,8 +126,8 @@ def test_what_cannot_be_written_is_one_error_and_leaves_nothing(weights, tmp_pat
     assert "file/model: cannot be written" in capsys.readouterr().err
     assert run(*common, tmp_path / "model") == 0
     export = ("export", "--input", tmp_path / "model", "--format", "timm", "--output")
-    assert run(*export, tmp_path / "file" / "x.safetensors") == 2
-    assert "file/x.safetensors: cannot be written" in capsys.readouterr().err
+    assert run(*export, tmp_path / "file" / "x") == 2
+    assert "file/x: cannot be written" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_error(weights, tmp_path, monkeypatch):

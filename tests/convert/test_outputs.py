@@ -16,7 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from fd_jax import inference
+from fd_jax.checkpoint import LazyArray
 from fd_jax.convert import importing
+from fd_jax.convert.containers.tensors import MappedFile
+from fd_jax.convert.trees import flat
 from fd_jax.errors import ConversionError
 from tests.convert import seeded
 
@@ -141,3 +144,21 @@ def test_the_outputs_are_small_and_name_their_libraries():
         "timm",
         "open_clip",
     }
+
+
+@pytest.mark.parametrize("name", ["beit", "clip_gelu", "convnext", "eva02", "swin_v2", "vit_gated"])
+def test_arrays_of_every_style_are_read_when_they_are_written(name, tmp_path, monkeypatch):
+    """One after the other, so that a giant is never in memory; position tables may be resized."""
+    monkeypatch.setattr(importing, "_LAZY_SIZE", 1)
+    folder = write(saved(name), tmp_path)
+    read, load = [], MappedFile.array
+
+    def counted(file, *arguments):
+        read.append(arguments[-1])
+        return load(file, *arguments)
+
+    monkeypatch.setattr(MappedFile, "array", counted)
+    params = flat(importing.read("auto", folder, lazy=True).params)
+    tables = [path for path in params if path.endswith(("pos_embed", "rel_pos_bias/table"))]
+    eager = {path for path, value in params.items() if not isinstance(value, LazyArray)}
+    assert eager == set(tables) and len(read) == len(tables)

@@ -9,7 +9,7 @@ import fd_jax.convert
 
 ROOT = Path(fd_jax.convert.__file__).parent
 MADE_OF = {"source", "layout", "huggingface", "family", "trees", "networks", "style", "facts"}
-MADE_OF |= {"configs", "describing"}
+MADE_OF |= {"configs", "describing", "timm"}
 COMMANDS = {"cli", "importing", "exporting", "verifying", "inspecting", "listing"}
 COMMANDS |= {"identifying", "asking", "formats", "__main__"}
 # Room -> the rooms it may import.

@@ -424,10 +424,98 @@ def test_export_gives_the_tensors_back(name, tmp_path):
     exporting.export("source", tmp_path / "model", tmp_path / "back.safetensors")
     before = open_container(folder).tensors
     written = safetensors_io.read(tmp_path / "back.safetensors").tensors
-    short = {n.removeprefix("vit."): t for n, t in before.items() if "mask_token" not in n}
-    assert set(written) == set(short)
+    assert set(written) == {name for name in before if "mask_token" not in name}
     for key, tensor in written.items():
-        np.testing.assert_array_equal(tensor.load(), short[key].load(), err_msg=key)
+        np.testing.assert_array_equal(tensor.load(), before[key].load(), err_msg=key)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("prefix", ["module.", "student/module.backbone."])
+def test_the_source_is_given_back_under_its_whole_names(prefix, memory, tmp_path):
+    """Below two nestings, with a head beside the network and with the names of memory."""
+    import torch
+
+    name = "ViTForImageClassification"
+    folder = saved(name, tmp_path / "hf")
+    tensors = torch_model(name).state_dict() if memory else contents(folder)
+    tensors = {n: torch.tensor(np.asarray(v)) for n, v in tensors.items()}
+    *levels, before = prefix.split("/")
+    tree = {f"{before}{n}": value for n, value in tensors.items()}
+    for level in levels:
+        tree = {level: tree}
+    torch.save(tree, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    importing.import_file("auto", folder, tmp_path / "model")
+    exporting.export("source", tmp_path / "model", tmp_path / "back.safetensors")
+    back = safetensors_io.read(tmp_path / "back.safetensors").tensors
+    assert set(back) == {f"{prefix}{n}" for n in tensors}
+    for key, tensor in back.items():
+        np.testing.assert_array_equal(tensor.load(), tensors[key.removeprefix(prefix)], key)
+    spec = model_folder.load_spec(tmp_path / "model")
+    assert spec.source_names[""] == f"{prefix}vit." and spec.source_names["../"] == prefix
+
+
+# The class that opens what came from another one.
+OPENED_AS = {
+    "ViTMSNModel": "ViTModel",
+    "ViTMAEModel": "ViTModel",
+    "IJepaModel": "SiglipVisionModel",
+    "Data2VecVisionModel": "BeitModel",
+}
+# Tensors that no network here has.
+NOT_KEPT = ("pooler.dense", "mask_token", "position_ids", "relative_position_index", "decoder")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_folder_of_transformers_goes_back_to_its_class(name, tmp_path):
+    """Its class opens it with every key, and its tensors are those it had, bit for bit."""
+    import transformers
+
+    folder = saved(name, tmp_path / "hf")
+    importing.import_file("auto", folder, tmp_path / "model")
+    written = exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    assert not written.left
+    kind = OPENED_AS.get(name, name)
+    assert f"transformers.{kind}.from_pretrained('{tmp_path}/back')" in written.remarks[0]
+    model, info = getattr(transformers, kind).from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
+    lost = {key for keys in info.values() for key in keys}
+    assert not {key for key in lost if not any(word in key for word in NOT_KEPT)}, info
+    before, after = torch_model(name).state_dict(), model.state_dict()
+    changed = ("distillation_token", "position_embeddings") if name == "DeiTModel" else ()
+    kept = {n for n in before if not any(word in n for word in (*NOT_KEPT, *changed))}
+    assert kept <= after.keys() or kind != name
+    for key in kept & after.keys():
+        np.testing.assert_array_equal(after[key].numpy(), before[key].numpy(), err_msg=key)
+    images = pictures(model.config.image_size)
+    ours = importing.read("auto", tmp_path / "back")
+    found = features(ours.spec, ours.params, images)
+    assert difference(found, reference(name, images)) < TOLERANCE
+    assert ours.spec.mean == tuple(HALF)
+
+
+def test_the_distillation_token_of_a_deit_keeps_its_head(tmp_path):
+    """One of two heads is kept; the token's position is added to it, and the command says so."""
+    import torch
+    import transformers
+
+    config = transformers.DeiTConfig(**SMALL, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.DeiTForImageClassificationWithTeacher(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    statistics = {"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 255}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    importing.import_file("auto", tmp_path / "hf", tmp_path / "model")
+    written = exporting.export("huggingface", tmp_path / "model", tmp_path / "back")
+    assert any("sum of themselves and their positions" in line for line in written.remarks)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "back").eval()
+    assert type(again).__name__ == "DeiTForImageClassification"
+    pixels = torch.from_numpy(np.moveaxis(pictures(12), -1, 1).copy())
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(pixels).logits, model(pixels).cls_logits)
+    back = open_container(tmp_path / "back").tensors
+    assert not back["deit.embeddings.position_embeddings"].load()[:, 1].any()
 
 
 def test_internvl_is_taken_out_of_its_model_and_written_for_its_own_class(tmp_path):

@@ -185,7 +185,7 @@ def test_training_takes_the_encoder_alone(folder):
 
 
 def test_it_goes_through_safetensors_of_our_own(tmp_path, folder):
-    assert exporting.export("safetensors", folder, tmp_path / "model.safetensors") == []
+    assert exporting.export("safetensors", folder, tmp_path / "model.safetensors").left == []
     importing.import_file("fd_jax", tmp_path / "model.safetensors", tmp_path / "again")
     spec, parts = model_folder.load(tmp_path / "again")
     assert spec.pool == MAP

@@ -6,6 +6,7 @@ from typing import Any
 from fd_jax.convert.configs import huggingface, open_clip, timm
 from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.facts import Claim
+from fd_jax.convert.huggingface import class_names as classes_of_transformers
 from fd_jax.convert.style import Recognized, Style
 from fd_jax.errors import ConversionError
 
@@ -74,3 +75,15 @@ def pixels(container: Container) -> list[Claim]:
     """
     fields: Mapping[str, Any] | None = container.beside.get(huggingface.PREPROCESSOR)
     return [] if fields is None else huggingface.statistics(fields)
+
+
+def class_names(config: Mapping[str, Any] | None, classes: int) -> list[str] | None:
+    """The names of the outputs of a head in a config beside the weights; None without them.
+
+    Args:
+      config: a config.json of any library, or None.
+      classes: outputs of the head.
+    """
+    found = config or {}
+    names = timm.class_names if "architecture" in found else classes_of_transformers
+    return names(found, classes)

@@ -7,8 +7,8 @@ import numpy as np
 
 from fd_jax.convert.families import timm_vit
 from fd_jax.convert.family import Family
-from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
-from fd_jax.convert.layout import Timm
+from fd_jax.convert.huggingface import HuggingFace, vit_fields
+from fd_jax.convert.layout import EPSILON_1E6, EXACT_GELU, Need
 from fd_jax.convert.networks.vit import (
     BIASES_QV,
     BLOCK,
@@ -35,6 +35,7 @@ from fd_jax.convert.rules.tables import (
 from fd_jax.convert.rules.transforms import FUSED_QKV
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Style
+from fd_jax.convert.timm import Timm, arguments
 from fd_jax.models.attention import relative_position_index
 from fd_jax.models.sizes import patch_grid
 from fd_jax.models.spec import ModelSpec
@@ -260,16 +261,36 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+_HAS_HEAD = Need(
+    "a classifier head on the class token, or on the normalised mean without a final norm",
+    lambda spec, paths: (
+        "head/kernel" in paths
+        and spec.pooling == ("cls" if spec.arch["final_norm"] else "mean_norm")
+    ),
+)
+_ONE_NORM = Need(
+    "a norm at the end, of all tokens or of their mean",
+    lambda spec, paths: spec.arch["final_norm"] or "fc_norm/scale" in paths,
+)
 _NEEDS = (BIASES_QV, NOT_ROTARY)
 _HF_NEEDS = (CLASS_TOKEN, PATCH_BIAS, *_NEEDS)
 LAYOUTS = (
-    Timm("Beit", "vit", TIMM, _NEEDS),
+    Timm(
+        "Beit",
+        "vit",
+        TIMM,
+        (CLASS_TOKEN, PATCH_BIAS, *_NEEDS, EXACT_GELU, EPSILON_1E6, _ONE_NORM),
+        style=TIMM_STYLE,
+        parts=arguments.beit_parts,
+        arguments=arguments.beit_arguments,
+        base=lambda spec, parts: "beit_base_patch16_224",
+    ),
     HuggingFace("BeitModel", "vit", HUGGINGFACE, _HF_NEEDS, model_type="beit", fields=_fields),
     HuggingFace(
         "BeitForImageClassification",
         "vit",
         prefixed(HUGGINGFACE, "beit.") + timm_vit.HUGGINGFACE_HEAD,
-        (*_HF_NEEDS, HAS_HEAD),
+        (*_HF_NEEDS, _HAS_HEAD),
         model_type="beit",
         fields=_fields,
     ),

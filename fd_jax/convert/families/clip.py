@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace, vit_fields
-from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.layout import FINAL_NORM, Need
 from fd_jax.convert.networks.vit import (
     ABSOLUTE,
     BIASES_QKV,
     BLOCK,
     CLASS_TOKEN,
     NORM_BEFORE_BLOCKS,
+    POOL,
     POOL_HEAD,
     PROJECTION,
     QKV,
@@ -257,14 +259,37 @@ def _normalized(model, tokens):
     return getattr(model, "vision_model", model).post_layernorm(tokens)
 
 
+def _fields_with_projection(spec: ModelSpec) -> dict[str, Any]:
+    pool: Any = spec.pool
+    return {**vit_fields(spec), "projection_dim": pool["width"]}
+
+
+_PROJECTS = Need(
+    "a projection of the class token without a bias",
+    lambda spec, paths: (
+        {path for path in paths if path.startswith(f"{POOL}/")} == {PROJECTION}
+        and spec.pool is not None
+        and spec.pool["kind"] == "projection"
+    ),
+)
+_NEEDS = (CLASS_TOKEN, NORM_BEFORE_BLOCKS, FINAL_NORM, ABSOLUTE, BIASES_QKV)
 LAYOUTS = (
     HuggingFace(
         "CLIPVisionModel",
         "vit",
         HUGGINGFACE,
-        (CLASS_TOKEN, NORM_BEFORE_BLOCKS, FINAL_NORM, ABSOLUTE, BIASES_QKV),
+        _NEEDS,
         model_type="clip_vision_model",
         fields=vit_fields,
+        final_tokens=_normalized,
+    ),
+    HuggingFace(
+        "CLIPVisionModelWithProjection",
+        "vit",
+        HUGGINGFACE + Table((Rule("visual_projection.weight", PROJECTION, LINEAR),)),
+        (*_NEEDS, _PROJECTS),
+        model_type="clip_vision_model",
+        fields=_fields_with_projection,
         final_tokens=_normalized,
     ),
 )

@@ -12,7 +12,7 @@ from typing import Any
 from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace
-from fd_jax.convert.layout import EPSILON_1E6, FINAL_NORM, Need, Timm
+from fd_jax.convert.layout import EPSILON_1E6, FINAL_NORM, Need
 from fd_jax.convert.networks.convnext import (
     BLOCK,
     FOUR_STAGES,
@@ -40,6 +40,8 @@ from fd_jax.convert.rules.tables import (
 )
 from fd_jax.convert.rules.transforms import CONV_1X1_2D, VECTOR_OF_FOUR_AXES
 from fd_jax.convert.style import Style
+from fd_jax.convert.timm import Timm, arguments
+from fd_jax.convert.timm.arguments import CONVOLVED
 from fd_jax.models.spec import ModelSpec
 
 
@@ -89,7 +91,7 @@ _HEAD = Table(optional(linear("head.fc", "head")))
 _HIDDEN = Table((), (Drop("head.*", "a head with a hidden layer"),))
 # Variants of timm's class: whether the layers of its MLPs are stored as 1x1 convolutions, and
 # whether its head has a hidden layer.
-_CONVOLVED, _DEEP = "convolved", "deep_head"
+_DEEP = "deep_head"
 
 
 def _as_convolutions(table: Table) -> Table:
@@ -107,7 +109,7 @@ def _as_convolutions(table: Table) -> Table:
 def _timm_pick(tensors: Mapping[str, Tensor]) -> str:
     convolved = len(tensors["stages.0.blocks.0.mlp.fc1.weight"].shape) == 4
     deep = "head.pre_logits.fc.weight" in tensors
-    return "+".join([name for name, holds in ((_CONVOLVED, convolved), (_DEEP, deep)) if holds])
+    return "+".join([name for name, holds in ((CONVOLVED, convolved), (_DEEP, deep)) if holds])
 
 
 TIMM_STYLE = Style(
@@ -116,9 +118,9 @@ TIMM_STYLE = Style(
     "convnext",
     {
         "": _TIMM + _HEAD,
-        _CONVOLVED: _as_convolutions(_TIMM) + _HEAD,
+        CONVOLVED: _as_convolutions(_TIMM) + _HEAD,
         _DEEP: _TIMM + _HIDDEN,
-        f"{_CONVOLVED}+{_DEEP}": _as_convolutions(_TIMM) + _HIDDEN,
+        f"{CONVOLVED}+{_DEEP}": _as_convolutions(_TIMM) + _HIDDEN,
     },
     (
         "stem.0.weight",
@@ -259,6 +261,10 @@ _SAME_NORMS = Need(
     "a head whose norm has the epsilon of all others",
     lambda spec, paths: "head/kernel" not in paths or spec.head_norm_eps == spec.arch["norm_eps"],
 )
+_TOKEN_EPSILON = Need(
+    "the same epsilon in a norm of all tokens as in all others",
+    lambda spec, paths: not spec.arch["final_norm"] or ONE_EPSILON.holds(spec, paths),
+)
 _POOLS = Need(
     "a norm of the mean token before the head",
     lambda spec, paths: "fc_norm/scale" in paths,
@@ -327,7 +333,21 @@ def _hf_layouts(
 
 
 LAYOUTS = (
-    Timm("ConvNeXt", "convnext", _TIMM + _HEAD, (FOUR_STAGES, _SAME_NORMS)),
+    Timm(
+        "ConvNeXt",
+        "convnext",
+        _TIMM + _HEAD,
+        (FOUR_STAGES, _SAME_NORMS, _TOKEN_EPSILON),
+        style=TIMM_STYLE,
+        parts=arguments.convnext_parts,
+        arguments=arguments.convnext_arguments,
+        base=arguments.convnext_base,
+        alike=arguments.convnext_alike,
+        extra=arguments.convnext_norm,
+        first="stem.0",
+        last="head.fc",
+        sized=False,
+    ),
     *_hf_layouts("convnext", _SCALE, _V1, _scaled),
     *_hf_layouts("convnextv2", _RESPONSES, _V2, _staged),
     HuggingFace(

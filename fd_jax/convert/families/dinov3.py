@@ -235,7 +235,7 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
         **vit_fields(spec),
         "layerscale_value": spec.arch["layer_scale"],
         "num_register_tokens": spec.arch["registers"],
-        "rope_theta": spec.arch["rope_theta"],
+        "rope_theta": spec.arch.get("rope_theta", 100.0),
         "query_bias": spec.arch["qkv_bias"] != "none",
         "key_bias": spec.arch["qkv_bias"] == "qkv",
         "value_bias": spec.arch["qkv_bias"] != "none",

@@ -6,7 +6,7 @@ import numpy as np
 
 from fd_jax.convert.families import beit, clip, swin, swin_v2, timm_vit
 from fd_jax.convert.families.beit import PER_BLOCK, SHARED
-from fd_jax.convert.family import Family, Format
+from fd_jax.convert.family import Family, Format, Written
 from fd_jax.convert.layout import EPSILON_1E5, EPSILON_1E6, EXACT_GELU, FINAL_NORM, Layout, best
 from fd_jax.convert.networks.swin import BIAS_PER_BLOCK, FREE_WINDOWS, OWN_WINDOWS
 from fd_jax.convert.networks.vit import BIASES_QV, CLASS_TOKEN, PATCH_BIAS, SHARED_TABLE
@@ -141,7 +141,7 @@ LAYOUTS = (
 )
 
 
-def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
+def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     """What the original's main_finetune.py reads: {"model": {"encoder.*"}}."""
     _, fit = best(LAYOUTS, spec, set(params), format="official")
     try:
@@ -156,7 +156,7 @@ def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[s
         torch.save({"model": tensors}, path)
     except RuntimeError as error:  # its words for a full disk
         raise ConversionError(f"the .pth file cannot be written ({error!s:.80})") from error
-    return fit.left
+    return Written(fit.left)
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ import numpy as np
 from fd_jax.convert import networks
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.family import Family, Format, SelfDescribed
+from fd_jax.convert.family import Family, Format, SelfDescribed, Written
 from fd_jax.convert.rules.matching import NEEDED
 from fd_jax.convert.rules.tables import Rule, Table
 from fd_jax.convert.source import Part, Source
@@ -55,9 +55,9 @@ def source(container: Container) -> Source:
     )
 
 
-def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> list[str]:
+def _write(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     safetensors_io.write(path, params, {_METADATA: spec.to_json()})
-    return []
+    return Written([])
 
 
 FAMILY = Family(

@@ -4,7 +4,7 @@ from typing import Any
 
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace, vit_fields
-from fd_jax.convert.layout import FINAL_NORM
+from fd_jax.convert.layout import FINAL_NORM, Need
 from fd_jax.convert.networks.vit import (
     ABSOLUTE,
     BIASES_QKV,
@@ -18,6 +18,7 @@ from fd_jax.convert.networks.vit import (
     QKV,
     QKV_BIASES,
     SIZES,
+    is_pool_of_blocks,
 )
 from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, optional, prefixed
 from fd_jax.convert.rules.transforms import (
@@ -183,14 +184,25 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
     return {**vit_fields(spec), "vision_use_head": False}
 
 
+def _fields_with_head(spec: ModelSpec) -> dict[str, Any]:
+    return {**vit_fields(spec), "vision_use_head": True}
+
+
+_HAS_POOL = Need(
+    "a pooling head like its blocks",
+    lambda spec, paths: f"{POOL}/latent" in paths and is_pool_of_blocks(spec),
+)
+_NEEDS = (NO_CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ABSOLUTE, BIASES_QKV)
+_TYPE = "siglip_vision_model"
 LAYOUTS = (
+    HuggingFace("SiglipVisionModel", "vit", HUGGINGFACE, _NEEDS, model_type=_TYPE, fields=_fields),
     HuggingFace(
         "SiglipVisionModel",
         "vit",
-        HUGGINGFACE,
-        (NO_CLASS_TOKEN, FINAL_NORM, PATCH_BIAS, ABSOLUTE, BIASES_QKV),
-        model_type="siglip_vision_model",
-        fields=_fields,
+        HUGGINGFACE + prefixed(Table(_HEAD), "vision_model."),
+        (*_NEEDS, _HAS_POOL),
+        model_type=_TYPE,
+        fields=_fields_with_head,
     ),
 )
 

@@ -3,14 +3,14 @@
 A block has a table of position biases and a fused qkv bias. `swin_v2.py` builds on the names here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 import dataclasses
 from typing import Any
 
 from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HAS_HEAD_ON_MEAN, HuggingFace
-from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM, Timm
+from fd_jax.convert.layout import EPSILON_1E5, EXACT_GELU, FINAL_NORM
 from fd_jax.convert.networks import swin as network
 from fd_jax.convert.networks.swin import BLOCK, QKV, QKV_BIASES, SIZES, STAGE
 from fd_jax.convert.rules.tables import (
@@ -28,6 +28,7 @@ from fd_jax.convert.rules.tables import (
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, LINEAR, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Style
+from fd_jax.convert.timm import Arguments, Timm, head_on
 from fd_jax.models.spec import ModelSpec
 
 
@@ -260,10 +261,38 @@ def huggingface_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def timm_arguments(spec: ModelSpec, variant: str, parts: Set[str]) -> Arguments:
+    """The arguments of timm's classes of both versions."""
+    del variant, parts
+    arch = spec.arch
+    return {
+        "img_size": arch["image_size"],
+        "patch_size": arch["patch_size"],
+        "embed_dim": arch["embed_width"],
+        "depths": arch["depths"],
+        "num_heads": arch["heads"],
+        "window_size": arch["window"],
+        "mlp_ratio": arch["mlp_ratio"],
+        "qkv_bias": True,
+        "always_partition": False,
+        "strict_img_size": True,
+    }
+
+
 # Its norms of patches and mergings have torch's own epsilon, whatever the config says.
 _NEEDS = (FINAL_NORM, EPSILON_1E5, network.GRIDS_HOLD_WINDOWS)
 LAYOUTS = (
-    Timm("SwinTransformer", "swin", TIMM, (FINAL_NORM,)),
+    Timm(
+        "SwinTransformer",
+        "swin",
+        TIMM,
+        (FINAL_NORM, EXACT_GELU, EPSILON_1E5),
+        style=STYLES[0],
+        parts=head_on("mean"),
+        arguments=timm_arguments,
+        base=lambda spec, parts: "swin_base_patch4_window7_224",
+        last="head.fc",
+    ),
     HuggingFace(
         "SwinModel", "swin", HUGGINGFACE, _NEEDS, model_type="swin", fields=huggingface_fields
     ),

@@ -4,20 +4,21 @@ A block has a small network for position biases (`cpb_mlp`, in the original's co
 biases of q and v, and a logit scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from fd_jax.convert.families import swin
 from fd_jax.convert.families.swin import HEAD, HUGGINGFACE_SELF, MERGING, TIMM_MERGING
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HAS_HEAD_ON_MEAN, HuggingFace
-from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM, Timm
+from fd_jax.convert.layout import EPSILON_1E5, FINAL_NORM
 from fd_jax.convert.networks import swin as network
 from fd_jax.convert.networks.swin import BLOCK
 from fd_jax.convert.rules.tables import Derived, Rule, Table, linear, norm, only_where, prefixed
 from fd_jax.convert.rules.transforms import LINEAR, PER_HEAD
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Style
+from fd_jax.convert.timm import ACTIVATIONS, Arguments, Timm, head_on
 from fd_jax.models.spec import ModelSpec
 
 
@@ -185,10 +186,28 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _timm_arguments(spec: ModelSpec, variant: str, parts: Set[str]) -> Arguments:
+    return {
+        **swin.timm_arguments(spec, variant, parts),
+        "act_layer": ACTIVATIONS[spec.arch["activation"]],
+        "pretrained_window_sizes": spec.arch["pretrained_windows"],
+    }
+
+
 # As in V1, some epsilons are torch's own, whatever the config says.
 _NEEDS = (FINAL_NORM, EPSILON_1E5, network.BIAS_PER_BLOCK, network.NO_EXTRA_NORMS)
 LAYOUTS = (
-    Timm("SwinTransformerV2", "swin_v2", _TIMM, (FINAL_NORM, network.FREE_WINDOWS)),
+    Timm(
+        "SwinTransformerV2",
+        "swin_v2",
+        _TIMM,
+        (*_NEEDS, network.FREE_WINDOWS),
+        style=STYLES[0],
+        parts=head_on("mean"),
+        arguments=_timm_arguments,
+        base=lambda spec, parts: "swinv2_base_window8_256",
+        last="head.fc",
+    ),
     HuggingFace(
         "Swinv2Model", "swin_v2", _HUGGINGFACE, _NEEDS, model_type="swinv2", fields=_fields
     ),

@@ -7,19 +7,23 @@ from typing import Any
 
 from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
-from fd_jax.convert.huggingface import HAS_HEAD, HuggingFace, vit_fields
-from fd_jax.convert.layout import Timm
+from fd_jax.convert.huggingface import (
+    HAS_HEAD_ON_CLASS,
+    HuggingFace,
+    vit_fields,
+)
+from fd_jax.convert.layout import EPSILON_1E6_OR_1E5, Need
 from fd_jax.convert.networks.vit import (
+    ABSOLUTE,
     ALL_ROWS,
+    BIASES_ALL_OR_NONE,
     BLOCK,
     CLASS_ROW,
-    GATED_MLP,
-    NO_INNER_NORMS,
     NO_ROW,
-    NOT_ROTARY,
+    ONE_REGISTER,
     PACKED,
+    PATCH_BIAS_OR_NORM,
     PLAIN,
-    PLAIN_MLP,
     POOL_HEAD,
     QKV,
     QKV_BIASES,
@@ -35,6 +39,7 @@ from fd_jax.convert.rules.tables import Drop, Rule, Table, conv, linear, norm, o
 from fd_jax.convert.rules.transforms import FUSED_QKV, FUSED_QKV_BIAS, SPLIT_QKV
 from fd_jax.convert.source import Part, Source
 from fd_jax.convert.style import Style, variant_name
+from fd_jax.convert.timm import Timm, arguments
 from fd_jax.models.spec import ModelSpec
 
 TABLE = Table(
@@ -108,14 +113,6 @@ def _pick(tensors: Mapping[str, Tensor]) -> str:
 _CASES = list(itertools.product(ROWS, _REGISTERS, (False, True)))
 
 
-def _layout(*, packed: bool) -> Table:
-    """The names of networks that timm's class can be made for: with registers, none here is one."""
-    table = _variant(CLASS_ROW, "reg_token", packed)
-    rules = tuple(rule for rule in table.rules if rule.names != "reg_token")
-    return dataclasses.replace(table, rules=rules)
-
-
-_LAYOUT, _PACKED_LAYOUT = _layout(packed=False), _layout(packed=True)
 TIMM_STYLE = Style(
     "timm_vit",
     "timm's VisionTransformer",
@@ -131,6 +128,24 @@ TIMM_STYLE = Style(
     norms=("norm.weight", "fc_norm.weight"),
     pick=_pick,
     code=lambda tensors: {"rope_theta": None},
+)
+
+# --- timm's class, made by arguments
+
+_PACKED_EPSILON = Need(
+    "norm epsilon 1e-6 beside a gated MLP",
+    lambda spec, paths: not spec.arch.get("gated_mlp") or spec.arch["norm_eps"] == 1e-6,
+)
+TIMM_LAYOUT = Timm(
+    "VisionTransformer",
+    "vit",
+    TIMM_STYLE.tables[""],
+    (ABSOLUTE, BIASES_ALL_OR_NONE, PATCH_BIAS_OR_NORM, EPSILON_1E6_OR_1E5, _PACKED_EPSILON),
+    style=TIMM_STYLE,
+    variant=arguments.vit_variant,
+    parts=arguments.vit_parts,
+    arguments=arguments.vit_arguments,
+    base=arguments.vit_base,
 )
 
 _LAYER = "encoder.layer.{i}"
@@ -164,6 +179,7 @@ IN_MEMORY = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 _HF_CLASS = Rule("embeddings.cls_token", "encoder/cls_token")
+_HF_POSITIONS = "embeddings.position_embeddings"
 _HF_DISTILLED = "distilled"
 _HF_DROPS = (
     Drop("embeddings.mask_token", "only masked-image training uses it"),
@@ -175,7 +191,7 @@ _HF_DROPS = (
 
 def _hf_variant(rows: str, word: str) -> Table:
     head = linear("../cls_classifier" if word else "../classifier", "head")
-    own = ("embeddings.cls_token", "embeddings.position_embeddings")
+    own = ("embeddings.cls_token", _HF_POSITIONS)
     rules = [
         dataclasses.replace(rule, optional="bias" in str(rule.paths) and "attn" in str(rule.paths))
         for rule in HUGGINGFACE.rules
@@ -188,7 +204,7 @@ def _hf_variant(rows: str, word: str) -> Table:
 def _hf_pick(tensors: Mapping[str, Tensor]) -> str:
     distilled = "embeddings.distillation_token" in tensors
     rows = position_rows(
-        tensors.get("embeddings.position_embeddings"),
+        tensors.get(_HF_POSITIONS),
         cls="embeddings.cls_token" in tensors,
         registers=int(distilled),
     )
@@ -286,18 +302,31 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
     return {**vit_fields(spec), "qkv_bias": True, "encoder_stride": spec.arch["patch_size"]}
 
 
+def _of_class(
+    name: str, kind: str, base: str, table: Table, needs: tuple[Need, ...]
+) -> tuple[HuggingFace, ...]:
+    """A class for features, and the one with a classifier on it."""
+    more = {"model_type": kind, "fields": _fields}
+    classifier = prefixed(table, base) + HUGGINGFACE_HEAD
+    needs_head = (*needs, HAS_HEAD_ON_CLASS)
+    return (
+        HuggingFace(f"{name}Model", "vit", table, needs, **more),
+        HuggingFace(f"{name}ForImageClassification", "vit", classifier, needs_head, **more),
+    )
+
+
+# A distillation token is a register with a position; the sum of both is in the token.
+_DISTILLED = Table(
+    (
+        *position_rules(_HF_POSITIONS, ALL_ROWS, "embeddings.distillation_token"),
+        _HF_CLASS,
+        *(r for r in HUGGINGFACE.rules if r.names not in (_HF_CLASS.names, _HF_POSITIONS)),
+    )
+)
 LAYOUTS = (
-    Timm("VisionTransformer", "vit", _LAYOUT, (NOT_ROTARY, PLAIN_MLP, NO_INNER_NORMS)),
-    Timm("VisionTransformer", "vit", _PACKED_LAYOUT, (NOT_ROTARY, GATED_MLP, NO_INNER_NORMS)),
-    HuggingFace("ViTModel", "vit", HUGGINGFACE, PLAIN, model_type="vit", fields=_fields),
-    HuggingFace(
-        "ViTForImageClassification",
-        "vit",
-        prefixed(HUGGINGFACE, "vit.") + HUGGINGFACE_HEAD,
-        (*PLAIN, HAS_HEAD),
-        model_type="vit",
-        fields=_fields,
-    ),
+    TIMM_LAYOUT,
+    *_of_class("ViT", "vit", "vit.", HUGGINGFACE, PLAIN),
+    *_of_class("DeiT", "deit", "deit.", _DISTILLED, (*PLAIN, ONE_REGISTER)),
 )
 
 FAMILY = Family("timm_vit", SOURCES, LAYOUTS, styles=(TIMM_STYLE, HUGGINGFACE_STYLE))

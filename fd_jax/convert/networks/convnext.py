@@ -84,7 +84,7 @@ def _arch(settled: Settled) -> tuple[dict[str, Any], list[str]]:
     eps = facts.get("final_norm_eps")
     return {
         **{name: facts[name] for name in fields.split()},
-        "layer_scale": _SCALE_START if facts["has_gamma"] else None,
+        "layer_scale": facts.get("layer_scale", _SCALE_START) if facts["has_gamma"] else None,
         "final_norm_eps": None if eps == facts["norm_eps"] else eps,
     }, []
 

@@ -28,6 +28,7 @@ from fd_jax.convert.rules.transforms import (
 from fd_jax.errors import ConversionError
 from fd_jax.models import sizes, vit
 from fd_jax.models.rotary import Rope
+from fd_jax.models.spec import ModelSpec
 
 
 def _is_dinov3s(arch: Mapping[str, Any]) -> bool:
@@ -178,6 +179,8 @@ def _image_size(settled: Settled) -> tuple[sizes.ImageSize, list[str]]:
     count = settled["patches"].value
     if claim is not None and math.prod(sizes.patch_grid(claim.value, patch_size)) == count:
         return claim.value, []
+    if claim is not None and len(set(sizes.sides(claim.value))) > 1:
+        raise ConversionError(f"its {count} positions are not those of the image: {claim}")
     side = math.isqrt(count)
     if side**2 != count:
         said = "" if claim is None else f", not of {claim}"
@@ -255,6 +258,12 @@ def timm_pool(name: str) -> tuple[Rule, ...]:
     )
 
 
+def is_pool_of_blocks(spec: ModelSpec) -> bool:
+    """Whether a network has a pool with a learned query, of the sizes and facts of its blocks."""
+    names = ("heads", "mlp_width", "activation", "norm_eps")
+    return spec.pool == {"kind": "attention", **{name: spec.arch[name] for name in names}}
+
+
 POOL_QKV = f"{POOL}/attn/qkv/kernel"
 POOL_BIASES = tuple(f"{POOL}/attn/{name}_bias" for name in "qkv")
 
@@ -301,15 +310,28 @@ NETWORK = Network(
 CLASS_TOKEN = need("a class token", lambda arch: arch["cls_token"])
 NO_CLASS_TOKEN = need("no class token", lambda arch: not arch["cls_token"])
 REGISTERS = need("register tokens", lambda arch: arch["registers"] > 0)
+ONE_REGISTER = need("one register token", lambda arch: arch["registers"] == 1)
 PATCH_BIAS = need("a bias of the patch embedding", lambda arch: arch["patch_bias"])
+PATCH_BIAS_OR_NORM = need(
+    "a bias of the patch embedding or a norm before the blocks, and not both",
+    lambda arch: arch["patch_bias"] != arch["ln_pre"],
+)
 NORM_BEFORE_BLOCKS = need("a norm before the blocks", lambda arch: arch["ln_pre"])
 ABSOLUTE = need("absolute positions", lambda arch: arch["position"] == "ape")
 SHARED_TABLE = need(
     "a shared relative position table", lambda arch: arch["position"] == "shared_rpb"
 )
 ROTARY = need("DINOv3's rotary positions", _is_dinov3s)
+TURNED = need("rotary positions", lambda arch: arch["position"] in vit.ROTARY)
+ABSOLUTE_OR_TURNED = need(
+    "absolute or rotary positions",
+    lambda arch: arch["position"] in {*vit.ABSOLUTE, *vit.ROTARY},
+)
 NOT_ROTARY = need("positions that are not rotary", lambda arch: arch["position"] not in vit.ROTARY)
 BIASES_QKV = need("biases of q, k and v", lambda arch: arch["qkv_bias"] == "qkv")
+BIASES_ALL_OR_NONE = need(
+    "biases of q, k and v, or of none", lambda arch: arch["qkv_bias"] in ("qkv", "none")
+)
 BIASES_QV = need("biases of q and v alone", lambda arch: arch["qkv_bias"] == "qv")
 LAYER_SCALE = need("layer scale", lambda arch: arch["layer_scale"] is not None)
 PLAIN_MLP = need("an MLP without a gate", lambda arch: not arch.get("gated_mlp"))

@@ -137,6 +137,27 @@ def matching(style: str, shapes: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def alike(
+    library: str, style: str, facts: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The architectures of a library that have certain facts, whatever their weights.
+
+    Args:
+      library: one of LIBRARIES.
+      style: of the names in its files.
+      facts: by name; one that an architecture does not state has to be 0, False or None.
+
+    Returns:
+      Names, each with all facts; those of networks that cannot be held are not among them.
+    """
+    wanted = json.loads(json.dumps({**facts, "style": style}))
+    found = table(library)
+    for known in found["architectures"]:
+        given = complete(_facts(found, known, None))
+        if _fits(given, wanted):
+            yield known, given
+
+
 def _names(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for known, tags in found["networks"].items():
         for tag in tags:

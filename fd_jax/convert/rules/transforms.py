@@ -22,11 +22,39 @@ class Transform:
       forward: file arrays -> fd_jax arrays, both tuples.
       inverse: fd_jax arrays -> file arrays.
       file_shapes: fd_jax shapes -> file shapes.
+      inexact: what an inverse gives back that the file did not have, in words; "" for most.
     """
 
     forward: Callable[..., tuple[np.ndarray, ...]]
     inverse: Callable[..., tuple[np.ndarray, ...]]
     file_shapes: Callable[..., tuple[Shape, ...]]
+    inexact: str = ""
+
+
+_LINE = 64  # bytes of a line of the processor's cache
+_ROWS = 512  # as many lines stay in the cache
+
+
+def in_rows(array: np.ndarray) -> np.ndarray:
+    """The same array in row-major order, which is copied if it is not.
+
+    NumPy copies a transposed matrix column by column, and every number fills a line of the cache
+    anew. In blocks of whole lines it takes a fifth of the time.
+    """
+    steps = [
+        abs(step) if size > 1 else 0 for step, size in zip(array.strides, array.shape, strict=True)
+    ]
+    nearest = min((step, axis) for axis, step in enumerate(steps) if step)[1] if any(steps) else -1
+    if array.flags.c_contiguous or nearest in (-1, array.ndim - 1):
+        return np.ascontiguousarray(array)
+    out = np.empty(array.shape, array.dtype)
+    to, rows = np.moveaxis(out, nearest, 0), np.moveaxis(array, nearest, 0)
+    columns = max(1, _LINE // array.itemsize)
+    for i in range(0, len(rows), _ROWS):
+        for j in range(0, array.shape[-1], columns):
+            block = slice(i, i + _ROWS), ..., slice(j, j + columns)
+            to[block] = rows[block]
+    return out
 
 
 def _one(forward, inverse, shape) -> Transform:
@@ -90,7 +118,7 @@ FUSED_QKV = _one(
 
 # Three torch weights [D, D] (q, k, v) <-> [D, 3, D]
 SPLIT_QKV = Transform(
-    lambda q, k, v: (np.stack((q.T, k.T, v.T), axis=1),),
+    lambda q, k, v: (np.stack((q, k, v)).transpose(2, 0, 1),),
     lambda x: tuple(x.transpose(1, 2, 0)),
     lambda s: ((s[2], s[0]),) * 3,
 )
@@ -168,7 +196,13 @@ def folded_positions(cls: int) -> Transform:
         rows = (table[:, :cls], np.zeros_like(registers), table[:, cls:])
         return registers, np.concatenate(rows, axis=1)
 
-    return Transform(fold, unfold, lambda r, table: (r, (1, r[1] + table[1], r[2])))
+    return Transform(
+        fold,
+        unfold,
+        lambda r, table: (r, (1, r[1] + table[1], r[2])),
+        "registers hold the sum of themselves and their positions, whose rows in the table are "
+        "zeros: the first thing that a network computes of them, so its outputs are the same",
+    )
 
 
 def split_qkv_heads(heads: int) -> Transform:

@@ -8,13 +8,14 @@ import pytest
 
 from fd_jax.convert import exporting, families, identifying, importing, inspecting, networks
 from fd_jax.convert.containers import safetensors_io
+from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.families import timm_vit
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace
-from fd_jax.convert.layout import Timm
 from fd_jax.convert.rules.matching import invert
 from fd_jax.convert.rules.tables import prefixed
 from fd_jax.convert.source import Part, Source
+from fd_jax.convert.timm import Timm
 from fd_jax.convert.trees import flat
 from tests.convert import synthetic
 
@@ -82,8 +83,8 @@ def test_an_added_family_is_identified_imported_and_exported_without_other_chang
     back = safetensors_io.read(tmp_path / "back.safetensors").tensors
     for name, tensor in safetensors_io.read(path).tensors.items():
         np.testing.assert_array_equal(back[name].load(), tensor.load())
-    exporting.export("timm", tmp_path / "model", tmp_path / "timm.safetensors")
-    assert "cls_token" in safetensors_io.read(tmp_path / "timm.safetensors").tensors
+    exporting.export("timm", tmp_path / "model", tmp_path / "timm")
+    assert "cls_token" in open_container(tmp_path / "timm").tensors
 
 
 def test_a_file_that_fits_nothing_is_told_what_comes_nearest(added, tmp_path):

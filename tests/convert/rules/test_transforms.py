@@ -38,3 +38,17 @@ def test_transforms_are_inverted_bit_for_bit(transform, shapes):
     for before, after in zip(ours, transform.forward(*theirs), strict=True):
         assert after.dtype == before.dtype
         np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("axes", [(1, 0), (2, 0, 1), (2, 3, 1, 0), (0, 2, 1), (0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64"])
+def test_in_rows_copies_any_order_of_axes(axes, dtype):
+    """Beyond the sides of a block, with what is left over at both ends."""
+    sizes = (1100, 70) if len(axes) == 2 else (3, 2, 600, 37)[-len(axes) :]
+    before = (np.arange(np.prod(sizes)) % 997).reshape(sizes).astype(dtype).transpose(axes)
+    for view in (before, before[::2], before[..., ::-1], before[:1], before[..., :1]):
+        found = transforms.in_rows(view)
+        assert found.flags.c_contiguous and found.dtype == before.dtype
+        np.testing.assert_array_equal(found, view)
+    alone = np.broadcast_to(np.float32(2), (3, 4))
+    np.testing.assert_array_equal(transforms.in_rows(alone), alone)
