@@ -122,7 +122,7 @@ def test_labels_equal_those_of_an_evaluation(segmenting):
         evaluator = segmentation.Segmented(8, 5, 32, scale=(128, 32), stride=stride)
         result = evaluator(run, segments.weights(made, run.mesh), segments.Pictures(items))
         assert (result["aacc"] > 0.9998) == same
-    assert segmenting._logits._cache_size() == 1
+    assert segmenting._segments._cache_size() == 1
     array = np.stack([pictures[0], pictures[0][::-1]])
     np.testing.assert_array_equal(segmenting.segment(array)[0], labels[0])
 

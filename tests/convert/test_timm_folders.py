@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from fd_jax import model_folder
+from fd_jax import inference, model_folder
 from fd_jax.convert import cli, exporting, importing
 from fd_jax.convert.containers.opening import open_container
 from fd_jax.convert.formats import FORMATS
@@ -40,7 +40,7 @@ def written(name, folder, **changes):
 
 def outputs(made, params, side):
     """Tokens, logits where there is a head, and the vector of a pool, run eagerly."""
-    model = model_folder.Model(made, nested(params.items()))
+    model = inference.Model(made, nested(params.items()))
     images = made.normalize(seeded.images(*side))
     with jax.disable_jit(), jax.default_matmul_precision("highest"):
         features = model(images)

@@ -4,7 +4,7 @@ from typing import Any
 
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace, vit_fields
-from fd_jax.convert.layout import need
+from fd_jax.convert.layout import Need, need
 from fd_jax.convert.networks.vit import (
     ABSOLUTE,
     BLOCK,
@@ -74,12 +74,17 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
 _ALL_BIASES_OR_NONE = need(
     "biases of q, k and v, or of none of them", lambda arch: arch["qkv_bias"] in ("qkv", "none")
 )
+# Others with layer scale are DINOv2's for transformers, whose class users know.
+_OF_INTERNVL = Need(
+    "a network from InternVL's files",
+    lambda spec, paths: spec.source.partition(":")[0] == STYLE.name,
+)
 LAYOUTS = (
     HuggingFace(
         "InternVLVisionModel",
         "vit",
         TABLE,
-        (CLASS_TOKEN, PATCH_BIAS, ABSOLUTE, LAYER_SCALE, _ALL_BIASES_OR_NONE),
+        (CLASS_TOKEN, PATCH_BIAS, ABSOLUTE, LAYER_SCALE, _ALL_BIASES_OR_NONE, _OF_INTERNVL),
         model_type="internvl_vision",
         fields=_fields,
     ),
