@@ -5,13 +5,15 @@ import re
 
 from flax import nnx
 import jax
+import jax.export
 import numpy as np
 import pytest
 
 import fd_jax
 from fd_jax import inference, model_folder
+from fd_jax.convert import exporting
 from fd_jax.data.transforms import EvalTransform
-from fd_jax.errors import ConfigError, DataError, ModelFolderError
+from fd_jax.errors import ConfigError, ConversionError, DataError, ModelFolderError
 from fd_jax.evaluation import segmentation
 from fd_jax.models.spec import split
 from tests import tiny
@@ -210,6 +212,22 @@ def test_pictures_of_any_sizes_are_classified_by_name(parts, names):
         assert [name for name, _ in pairs] == [(names or "012")[k] for k in order]
         np.testing.assert_allclose([share for _, share in pairs], row[order], rtol=1e-4)
     assert all(len(pairs) == 3 for pairs in model.classify(pictures))
+
+
+def test_a_program_for_serving_has_the_logits(parts, tmp_path):
+    model, _ = classifier(parts, pooling="mean_norm", names=NAMES)
+    model_folder.save(tmp_path / "model", model.spec, model.params)
+    written = exporting.export("stablehlo_logits", tmp_path / "model", tmp_path / "classifier.bin")
+    assert "cat, coffee, rocket" in written.remarks[0]
+    program = jax.export.deserialize((tmp_path / "classifier.bin").read_bytes())
+    pictures = tiny.labelled_batch()["image"]
+    expected = model.logits(model.preprocess(pictures))
+    np.testing.assert_allclose(program.call(pictures), expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ConversionError, match="no classifier head, so it has no logits"):
+        headless = dataclasses.replace(model.spec, classes=0, class_names=None)
+        model_folder.save(tmp_path / "headless", headless, {"encoder": model.params["encoder"]})
+        exporting.export("stablehlo_logits", tmp_path / "headless", tmp_path / "none.bin")
+    assert not (tmp_path / "none.bin").exists()
 
 
 def test_classifying_refuses_what_it_cannot_do(folder, parts):

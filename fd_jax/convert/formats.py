@@ -1,6 +1,6 @@
 """Everything that a model folder can be written as, by the name the user types."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from fd_jax import inference
 from fd_jax.convert import families, timm, trees
 from fd_jax.convert.containers import safetensors_io
 from fd_jax.convert.containers.tensors import DTYPES
@@ -91,12 +92,41 @@ def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path)
     def forward(images):
         return nnx.merge(definition, encoder)(spec.normalize(images)).tokens
 
+    _write_program(forward, spec, path)
+    left = [name for name in params if not name.startswith("encoder/")]
+    return Written(left, _with_head(spec))
+
+
+def _write_stablehlo_logits(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
+    """uint8 images [b, H, W, 3] -> class logits [b, K] float32, weights inside."""
+    if not spec.classes:
+        raise ConversionError(
+            "this network has no classifier head, so it has no logits; choose the format stablehlo"
+        )
+    parts = trees.nested((name, np.asarray(array, np.float32)) for name, array in params.items())
+
+    def forward(images):
+        return inference.class_logits(spec, parts, spec.normalize(images))
+
+    _write_program(forward, spec, path)
+    used = ("encoder", "head", "fc_norm")
+    left = [name for name in params if name.partition("/")[0] not in used]
+    names = [f"its outputs are, in this order: {', '.join(spec.class_names or [])}"]
+    return Written(left, names if spec.class_names else [])
+
+
+def _with_head(spec: ModelSpec) -> list[str]:
+    if not spec.classes:
+        return []
+    return ["the file has features and no logits; --format=stablehlo_logits writes a classifier"]
+
+
+def _write_program(forward: Callable[[jax.Array], jax.Array], spec: ModelSpec, path: Path) -> None:
     height, width = sizes.sides(spec.arch["image_size"])
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
     path.write_bytes(exported.serialize())
-    return Written([name for name in params if not name.startswith("encoder/")])
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -132,5 +162,9 @@ FORMATS: dict[str, Format] = {
         _write_stablehlo,
         "one file for serving: uint8 images [b, H, W, 3] in, tokens [b, N, D] out, weights "
         "inside, for CPU, CUDA and TPU",
+    ),
+    "stablehlo_logits": Format(
+        _write_stablehlo_logits,
+        "the same for a network with a classifier head: logits [b, K] out",
     ),
 }
