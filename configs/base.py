@@ -100,6 +100,17 @@ def common() -> Config:
     return config
 
 
+def _starts(config: Config) -> None:
+    """Adds the fields by which an encoder trains in part, or at several sizes."""
+    config.lora = {  # low-rank updates of an encoder that itself is held
+        "rank": 0,  # 0: off
+        "alpha": 16.0,  # the updates are scaled by alpha / rank
+        "targets": ("qkv", "proj", "fc1", "fc2"),  # layers; "gate" where the MLPs have one
+    }
+    config.data.sizes = ()  # sides of training images, of which every step draws one
+    config.data.phases = ()  # or ((0, 112), (1000, 224)): steps, and the side from each on
+
+
 def student(shape: dict, *, image_size: int, position: str = "shared_rpb") -> dict:
     """Architecture of a distilled student (docs/reference.md#student-vit)."""
     return {
@@ -150,6 +161,8 @@ def distillation(
     image_size: int = 224,
     drop_path: float,
     epochs: float = 300,
+    init_from: str = "",
+    position: str = "",
 ) -> Config:
     """A feature-distillation run with the paper's defaults (docs/reference.md#table-6).
 
@@ -160,20 +173,29 @@ def distillation(
       image_size: pixels on a side, for both networks.
       drop_path: rate of the student's last block.
       epochs: epochs of distillation.
+      init_from: model folder whose network is the student, in place of `shape` and `family`.
+      position: positions of that student, "" for its own.
     """
     config = common()
     config.epochs = float(epochs)
     made = swin_v2 if family == "swin_v2" else student
+    arch = made(shape or VIT_B16, image_size=image_size)
+    if init_from:
+        family, arch = "", {"position": position} if position else {}
     config.student = {
-        "family": family,
-        "arch": made(shape or VIT_B16, image_size=image_size),
+        "family": family,  # "": that of the network in init_from, whose architecture it has
+        "arch": arch,
+        "init_from": init_from,  # model folder of a trained network, which becomes the student
+        "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
     }
+    _starts(config)
     config.data.image_size = image_size
     config.teacher = {
         "path": f"teachers/{teacher}",
         "source": teacher,  # the source that the folder must come from; "" accepts any
         "image_size": 0,  # 0: the size at which it was converted
+        "follow": False,  # True: its input changes with the student's (data.sizes, data.phases)
         "drop_path": 0.0,
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
     }
@@ -222,8 +244,10 @@ def fine_tuning(
         "pooling": "mean_norm",  # or "norm_mean", "mean", "cls"
         "final_norm": False,  # True: keep the encoder's own final norm
         "untie_positions": True,  # copy a shared position bias into every block
+        "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
     }
+    _starts(config)
     config.mixing = {
         "mixup": 0.8,  # alpha of the Beta distribution; 0: off
         "cutmix": 1.0,

@@ -140,12 +140,14 @@ class Several:
       length: number of values; 0 for any number above 0.
       most: largest number of values; 0 for any.
       single: whether a value alone is allowed in place of the tuple.
+      optional: whether there may be no value at all.
     """
 
     each: Rule
     length: int = 0
     most: int = 0
     single: bool = False
+    optional: bool = False
 
     def problem(self, value: Any) -> str | None:
         """See `Rule`."""
@@ -153,12 +155,13 @@ class Several:
             return self.each.problem(value)
         if not isinstance(value, tuple | list) or not self._has_length(len(value)):
             number = self.length or (f"1 to {self.most}" if self.most else "one or more")
-            return f": expected {number} values in parentheses, such as (a, b)"
+            none = ", or () for none" if self.optional else ""
+            return f": expected {number} values in parentheses, such as (a, b){none}"
         problems = (self.each.problem(item) for item in value)
         return next((f"{problem}, for each value" for problem in problems if problem), None)
 
     def _has_length(self, length: int) -> bool:
-        if self.length:
+        if self.length or (self.optional and not length):
             return length == self.length
         return 1 <= length <= (self.most or length)
 

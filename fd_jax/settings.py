@@ -29,9 +29,10 @@ from fd_jax.fields import (
     choice,
     whole,
 )
-from fd_jax.models import architectures, heads, kernels, segmenter
+from fd_jax.models import architectures, heads, kernels, segmenter, vit
 from fd_jax.models.architectures import ARCHITECTURES
 from fd_jax.models.backbone import REMAT_POLICIES
+from fd_jax.models.lora import TARGETS
 from fd_jax.models.spec import FAMILIES
 from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
 from fd_jax.precision import DTYPES
@@ -118,16 +119,31 @@ _PICTURES: dict[str, Rule] = {
     "optim.scale_floors": FLAG,
 }
 
+# The further fields of tasks that train an encoder from a folder, or at several sizes.
+_SIZE = whole(1, "pixels on a side", most=8192)
+_STARTS: dict[str, Rule] = {
+    "lora.rank": whole(0, "rank of the updates; 0 is off"),
+    "lora.alpha": Number(above=0, unit="factor of the updates, times 1 / rank"),
+    "lora.targets": Several(Choice(TARGETS), most=len(TARGETS)),
+    "data.sizes": Several(_SIZE, optional=True),
+    "data.phases": Several(Several(whole(0, "step, then pixels"), length=2), optional=True),
+}
+_FREEZE = whole(0, "blocks; 0 trains all", most=architectures.MOST_BLOCKS)
+
 # The further fields of each task, by the section that selects it (`registry.KINDS`).
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
         **_PICTURES,
+        **_STARTS,
         "eval.keep_best": _figure("loss", "cosine", *_NEIGHBOURS),
-        "student.family": Choice(tuple(FAMILIES)),
+        "student.family": Choice(("", *FAMILIES)),
+        "student.init_from": Text("the path of a model folder", optional=True),
+        "student.freeze_blocks": _FREEZE,
         "student.drop_path": DROP_PATH,
         "teacher.path": Text("the path of the teacher's model folder"),
         "teacher.source": Text("a converter source", optional=True),
         "teacher.image_size": whole(0, "pixels on a side; 0 takes the teacher's own"),
+        "teacher.follow": FLAG,
         "teacher.drop_path": DROP_PATH,
         "teacher.stages": whole(0, "stages; 0 takes all"),
         "target.kind": choice(goal.TargetKind),
@@ -142,8 +158,10 @@ TASKS: dict[str, dict[str, Rule]] = {
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
+        **_STARTS,
         "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
+        "model.freeze_blocks": _FREEZE,
         "model.classes": whole(2, "classes"),
         "model.trains": choice(classify.Trains),
         "model.head": choice(classify.Head),
@@ -216,7 +234,20 @@ OPTIONAL = (
     "data.exif",
     "data.match_classes",
     "data.class_names",
+    "student.init_from",
+    "student.freeze_blocks",
+    "model.freeze_blocks",
+    "teacher.follow",
+    *_STARTS,
 )
+
+
+# What a student of any family in `student.init_from` is adapted to.
+_ADAPTED: dict[str, Rule] = {
+    "student.arch.image_size": _SIZE,
+    "student.arch.position": choice(vit.Position),
+}
+_ARCHITECTURE_NAMES = frozenset(f"student.arch.{n}" for row in ARCHITECTURES.values() for n in row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +267,74 @@ class Relation:
     section: str = ""
 
 
+def _is_schedule(phases: tuple[tuple[int, int], ...]) -> bool:
+    """Whether phases begin at step 0, follow each other, and have sizes."""
+    steps = [step for step, _ in phases]
+    in_order = steps == sorted(set(steps)) and steps[:1] in ([], [0])
+    return in_order and all(_SIZE.problem(size) is None for _, size in phases)
+
+
 RELATIONS = (
+    Relation(
+        ("data.phases",),
+        _is_schedule,
+        "expected pairs of a step and the side in pixels from it on, the first of step 0 and each "
+        "later than the one before, such as ((0, 112), (1000, 224))",
+    ),
+    Relation(
+        ("data.sizes", "data.phases"),
+        lambda sizes, phases: not (sizes and phases),
+        "sizes are drawn at every step, and phases say which one comes when; set one of them to ()",
+    ),
+    Relation(
+        ("model.trains", "data.sizes", "data.phases"),
+        lambda trains, sizes, phases: trains != "head" or not (sizes or phases),
+        "a probe measures an encoder at one size; set data.sizes=() and data.phases=()",
+    ),
+    Relation(
+        ("model.trains", "model.freeze_blocks"),
+        lambda trains, blocks: trains != "head" or not blocks,
+        "the whole encoder of a probe is frozen; set freeze_blocks=0, or trains='all'",
+    ),
+    Relation(
+        ("model.trains", "lora.rank"),
+        lambda trains, rank: trains != "head" or not rank,
+        "the encoder of a probe does not train; set lora.rank=0, or trains='all'",
+    ),
+    Relation(
+        ("model.freeze_blocks", "model.family", "init_from"),
+        lambda blocks, family, folder: not blocks or bool(folder) or not family,
+        "blocks with random weights would never train; set init_from to a model folder, or "
+        "freeze_blocks=0",
+    ),
+    Relation(
+        ("lora.rank", "model.family", "init_from"),
+        lambda rank, family, folder: not rank or bool(folder) or not family,
+        "low-rank updates are for trained weights; set init_from to a model folder, or lora.rank=0",
+    ),
+    Relation(
+        ("student.family", "student.init_from"),
+        lambda family, folder: bool(family) or bool(folder),
+        "set student.family and student.arch, or student.init_from to a model folder that has both",
+    ),
+    Relation(
+        ("student.init_from", "init_from"),
+        lambda student, whole_run: not (student and whole_run),
+        "init_from goes on with a distilled student and its projector, and student.init_from "
+        "begins with another network as the student; set one of them to ''",
+    ),
+    Relation(
+        ("student.freeze_blocks", "student.init_from", "init_from"),
+        lambda blocks, student, whole_run: not blocks or bool(student or whole_run),
+        "blocks with random weights would never train; set student.init_from to a model folder, or "
+        "freeze_blocks=0",
+    ),
+    Relation(
+        ("lora.rank", "student.init_from", "init_from"),
+        lambda rank, student, whole_run: not rank or bool(student or whole_run),
+        "low-rank updates are for trained weights; set student.init_from to a model folder, or "
+        "lora.rank=0",
+    ),
     Relation(
         ("optim.start_lr", "optim.peak_lr"),
         lambda start, peak: start <= peak,
@@ -396,11 +494,16 @@ def rules(config: Config) -> dict[str, Rule]:
     """
     values = flat(config.to_dict())
     rows = {**COMMON, **TASKS[registry.kind_of(config).section]}
+    # What a student's folder says itself need not be in the config.
+    folder = values.get("student.init_from", "")
+    optional = {*OPTIONAL, *(_ARCHITECTURE_NAMES if folder else ())}
     for network in NETWORKS:
         family = values.get(f"{network}.family")
         for name, rule in ARCHITECTURES.get(str(family), {}).items():
             rows[f"{network}.arch.{name}"] = rule
-    return {name: rule for name, rule in rows.items() if name in values or name not in OPTIONAL}
+    if folder and not values.get("student.family"):
+        rows |= _ADAPTED
+    return {name: rule for name, rule in rows.items() if name in values or name not in optional}
 
 
 def _has_rules(name: str, config: Config) -> bool:

@@ -30,6 +30,13 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/proj/kernel$", ("heads", "embed")),
     (r"mlp/(fc1|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/fc2/kernel$", ("mlp", "embed")),
+    # Low-rank updates, on the side where they meet what their layer meets.
+    (r"(qkv|fc1|gate)/lora/a$", ("embed", None)),
+    (r"qkv/lora/b$", (None, None, "heads")),
+    (r"attn/proj/lora/a$", ("heads", None)),
+    (r"mlp/(fc1|gate)/lora/b$", (None, "mlp")),
+    (r"mlp/fc2/lora/a$", ("mlp", None)),
+    (r"(proj|fc2)/lora/b$", (None, "embed")),
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),

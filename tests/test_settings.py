@@ -141,7 +141,7 @@ def wrong_values(rule):
         return [value for value in wrong_values(rule.rule) if value is not None]
     if isinstance(rule, fields.Several):
         inner = wrong_values(rule.each)
-        lengths = [(), (1,) * 3] if rule.length else [()]
+        lengths = [(), (1,) * 3] if rule.length else [() for _ in range(not rule.optional)]
         return [*lengths, *((value,) * (rule.length or 1) for value in inner)]
     if isinstance(rule, fields.Flag):
         return [0, 1, "yes", None, *NOT_FINITE]
@@ -231,6 +231,22 @@ DISTILL_CASES = [
     {"optim.name": "sgd"},
     {"seed": -1},
     {"batch_size": 0},
+    {"student.freeze_blocks": 1},  # of random weights
+    {"student.freeze_blocks": -1, "student.init_from": "x"},
+    {"lora.rank": 4},
+    {"lora.alpha": 0.0},
+    {"lora.targets": ("qkv", "head")},
+    {"lora.targets": ()},
+    {"student.init_from": "x", "init_from": "y"},
+    {"data.sizes": (0, 32)},
+    {"data.sizes": 112},
+    {"data.sizes": (112, 224), "data.phases": ((0, 112),)},
+    {"data.phases": (0, 112)},
+    {"data.phases": ((1, 112),)},
+    {"data.phases": ((0, 112), (0, 224))},
+    {"data.phases": ((0, 112), (5, 224), (3, 112))},
+    {"data.phases": ((0, 0),)},
+    {"teacher.follow": 1},
 ]
 CLASSIFY_CASES = [
     {"model.head_scale": math.nan},
@@ -245,6 +261,9 @@ CLASSIFY_CASES = [
     {"optim.name": "lars", "optim.decay_vectors": True, "optim.layer_decay": 1.0},
     {"optim.name": "lars", "optim.layer_decay": 0.7},
     {"eval.knn": 5, "data.eval_split": ""},
+    {"model.trains": "head", "model.freeze_blocks": 1},
+    {"model.trains": "head", "lora.rank": 2},
+    {"model.trains": "head", "data.sizes": (112, 224)},
 ]
 
 
@@ -312,7 +331,28 @@ def test_messages_name_the_value_the_range_the_unit_and_the_remedy():
 
 def test_an_unknown_family_is_one_problem():
     (line,) = settings.problems(copy_of(DISTILLATION["vit"], **{"student.family": "resnet"}))
-    assert line.startswith("student.family='resnet' is unknown; expected one of 'vit'")
+    assert line.startswith("student.family='resnet' is unknown; expected one of '', 'vit'")
+
+
+@pytest.mark.parametrize("part", [{"model.freeze_blocks": 1}, {"lora.rank": 2}], ids=str)
+def test_a_part_of_a_random_network_does_not_train_alone(part):
+    random = {"model.family": "vit", "model.arch": base.student(base.VIT_B16, image_size=224)}
+    (line,) = settings.problems(copy_of(CLASSIFICATION, **random, **part))
+    assert "set init_from to a model folder" in line
+    assert settings.problems(copy_of(CLASSIFICATION, **random)) == []
+
+
+def test_a_student_of_a_folder_needs_no_description():
+    config = base.distillation(teacher="x", drop_path=0.1, init_from="y", position="rpb")
+    assert settings.problems(config) == []
+    wrong = {"student.arch.position": "sine", "student.arch.depht": 3}
+    found = settings.problems(copy_of(config, **wrong))
+    assert [line.partition(":")[0].partition("=")[0] for line in found] == [
+        "student.arch.depht",
+        "student.arch.position",
+    ]
+    (line,) = settings.problems(copy_of(config, **{"student.init_from": "", "student.arch": {}}))
+    assert line.endswith("or student.init_from to a model folder that has both")
 
 
 def test_a_config_without_a_task_is_refused():

@@ -16,6 +16,7 @@ from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import workdir as workdirs
+from fd_jax.training.program import overlay
 from fd_jax.typing import Config, PyTree
 
 AGREEMENT = "agreement.json"
@@ -46,6 +47,7 @@ def blocks(config: Config, workdir: epath.Path, folder: epath.Path) -> list[docu
     Raises:
       UserError: the teacher or the data is not there any more.
     """
+    config = as_plain(config)
     feed = Feed(**config.data)
     task = DistillTask(config)
     trained = load_trained(workdir)
@@ -56,6 +58,16 @@ def blocks(config: Config, workdir: epath.Path, folder: epath.Path) -> list[docu
     return _blocks(task, feed, scores, grid)
 
 
+def as_plain(config: Config) -> Config:
+    """The config of a run with the student as its model folder has it: whole, and of one size."""
+    result: Config = ml_collections.ConfigDict(config.to_dict())
+    result.student.freeze_blocks = 0
+    result.data.update(sizes=(), phases=())
+    if "lora" in result:
+        result.lora.rank = 0
+    return result
+
+
 def load_trained(workdir: epath.Path) -> PyTree:
     """The student and projector of a finished run."""
     return jax.tree.map(jnp.asarray, model_folder.load(workdir / workdirs.MODEL)[1])
@@ -64,7 +76,7 @@ def load_trained(workdir: epath.Path) -> PyTree:
 def initial(task: DistillTask, seed: int) -> PyTree:
     """The student and projector with which step 0 of the run began."""
     # Without jit, since blocks repeat each other: their operations are compiled once for all.
-    return task.init(jax.random.key(seed))[0]
+    return overlay(task.init(jax.random.key(seed))[0], task.load_initial())
 
 
 def measure(task: DistillTask, feed: Feed, *, before: PyTree, after: PyTree) -> Scores:
@@ -177,7 +189,7 @@ def _blocks(
         document.Heading("Agreement with the teacher"),
         document.Paragraph(
             f"Teacher: {teacher.spec.source}, {teacher.width} wide, {teacher.depth} deep, frozen. "
-            f"Student: {student.width} wide, {student.depth} deep, from random weights. "
+            f"Student: {student.width} wide, {student.depth} deep, from {_origin(task)}. "
             f"Input {student.image_size} px, grid {trained}."
         ),
         document.Table(("token", *columns, "cosine of the mean"), _rows(scores)),
@@ -197,6 +209,11 @@ def _blocks(
             quiet=True,
         ),
     ]
+
+
+def _origin(task: DistillTask) -> str:
+    config = task.config
+    return config.student.get("init_from", "") or config.init_from or "random weights"
 
 
 def _count(feed: Feed, split: str) -> int:

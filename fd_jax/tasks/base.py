@@ -105,6 +105,15 @@ class Predicts(Protocol):
         ...
 
 
+@runtime_checkable
+class Resizes(Protocol):
+    """What a task offers besides if its training images may have several sizes."""
+
+    def flops_at(self, image_size: int) -> Flops:
+        """FLOPs of a step, for each image whose side is `image_size` pixels."""
+        ...
+
+
 def apply_frozen(definition: nnx.GraphDef, params: PyTree, *args, **kwargs) -> Any:
     """Calls a network so that no gradient reaches its parameters or its inputs."""
     module = nnx.merge(definition, jax.lax.stop_gradient(params))

@@ -4,9 +4,10 @@ The method is in docs/reference.md#method.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
-from flax import nnx
+from etils import epath
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,13 +15,16 @@ import optax
 from fd_jax import model_folder, optimizer
 from fd_jax.cost import flops
 from fd_jax.data.base import Data
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
+from fd_jax.models import transfer
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.keys import param_keys
-from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
+from fd_jax.tasks import start
+from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal, Target
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
@@ -37,6 +41,7 @@ class DistillTask:
 
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
+      changes: how it differs from the network in `student.init_from`; None without one.
       goals: goal for each teacher by name; a single teacher is named `SINGLE_TEACHER`.
       attention: name of the attention implementation of each network, the student first.
     """
@@ -49,6 +54,7 @@ class DistillTask:
         *,
         teacher_spec: ModelSpec | None = None,
         teachers: Mapping[str, Teacher] | None = None,
+        student_spec: ModelSpec | None = None,
     ):
         """Checks the config and defines all networks; reads no weights.
 
@@ -57,19 +63,19 @@ class DistillTask:
           teacher_spec: replaces the spec in the folder `config.teacher.path`, for planning without
             weights.
           teachers: several teachers by name, in place of `config.teacher`.
+          student_spec: replaces the spec in the folder `config.student.init_from`, for planning
+            without weights.
 
         Raises:
           ConfigError: the settings cannot work together; the message has the numbers.
-          ModelFolderError: there is no teacher at `config.teacher.path`.
+          ModelFolderError: there is no teacher at `config.teacher.path`, or no network at
+            `config.student.init_from`.
         """
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         target = Target(**config.target)
-        self.student_spec = ModelSpec(
-            family=config.student.family,
-            arch=config.student.arch.to_dict(),
-            source=f"distilled by fd_jax from {config.teacher.source}",
-        )
+        self._init_from: str = config.student.get("init_from", "")
+        self.student_spec, self.changes = self._student(student_spec)
         if teachers is None:
             head = target.kind == "logits"
             teacher = Teacher(
@@ -84,8 +90,14 @@ class DistillTask:
         self.attention = {"student": chosen}
         for name, teacher in teachers.items():
             self.attention[f"teacher {name}".rstrip()] = teacher.attention
-        self.student_def, shapes = self.student_spec.abstract(**self._student_runtime())
-        self.student: Any = nnx.merge(self.student_def, shapes)
+        resolutions = Resolutions.of(config)
+        self._encoder = TrainedEncoder(
+            self.student_spec,
+            share=share_of(config, "student"),
+            sizes=resolutions.others,
+            **self._student_runtime(),
+        )
+        self.student_def, self.student = self._encoder.definition, self._encoder.network
         self._check_size()
         self.goals = {
             name: Goal(
@@ -98,6 +110,9 @@ class DistillTask:
             )
             for name, teacher in teachers.items()
         }
+        for size in resolutions.others:
+            for goal in self.goals.values():
+                goal.check_grid(self._encoder.grid(size), size)
 
     @property
     def goal(self) -> Goal:
@@ -118,32 +133,29 @@ class DistillTask:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A random student and a random projector for each teacher."""
         encoder_key, *projector_keys = jax.random.split(key, 1 + len(self.goals))
-        encoder = self.student_spec.build(rngs=param_keys(encoder_key), **self._student_runtime())
         keys = zip(self.goals.items(), projector_keys, strict=True)
         projectors = _nest_by_teacher({name: goal.init(key) for (name, goal), key in keys})
-        return {"encoder": split(encoder)[1], "projector": projectors}, {}
+        return {"encoder": self._encoder.init(encoder_key), "projector": projectors}, {}
 
     def load_initial(self) -> PyTree:
-        """The student in `init_from`, to continue from; {} if `init_from` is empty."""
-        if not self.config.init_from:
+        """The student to start or to continue from, of what trains; {} without a folder."""
+        if not self._init_from and not self.config.init_from:
             return {}
-        spec, parts = model_folder.load(self.config.init_from)
-        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
-            raise ConfigError(
-                f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
-                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
-            )
-        return {name: parts[name] for name in ("encoder", "projector") if name in parts}
+        parts = self._stored(report=True)
+        return {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
 
     def load_frozen(self) -> PyTree:
-        """The teachers' weights in the compute dtype, resized to their input sizes in this run."""
-        return _nest_by_teacher({name: goal.teacher.load() for name, goal in self.goals.items()})
+        """The teachers' weights in the compute dtype, resized to their input sizes in this run.
+
+        With them what is held of the student, if only a part of it trains.
+        """
+        teachers = {name: goal.teacher.load() for name, goal in self.goals.items()}
+        return {**_nest_by_teacher(teachers), **self._encoder.load_held(self._stored_encoder)}
 
     def abstract_frozen(self) -> PyTree:
         """Shapes and dtypes of `load_frozen`, without reading weights."""
-        return _nest_by_teacher(
-            {name: goal.teacher.abstract() for name, goal in self.goals.items()}
-        )
+        teachers = {name: goal.teacher.abstract() for name, goal in self.goals.items()}
+        return {**_nest_by_teacher(teachers), **self._encoder.abstract_held()}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Adds the uniform random numbers for drop path, [B, depth, 2] for each network."""
@@ -163,7 +175,7 @@ class DistillTask:
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """Mean distance between the student's predictions and the teachers' targets."""
         targets = self.targets(frozen, batch)
-        predictions = self.predictions(params, batch)
+        predictions = self.predictions(params, batch, frozen)
         total, count = weighted(self._distance(predictions, targets), batch["weight"])
         return total / count, (extra, {"loss": (total, count)})
 
@@ -171,7 +183,7 @@ class DistillTask:
         """Loss and cosine similarity on held-out images, drop path off on both sides."""
         del extra
         targets = self.targets(frozen, batch)
-        predictions = self.predictions(params, batch)
+        predictions = self.predictions(params, batch, frozen)
         weight = batch["weight"]
         metrics = {"loss": weighted(self._distance(predictions, targets), weight)}
         for name, goal in self.goals.items():
@@ -182,22 +194,34 @@ class DistillTask:
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The student's mean patch token after its final norm. -> [B, D_s] float32."""
-        del frozen
-        features = self._student_features(params, batch["image"], None)
+        features = self._student_features(params, frozen, batch["image"], None)
         return jnp.mean(features.patches.astype(jnp.float32), axis=1)
 
     def targets(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """The target from each teacher; see `Goal.teacher_target`."""
+        images = batch["image"]
         return {
             name: goal.teacher_target(
-                _part_of_teacher(frozen, name), batch["image"], batch.get(_drop_path_entry(name))
+                _part_of_teacher(frozen, name),
+                images,
+                batch.get(_drop_path_entry(name)),
+                grid=self._encoder.grid(images.shape[1]),
             )
             for name, goal in self.goals.items()
         }
 
-    def predictions(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t]."""
-        features = self._student_features(params, batch["image"], batch.get("student_drops"))
+    def predictions(
+        self, params: PyTree, batch: Batch, frozen: PyTree | None = None
+    ) -> dict[str, jax.Array]:
+        """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t].
+
+        Args:
+          params: trained parameters.
+          batch: with "image".
+          frozen: frozen weights; needed if only a part of the student trains.
+        """
+        drops = batch.get("student_drops")
+        features = self._student_features(params, frozen or {}, batch["image"], drops)
         return {
             name: goal.predict(_part_of_teacher(params["projector"], name), features)
             for name, goal in self.goals.items()
@@ -229,21 +253,59 @@ class DistillTask:
         """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set."""
         return evaluators.from_config(self.config)
 
+    def flops_at(self, image_size: int) -> flops.Flops:
+        """FLOPs of a step, for each image whose side is `image_size` pixels."""
+        work = self._encoder.flops(image_size, remat=self.config.remat)
+        grid = self._encoder.grid(image_size)
+        return sum((goal.flops(image_size, grid) for goal in self.goals.values()), work)
+
     def flops(self) -> flops.Flops:
         """FLOPs of a step, per image."""
-        size = self.config.data.image_size
-        work = flops.network(self.student_spec, trains=True, remat=self.config.remat)
-        return sum((goal.flops(size) for goal in self.goals.values()), work)
+        return self.flops_at(self.config.data.image_size)
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """The student and projector; the head of a logits student is its projector."""
         del extra
-        return self.student_spec, params
+        encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
+        return self.student_spec, {**params, "encoder": encoder}
+
+    def _student(self, initial: ModelSpec | None) -> tuple[ModelSpec, transfer.Changes | None]:
+        """The student's spec, and how it differs from the network that it starts from, if any."""
+        config, source = self.config, f"distilled by fd_jax from {self.config.teacher.source}"
+        if not self._init_from:
+            return ModelSpec(
+                config.student.family, config.student.arch.to_dict(), source=source
+            ), None
+        initial = initial or model_folder.load_spec(epath.Path(self._init_from))
+        changes = start.student_changes(config, initial)
+        spec = dataclasses.replace(
+            transfer.target_spec(initial, changes),
+            classes=0,
+            pooling="cls",
+            source=f"{source}, started from {initial.source}",
+        )
+        return spec, changes
+
+    def _stored_encoder(self) -> PyTree:
+        """All parameters of the network that the student starts from, as host arrays."""
+        return self._stored()["encoder"]
+
+    def _stored(self, *, report: bool = False) -> PyTree:
+        """The parts of the folder that the run starts from; `report` prints how they are used."""
+        if self.changes is not None:
+            return start.load(self._init_from, self.changes, parts={"projector"}, report=report)
+        spec, parts = model_folder.load(self.config.init_from)
+        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
+            raise ConfigError(
+                f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
+                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
+            )
+        return {name: parts[name] for name in ("encoder", "projector") if name in parts}
 
     def _student_features(
-        self, params: PyTree, images: jax.Array, drops: jax.Array | None
+        self, params: PyTree, frozen: PyTree, images: jax.Array, drops: jax.Array | None
     ) -> FeatureMap:
-        student = nnx.merge(self.student_def, params["encoder"])
+        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
         return student(self.student_spec.normalize(images, self.dtype), drops=drops)
 
     def _distance(

@@ -108,7 +108,12 @@ class Goal:
         return split(self._projector(param_keys(key)))[1]
 
     def teacher_target(
-        self, weights: PyTree, images: jax.Array, drops: jax.Array | None
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        drops: jax.Array | None,
+        *,
+        grid: tuple[int, int] | None = None,
     ) -> jax.Array:
         """The target that the student predicts. -> [B, T, D_t] float32, or [B, 1, K] logits.
 
@@ -116,13 +121,20 @@ class Goal:
           weights: the teacher's weights.
           images: [B, H, W, 3] uint8.
           drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
+          grid: the student's grid for these images; None for that of its own image size.
         """
-        after_norm = self.target.after_norm
-        features = self.teacher.features(weights, images, final_norm=after_norm, drops=drops)
+        grid = grid or self._grid
+        features = self.teacher.features(
+            weights,
+            images,
+            final_norm=self.target.after_norm,
+            drops=drops,
+            image_size=self._teacher_size(grid),
+        )
         if self.target.kind == "logits":
             return self.teacher.logits(weights, features)[:, None]
-        if self.target.kind == "full" and features.grid != self._grid:
-            features = resize_map(features, self._grid)
+        if self.target.kind == "full" and features.grid != grid:
+            features = resize_map(features, grid)
         tokens = self.target.select(features, cls=self.cls)
         return jax.lax.stop_gradient(losses.normalize_target(tokens, self.target.normalize))
 
@@ -145,13 +157,49 @@ class Goal:
         cosine = jnp.mean(losses.cosine_similarity(prediction, target), axis=-1)
         return {"cosine": weighted(cosine, weight)}
 
-    def flops(self, image_size: int) -> flops.Flops:
-        """FLOPs of teacher and projector for one image whose side is `image_size` pixels."""
-        tokens = 1
-        if self.target.kind == "full":
-            tokens = self._grid[0] * self._grid[1] + int(self.cls)
+    def flops(self, image_size: int, grid: tuple[int, int] | None = None) -> flops.Flops:
+        """FLOPs of teacher and projector for one image.
+
+        Args:
+          image_size: its side in pixels.
+          grid: the student's grid for this size; None for that of its own image size.
+        """
+        grid = grid or self._grid
+        tokens = grid[0] * grid[1] + int(self.cls) if self.target.kind == "full" else 1
         projector = flops.linear(tokens, self._student_width, self._out)
-        return self.teacher.flops(image_size) + projector
+        return self.teacher.flops(image_size, self._teacher_size(grid)) + projector
+
+    def check_grid(self, grid: tuple[int, int], image_size: int) -> None:
+        """Refuses a size of training images for which the two maps cannot be compared.
+
+        Args:
+          grid: the student's grid for images of this size.
+          image_size: side of the images in pixels.
+
+        Raises:
+          ConfigError: the teacher cannot follow to this size, or stays on another grid.
+        """
+        where = f"images of {image_size} px, in data.sizes or data.phases, give the student {grid}"
+        side = self.teacher.image_size * grid[0]
+        if self.teacher.follows and side % self._grid[0]:
+            raise ConfigError(
+                f"{where} patches, for which the teacher would need {side / self._grid[0]:g} px; "
+                "leave that size out, or set teacher.follow=False"
+            )
+        try:
+            there = self.teacher.grid_at(self._teacher_size(grid))
+        except ConfigError as error:
+            raise ConfigError(f"{where} patches, and the teacher: {error}") from error
+        if self.target.kind == "full" and there != grid and self.target.resample == "none":
+            raise ConfigError(
+                f"{where} patches, but the teacher has {there}: set teacher.follow=True, with "
+                "which its input follows the student's, or target.resample to 'bilinear'"
+            )
+
+    def _teacher_size(self, grid: tuple[int, int]) -> int:
+        """The teacher's input size where the student has this grid."""
+        own = self.teacher.image_size
+        return own * grid[0] // self._grid[0] if self.teacher.follows else own
 
     @property
     def _out(self) -> int:

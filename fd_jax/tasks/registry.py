@@ -10,6 +10,7 @@ import dataclasses
 
 from fd_jax.data import elements
 from fd_jax.data.elements import Elements
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks.base import Task
@@ -64,8 +65,14 @@ class Kind:
     example: Callable[[int], Elements] = elements.labelled_image
 
     def elements(self, config: Config) -> Elements:
-        """The elements of a run's batches, without opening its data."""
-        return elements.of_batch(self.example(config.data.image_size))
+        """The elements of a run's largest batches, without opening its data."""
+        return elements.of_batch(self.example(Resolutions.of(config).every[-1]))
+
+
+def _distillation_networks(config: Config) -> list[Network]:
+    student = config.student.get("init_from", "")
+    start = [Network(INIT_FROM, student)] if student else []
+    return [*_teacher_networks(config), *start]
 
 
 def _teacher_networks(config: Config) -> list[Network]:
@@ -77,8 +84,10 @@ def _teacher_networks(config: Config) -> list[Network]:
 DISTILLATION = Kind(
     "distillation",
     "teacher",
-    lambda config, specs: DistillTask(config, teacher_spec=specs.get(TEACHER)),
-    _teacher_networks,
+    lambda config, specs: DistillTask(
+        config, teacher_spec=specs.get(TEACHER), student_spec=specs.get(INIT_FROM)
+    ),
+    _distillation_networks,
 )
 CLASSIFICATION = Kind(
     "classification",
