@@ -145,7 +145,8 @@ class SharedBatches:
         start = _pages(self._slots) + held.slot * self._stride
         memory = np.ndarray(self._stride, np.uint8, self._memory, start)
         arrays, offset = {}, 0
-        for name, element in held.elements.items():
+        # By name, since Grain sorts the dicts in what it passes on.
+        for name, element in sorted(held.elements.items()):
             size = self._bytes(element)
             flat = memory[offset : offset + size].view(element.dtype)
             arrays[name] = flat.reshape(self._rows, *element.shape)

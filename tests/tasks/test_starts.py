@@ -180,14 +180,20 @@ def steps(task, mesh_shape=(1, 1, 1), count=2):
 PARTS = {"frozen blocks": {"student.freeze_blocks": 1}, "updates": LORA}
 
 
-@pytest.mark.parametrize("make", [distilled, tuned], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part,make",
+    [
+        ("updates", distilled),
+        ("frozen blocks", tuned),
+        pytest.param("frozen blocks", distilled, marks=pytest.mark.slow),
+        pytest.param("updates", tuned, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_what_is_held_stays_bit_for_bit_and_has_no_state(part, make, folders, teacher):
     task = make(folders, teacher, **PARTS[part])
     whole = make(folders, teacher)
-    losses, state = steps(task)
-    # The first step computes what that of the whole network does.
-    assert losses[0] == pytest.approx(steps(whole, count=1)[0][0], rel=1e-6)
+    _, state = steps(task)
     held = trees.paths(task.load_frozen()[HELD])
     trained = trees.paths(state.params["encoder"])
     wanted = set(trees.paths(whole.init(jax.random.key(0))[0]["encoder"]))
@@ -247,18 +253,21 @@ def test_updates_get_the_gradients_that_follow_from_those_of_the_kernels(folders
                 np.testing.assert_allclose(found, value, atol=2e-5 * np.abs(value).max())
 
 
+@pytest.mark.slow
 def test_a_frozen_run_computes_fewer_flops(folders, teacher):
     """The compiler's count; that of the closed form is in tests/cost/test_flops.py."""
     counts = {}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     for name, fields in {"whole": {}, **PARTS}.items():
-        run, *_ = on_mesh(tuned(folders, teacher, **fields))
-        lowered = run.train_step.lower(run.state, run.frozen, run.batch, run.seed)
-        counts[name] = lowered.compile().cost_analysis()["flops"]
+        task = tuned(folders, teacher, **fields)
+        run = program.build(task, task.config, mesh, steps_per_epoch=10, total_steps=100)
+        counts[name] = run.compile_train_step().cost_analysis()["flops"]
     assert counts["frozen blocks"] < 0.75 * counts["whole"]
     assert counts["updates"] < 0.9 * counts["whole"]
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("swin_v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "swin_v2"])
 def test_updates_of_some_blocks_train_alike_on_every_mesh(family, folders, teacher):
     fields = {**LORA, "student.freeze_blocks": 1}
     task = distilled(folders, teacher, family, **fields)
