@@ -70,11 +70,11 @@ class SharedBatches:
         """
         if len(rows) != self._rows:
             raise ValueError(f"the batch has {len(rows)} rows, its memory is for {self._rows}")
-        specified = self._elements if specified is None else specified
-        held = Held(number % self._slots, dict(specified))
+        contents: Elements = self._elements if specified is None else dict(specified)
+        held = Held(number % self._slots, contents)
         if self._memory is None or self._used[held.slot]:
-            return elements.stack(rows, specified)
-        elements.stack(rows, specified, out=self._batch(held)[1])
+            return elements.stack(rows, contents)
+        elements.stack(rows, contents, out=self._batch(held)[1])
         self._used[held.slot] = True
         return held
 

@@ -170,7 +170,7 @@ class Attention(nnx.Module):
             weights = arranged(kernel[:, index], index)
             bias = None if bias is None else arranged(bias, index)
             part: jax.Array = linear(rows, weights, bias, self.qkv.dtype, self.qkv.grad_dtype)
-            if reduced is not None:
+            if lora is not None:
                 part = part + lora.expand(reduced, arranged(lora.b[...][:, index], index))
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts

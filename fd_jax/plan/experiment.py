@@ -68,9 +68,10 @@ class Experiment:
         Raises:
           ConfigError: the task has no closed form, which a plan compares with the program.
         """
-        varies = self.resolutions.varies and isinstance(self.task, Resizes)
-        largest = self.resolutions.every[-1]
-        work = self.task.flops_at(largest) if varies else self.task.flops()
+        task, sides = self.task, self.resolutions
+        if sides.varies and isinstance(task, Resizes):
+            return task.flops_at(sides.every[-1])
+        work = task.flops()
         if work is None:
             raise ConfigError(
                 f"{type(self.task).__name__}.flops() returns no closed form, but a plan needs one"

@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     def load_frozen(self) -> PyTree:
-        """Host arrays that a step uses but does not train (teacher, probed encoder), or {}."""
+        """Host arrays that a step uses but does not train (teacher, held weights), or {}."""
         ...
 
     def abstract_frozen(self) -> PyTree:

@@ -271,18 +271,19 @@ class DistillTask:
 
     def _student(self, initial: ModelSpec | None) -> tuple[ModelSpec, transfer.Changes | None]:
         """The student's spec, and how it differs from the network that it starts from, if any."""
-        config, source = self.config, f"distilled by fd_jax from {self.config.teacher.source}"
+        student = self.config.student
+        source = f"distilled by fd_jax from {self.config.teacher.source}"
         if not self._init_from:
-            return ModelSpec(
-                config.student.family, config.student.arch.to_dict(), source=source
-            ), None
+            return ModelSpec(student.family, student.arch.to_dict(), source=source), None
         initial = initial or model_folder.load_spec(epath.Path(self._init_from))
-        changes = start.student_changes(config, initial)
+        changes = start.student_changes(self.config, initial)
         spec = dataclasses.replace(
             transfer.target_spec(initial, changes),
             classes=0,
             pooling="cls",
             source=f"{source}, started from {initial.source}",
+            source_sha256=None,
+            source_dtypes={},
         )
         return spec, changes
 

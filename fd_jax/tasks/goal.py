@@ -99,7 +99,8 @@ class Goal:
         self.teacher, self.target = teacher, target
         self.cls = bool(student.cls and teacher.cls)
         self._beta, self._dtype, self._grad_dtype = beta, dtype, grad_dtype
-        self._student_width, self._grid = student.width, student.grid
+        self._student_width: int = student.width
+        self._grid: tuple[int, int] = student.grid
         self._check_match(student)
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(param_keys(0))))
 
@@ -123,7 +124,7 @@ class Goal:
           drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
           grid: the student's grid for these images; None for that of its own image size.
         """
-        grid = grid or self._grid
+        grid = self._grid if grid is None else grid
         features = self.teacher.features(
             weights,
             images,
@@ -164,7 +165,7 @@ class Goal:
           image_size: its side in pixels.
           grid: the student's grid for this size; None for that of its own image size.
         """
-        grid = grid or self._grid
+        grid = self._grid if grid is None else grid
         tokens = grid[0] * grid[1] + int(self.cls) if self.target.kind == "full" else 1
         projector = flops.linear(tokens, self._student_width, self._out)
         return self.teacher.flops(image_size, self._teacher_size(grid)) + projector

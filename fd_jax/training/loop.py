@@ -364,7 +364,8 @@ class Run:
     def _read(self, step: int, metrics: Metrics) -> bool:
         """Reads the metrics of one step; returns whether any host has to stop."""
         if self.resolutions.varies:
-            metrics = {**metrics, "image_size": (float(self.resolutions.at(step)), 1.0)}
+            side: Any = (float(self.resolutions.at(step)), 1.0)
+            metrics = {**metrics, "image_size": side}
         stop = self.progress.add(metrics)
         in_a_row = self.progress.nonfinite_in_a_row
         if in_a_row >= self.config.max_nonfinite:
