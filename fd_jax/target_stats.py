@@ -173,8 +173,6 @@ def _run(args: argparse.Namespace) -> None:
     name = datasets.name_of(args.data)
     whole = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
     dataset = datasets.spread(whole, args.images) if args.images else whole
-    if not len(dataset):
-        raise DataError(f"{whole.name} has no picture; use another --data or --split")
     after_norm = not args.before_norm
     spectra = measure(
         teacher,
