@@ -100,11 +100,6 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "finetune_esvit_swin_b": ("configs/finetune_esvit_swin_b.py", ESVIT, ()),
     "linear_esvit_swin_b": ("configs/linear_swin_b.py", ESVIT, ()),
     "distill_two_b": (TWO, "", ()),
-    "distill_two_parts_b": (
-        TWO,
-        "",
-        ("--config.teachers.clip.parts=4", "--config.teachers.dinov2.parts=4"),
-    ),
     "distill_swin_g": (GIANT, "", _QUICK),
     "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
 }
