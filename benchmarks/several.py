@@ -14,15 +14,11 @@ import json
 import pathlib
 import time
 
-from etils import epath
 import jax
-import ml_collections
 
 from benchmarks import miniature
 from configs import several
-from fd_jax.data.feed import Feed
 from fd_jax.report import distillation, write_report
-from fd_jax.tasks.distill import DistillTask
 
 RESULTS = pathlib.Path(__file__).with_name("several.json")
 STUDENTS = ("dinov2", "contrast", "both")
@@ -39,18 +35,15 @@ def run(stage: str, where: str, workdir: pathlib.Path, seed: int) -> float:
     return time.monotonic() - began
 
 
-def agreement(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Held-out R2 of a finished student, by teacher and kind of token."""
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    task = DistillTask(config)
-    trained, extra = distillation.load_trained(task, epath.Path(workdir))
-    before = distillation.initial(task, config.seed)
-    feed, found = Feed(**config.data), {}
-    for name, goal in task.goals.each.items():
-        view = task.of_teacher(name, extra)
-        scores = distillation.measure(view, feed, before=before, after=trained)["after"]
-        found[goal.section.name] = {kind: score["r2"] for kind, score in scores.items()}
-    return found
+def agreement(student: str, workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Held-out R2 of a finished student, by teacher and kind of token, from its report."""
+    folder = write_report(workdir)
+    content = json.loads((folder / distillation.AGREEMENT).read_text())
+    named = content.get(distillation.TEACHERS, {student: content})
+    return {
+        teacher: {kind: score["r2"] for kind, score in scores["after"].items()}
+        for teacher, scores in named.items()
+    }
 
 
 def table(results: dict) -> str:
@@ -81,7 +74,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the committed results only")
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(RESULTS.read_text())))
+        print(table(json.loads(RESULTS.read_text())) if RESULTS.exists() else "not yet run")
         return
     miniature.set_up(args.workdir)
     workdir, began = args.workdir.absolute(), time.monotonic()
@@ -90,7 +83,7 @@ def main() -> None:
     students = {}
     for student in STUDENTS:
         taken = run(f"teachers={student}", f"of_{student}", workdir, args.seed)
-        found = agreement(workdir / f"of_{student}")
+        found = agreement(student, workdir / f"of_{student}")
         students[student] = {"seconds": round(taken, 1), "r2": found}
         print(f"student of {student}: {taken:.0f} s, held-out R2 {found}", flush=True)
     results = {
@@ -101,7 +94,7 @@ def main() -> None:
         "students": students,
     }
     print(f"\n{table(results)}\n\n{(time.monotonic() - began) / 60:.1f} minutes")
-    print(f"report of both: {write_report(workdir / 'of_both') / 'report.html'}")
+    print(f"report of both: {workdir / 'of_both' / 'report' / 'report.html'}")
     if args.output is not None:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -61,7 +61,7 @@ def contrast():
         "jitter": 0.4,
     }
     config.data.update(image_size=CONTRASTED_SIZE, min_area=1.0)
-    config.update(batch_size=64, steps=200)
+    config.update(batch_size=64, steps=150)
     config.optim.peak_lr = 1.5e-3
     return config
 

@@ -11,8 +11,18 @@ from fd_jax.models.spec import ModelSpec
 from fd_jax.plan import topology
 from fd_jax.tasks.distill import DistillTask
 
-SHAPE = {"patch_size": 16, "width": 256, "depth": 2, "heads": 4, "mlp_width": 1024}
+SHAPE = {"patch_size": 16, "width": 256, "depth": 1, "heads": 4, "mlp_width": 1024}
 ROWS = 128
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """The lowest compiler effort, which is a global setting."""
+    name = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, name)
+    jax.config.update(name, -1.0)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.mark.slow
