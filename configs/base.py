@@ -182,7 +182,7 @@ def distillation(
         "kind": "full",
         "normalize": "whiten",
         "after_norm": True,
-        "resample": "none",  # or "bilinear": resamples the teacher's map to the student's grid
+        "resample": "none",  # or "bilinear": the teacher's map to the student's grid; "student"
     }
     config.loss_beta = 2.0
     return config
@@ -211,7 +211,7 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
             "kind": "full",
             "normalize": "whiten",
             "after_norm": True,
-            "resample": "none",  # "bilinear": its map to the student's grid; "student": the reverse
+            "resample": "none",  # "bilinear": its map to the student's grid; "student": reverse
             "statistics": "",  # file of python -m fd_jax.target_stats, for a fitted normalisation
             "freeze_after": 1000,  # steps after which "standardize" keeps its statistics
         },
