@@ -75,7 +75,7 @@ class DistillTask:
         self.dtype = compute_dtype(config.dtype)
         specs = {SINGLE_TEACHER: teacher_spec, **(teacher_specs or {})}
         named = sections.of(config)
-        origins = " and ".join(section.network.source for section in named.values())
+        origins = " and ".join(each.network.source or each.name for each in named.values())
         self.student_spec = ModelSpec(
             family=config.student.family,
             arch=config.student.arch.to_dict(),
