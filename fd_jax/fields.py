@@ -1,9 +1,10 @@
 """What the value of a field has to be: the rules of which the tables of fields consist.
 
-`settings` has the table of a config, and `models.architectures` that of a network's description.
+`settings` and `teacher_settings` have the tables of a config, and `models.architectures` that of a
+network's description.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any, Protocol, get_args
@@ -190,6 +191,23 @@ class OrNone:
         return problem and f"{problem}, or None"
 
 
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """What has to hold between fields whose own values are allowed.
+
+    Attributes:
+      fields: fields that are compared; one that begins with a dot is a field of a teacher.
+      holds: (value of each field) -> whether the values fit together.
+      remedy: what is expected, and what to do.
+      section: only configs with this section are checked; "" for all.
+    """
+
+    fields: tuple[str, ...]
+    holds: Callable[..., bool]
+    remedy: str
+    section: str = ""
+
+
 def whole(least: int, unit: str = "", *, most: int | None = None, **kwargs: Any) -> Number:
     """A whole number of at least `least`."""
     return Number(whole=True, least=least, most=most, unit=unit, **kwargs)
@@ -201,6 +219,8 @@ def choice(literal: Any, *more: str) -> Choice:
 
 
 FLAG = Flag()
+DECAY = Number(least=0, below=1, unit="share that is kept at every step")
+DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
 
 
 def _as_float32(value: float) -> float:

@@ -2,27 +2,31 @@
 
 A config of `configs/` is plain data. The tables here say which values of it make sense, and `check`
 compares them, so that a wrong setting is refused before a run has read, built or written
-anything. configs/base.py says what the fields mean. A new field needs a row here.
+anything. configs/base.py says what the fields mean. A new field needs a row here; those of teachers
+are in `teacher_settings`.
 
 What depends on more than the config is checked where it is known: the devices by `sharding`, a
 network's sizes by its class, and the length of the data by `total_steps` and `check_neighbours`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import difflib
 from typing import Any
 
-from fd_jax import losses
+from fd_jax import teacher_settings
 from fd_jax.data.base import IGNORED, Crop, Interpolation
 from fd_jax.data.class_names import Match
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification
 from fd_jax.fields import (
+    DECAY,
+    DROP_PATH,
     FLAG,
     LARGEST_WHOLE,
     Choice,
     Number,
+    Relation,
     Rule,
     Several,
     Text,
@@ -36,13 +40,11 @@ from fd_jax.models.lora import TARGETS
 from fd_jax.models.spec import FAMILIES
 from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
 from fd_jax.precision import DTYPES
-from fd_jax.tasks import classify, goal, registry, segment
+from fd_jax.tasks import classify, registry, sections, segment
 from fd_jax.typing import Config
 
 RATE = "learning rate for optim.lr_batch images"
 SHARE = Number(least=0, most=1, unit="probability")
-DECAY = Number(least=0, below=1, unit="share that is kept at every step")
-DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
 AXIS = whole(1, "devices", special=-1, hint="-1 takes all devices that remain")
 
 
@@ -52,6 +54,7 @@ def _figure(*names: str) -> Choice:
 
 
 _NEIGHBOURS = ("knn_top1", "knn_top5")
+_OF_A_STUDENT = ("loss", "cosine", *_NEIGHBOURS)
 
 # The fields of every run (configs/base.py, `common`).
 COMMON: dict[str, Rule] = {
@@ -135,26 +138,12 @@ TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
         **_PICTURES,
         **_STARTS,
-        "eval.keep_best": _figure("loss", "cosine", *_NEIGHBOURS),
+        **teacher_settings.SINGLE,
+        "eval.keep_best": _figure(*_OF_A_STUDENT),
         "student.family": Choice(("", *FAMILIES)),
         "student.init_from": Text("the path of a model folder", optional=True),
         "student.freeze_blocks": _FREEZE,
         "student.drop_path": DROP_PATH,
-        "teacher.path": Text("the path of the teacher's model folder"),
-        "teacher.source": Text("a converter source", optional=True),
-        "teacher.image_size": whole(0, "pixels on a side; 0 takes the teacher's own"),
-        "teacher.follow": FLAG,
-        "teacher.drop_path": DROP_PATH,
-        "teacher.stages": whole(0, "stages; 0 takes all"),
-        "target.kind": choice(goal.TargetKind),
-        "target.normalize": choice(losses.TargetNorm),
-        "target.after_norm": FLAG,
-        "target.resample": choice(goal.Resample),
-        "loss_beta": Number(
-            above=0,
-            unit="difference at which the loss turns from square to linear",
-            hint="for an L1 loss set a small one, such as 0.01",
-        ),
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
@@ -239,6 +228,9 @@ OPTIONAL = (
     "model.freeze_blocks",
     "teacher.follow",
     *_STARTS,
+    # What few targets need.
+    "target.statistics",
+    "target.freeze_after",
 )
 
 
@@ -248,23 +240,6 @@ _ADAPTED: dict[str, Rule] = {
     "student.arch.position": choice(vit.Position),
 }
 _ARCHITECTURE_NAMES = frozenset(f"student.arch.{n}" for row in ARCHITECTURES.values() for n in row)
-
-
-@dataclasses.dataclass(frozen=True)
-class Relation:
-    """What has to hold between fields whose own values are allowed.
-
-    Attributes:
-      fields: fields that are compared.
-      holds: (value of each field) -> whether the values fit together.
-      remedy: what is expected, and what to do.
-      section: only configs with this section are checked; "" for all.
-    """
-
-    fields: tuple[str, ...]
-    holds: Callable[..., bool]
-    remedy: str
-    section: str = ""
 
 
 def _is_schedule(phases: tuple[tuple[int, int], ...]) -> bool:
@@ -465,6 +440,8 @@ def check(config: Config) -> None:
 
 def problems(config: Config) -> list[str]:
     """One line for each problem of a config: the fields, their values, and what was expected."""
+    if clash := sections.conflict(config):
+        return [clash]
     rows = rules(config)
     values = {n: v for n, v in flat(config.to_dict()).items() if n in rows or _has_rules(n, config)}
     found = {}
@@ -476,14 +453,15 @@ def problems(config: Config) -> list[str]:
         elif problem := rows[name].problem(values[name]):
             found[name] = f"{name}={values[name]!r}{problem}"
     lines = [found[name] for name in sorted(found)]
-    for relation in RELATIONS:
+    section = registry.kind_of(config).section
+    for relation in (*RELATIONS, *teacher_settings.relations(config)):
         compared = {name: values[name] for name in relation.fields if name in values}
         comparable = len(compared) == len(relation.fields) and not compared.keys() & found.keys()
-        applies = comparable and (not relation.section or relation.section in config)
+        applies = comparable and relation.section in ("", section)
         if applies and not relation.holds(*compared.values()):
             shown = ", ".join(f"{name}={value!r}" for name, value in compared.items())
             lines.append(f"{shown}: {relation.remedy}")
-    return lines
+    return lines + teacher_settings.problems(config)
 
 
 def rules(config: Config) -> dict[str, Rule]:
@@ -494,6 +472,10 @@ def rules(config: Config) -> dict[str, Rule]:
     """
     values = flat(config.to_dict())
     rows = {**COMMON, **TASKS[registry.kind_of(config).section]}
+    if sections.SEVERAL in config:
+        rows = teacher_settings.replace_single(rows, list(config[sections.SEVERAL]))
+        figures = teacher_settings.figures(list(config[sections.SEVERAL]))
+        rows["eval.keep_best"] = _figure(*_OF_A_STUDENT, *figures)
     # What a student's folder says itself need not be in the config.
     folder = values.get("student.init_from", "")
     optional = {*OPTIONAL, *(_ARCHITECTURE_NAMES if folder else ())}

@@ -283,6 +283,22 @@ def resize(side: int, new_side: int) -> Flops:
     return Flops(2.0 * 3 * (new_side * side * side + new_side * new_side * side))
 
 
+def resized_map(
+    grid: tuple[int, int], new_grid: tuple[int, int], width: int, *, trains: bool
+) -> Flops:
+    """FLOPs to resize a feature map of `width` channels in the same way.
+
+    Args:
+      grid: (H, W) before.
+      new_grid: (H, W) after.
+      width: number of channels.
+      trains: whether the map gets a gradient.
+    """
+    (height, columns), (new_height, new_columns) = grid, new_grid
+    forward = 2.0 * width * new_height * columns * (height + new_columns)
+    return Flops(forward, backward=forward if trains else 0.0)
+
+
 def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     width, hidden = arch["width"], arch["mlp_width"]
     patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))

@@ -146,10 +146,10 @@ def _resolve(network: registry.Network, start: str) -> tuple[ModelSpec | None, s
         return spec, f"converter source {source}"
     if network.optional:
         return None, "random weights"
-    if network.role == registry.TEACHER:
+    if network.field:
         raise ConfigError(
-            f"there is no teacher at {network.path}; to plan without it, set "
-            "--config.teacher.source to its converter source"
+            f"there is no {network.role} at {network.path}; to plan without it, set "
+            f"--config.{network.field} to its converter source"
         )
     raise ConfigError(
         f"there is no model folder at init_from={network.path!r}; to plan without it, say "

@@ -16,6 +16,7 @@ from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Classifier
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.normalization.statistics import Origin
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
 
@@ -45,7 +46,7 @@ class Teacher:
         """Defines the network; reads no weights.
 
         Args:
-          config: the section `config.teacher` of a run's config.
+          config: the section `config.teacher` of a run's config, or one of `config.teachers`.
           dtype: dtype of its weights and matmuls.
           head: whether its classifier head is needed.
           attention: attention implementation, or "auto" for the best one on this device.
@@ -90,6 +91,14 @@ class Teacher:
                 f"{self.spec.source} has none. Use 'full', 'cls' or 'gap', or DeiT as the teacher"
             )
         return self.spec.classes
+
+    def origin(self, *, after_norm: bool) -> Origin:
+        """By which statistics of its tokens are known, with its final norm or without.
+
+        Raises:
+          ModelFolderError: its folder does not exist or is damaged.
+        """
+        return Origin.of(self._path, self.spec, stages=self._stages, after_norm=after_norm)
 
     def load(self) -> PyTree:
         """Its weights as host arrays in the compute dtype, resized to its input size."""
@@ -141,6 +150,8 @@ class Teacher:
         Raises:
           ConfigError: it cannot have this size.
         """
+        if image_size == self.image_size:
+            return self.grid
         return nnx.merge(*self._abstract(self._spec_at(image_size))).grid
 
     def logits(self, weights: PyTree, features: FeatureMap) -> jax.Array:

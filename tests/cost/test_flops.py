@@ -100,10 +100,24 @@ def part(spec, **fields):
     return ClassifyTask(tiny.fine_tuning(**fields), init_spec=spec)
 
 
+def several():
+    """Each kind of projector, resampling and loss, and a target that a matrix normalises."""
+    matrix = {"target__normalize": "phi_s", "target__statistics": "stats.npz"}
+    mlp = {"projector__kind": "mlp", "projector__hidden": 20, "projector__separate": True}
+    relation = {"loss__relation": 1.0, "loss__class_share": 0.3}
+    made = {
+        "a": base.teacher("", path="a", target__resample="bilinear", **matrix),
+        "b": base.teacher("", path="b", target__resample="student", **mlp, **relation),
+    }
+    specs = {"a": tiny.teacher_spec(image_size=24), "b": tiny.teacher_spec(patch_size=4)}
+    return DistillTask(tiny.several(list(made.items())), teacher_specs=specs)
+
+
 RESPONSES = {"grn": True, "layer_scale": None}
 
 CASES = {
     "full": lambda: distillation(),
+    "two teachers": several,
     "cls": lambda: distillation(**{"target.kind": "cls"}),
     "gap": lambda: distillation(**{"target.kind": "gap"}),
     "remat dots": lambda: distillation(remat="dots"),

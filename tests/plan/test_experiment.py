@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, distill_clip_dinov2_vit_b16
 from fd_jax import sharding
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError, ConversionError
@@ -40,6 +40,21 @@ def test_the_spec_of_an_existing_teacher_folder_is_read(teacher):
     assert planned.networks == (("teacher", teacher),)
     assert planned.task.goal.teacher.width == tiny.TEACHER["width"]
     assert (planned.total_steps, planned.examples) == (6, None)
+
+
+def test_two_teachers_are_defined_without_their_weights():
+    config = distill_clip_dinov2_vit_b16.get_config()
+    planned = experiment.define(config)
+    assert planned.networks == (
+        ("teacher clip", "converter source openai_clip_vit_b16"),
+        ("teacher dinov2", "converter source dinov2_vitb14"),
+    )
+    grids = {name: goal.teacher.grid for name, goal in planned.task.goals.each.items()}
+    assert grids == {"clip": (14, 14), "dinov2": (16, 16)}
+    with config.unlocked():
+        config.teachers.dinov2.update(source="", path="nowhere")
+    with pytest.raises(ConfigError, match="no teacher dinov2 at nowhere.*teachers.dinov2.source"):
+        experiment.define(config)
 
 
 def test_fine_tuning_starts_from_a_config_a_source_or_random_weights():

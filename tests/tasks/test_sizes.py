@@ -115,7 +115,8 @@ def test_images_of_a_size_that_is_not_in_the_schedule_are_refused(teacher):
         jax.eval_shape(distilling(teacher).predict, values(task), tiny.batch(side=24))
 
 
-@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_swin_is_fine_tuned_at_several_sizes(version, tmp_path):
     folder = tiny.save_swin(tmp_path / "swin", version)
     fields = {"model.pooling": "mean", "model.final_norm": True, "data.sizes": (16, 32)}
