@@ -20,7 +20,7 @@ DATA    := data
 
 SITE    := build/site
 
-.PHONY: docs dist quickstart quickstart-says quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
+.PHONY: several docs dist quickstart quickstart-says quickstart-data miniature miniature-fashion miniature-dinov2 figures segment test lint types tests tests-slow core format clean
 
 # --- quickstart, on a laptop -----------------------------------------------------------------
 
@@ -64,6 +64,12 @@ miniature-dinov2: $(RUN)/model/model.json
 
 $(RUN)/model/model.json:
 	$(MAKE) quickstart
+
+# --- several teachers ------------------------------------------------------------------------
+
+# The quickstart's teacher and one that is trained here, into one student and into one each.
+several: quickstart-data
+	$(BIN)/python -m benchmarks.several
 
 # --- the paper's figures ---------------------------------------------------------------------
 

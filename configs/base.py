@@ -4,6 +4,7 @@ An experiment's file starts from one of these functions, such as `distillation()
 differs. Any field can be set on the command line: `--config.batch_size=1024 --config.mesh.fsdp=4`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -100,6 +101,17 @@ def common() -> Config:
     return config
 
 
+def _starts(config: Config) -> None:
+    """Adds the fields by which an encoder trains in part, or at several sizes."""
+    config.lora = {  # low-rank updates of an encoder that itself is held
+        "rank": 0,  # 0: off
+        "alpha": 16.0,  # the updates are scaled by alpha / rank
+        "targets": ("qkv", "proj", "fc1", "fc2"),  # layers; "gate" where the MLPs have one
+    }
+    config.data.sizes = ()  # sides of training images, of which every step draws one
+    config.data.phases = ()  # or ((0, 112), (1000, 224)): steps, and the side from each on
+
+
 def student(shape: dict, *, image_size: int, position: str = "shared_rpb") -> dict:
     """Architecture of a distilled student (docs/reference.md#student-vit)."""
     return {
@@ -150,6 +162,8 @@ def distillation(
     image_size: int = 224,
     drop_path: float,
     epochs: float = 300,
+    init_from: str = "",
+    position: str = "",
 ) -> Config:
     """A feature-distillation run with the paper's defaults (docs/reference.md#table-6).
 
@@ -160,20 +174,29 @@ def distillation(
       image_size: pixels on a side, for both networks.
       drop_path: rate of the student's last block.
       epochs: epochs of distillation.
+      init_from: model folder whose network is the student, in place of `shape` and `family`.
+      position: positions of that student, "" for its own.
     """
     config = common()
     config.epochs = float(epochs)
     made = swin_v2 if family == "swin_v2" else student
+    arch = made(shape or VIT_B16, image_size=image_size)
+    if init_from:
+        family, arch = "", {"position": position} if position else {}
     config.student = {
-        "family": family,
-        "arch": made(shape or VIT_B16, image_size=image_size),
+        "family": family,  # "": that of the network in init_from, whose architecture it has
+        "arch": arch,
+        "init_from": init_from,  # model folder of a trained network, which becomes the student
+        "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
     }
+    _starts(config)
     config.data.image_size = image_size
     config.teacher = {
         "path": f"teachers/{teacher}",
         "source": teacher,  # the source that the folder must come from; "" accepts any
         "image_size": 0,  # 0: the size at which it was converted
+        "follow": False,  # True: its input changes with the student's (data.sizes, data.phases)
         "drop_path": 0.0,
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
     }
@@ -181,9 +204,86 @@ def distillation(
         "kind": "full",
         "normalize": "whiten",
         "after_norm": True,
-        "resample": "none",  # or "bilinear": resamples the teacher's map to the student's grid
+        "resample": "none",  # or "bilinear": the teacher's map to the student's grid; "student"
     }
     config.loss_beta = 2.0
+    return config
+
+
+def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
+    """The section of one of several teachers (docs/several_teachers.md).
+
+    Args:
+      source: converter source that its folder must come from; "" accepts any.
+      path: its model folder, teachers/<source> by default.
+      **fields: values that differ, with __ for a dot: target__normalize="phi_s".
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    section: dict[str, Any] = {
+        "path": path or f"teachers/{source}",
+        "source": source,
+        "image_size": 0,  # 0: the size at which it was converted
+        "follow": False,  # True: its input changes with the student's (data.sizes, data.phases)
+        "drop_path": 0.0,
+        "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
+        "weight": 1.0,  # of its loss in the sum over the teachers
+        "parts": 1,  # of a batch, one after another: more need less memory
+        "target": {
+            "kind": "full",
+            "normalize": "whiten",
+            "after_norm": True,
+            "resample": "none",  # "bilinear": its map to the student's grid; "student": reverse
+            "statistics": "",  # file of python -m fd_jax.target_stats, for a fitted normalisation
+            "freeze_after": 1000,  # steps after which "standardize" keeps its statistics
+        },
+        "loss": {  # weights of the distances; 0: off
+            "smooth_l1": 1.0,
+            "mse": 0.0,
+            "cosine": 0.0,
+            "relation": 0.0,  # of the similarities between tokens
+            "beta": 2.0,  # of smooth_l1
+            "class_share": 0.0,  # of the class token; 0: the mean over all tokens
+        },
+        "projector": {
+            "kind": "linear",  # or "mlp"
+            "hidden": 0,  # channels of the "mlp"; 0: the teacher's width
+            "separate": False,  # True: the class token has its own
+        },
+    }
+    for name, value in fields.items():
+        *outer, field = name.split("__")
+        place = section
+        for part in outer:
+            place = place.get(part, {})
+        if field not in place:
+            raise ValueError(f"a teacher has no field {name.replace('__', '.')}")
+        place[field] = value
+    return section
+
+
+def several_teachers(teachers: Sequence[tuple[str, dict[str, Any]]], **student: Any) -> Config:
+    """A run that distils several teachers into one student (docs/several_teachers.md).
+
+    Args:
+      teachers: the name and the section of each, see `teacher`.
+      **student: the arguments of `distillation` that do not name its teacher.
+
+    Raises:
+      ValueError: two teachers have one name.
+    """
+    names = [name for name, _ in teachers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"teachers {names}: {', '.join(twice)} occurs more than once; rename one")
+    config = distillation(teacher="", **student)
+    del config.teacher, config.target, config.loss_beta
+    config.teachers = dict(teachers)
+    config.dropping = {
+        "rate": 0.0,  # > 0: probability that an image leaves out a teacher that is not the furthest
+        "by": "image",  # or "running": which one is the furthest, by its loss there or on average
+        "decay": 0.99,  # of the running losses
+    }
     return config
 
 
@@ -222,8 +322,10 @@ def fine_tuning(
         "pooling": "mean_norm",  # or "norm_mean", "mean", "cls"
         "final_norm": False,  # True: keep the encoder's own final norm
         "untie_positions": True,  # copy a shared position bias into every block
+        "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
     }
+    _starts(config)
     config.mixing = {
         "mixup": 0.8,  # alpha of the Beta distribution; 0: off
         "cutmix": 1.0,
@@ -461,7 +563,14 @@ def shrink(config: Config) -> Config:
         tiny = {"patch_size": 7, "embed_width": 32, "depths": [2, 1], "heads": [1, 2], "window": 4}
         tiny["pretrained_windows"] = [0, 0]
     config.student.arch.update({**tiny, "image_size": 56})
-    config.teacher.update(path="teachers/dinov2_vits14_onnx", source="", image_size=56, stages=0)
+    quickstart = {
+        "path": "teachers/dinov2_vits14_onnx",
+        "source": "",
+        "image_size": 56,
+        "stages": 0,
+    }
+    for section in config.teachers.values() if "teachers" in config else [config.teacher]:
+        section.update(quickstart)
     config.data.update(name="photos", eval_split="test", data_dir="data", image_size=56, threads=2)
     config.update(batch_size=8, steps=20, log_every=5)
     config.eval.update(every=20, batches=2)

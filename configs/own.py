@@ -163,6 +163,11 @@ def network(given: dict[str, Any], name: str) -> tuple[ModelSpec, int]:
     return spec, int(given["size"]) or tokens * spec.stride
 
 
+def is_folder(name: str) -> bool:
+    """Whether the argument `student` names a model folder, which the student starts from."""
+    return (epath.Path(name) / "model.json").exists()
+
+
 def is_swin(spec: ModelSpec) -> bool:
     """Whether a network is a Swin, whose norm and pooling differ from a ViT's."""
     return spec.family.startswith("swin")
@@ -180,7 +185,9 @@ def student(name: str, teacher: ModelSpec, size: int) -> tuple[str, dict[str, An
       ConfigError: there is no such student.
     """
     if name != "same" and name not in STUDENTS:
-        raise ConfigError(f"student={name}: expected one of {['same', *STUDENTS]}")
+        raise ConfigError(
+            f"student={name}: expected one of {['same', *STUDENTS]}, or a model folder"
+        )
     if name == "same" and not teacher.has_attention:
         raise ConfigError(
             f"student=same: {teacher.source!r} is of the family {teacher.family!r}, for which "

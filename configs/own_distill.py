@@ -18,8 +18,14 @@ def get_config(arg: str = ""):
     found = own.pictures(given)
     teacher, size = own.network(given, "teacher")
     config = base.distillation(teacher="", drop_path=0.1)
-    config.teacher.update(path=given["teacher"], source=teacher.source, image_size=size)
-    family, arch = own.student(given["student"], teacher, size)
-    config.student = {"family": family, "arch": arch, "drop_path": 0.1}
+    teacher_size = size
+    if own.is_folder(given["student"]):
+        first, size = own.network(given, "student")
+        teacher_size = size // first.stride * teacher.stride  # for the grid of the student
+        config.student = {**config.student, "family": "", "arch": {}, "init_from": given["student"]}
+    else:
+        family, arch = own.student(given["student"], teacher, size)
+        config.student = {**config.student, "family": family, "arch": arch}
+    config.teacher.update(path=given["teacher"], source=teacher.source, image_size=teacher_size)
     config.eval.keep_best = "loss" if found.fields["eval_split"] else ""
     return own.fit(config, given, found, size=size, rate=1.2e-3, epochs=300, steps=100_000)

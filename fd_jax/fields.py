@@ -1,9 +1,10 @@
 """What the value of a field has to be: the rules of which the tables of fields consist.
 
-`settings` has the table of a config, and `models.architectures` that of a network's description.
+`settings` and `teacher_settings` have the tables of a config, and `models.architectures` that of a
+network's description.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any, Protocol, get_args
@@ -140,12 +141,14 @@ class Several:
       length: number of values; 0 for any number above 0.
       most: largest number of values; 0 for any.
       single: whether a value alone is allowed in place of the tuple.
+      optional: whether there may be no value at all.
     """
 
     each: Rule
     length: int = 0
     most: int = 0
     single: bool = False
+    optional: bool = False
 
     def problem(self, value: Any) -> str | None:
         """See `Rule`."""
@@ -153,12 +156,13 @@ class Several:
             return self.each.problem(value)
         if not isinstance(value, tuple | list) or not self._has_length(len(value)):
             number = self.length or (f"1 to {self.most}" if self.most else "one or more")
-            return f": expected {number} values in parentheses, such as (a, b)"
+            none = ", or () for none" if self.optional else ""
+            return f": expected {number} values in parentheses, such as (a, b){none}"
         problems = (self.each.problem(item) for item in value)
         return next((f"{problem}, for each value" for problem in problems if problem), None)
 
     def _has_length(self, length: int) -> bool:
-        if self.length:
+        if self.length or (self.optional and not length):
             return length == self.length
         return 1 <= length <= (self.most or length)
 
@@ -187,6 +191,23 @@ class OrNone:
         return problem and f"{problem}, or None"
 
 
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """What has to hold between fields whose own values are allowed.
+
+    Attributes:
+      fields: fields that are compared; one that begins with a dot is a field of a teacher.
+      holds: (value of each field) -> whether the values fit together.
+      remedy: what is expected, and what to do.
+      section: only configs with this section are checked; "" for all.
+    """
+
+    fields: tuple[str, ...]
+    holds: Callable[..., bool]
+    remedy: str
+    section: str = ""
+
+
 def whole(least: int, unit: str = "", *, most: int | None = None, **kwargs: Any) -> Number:
     """A whole number of at least `least`."""
     return Number(whole=True, least=least, most=most, unit=unit, **kwargs)
@@ -198,6 +219,8 @@ def choice(literal: Any, *more: str) -> Choice:
 
 
 FLAG = Flag()
+DECAY = Number(least=0, below=1, unit="share that is kept at every step")
+DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
 
 
 def _as_float32(value: float) -> float:

@@ -1,14 +1,12 @@
-"""Target normalisations and losses on arrays, always computed in float32."""
+"""Losses on arrays, always computed in float32."""
 
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fd_jax.data.base import IGNORED
 from fd_jax.models.segmenter import resampling
-
-TargetNorm = Literal["whiten", "l2", "none"]
 
 
 def whiten(features: jax.Array, *, eps: float = 1e-5) -> jax.Array:
@@ -28,19 +26,6 @@ def l2_normalize(features: jax.Array, *, eps: float = 1e-12) -> jax.Array:
     x = features.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     return x / jnp.maximum(norm, eps)
-
-
-def normalize_target(features: jax.Array, kind: TargetNorm) -> jax.Array:
-    """Applies a target normalisation of docs/reference.md#table-3. [..., D] -> [..., D]."""
-    if kind == "whiten":
-        return whiten(features)
-    if kind == "l2":
-        return l2_normalize(features)
-    if kind == "none":
-        return features.astype(jnp.float32)
-    raise ValueError(
-        f"unknown target normalisation {kind!r}; expected one of {TargetNorm.__args__}"
-    )
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 2.0) -> jax.Array:
@@ -79,3 +64,23 @@ def pixel_cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
 def cosine_similarity(a: jax.Array, b: jax.Array, *, eps: float = 1e-12) -> jax.Array:
     """Cosine similarity of corresponding tokens. [..., D] x 2 -> [...] float32."""
     return jnp.sum(l2_normalize(a, eps=eps) * l2_normalize(b, eps=eps), axis=-1)
+
+
+def similarities(tokens: jax.Array) -> jax.Array:
+    """Cosine of every token of an image with every other. [B, T, D] -> [B, T, T] float32."""
+    unit = l2_normalize(tokens)
+    return jnp.einsum("bid,bjd->bij", unit, unit, precision="highest")
+
+
+# The distances that a student can reduce, by name: (prediction, target, beta) -> mean of each
+# example. [B, T, D] x 2 -> [B] float32. Only smooth L1 has a beta.
+DISTANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+    "smooth_l1": lambda p, t, beta: jnp.mean(smooth_l1(p, t, beta=beta), axis=(1, 2)),
+    "mse": lambda p, t, _: jnp.mean(
+        jnp.square(p.astype(jnp.float32) - t.astype(jnp.float32)), axis=(1, 2)
+    ),
+    "cosine": lambda p, t, _: 1 - jnp.mean(cosine_similarity(p, t), axis=1),
+    "relation": lambda p, t, _: jnp.mean(
+        jnp.square(similarities(p) - similarities(t)), axis=(1, 2)
+    ),
+}

@@ -1,8 +1,9 @@
 """Model folders: the format in which weights are stored and passed between commands.
 
 `params/` is an Orbax tree with `encoder` and optionally `projector`, `head` and `fc_norm`, or
-`segmenter` and the running statistics of its BatchNorms, `segmenter_statistics`, and `pool`, which
-makes one vector of a picture as the network's authors do.
+`segmenter` and the running statistics of its BatchNorms, `segmenter_statistics`, `pool`, which
+makes one vector of a picture as the network's authors do, and `target_statistics`, the means and
+variances by which a distillation standardized its targets.
 `model.json` holds the `ModelSpec`. It is written last, so a folder without it is incomplete.
 `digests.json` holds the digests of both, by which damage is noticed when they are read; folders of
 earlier versions have none.
@@ -23,7 +24,16 @@ from fd_jax.errors import ConfigError, ModelFolderError, first_few
 from fd_jax.models.spec import ModelSpec
 
 DIGESTS = "digests.json"
-PARTS = ("encoder", "projector", "head", "fc_norm", "segmenter", "segmenter_statistics", "pool")
+PARTS = (
+    "encoder",
+    "projector",
+    "head",
+    "fc_norm",
+    "segmenter",
+    "segmenter_statistics",
+    "pool",
+    "target_statistics",
+)
 MOST_VALUES = 2**31  # in all arrays beside those that the description gives the shapes of
 
 
@@ -184,6 +194,19 @@ def load(folder: epath.PathLike) -> tuple[ModelSpec, dict[str, Any]]:
             f"({first_few(damaged)}). Convert, copy or train the model again"
         )
     return spec, params
+
+
+def digest_of_weights(folder: epath.PathLike) -> int:
+    """A number by which the weights of one folder are told from those of another.
+
+    The weights are only read if the folder is of an earlier version, which stored no digests.
+
+    Raises:
+      ModelFolderError: the folder does not exist or is damaged.
+    """
+    _, known = _load_description(epath.Path(folder))
+    arrays = known.get("arrays") or digests.of_own(load(folder)[1])
+    return digests.of_text(json.dumps(arrays, sort_keys=True))
 
 
 def _digests(folder: epath.Path) -> dict[str, Any]:

@@ -2,46 +2,49 @@
 
 A config of `configs/` is plain data. The tables here say which values of it make sense, and `check`
 compares them, so that a wrong setting is refused before a run has read, built or written
-anything. configs/base.py says what the fields mean. A new field needs a row here.
+anything. configs/base.py says what the fields mean. A new field needs a row here; those of teachers
+are in `teacher_settings`.
 
 What depends on more than the config is checked where it is known: the devices by `sharding`, a
 network's sizes by its class, and the length of the data by `total_steps` and `check_neighbours`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import difflib
 from typing import Any
 
-from fd_jax import losses
+from fd_jax import teacher_settings
 from fd_jax.data.base import IGNORED, Crop, Interpolation
 from fd_jax.data.class_names import Match
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import classification
 from fd_jax.fields import (
+    DECAY,
+    DROP_PATH,
     FLAG,
     LARGEST_WHOLE,
     Choice,
     Number,
+    Relation,
     Rule,
     Several,
     Text,
     choice,
     whole,
 )
-from fd_jax.models import architectures, heads, kernels, segmenter
+from fd_jax.models import architectures, heads, kernels, segmenter, vit
 from fd_jax.models.architectures import ARCHITECTURES
 from fd_jax.models.backbone import REMAT_POLICIES
+from fd_jax.models.lora import TARGETS
 from fd_jax.models.spec import FAMILIES
 from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
 from fd_jax.precision import DTYPES
-from fd_jax.tasks import classify, goal, registry, segment
+from fd_jax.tasks import classify, registry, sections, segment
 from fd_jax.typing import Config
 
 RATE = "learning rate for optim.lr_batch images"
 SHARE = Number(least=0, most=1, unit="probability")
-DECAY = Number(least=0, below=1, unit="share that is kept at every step")
-DROP_PATH = Number(least=0, below=1, unit="probability of dropping a branch; 0 is off")
 AXIS = whole(1, "devices", special=-1, hint="-1 takes all devices that remain")
 
 
@@ -51,6 +54,7 @@ def _figure(*names: str) -> Choice:
 
 
 _NEIGHBOURS = ("knn_top1", "knn_top5")
+_OF_A_STUDENT = ("loss", "cosine", *_NEIGHBOURS)
 
 # The fields of every run (configs/base.py, `common`).
 COMMON: dict[str, Rule] = {
@@ -118,32 +122,35 @@ _PICTURES: dict[str, Rule] = {
     "optim.scale_floors": FLAG,
 }
 
+# The further fields of tasks that train an encoder from a folder, or at several sizes.
+_SIZE = whole(1, "pixels on a side", most=8192)
+_STARTS: dict[str, Rule] = {
+    "lora.rank": whole(0, "rank of the updates; 0 is off"),
+    "lora.alpha": Number(above=0, unit="factor of the updates, times 1 / rank"),
+    "lora.targets": Several(Choice(TARGETS), most=len(TARGETS)),
+    "data.sizes": Several(_SIZE, optional=True),
+    "data.phases": Several(Several(whole(0, "step, then pixels"), length=2), optional=True),
+}
+_FREEZE = whole(0, "blocks; 0 trains all", most=architectures.MOST_BLOCKS)
+
 # The further fields of each task, by the section that selects it (`registry.KINDS`).
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
         **_PICTURES,
-        "eval.keep_best": _figure("loss", "cosine", *_NEIGHBOURS),
-        "student.family": Choice(tuple(FAMILIES)),
+        **_STARTS,
+        **teacher_settings.SINGLE,
+        "eval.keep_best": _figure(*_OF_A_STUDENT),
+        "student.family": Choice(("", *FAMILIES)),
+        "student.init_from": Text("the path of a model folder", optional=True),
+        "student.freeze_blocks": _FREEZE,
         "student.drop_path": DROP_PATH,
-        "teacher.path": Text("the path of the teacher's model folder"),
-        "teacher.source": Text("a converter source", optional=True),
-        "teacher.image_size": whole(0, "pixels on a side; 0 takes the teacher's own"),
-        "teacher.drop_path": DROP_PATH,
-        "teacher.stages": whole(0, "stages; 0 takes all"),
-        "target.kind": choice(goal.TargetKind),
-        "target.normalize": choice(losses.TargetNorm),
-        "target.after_norm": FLAG,
-        "target.resample": choice(goal.Resample),
-        "loss_beta": Number(
-            above=0,
-            unit="difference at which the loss turns from square to linear",
-            hint="for an L1 loss set a small one, such as 0.01",
-        ),
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
+        **_STARTS,
         "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
+        "model.freeze_blocks": _FREEZE,
         "model.classes": whole(2, "classes"),
         "model.trains": choice(classify.Trains),
         "model.head": choice(classify.Head),
@@ -221,27 +228,93 @@ OPTIONAL = (
     "data.exif",
     "data.match_classes",
     "data.class_names",
+    "student.init_from",
+    "student.freeze_blocks",
+    "model.freeze_blocks",
+    "teacher.follow",
+    *_STARTS,
+    # What few targets need.
+    "target.statistics",
+    "target.freeze_after",
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Relation:
-    """What has to hold between fields whose own values are allowed.
+# What a student of any family in `student.init_from` is adapted to.
+_ADAPTED: dict[str, Rule] = {
+    "student.arch.image_size": _SIZE,
+    "student.arch.position": choice(vit.Position),
+}
+_ARCHITECTURE_NAMES = frozenset(f"student.arch.{n}" for row in ARCHITECTURES.values() for n in row)
 
-    Attributes:
-      fields: fields that are compared.
-      holds: (value of each field) -> whether the values fit together.
-      remedy: what is expected, and what to do.
-      section: only configs with this section are checked; "" for all.
-    """
 
-    fields: tuple[str, ...]
-    holds: Callable[..., bool]
-    remedy: str
-    section: str = ""
+def _is_schedule(phases: tuple[tuple[int, int], ...]) -> bool:
+    """Whether phases begin at step 0, follow each other, and have sizes."""
+    steps = [step for step, _ in phases]
+    in_order = steps == sorted(set(steps)) and steps[:1] in ([], [0])
+    return in_order and all(_SIZE.problem(size) is None for _, size in phases)
 
 
 RELATIONS = (
+    Relation(
+        ("data.phases",),
+        _is_schedule,
+        "expected pairs of a step and the side in pixels from it on, the first of step 0 and each "
+        "later than the one before, such as ((0, 112), (1000, 224))",
+    ),
+    Relation(
+        ("data.sizes", "data.phases"),
+        lambda sizes, phases: not (sizes and phases),
+        "sizes are drawn at every step, and phases say which one comes when; set one of them to ()",
+    ),
+    Relation(
+        ("model.trains", "data.sizes", "data.phases"),
+        lambda trains, sizes, phases: trains != "head" or not (sizes or phases),
+        "a probe measures an encoder at one size; set data.sizes=() and data.phases=()",
+    ),
+    Relation(
+        ("model.trains", "model.freeze_blocks"),
+        lambda trains, blocks: trains != "head" or not blocks,
+        "the whole encoder of a probe is frozen; set freeze_blocks=0, or trains='all'",
+    ),
+    Relation(
+        ("model.trains", "lora.rank"),
+        lambda trains, rank: trains != "head" or not rank,
+        "the encoder of a probe does not train; set lora.rank=0, or trains='all'",
+    ),
+    Relation(
+        ("model.freeze_blocks", "model.family", "init_from"),
+        lambda blocks, family, folder: not blocks or bool(folder) or not family,
+        "blocks with random weights would never train; set init_from to a model folder, or "
+        "freeze_blocks=0",
+    ),
+    Relation(
+        ("lora.rank", "model.family", "init_from"),
+        lambda rank, family, folder: not rank or bool(folder) or not family,
+        "low-rank updates are for trained weights; set init_from to a model folder, or lora.rank=0",
+    ),
+    Relation(
+        ("student.family", "student.init_from"),
+        lambda family, folder: bool(family) or bool(folder),
+        "set student.family and student.arch, or student.init_from to a model folder that has both",
+    ),
+    Relation(
+        ("student.init_from", "init_from"),
+        lambda student, whole_run: not (student and whole_run),
+        "init_from goes on with a distilled student and its projector, and student.init_from "
+        "begins with another network as the student; set one of them to ''",
+    ),
+    Relation(
+        ("student.freeze_blocks", "student.init_from", "init_from"),
+        lambda blocks, student, whole_run: not blocks or bool(student or whole_run),
+        "blocks with random weights would never train; set student.init_from to a model folder, or "
+        "freeze_blocks=0",
+    ),
+    Relation(
+        ("lora.rank", "student.init_from", "init_from"),
+        lambda rank, student, whole_run: not rank or bool(student or whole_run),
+        "low-rank updates are for trained weights; set student.init_from to a model folder, or "
+        "lora.rank=0",
+    ),
     Relation(
         ("optim.start_lr", "optim.peak_lr"),
         lambda start, peak: start <= peak,
@@ -372,6 +445,8 @@ def check(config: Config) -> None:
 
 def problems(config: Config) -> list[str]:
     """One line for each problem of a config: the fields, their values, and what was expected."""
+    if clash := sections.conflict(config):
+        return [clash]
     rows = rules(config)
     values = {n: v for n, v in flat(config.to_dict()).items() if n in rows or _has_rules(n, config)}
     found = {}
@@ -383,14 +458,15 @@ def problems(config: Config) -> list[str]:
         elif problem := rows[name].problem(values[name]):
             found[name] = f"{name}={values[name]!r}{problem}"
     lines = [found[name] for name in sorted(found)]
-    for relation in RELATIONS:
+    section = registry.kind_of(config).section
+    for relation in (*RELATIONS, *teacher_settings.relations(config)):
         compared = {name: values[name] for name in relation.fields if name in values}
         comparable = len(compared) == len(relation.fields) and not compared.keys() & found.keys()
-        applies = comparable and (not relation.section or relation.section in config)
+        applies = comparable and relation.section in ("", section)
         if applies and not relation.holds(*compared.values()):
             shown = ", ".join(f"{name}={value!r}" for name, value in compared.items())
             lines.append(f"{shown}: {relation.remedy}")
-    return lines
+    return lines + teacher_settings.problems(config)
 
 
 def rules(config: Config) -> dict[str, Rule]:
@@ -401,11 +477,20 @@ def rules(config: Config) -> dict[str, Rule]:
     """
     values = flat(config.to_dict())
     rows = {**COMMON, **TASKS[registry.kind_of(config).section]}
+    if sections.SEVERAL in config:
+        rows = teacher_settings.replace_single(rows, list(config[sections.SEVERAL]))
+        figures = teacher_settings.figures(list(config[sections.SEVERAL]))
+        rows["eval.keep_best"] = _figure(*_OF_A_STUDENT, *figures)
+    # What a student's folder says itself need not be in the config.
+    folder = values.get("student.init_from", "")
+    optional = {*OPTIONAL, *(_ARCHITECTURE_NAMES if folder else ())}
     for network in NETWORKS:
         family = values.get(f"{network}.family")
         for name, rule in ARCHITECTURES.get(str(family), {}).items():
             rows[f"{network}.arch.{name}"] = rule
-    return {name: rule for name, rule in rows.items() if name in values or name not in OPTIONAL}
+    if folder and not values.get("student.family"):
+        rows |= _ADAPTED
+    return {name: rule for name, rule in rows.items() if name in values or name not in optional}
 
 
 def _has_rules(name: str, config: Config) -> bool:

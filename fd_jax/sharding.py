@@ -24,25 +24,37 @@ BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axis.
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
 
+# A teacher may have any name, and its projector is below projector/<name>.
+_NO_TEACHER = "(?<!projector/)"
+
 # Path pattern -> logical axes. Vectors, tables and tokens are small and are replicated.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/qkv/kernel$", ("embed", None, "heads")),
     (r"attn/proj/kernel$", ("heads", "embed")),
     (r"mlp/(fc1|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/fc2/kernel$", ("mlp", "embed")),
+    # Low-rank updates, on the side where they meet what their layer meets.
+    (r"(qkv|fc1|gate)/lora/a$", ("embed", None)),
+    (r"qkv/lora/b$", (None, None, "heads")),
+    (r"attn/proj/lora/a$", ("heads", None)),
+    (r"mlp/(fc1|gate)/lora/b$", (None, "mlp")),
+    (r"mlp/fc2/lora/a$", ("mlp", None)),
+    (r"(proj|fc2)/lora/b$", (None, "embed")),
     (r"patch_embed/kernel$", (None, None, None, "embed")),
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
-    (r"(^|/)(projector(/\w+)?|head)/kernel$", ("embed", None)),  # one projector, or one per teacher
-    (r"(^|/)projection/kernel$", ("embed", None)),  # of a pool
+    # One projector or one per teacher, of one layer or of several.
+    (r"(^|/)(projector(/\w+)*|head)/kernel$", ("embed", None)),
+    (rf"(^|/){_NO_TEACHER}projection/kernel$", ("embed", None)),  # of a pool
     # Of a segmenter, and between the stages of a ConvNeXt. Inputs are split, because numbers of
     # classes have few divisors.
-    (r"(^|/)(conv|deconv\d?|classifier)/kernel$", (None, None, "embed", None)),
-    (r"dwconv/kernel$", ()),  # 49 numbers per channel
+    (rf"(^|/){_NO_TEACHER}(conv|deconv\d?|classifier)/kernel$", (None, None, "embed", None)),
+    (rf"(^|/){_NO_TEACHER}dwconv/kernel$", ()),  # 49 numbers per channel
     (
         r"(bias|scale|gamma|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$",
         (),
     ),
+    (r"(^|/)statistics/\w+/(mean|matrix)$", ()),  # of a teacher's tokens
 )
 
 

@@ -34,17 +34,8 @@ def test_whiten_takes_bfloat16_and_gives_float32(tokens):
 
 def test_l2_target_equals_torch(tokens):
     want = torch.nn.functional.normalize(torch.from_numpy(tokens), dim=-1, eps=1e-12)
-    np.testing.assert_allclose(losses.normalize_target(tokens, "l2"), want.numpy(), atol=1e-7)
+    np.testing.assert_allclose(losses.l2_normalize(tokens), want.numpy(), atol=1e-7)
     np.testing.assert_array_equal(losses.l2_normalize(jnp.zeros((2, 3))), 0)
-
-
-def test_raw_target_is_unchanged(tokens):
-    np.testing.assert_array_equal(losses.normalize_target(tokens, "none"), tokens)
-
-
-def test_unknown_normalisation_is_refused(tokens):
-    with pytest.raises(ValueError, match="expected one of"):
-        losses.normalize_target(tokens, "batch")
 
 
 def test_smooth_l1_has_the_expected_spot_values():
@@ -127,3 +118,44 @@ def test_cosine_similarity_equals_torch(tokens):
         torch.from_numpy(tokens), torch.from_numpy(other), dim=-1
     )
     np.testing.assert_allclose(losses.cosine_similarity(tokens, other), want.numpy(), atol=1e-6)
+
+
+def plain_distance(name, prediction, target, beta):
+    """A distance of one example by its definition, token by token in float64. [T, D] x 2"""
+
+    def cosine(a, b):
+        return (a @ b) / np.linalg.norm(a) / np.linalg.norm(b)
+
+    p, t = prediction.astype(np.float64), target.astype(np.float64)
+    if name == "smooth_l1":
+        apart = np.abs(p - t)
+        return np.where(apart < beta, apart**2 / (2 * beta), apart - beta / 2).mean()
+    if name == "mse":
+        return ((p - t) ** 2).mean()
+    if name == "cosine":
+        return np.mean([1 - cosine(a, b) for a, b in zip(p, t, strict=True)])
+    pairs = [(i, j) for i in range(len(p)) for j in range(len(p))]
+    return np.mean([(cosine(p[i], p[j]) - cosine(t[i], t[j])) ** 2 for i, j in pairs])
+
+
+@pytest.mark.parametrize("name", losses.DISTANCES)
+def test_distances_equal_their_definitions(name):
+    rng = np.random.default_rng(7)
+    prediction, target = rng.normal(scale=2, size=(2, 3, 5, 8)).astype(np.float32)
+    pairs = list(zip(prediction, target, strict=True))
+    want = {
+        other: [plain_distance(other, *pair, 1.5) for pair in pairs] for other in losses.DISTANCES
+    }
+    got = losses.DISTANCES[name](prediction, target, 1.5)
+    np.testing.assert_allclose(got, want.pop(name), rtol=2e-6)
+    # Negative control: the other distances differ.
+    assert all(np.abs(np.array(other) - got).min() > 1e-2 for other in want.values())
+
+
+def test_relations_do_not_change_if_all_tokens_turn_together():
+    """A rotation changes every token, but no angle between two of them."""
+    rng = np.random.default_rng(8)
+    target = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    turned = target @ np.linalg.qr(rng.normal(size=(8, 8)))[0].astype(np.float32)
+    np.testing.assert_allclose(losses.DISTANCES["relation"](3 * turned, target, 1.0), 0, atol=1e-9)
+    assert np.min(losses.DISTANCES["cosine"](turned, target, 1.0)) > 0.1

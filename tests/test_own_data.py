@@ -115,6 +115,16 @@ def test_a_student_has_the_grid_of_its_teacher(folder, teacher, swin, family, st
     assert task.student.width == (192 if student == "tiny" else width)
 
 
+def test_a_student_starts_from_a_folder_on_a_grid_of_its_own(folder, teacher, tmp_path):
+    """Patches of 4 pixels in pictures of 24 are the teacher's of 8 in pictures of 48."""
+    start = tiny.save_teacher(tmp_path / "start", image_size=24, patch_size=4, width=32)
+    config = made(own_distill, data=folder, teacher=teacher, student=start)
+    task = DistillTask(config)
+    assert (config.data.image_size, config.teacher.image_size) == (24, 48)
+    assert task.student.width == 32 and task.student.grid == task.goal.teacher.grid == (6, 6)
+    assert task.load_initial()["encoder"].keys() == task.load_frozen()["encoder"].keys()
+
+
 @pytest.mark.parametrize(
     "side,patch,expected", [(224, 16, 224), (518, 14, 224), (300, 75, 150), (480, 240, 240)]
 )

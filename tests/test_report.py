@@ -3,6 +3,7 @@
 import base64
 from html.parser import HTMLParser
 import json
+import shutil
 
 from flax import nnx
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from configs import base
 from fd_jax import model_folder, report
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ModelFolderError, UserError
@@ -18,6 +20,7 @@ from fd_jax.evaluation import agreement
 from fd_jax.report import distillation, training
 from fd_jax.show import pictures
 from fd_jax.tasks.distill import DistillTask
+from fd_jax.training import loop, metric_writer
 from tests import tiny
 
 
@@ -179,7 +182,8 @@ def test_training_and_held_out_agreement_use_their_own_split(finished, written):
     workdir, _ = finished
     scores = json.loads((written / "agreement.json").read_text())
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    task, params = DistillTask(config), distillation.load_trained(workdir)
+    task = DistillTask(config)
+    params, _ = distillation.load_trained(task, report.writing.epath.Path(workdir))
     feed, frozen = Feed(**config.data), task.load_frozen()
 
     def batches(split):
@@ -193,6 +197,45 @@ def test_training_and_held_out_agreement_use_their_own_split(finished, written):
         result = agree(task, params, frozen, batches(split), mean)
         assert scores[name]["patch"]["r2"] == pytest.approx(result["patch"]["r2"], abs=1e-5)
     assert scores["training"]["patch"]["r2"] != pytest.approx(result["patch"]["r2"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_teachers_resumes_bit_for_bit_and_reports_each(
+    teacher, embedded_data, tmp_path
+):
+    """With all that a run measures itself, which checkpoints and the model folder hold."""
+    second = tiny.save_teacher(tmp_path / "teacher", width=40, image_size=24)
+    fields = {"target__normalize": "standardize", "target__resample": "bilinear"}
+    sections = [
+        ("first", base.teacher("tiny", path=teacher)),
+        ("second", base.teacher("tiny", path=second, target__freeze_after=5, **fields)),
+    ]
+    config = tiny.several(sections, **{"data.data_dir": embedded_data, "dropping.rate": 0.5})
+    config.dropping.by = "running"
+
+    def fit(name):
+        loop.fit(DistillTask(config), config, tmp_path / name)
+        rows = metric_writer.read(tmp_path / name)
+        kept = ("loss", "loss/first", "loss/second", "kept/first", "kept/second")
+        figures = [{n: row[n] for n in kept} for row in rows if "loss" in row]
+        return model_folder.load(tmp_path / name / "model")[1], figures
+
+    whole, losses = fit("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    resumed, again = fit("cut")
+    assert again == losses and len(losses) == 6
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert whole.keys() == {"encoder", "projector", "target_statistics"}
+    folder = report.write_report(tmp_path / "whole")
+    scores = json.loads((folder / "agreement.json").read_text())["teachers"]
+    assert scores.keys() == {"first", "second"}
+    text = (folder / "report.md").read_text()
+    for name in scores:
+        assert scores[name]["after"]["patch"].keys() == {"r2", "cosine", "cosine_of_mean"}
+        assert f"## Agreement with the teacher {name}" in text and f"(maps_{name}.png)" in text
+        assert f"| teachers.{name}.source | tiny |" in text
+    assert "held-out agreement with second" in report.summary(folder)
 
 
 ROWS = [

@@ -41,6 +41,7 @@ ARGUMENTS = {
     "finetune_teacher": [f"teacher={name}" for name in finetune_teacher.TEACHERS],
     "linear_vit_b16": ["", "official"],
     "linear_vit_l14": ["", "official"],
+    "several": ["stage=contrast", *(f"teachers={name}" for name in ("both", "dinov2", "contrast"))],
     "miniature": [
         f"stage={stage},data={data}" for stage in miniature.STAGES for data in miniature.DATA
     ],
@@ -50,6 +51,9 @@ DISTILLATION = {
     family: base.distillation(teacher="x", shape=shape, family=family, drop_path=0.1)
     for family, shape in (("vit", base.VIT_B16), ("swin_v2", base.SWIN_B_W14))
 }
+SEVERAL = base.several_teachers(
+    [("clip", base.teacher("x")), ("dino", base.teacher("y"))], drop_path=0.1
+)
 CLASSIFICATION = base.fine_tuning(drop_path=0.1, layer_decay=0.7, peak_lr=1e-3, floor_lr=1e-6)
 SEGMENTATION = base.segmentation(peak_lr=4e-4, layer_decay=0.65, drop_path=0.2, channels=768)
 CONTRAST = ablations_cpu.get_config("stage=contrastive")
@@ -77,7 +81,7 @@ def every_row():
     swin = copy_of(CLASSIFICATION, **{"model.family": "swin"})
     swin.model.arch = base.swin_v1(base.SWIN_B_W14, image_size=224)
     seen = set()
-    for config in (*DISTILLATION.values(), CLASSIFICATION, SEGMENTATION, CONTRAST, swin):
+    for config in (*DISTILLATION.values(), SEVERAL, CLASSIFICATION, SEGMENTATION, CONTRAST, swin):
         (network,) = (config[name] for name in settings.NETWORKS if name in config)
         family = network.family
         for name, rule in settings.rules(config).items():
@@ -97,7 +101,9 @@ def test_every_published_config_and_its_smoke_version_pass(name):
             settings.check(load(name, given))
 
 
-@pytest.mark.parametrize("config", [*DISTILLATION.values(), CLASSIFICATION, SEGMENTATION, CONTRAST])
+@pytest.mark.parametrize(
+    "config", [*DISTILLATION.values(), SEVERAL, CLASSIFICATION, SEGMENTATION, CONTRAST]
+)
 def test_a_field_without_a_row_and_a_row_without_a_field_are_refused(config):
     assert settings.problems(config) == []
     more = copy_of(config)
@@ -141,7 +147,7 @@ def wrong_values(rule):
         return [value for value in wrong_values(rule.rule) if value is not None]
     if isinstance(rule, fields.Several):
         inner = wrong_values(rule.each)
-        lengths = [(), (1,) * 3] if rule.length else [()]
+        lengths = [(), (1,) * 3] if rule.length else [() for _ in range(not rule.optional)]
         return [*lengths, *((value,) * (rule.length or 1) for value in inner)]
     if isinstance(rule, fields.Flag):
         return [0, 1, "yes", None, *NOT_FINITE]
@@ -231,6 +237,49 @@ DISTILL_CASES = [
     {"optim.name": "sgd"},
     {"seed": -1},
     {"batch_size": 0},
+    {"student.freeze_blocks": 1},  # of random weights
+    {"student.freeze_blocks": -1, "student.init_from": "x"},
+    {"lora.rank": 4},
+    {"lora.alpha": 0.0},
+    {"lora.targets": ("qkv", "head")},
+    {"lora.targets": ()},
+    {"student.init_from": "x", "init_from": "y"},
+    {"data.sizes": (0, 32)},
+    {"data.sizes": 112},
+    {"data.sizes": (112, 224), "data.phases": ((0, 112),)},
+    {"data.phases": (0, 112)},
+    {"data.phases": ((1, 112),)},
+    {"data.phases": ((0, 112), (0, 224))},
+    {"data.phases": ((0, 112), (5, 224), (3, 112))},
+    {"data.phases": ((0, 0),)},
+    {"teacher.follow": 1},
+    {"teacher.follow": True, "target.normalize": "zca"},  # statistics of one input size
+]
+SEVERAL_CASES = [
+    {"teachers.clip.weight": 0.0},
+    {"teachers.clip.weight": math.nan},
+    {"teachers.dino.parts": 0},
+    {"teachers.dino.parts": 3},  # of a batch of 2048
+    {"teachers.dino.parts": 64, "accumulation": 64},
+    {"teachers.clip.target.normalize": "batch"},
+    {"teachers.clip.target.normalize": "standardize", "accumulation": 2},
+    {"teachers.clip.target.freeze_after": 0},
+    {"teachers.clip.target.resample": "teacher"},
+    {"teachers.clip.loss.smooth_l1": 0.0},  # and no other one has a weight
+    {"teachers.clip.loss.smooth_l1": -1.0},
+    {"teachers.clip.loss.class_share": 1.0},
+    {"teachers.clip.loss.class_share": 0.5, "teachers.clip.target.kind": "gap"},
+    {"teachers.clip.loss.relation": 1.0, "teachers.clip.target.kind": "cls"},
+    {"teachers.clip.projector.separate": True, "teachers.clip.target.kind": "cls"},
+    {"teachers.clip.projector.kind": "cnn"},
+    {"teachers.clip.projector.hidden": -1},
+    {"teachers.clip.follow": 1},
+    {"teachers.clip.follow": True, "teachers.clip.target.normalize": "phi_s"},
+    {"dropping.rate": 1.0},
+    {"dropping.rate": 0.5, "accumulation": 2},
+    {"dropping.by": "loss"},
+    {"dropping.decay": 1.0},
+    {"eval.keep_best": "loss/dinov2"},
 ]
 CLASSIFY_CASES = [
     {"model.head_scale": math.nan},
@@ -245,6 +294,9 @@ CLASSIFY_CASES = [
     {"optim.name": "lars", "optim.decay_vectors": True, "optim.layer_decay": 1.0},
     {"optim.name": "lars", "optim.layer_decay": 0.7},
     {"eval.knn": 5, "data.eval_split": ""},
+    {"model.trains": "head", "model.freeze_blocks": 1},
+    {"model.trains": "head", "lora.rank": 2},
+    {"model.trains": "head", "data.sizes": (112, 224)},
 ]
 
 
@@ -276,6 +328,7 @@ SEGMENT_CASES = [
 @pytest.mark.parametrize(
     "config,changes",
     [(DISTILLATION["vit"], case) for case in DISTILL_CASES]
+    + [(SEVERAL, case) for case in SEVERAL_CASES]
     + [(CLASSIFICATION, case) for case in CLASSIFY_CASES]
     + [(SEGMENTATION, case) for case in SEGMENT_CASES],
     ids=str,
@@ -285,6 +338,47 @@ def test_settings_that_ruined_runs_are_refused_by_name(config, changes):
     assert len(found) == 1
     name, value = list(changes.items())[0]
     assert f"{name}={value!r}" in found[0]
+
+
+def test_the_fields_of_one_teacher_are_not_those_of_several():
+    both = copy_of(SEVERAL, teacher={"path": "x"}, loss_beta=2.0)
+    assert settings.problems(both) == [
+        "the config has teachers (clip, dino), and also teacher, loss_beta, which are the fields "
+        "of a single teacher: leave out one of the two"
+    ]
+    assert settings.problems(copy_of(SEVERAL, **{"eval.keep_best": "ema_cosine/dino"})) != []
+    averaged = {"eval.keep_best": "ema_cosine/dino", "ema_decay": 0.9}
+    assert settings.problems(copy_of(SEVERAL, **averaged)) == []
+
+
+@pytest.mark.parametrize(
+    "names,message",
+    [
+        (["clip", "Clip"], "teachers.Clip and teachers.clip have one name but for capital letters"),
+        (["clip", "2"], "teachers.2: a name consists of letters, digits and _, and begins with"),
+        (["clip", "a/b"], "teachers.a/b: a name consists of letters"),
+        (["clip", "twin"], "teachers.clip and teachers.twin are the same teacher with the same"),
+        (["clip", "student"], "teachers.student: this name is taken, since the frozen weights"),
+        ([], "teachers has no teacher"),
+    ],
+)
+def test_names_of_teachers_that_cannot_be_told_apart_are_refused(names, message):
+    fields = {name: base.teacher(name.lower()) for name in names}
+    if "twin" in fields:
+        fields["twin"] = fields["clip"]
+    (line,) = settings.problems(copy_of(SEVERAL, teachers=fields))
+    assert line.startswith(message)
+
+
+def test_one_teacher_cannot_be_dropped_and_two_need_two_names():
+    one = {"teachers": {"clip": base.teacher("x")}, "dropping.rate": 0.5}
+    assert settings.problems(copy_of(SEVERAL, **one)) == [
+        "dropping.rate=0.5, but teachers.clip is the only teacher; set it to 0"
+    ]
+    with pytest.raises(ValueError, match="clip occurs more than once"):
+        base.several_teachers([("clip", {}), ("clip", {})], drop_path=0.1)
+    with pytest.raises(ValueError, match="a teacher has no field target.normalise"):
+        base.teacher("x", target__normalise="l2")
 
 
 def test_all_problems_are_reported_at_once():
@@ -312,7 +406,28 @@ def test_messages_name_the_value_the_range_the_unit_and_the_remedy():
 
 def test_an_unknown_family_is_one_problem():
     (line,) = settings.problems(copy_of(DISTILLATION["vit"], **{"student.family": "resnet"}))
-    assert line.startswith("student.family='resnet' is unknown; expected one of 'vit'")
+    assert line.startswith("student.family='resnet' is unknown; expected one of '', 'vit'")
+
+
+@pytest.mark.parametrize("part", [{"model.freeze_blocks": 1}, {"lora.rank": 2}], ids=str)
+def test_a_part_of_a_random_network_does_not_train_alone(part):
+    random = {"model.family": "vit", "model.arch": base.student(base.VIT_B16, image_size=224)}
+    (line,) = settings.problems(copy_of(CLASSIFICATION, **random, **part))
+    assert "set init_from to a model folder" in line
+    assert settings.problems(copy_of(CLASSIFICATION, **random)) == []
+
+
+def test_a_student_of_a_folder_needs_no_description():
+    config = base.distillation(teacher="x", drop_path=0.1, init_from="y", position="rpb")
+    assert settings.problems(config) == []
+    wrong = {"student.arch.position": "sine", "student.arch.depht": 3}
+    found = settings.problems(copy_of(config, **wrong))
+    assert [line.partition(":")[0].partition("=")[0] for line in found] == [
+        "student.arch.depht",
+        "student.arch.position",
+    ]
+    (line,) = settings.problems(copy_of(config, **{"student.init_from": "", "student.arch": {}}))
+    assert line.endswith("or student.init_from to a model folder that has both")
 
 
 def test_a_config_without_a_task_is_refused():

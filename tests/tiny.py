@@ -104,6 +104,16 @@ def config(teacher="", **fields):
     return result
 
 
+def several(teachers, **fields):
+    """A toy-sized config of several teachers: (name, section) pairs; `fields` as in `config`."""
+    result = config()
+    several = base.several_teachers(teachers, drop_path=0.2)
+    del result.teacher, result.target, result.loss_beta
+    result.teachers, result.dropping = several.teachers, several.dropping
+    result.update_from_flattened_dict(fields)
+    return result
+
+
 def batch(size=16, side=32, seed=0):
     """A host batch of random images."""
     rng = np.random.default_rng(seed)

@@ -112,7 +112,11 @@ def _as_classifier(config: Config, workdir: epath.Path) -> tuple[Config, bool]:
         trains="all",
         final_norm=spec.arch.get("final_norm", True),
         untie_positions=False,
+        freeze_blocks=0,
     )
+    if "lora" in config:
+        config.lora.rank = 0
+    config.data.update(sizes=(), phases=())
     if spec.classes:
         config.model.update(head="keep", pooling=spec.pooling, classes=spec.classes)
     config.ema_decay = 0.0

@@ -9,11 +9,11 @@ ViT-B step.
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 from fd_jax.models import convnext, convnext_blocks, sizes, swin
+from fd_jax.models.lora import Lora
 from fd_jax.models.segmenter import decoders
 from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
 from fd_jax.models.spec import ModelSpec
@@ -53,33 +53,119 @@ class Flops:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
-    """Forward FLOPs of one block, and how many of them remat repeats."""
+class _Layer:
+    """Forward FLOPs of one layer of a block.
 
-    weights: float  # matmuls with a parameter
-    other: float  # attention (q k^T, probabilities times v), or a depthwise convolution
-    last: float  # fc2; the backward pass needs its result only for a layer scale
+    Attributes:
+      name: of the layer, as in `lora.TARGETS` where it can have a low-rank update.
+      flops: forward FLOPs.
+      kind: a matmul with a parameter; attention, of two activations; or a depthwise convolution.
+      shape: (rows, inputs, outputs) of a matmul that can have a low-rank update.
+      normed: whether a norm with parameters of its own comes before it in the same block.
+    """
+
+    name: str
+    flops: float
+    kind: Literal["matmul", "attention", "convolution"] = "matmul"
+    shape: tuple[int, int, int] = (0, 0, 0)
+    normed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """The layers of one block in their order; those of a merging or halving of the map as well.
+
+    Attributes:
+      layers: of the block, with a halving that comes before it.
+      merging: forward FLOPs of a merging that comes after it.
+      scaled: whether the backward pass needs the result of the last layer, for a layer scale.
+    """
+
+    layers: tuple[_Layer, ...]
+    merging: float = 0.0
+    scaled: bool = True
+
+    @property
+    def forward(self) -> float:
+        return sum(layer.flops for layer in self.layers) + self.merging
 
     def recomputed(self, remat: str | None) -> float:
-        if remat == "full":
-            return self.weights + self.other - self.last
-        return self.other if remat == "dots" else 0.0
+        """FLOPs that remat repeats: not those of a halving or merging, which is no block's."""
+        own = [layer for layer in self.layers if layer.name != "halving"]
+        if remat == "dots":  # keeps the results of matmuls with a parameter
+            return sum(layer.flops for layer in own if layer.kind != "matmul")
+        if remat != "full":
+            return 0.0
+        return sum(layer.flops for layer in own) - (0.0 if self.scaled else own[-1].flops)
 
 
-def network(spec: ModelSpec, *, trains: bool, remat: str | None = None) -> Flops:
+def network(
+    spec: ModelSpec,
+    *,
+    trains: bool,
+    remat: str | None = None,
+    freeze_blocks: int = 0,
+    lora: Lora | None = None,
+) -> Flops:
     """FLOPs of an encoder for one image.
 
     Args:
       spec: spec of the encoder.
       trains: whether its weights get gradients (its input, the image, never does).
       remat: value of `config.remat`.
+      freeze_blocks: number of first blocks that are held, with the embedding.
+      lora: low-rank updates of the other blocks, which then train alone.
     """
-    embedding, blocks, merging = _FAMILIES[spec.family](spec.arch)
-    inner = sum(block.weights + block.other for block in blocks) + merging
+    embedding, blocks = _FAMILIES[spec.family](spec.arch)
+    inner = sum(block.forward for block in blocks)
     if not trains:
         return Flops(embedding + inner)
-    recomputed = sum(block.recomputed(remat or None) for block in blocks)
-    return Flops(embedding + inner, backward=embedding + 2 * inner, recomputed=recomputed)
+    held, free = blocks[:freeze_blocks], blocks[freeze_blocks:]
+    if lora is not None:
+        before = Flops(embedding + sum(block.forward for block in held))
+        return before + _updated(free, lora, remat or None)
+    recomputed = sum(block.recomputed(remat or None) for block in free)
+    backward = 2 * sum(block.forward for block in free)
+    # Nothing before the first layer that trains needs a gradient, so none passes through that one.
+    backward += _without_input_gradient(free[0]) if held else embedding
+    return Flops(embedding + inner, backward=backward, recomputed=recomputed)
+
+
+def _without_input_gradient(block: _Block) -> float:
+    """Minus the FLOPs of the input's gradient of a block's first layer, if no norm needs it."""
+    first = block.layers[0]
+    return 0.0 if first.normed else -first.flops
+
+
+def _updated(blocks: Sequence[_Block], lora: Lora, remat: str | None) -> Flops:
+    """FLOPs of blocks in which nothing but low-rank updates trains.
+
+    With remat "dots", a little less of attention is repeated than counted if "proj" has no update.
+    """
+    forward = backward = recomputed = 0.0
+    passes = False  # whether the gradient goes on to what is before the layer
+    for block in blocks:
+        block = dataclasses.replace(block, scaled=False)
+        hidden = 0.0  # matmuls before the first update, whose results "dots" does not see to keep
+        for layer in block.layers:
+            forward += layer.flops
+            hidden += layer.flops if layer.kind == "matmul" and not passes else 0.0
+            operands = 2 if layer.kind == "attention" else 1  # that need a gradient
+            backward += operands * layer.flops if passes else 0.0
+            if layer.name in lora.targets:
+                rows, width, out = layer.shape
+                into, from_ = (2.0 * rows * lora.rank * channels for channels in (width, out))
+                forward += into + from_
+                # Of a [D, r] and b [r, out], of what is between them, and of the input.
+                backward += into + 2 * from_ + (into if passes else 0.0)
+                if remat == "full":
+                    recomputed += into + (0.0 if layer is block.layers[-1] else from_)
+                passes = True
+        forward += block.merging
+        backward += block.merging if passes else 0.0
+        if passes:
+            recomputed += block.recomputed(remat) + (hidden if remat == "dots" else 0.0)
+    return Flops(forward, backward=backward, recomputed=recomputed)
 
 
 def linear(rows: float, width: int, out: int, *, input_gradient: bool = True) -> Flops:
@@ -197,7 +283,23 @@ def resize(side: int, new_side: int) -> Flops:
     return Flops(2.0 * 3 * (new_side * side * side + new_side * new_side * side))
 
 
-def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
+def resized_map(
+    grid: tuple[int, int], new_grid: tuple[int, int], width: int, *, trains: bool
+) -> Flops:
+    """FLOPs to resize a feature map of `width` channels in the same way.
+
+    Args:
+      grid: (H, W) before.
+      new_grid: (H, W) after.
+      width: number of channels.
+      trains: whether the map gets a gradient.
+    """
+    (height, columns), (new_height, new_columns) = grid, new_grid
+    forward = 2.0 * width * new_height * columns * (height + new_columns)
+    return Flops(forward, backward=forward if trains else 0.0)
+
+
+def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     width, hidden = arch["width"], arch["mlp_width"]
     patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
     tokens = patches + int(arch["cls_token"]) + arch["registers"]
@@ -210,58 +312,81 @@ def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
         gated=arch.get("gated_mlp", False),
         scaled=arch["layer_scale"] is not None,
     )
-    return embedding, [block] * arch["depth"], 0.0
+    return embedding, [block] * arch["depth"]
 
 
-def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
+def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     grids = swin.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
     embedding = 2.0 * grids[0] ** 2 * 3 * arch["patch_size"] ** 2 * arch["embed_width"]
     keys = [window.side**2 for window in swin.windows_of(arch)]
-    blocks, merging = [], 0.0
+    blocks: list[_Block] = []
     for stage, (grid, depth) in enumerate(zip(grids, arch["depths"], strict=True)):
         width = arch["embed_width"] * swin.MERGE**stage
         hidden = arch["mlp_ratio"] * width
         # SwinV2 ends its branches with a norm; like a layer scale, its gradient needs their result.
-        scaled = "residual_scale" in arch
-        blocks += [_block(grid**2, keys[stage], width, hidden, scaled=scaled)] * depth
+        is_v2 = "residual_scale" in arch
+        block = _block(grid**2, keys[stage], width, hidden, scaled=is_v2, norm_first=not is_v2)
+        blocks += [block] * depth
         if stage < len(grids) - 1:
-            merging += 2.0 * grids[stage + 1] ** 2 * 4 * width * 2 * width
-    return embedding, blocks, merging
+            merging = 2.0 * grids[stage + 1] ** 2 * 4 * width * 2 * width
+            blocks[-1] = dataclasses.replace(block, merging=merging)
+    return embedding, blocks
 
 
 def _block(
-    tokens: int, keys: int, width: int, hidden: int, *, scaled: bool, gated: bool = False
+    tokens: int,
+    keys: int,
+    width: int,
+    hidden: int,
+    *,
+    scaled: bool,
+    gated: bool = False,
+    norm_first: bool = True,
 ) -> _Block:
-    last = 2.0 * tokens * hidden * width
+    def matmul(name: str, inputs: int, outputs: int, *, normed: bool = True) -> _Layer:
+        flops = 2.0 * tokens * inputs * outputs
+        return _Layer(name, flops, shape=(tokens, inputs, outputs), normed=normed)
+
     return _Block(
-        weights=2.0 * tokens * width * (4 * width + hidden * (2 if gated else 1)) + last,
-        other=4.0 * tokens * keys * width,
-        last=0.0 if scaled else last,
+        layers=(
+            matmul("qkv", width, 3 * width, normed=norm_first),
+            _Layer("attention", 4.0 * tokens * keys * width, "attention"),
+            matmul("proj", width, width),
+            *([matmul("gate", width, hidden)] if gated else []),
+            matmul("fc1", width, hidden),
+            matmul("fc2", hidden, width),
+        ),
+        scaled=scaled,
     )
 
 
-def _convnext(arch: dict[str, Any]) -> tuple[float, list[_Block], float]:
+def _convnext(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     stages = _convnext_stages(arch)
     first = stages[0]
     embedding = 2.0 * math.prod(first.grid) * 3 * arch["patch_size"] ** 2 * first.width
-    blocks, halving = [], 0.0
-    for stage, depth in zip(stages, arch["depths"], strict=True):
-        numbers = math.prod(stage.grid) * stage.width
-        last = 2.0 * numbers * convnext_blocks.MLP_RATIO * stage.width
+    blocks: list[_Block] = []
+    for number, (stage, depth) in enumerate(zip(stages, arch["depths"], strict=True)):
+        tokens, width = math.prod(stage.grid), stage.width
+        hidden = convnext_blocks.MLP_RATIO * width
+        convolution = 2.0 * tokens * width * arch["kernel_size"] ** 2
         block = _Block(
-            weights=2 * last,
-            other=2.0 * numbers * arch["kernel_size"] ** 2,
-            last=last if arch["layer_scale"] is None else 0.0,
+            layers=(
+                _Layer("dwconv", convolution, "convolution", normed=False),
+                _Layer("fc1", 2.0 * tokens * width * hidden, shape=(tokens, width, hidden)),
+                _Layer("fc2", 2.0 * tokens * hidden * width, shape=(tokens, hidden, width)),
+            ),
+            scaled=arch["layer_scale"] is not None,
         )
         blocks += [block] * depth
-    for before, after in itertools.pairwise(stages):
-        inputs = convnext_blocks.HALF**2 * before.width
-        halving += 2.0 * math.prod(after.grid) * inputs * after.width
-    return embedding, blocks, halving
+        if number:
+            inputs = convnext_blocks.HALF**2 * stages[number - 1].width
+            halving = _Layer("halving", 2.0 * tokens * inputs * width)
+            blocks[-depth] = dataclasses.replace(block, layers=(halving, *block.layers))
+    return embedding, blocks
 
 
-# Forward FLOPs of (patch embedding, each block, matmuls between stages), for each family.
-_FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block], float]]] = {
+# Forward FLOPs of the patch embedding, and the blocks, for each family.
+_FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block]]]] = {
     "vit": _vit,
     "swin": _swin,
     "swin_v2": _swin,

@@ -23,8 +23,12 @@ class Utilization:
         if chip is not None and work is not None:
             self._seconds_per_image = work.model / (chip.bf16_flops * _chips(devices))
 
-    def metrics(self, images_per_second: float) -> dict[str, float]:
+    def metrics(self, images_per_second: float, share: float = 1.0) -> dict[str, float]:
         """Metrics of a stretch of training at this rate over the whole mesh.
+
+        Args:
+          images_per_second: the rate.
+          share: FLOPs of a mean image of the stretch, over those of `work`.
 
         Returns:
           "mfu", relative to the bfloat16 peak and without what remat repeats; "hbm_gib" and
@@ -32,7 +36,7 @@ class Utilization:
         """
         metrics = {}
         if self._seconds_per_image is not None:
-            metrics["mfu"] = images_per_second * self._seconds_per_image
+            metrics["mfu"] = images_per_second * share * self._seconds_per_image
         memory = [stats for device in self._local if (stats := device.memory_stats())]
         for name, key in (("hbm_gib", "bytes_in_use"), ("hbm_peak_gib", "peak_bytes_in_use")):
             sizes = [stats[key] for stats in memory if key in stats]

@@ -1,12 +1,15 @@
 """The data of a run: its datasets, transforms and batches, set up from `config.data`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 
 import numpy as np
 
-from fd_jax.data import datasets, pipeline, transforms
+from fd_jax.data import datasets, elements, pipeline, transforms
 from fd_jax.data.class_names import Classes, Match
+from fd_jax.data.elements import Elements
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.data.splits import Splits
 from fd_jax.errors import DataError
 
@@ -37,6 +40,7 @@ class Feed(Splits[datasets.Dataset]):
       workers: number of worker processes; 0 to decode in this process.
       max_broken: number of unreadable images that each process may replace before the run stops;
         counted anew after a restart.
+      sizes, phases: sides of training images that vary, see `resolutions.Resolutions`.
 
     Raises:
       DataError: a split cannot be opened, or both splits would read the same folder.
@@ -63,6 +67,8 @@ class Feed(Splits[datasets.Dataset]):
         max_broken: int,
         exif: bool = False,  # configs of earlier versions have neither this one nor the next
         match_classes: Match = "name",
+        sizes: Sequence[int] = (),
+        phases: Sequence[tuple[int, int]] = (),
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
@@ -79,17 +85,20 @@ class Feed(Splits[datasets.Dataset]):
         self.train_dataset = open_dataset(split=split)
         self.eval_dataset = open_dataset(split=eval_split) if eval_split else None
         self.image_size = image_size
-        self.train_transform = transforms.LabelledImage(
-            transforms.TrainTransform(
-                image_size,
-                min_area=min_area,
-                interpolation=interpolation,
-                flip=flip,
-                crop=crop,
-                rand_augment=rand_augment,
-                exif=exif,
-            )
+        self._resolutions = Resolutions(image_size, tuple(sizes), tuple(phases))
+        make_transform = functools.partial(
+            transforms.TrainTransform,
+            min_area=min_area,
+            interpolation=interpolation,
+            flip=flip,
+            crop=crop,
+            rand_augment=rand_augment,
+            exif=exif,
         )
+        self._train_transforms = {
+            size: transforms.LabelledImage(make_transform(size)) for size in self._resolutions.every
+        }
+        self.train_transform = self._train_transforms[self._resolutions.every[-1]]
         self.eval_transform = transforms.LabelledImage(
             transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop, exif=exif)
         )
@@ -124,6 +133,23 @@ class Feed(Splits[datasets.Dataset]):
             threads=self.threads,
             max_broken=self.max_broken,
         )
+
+    @property
+    def elements(self) -> Elements:
+        """Specification of the arrays in every held-out batch; see `train_elements`."""
+        return elements.of_batch(self.eval_transform.elements)
+
+    @property
+    def train_elements(self) -> dict[int, Elements]:
+        """Specification of the arrays in training batches, by the side of their images."""
+        return {
+            size: elements.of_batch(transform.elements)
+            for size, transform in self._train_transforms.items()
+        }
+
+    def _transform_at(self, seed: int) -> transforms.Scheduled | None:
+        resolutions = dataclasses.replace(self._resolutions, seed=seed)
+        return transforms.Scheduled(self._train_transforms, resolutions)
 
     @property
     def classes(self) -> int:

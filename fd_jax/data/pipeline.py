@@ -21,7 +21,7 @@ from absl import flags, logging
 import grain
 import numpy as np
 
-from fd_jax.data import elements
+from fd_jax.data import elements, randomness
 from fd_jax.data.background import Background
 from fd_jax.data.datasets import BrokenImageError, SkippedError, Source
 from fd_jax.data.elements import Elements, Row
@@ -37,9 +37,6 @@ _CHUNK = 4  # rows that a thread reads at a time; handing over single rows costs
 _IN_USE = 4  # batches in the main process: received, waiting, being trained on, and the last one
 _SHUTDOWN_TIMEOUT = 2.0  # seconds that workers get to stop by themselves
 _WORKER = "grain-process-prefetch"  # prefix of the names of Grain's worker processes
-
-# Purposes of random streams; each has its own number, so that no two share a stream.
-_ORDER, _AUGMENT, _EVALUATE = range(1, 4)
 _ORDER_LOCK = threading.Lock()
 
 
@@ -81,7 +78,7 @@ def steps_per_epoch(dataset: Source, batch_size: int) -> int:
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of one epoch. -> int64 [size]."""
-    return _rng(_ORDER, seed, epoch).permutation(size)
+    return randomness.generator(randomness.ORDER, seed, epoch).permutation(size)
 
 
 class TrainLoader:
@@ -100,6 +97,8 @@ class TrainLoader:
       timeout: seconds without a batch after which reading counts as stuck.
       put_on_devices: function applied to each batch in the thread that reads ahead; None to leave
         batches as they are.
+      transform_at: the transform of the global batch of a step, where they differ; none makes
+        larger rows than `transform`. None for `transform` in all of them.
 
     Yields:
       The elements of the transform, "weight" float32 [n] (all ones) and "index" int32 [n] (the
@@ -120,6 +119,7 @@ class TrainLoader:
         max_broken: int = 100,
         timeout: float = 600.0,
         put_on_devices: Callable[[HostBatch], Batch] | None = None,
+        transform_at: Callable[[int], Transform] | None = None,
     ):
         self.steps_per_epoch = steps_per_epoch(dataset, batch_size)
         self.replaced: dict[int, str] = {}
@@ -135,7 +135,14 @@ class TrainLoader:
                 shared_slots(workers), elements.of_batch(transform.elements), len(rows)
             )
         self._reads = _Reads(
-            dataset, transform, batch_size, seed, rows, start_step, max(workers, 1), max_broken
+            dataset,
+            transform_at or _Same(transform),
+            batch_size=batch_size,
+            seed=seed,
+            rows=rows,
+            start_step=start_step,
+            workers=max(workers, 1),
+            max_broken=max_broken,
         )
         self._put_on_devices = put_on_devices or (lambda batch: batch)
         self._unrelated = {child.pid for child in multiprocessing.active_children()}
@@ -282,7 +289,8 @@ def eval_batches(
         if index >= len(dataset):
             return _Record(padding, ())
         try:
-            row = transform(dataset[index], _rng(_EVALUATE, index))
+            rng = randomness.generator(randomness.EVALUATE, index)
+            row = transform(dataset[index], rng)
             return _Record({**row, "weight": 1.0, "index": index}, ())
         except SkippedError:
             return _Record({**padding, "index": index}, ())
@@ -293,11 +301,12 @@ def eval_batches(
 
     def load_chunk(position: int) -> _Chunk:
         step, chunk = divmod(position, len(chunks))
-        return _Chunk(step, [load(step * batch_size + row) for row in chunks[chunk]])
+        records = [load(step * batch_size + row) for row in chunks[chunk]]
+        return _Chunk(step, records, specified)
 
     reads = grain.MapDataset.range(count * len(chunks)).map(load_chunk)
     left_out: list[tuple[int, str]] = []
-    for batch in _batches(reads, len(chunks), threads, specified):
+    for batch in _batches(reads, len(chunks), threads):
         for index, reason in batch.broken:
             logging.warning("evaluation leaves out %s: %s", dataset.describe(index), reason)
         left_out += batch.broken
@@ -314,10 +323,11 @@ class _Record(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a batch, and the number of that batch since the start."""
+    """Some rows of a batch, the number of that batch since the start, and what it holds."""
 
     batch: int
     records: list[_Record]
+    elements: Elements
 
 
 class _Stacked(NamedTuple):
@@ -336,11 +346,22 @@ class _Delivery(NamedTuple):
     broken: list[tuple[int, str]]
 
 
+class _Same(NamedTuple):
+    """The same transform at every step; a class, since worker processes get a copy."""
+
+    transform: Transform
+
+    def __call__(self, step: int) -> Transform:
+        return self.transform
+
+
 class _Reads:
     """Random access to the chunks of this host's endless sequence of training batches."""
 
-    def __init__(self, dataset, transform, batch_size, seed, rows, start_step, workers, max_broken):
-        self.dataset, self.transform = dataset, transform
+    def __init__(
+        self, dataset, transform_at, *, batch_size, seed, rows, start_step, workers, max_broken
+    ):
+        self.dataset, self.transform_at = dataset, transform_at
         self.batch_size, self.seed = batch_size, seed
         self.chunks, self.start_step = _chunks(rows), start_step
         self.workers, self.max_broken = workers, max_broken
@@ -356,11 +377,13 @@ class _Reads:
         position, worker = divmod(index, self.workers)
         turn, chunk = divmod(position, len(self.chunks))
         number = turn * self.workers + worker
-        epoch, batch = divmod(self.start_step + number, self.steps_per_epoch)
-        first = batch * self.batch_size
-        return _Chunk(number, [self._read(epoch, first + row) for row in self.chunks[chunk]])
+        step = self.start_step + number
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        first, transform = batch * self.batch_size, self.transform_at(step)
+        records = [self._read(epoch, first + row, transform) for row in self.chunks[chunk]]
+        return _Chunk(number, records, elements.of_batch(transform.elements))
 
-    def _read(self, epoch: int, position: int) -> _Record:
+    def _read(self, epoch: int, position: int, transform: Transform) -> _Record:
         """Reads the example at a position of an epoch, or the next one that can be read."""
         order = _order(self.seed, epoch, len(self.dataset))
         broken: list[tuple[int, str]] = []
@@ -368,7 +391,8 @@ class _Reads:
             index = int(order[candidate % len(order)])
             self._busy[threading.get_ident()] = index
             try:
-                row = self.transform(self.dataset[index], _rng(_AUGMENT, self.seed, epoch, index))
+                rng = randomness.generator(randomness.AUGMENT, self.seed, epoch, index)
+                row = transform(self.dataset[index], rng)
                 return _Record({**row, "weight": 1.0, "index": index}, tuple(broken))
             except SkippedError:
                 continue
@@ -412,8 +436,7 @@ def _read_ahead(
     reads: _Reads, threads: int, workers: int, shared: SharedBatches | None
 ) -> Iterator[_Stacked]:
     dataset = grain.MapDataset.source(reads)
-    specified = elements.of_batch(reads.transform.elements)
-    batches = _batches(dataset, len(reads.chunks), threads, specified, shared)
+    batches = _batches(dataset, len(reads.chunks), threads, shared)
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():
@@ -447,14 +470,13 @@ def _batches(
     reads: grain.MapDataset,
     chunks: int,
     threads: int,
-    specified: Elements,
     shared: SharedBatches | None = None,
 ) -> grain.IterDataset:
     """Reads ahead and joins every `chunks` reads into a batch, in shared memory if it is given."""
     ahead = _PREFETCH * chunks
     # Grain warns of threads that could have nothing to do, for every evaluation of small batches.
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
-    stack = functools.partial(_stack, specified=specified, shared=shared)
+    stack = functools.partial(_stack, shared=shared)
     return reads.to_iter_dataset(options).batch(chunks, batch_fn=stack)
 
 
@@ -462,20 +484,14 @@ def _chunks(rows: np.ndarray) -> list[list[int]]:
     return [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
 
 
-def _stack(
-    chunks: Sequence[_Chunk], *, specified: Elements, shared: SharedBatches | None
-) -> _Stacked:
+def _stack(chunks: Sequence[_Chunk], *, shared: SharedBatches | None) -> _Stacked:
     records = list(itertools.chain.from_iterable(chunk.records for chunk in chunks))
-    rows = [record.row for record in records]
+    rows, (number, _, specified) = [record.row for record in records], chunks[0]
     arrays = (
-        elements.stack(rows, specified) if shared is None else shared.put(chunks[0].batch, rows)
+        elements.stack(rows, specified) if shared is None else shared.put(number, rows, specified)
     )
     broken = list(itertools.chain.from_iterable(record.broken for record in records))
     return _Stacked(arrays, os.getpid(), broken)
-
-
-def _rng(*words: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 @functools.lru_cache(maxsize=3)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import math
 import mmap
 import os
-from typing import Any
+from typing import Any, NamedTuple
 import weakref
 
 from absl import logging
@@ -31,7 +31,7 @@ class SharedBatches:
 
     Args:
       slots: number of batches that fit. Batches k and k + `slots` must come from the same process.
-      elements: specification of a batch.
+      elements: specification of the largest batch.
       rows: number of rows in a batch.
     """
 
@@ -51,11 +51,18 @@ class SharedBatches:
         except OSError as error:
             _warn(error)
 
-    def put(self, number: int, rows: Sequence[Row]) -> int | dict[str, np.ndarray]:
+    def put(
+        self, number: int, rows: Sequence[Row], specified: Elements | None = None
+    ) -> "Held | dict[str, np.ndarray]":
         """Stacks batch `number`. Called in a worker.
 
+        Args:
+          number: number of the batch.
+          rows: its rows.
+          specified: its elements, none of them larger than those of the memory; None for those.
+
         Returns:
-          The slot that holds the batch, or the batch itself if its slot is in use.
+          Where the batch is held, or the batch itself if its slot is in use.
 
         Raises:
           KeyError, ValueError, TypeError: the rows do not match the specification; see
@@ -63,14 +70,15 @@ class SharedBatches:
         """
         if len(rows) != self._rows:
             raise ValueError(f"the batch has {len(rows)} rows, its memory is for {self._rows}")
-        slot = number % self._slots
-        if self._memory is None or self._used[slot]:
-            return elements.stack(rows, self._elements)
-        elements.stack(rows, self._elements, out=self._batch(slot)[1])
-        self._used[slot] = True
-        return slot
+        contents: Elements = self._elements if specified is None else dict(specified)
+        held = Held(number % self._slots, contents)
+        if self._memory is None or self._used[held.slot]:
+            return elements.stack(rows, contents)
+        elements.stack(rows, contents, out=self._batch(held)[1])
+        self._used[held.slot] = True
+        return held
 
-    def take(self, batch: int | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def take(self, batch: "Held | dict[str, np.ndarray]") -> dict[str, np.ndarray]:
         """Returns the batch for a result of `put`. Called in the main process.
 
         The slot stays in use as long as any of its arrays, or any view of them, is alive.
@@ -78,7 +86,7 @@ class SharedBatches:
         if isinstance(batch, dict):
             return batch
         memory, arrays = self._batch(batch)
-        weakref.finalize(memory, self._used.__setitem__, batch, False).atexit = False
+        weakref.finalize(memory, self._used.__setitem__, batch.slot, False).atexit = False
         return arrays
 
     def close(self) -> None:
@@ -130,19 +138,27 @@ class SharedBatches:
     def _bytes(self, element: Element) -> int:
         return self._rows * math.prod(element.shape) * np.dtype(element.dtype).itemsize
 
-    def _batch(self, slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _batch(self, held: "Held") -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Returns the memory of a slot as bytes, and the arrays in it, which keep it alive."""
         # This has to be a new array, whose base is not an array: then it is the base of the views,
         # and they keep it alive.
-        start = _pages(self._slots) + slot * self._stride
+        start = _pages(self._slots) + held.slot * self._stride
         memory = np.ndarray(self._stride, np.uint8, self._memory, start)
         arrays, offset = {}, 0
-        for name, element in self._elements.items():
+        # By name, since Grain sorts the dicts in what it passes on.
+        for name, element in sorted(held.elements.items()):
             size = self._bytes(element)
             flat = memory[offset : offset + size].view(element.dtype)
             arrays[name] = flat.reshape(self._rows, *element.shape)
             offset += _pages(size)
         return memory, arrays
+
+
+class Held(NamedTuple):
+    """The slot of a batch, and what the batch holds."""
+
+    slot: int
+    elements: Elements
 
 
 def _file_id(file: int) -> _FileId:

@@ -66,7 +66,13 @@ class Splits(Generic[Examples]):
             workers=self.workers,
             max_broken=self.max_broken,
             put_on_devices=put_on_devices,
+            transform_at=self._transform_at(seed),
         )
+
+    def _transform_at(self, seed: int) -> Callable[[int], pipeline.Transform] | None:
+        """The transform of the training batch of a step; None for the same one at every step."""
+        del seed
+        return None
 
     @property
     def name(self) -> str:
@@ -75,8 +81,13 @@ class Splits(Generic[Examples]):
 
     @property
     def elements(self) -> Elements:
-        """Specification of the arrays in every batch."""
+        """Specification of the arrays in every batch; in held-out ones where sizes vary."""
         return elements.of_batch(self.train_transform.elements)
+
+    @property
+    def train_elements(self) -> dict[int, Elements]:
+        """Specification of the arrays in training batches, by the side of their images."""
+        return {self.elements["image"].shape[0]: self.elements}
 
     def examples(self, split: str) -> int:
         """Number of examples in a split, "train" or "eval"."""

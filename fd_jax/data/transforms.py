@@ -4,6 +4,8 @@ All random numbers come from the generator that is passed in, so the augmentatio
 depends on the seed, the epoch and its position in the dataset alone.
 """
 
+from collections.abc import Mapping
+import dataclasses
 import math
 from typing import Protocol
 
@@ -15,6 +17,7 @@ from fd_jax.data.datasets import Example
 from fd_jax.data.decoding import decode
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.randaugment import RandAugment
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import cropping, sizes
 from fd_jax.models.cropping import EVAL_RATIO
@@ -232,3 +235,20 @@ class LabelledImage:
     def __call__(self, example: Example, rng: np.random.Generator) -> Row:
         """Transforms the image. -> {"image": uint8 [S, S, 3], "label": int}"""
         return {"image": self.transform(example.image, rng), "label": example.label}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """The transform of the training batch of each step, where the side of images varies.
+
+    Attributes:
+      by_side: transforms by the side of their images.
+      resolutions: the side at each step.
+    """
+
+    by_side: Mapping[int, LabelledImage]
+    resolutions: Resolutions
+
+    def __call__(self, step: int) -> LabelledImage:
+        """The transform of the batch of a step."""
+        return self.by_side[self.resolutions.at(step)]

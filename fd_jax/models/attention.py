@@ -157,14 +157,21 @@ class Attention(nnx.Module):
         """Queries, keys and values, arranged for a rotation. [B, N, D] -> 3 x [B, N, A, d]."""
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
         batch, tokens, width = x.shape
-        rows, kernel = x.reshape(-1, width), self.qkv.kernel[...]
+        rows, kernel, lora = x.reshape(-1, width), self.qkv.kernel[...], self.qkv.lora
+        reduced = None if lora is None else lora.reduce(rows)
+
+        def arranged(parameter: jax.Array, index: int) -> jax.Array:
+            if rotate is None or index == 2:  # values are not rotated
+                return parameter
+            return rotate.arranged(parameter, self.heads)
+
         parts = []
         for index, bias in enumerate(biases):
-            weights = kernel[:, index]
-            if rotate is not None and index < 2:  # values are not rotated
-                weights = rotate.arranged(weights, self.heads)
-                bias = None if bias is None else rotate.arranged(bias, self.heads)
+            weights = arranged(kernel[:, index], index)
+            bias = None if bias is None else arranged(bias, index)
             part: jax.Array = linear(rows, weights, bias, self.qkv.dtype, self.qkv.grad_dtype)
+            if lora is not None:
+                part = part + lora.expand(reduced, arranged(lora.b[...][:, index], index))
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))
         return parts
 

@@ -218,6 +218,15 @@ class Backbone(nnx.Module):
         return params
 
     @staticmethod
+    def block_of(path: str, arch: dict[str, Any]) -> int:
+        """The first block that reads a parameter, where blocks are counted over all stages.
+
+        -1 for the embedding; the number of all blocks for what comes after them. What stands
+        between two stages belongs to a block of the stage that holds it.
+        """
+        raise NotImplementedError
+
+    @staticmethod
     def untied(arch: dict[str, Any]) -> dict[str, Any]:
         """The same architecture, in a network whose blocks share no position bias."""
         return arch

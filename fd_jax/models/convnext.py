@@ -157,6 +157,17 @@ class ConvNeXt(Backbone):
         return sum(groups[: int(parts[1])]) + block // GROUP + 1
 
     @staticmethod
+    def block_of(path: str, arch: dict[str, Any]) -> int:
+        """See `Backbone`; a halving belongs to the first block after it."""
+        parts = path.split("/")
+        if parts[0] in ("patch_embed", "patch_norm"):
+            return -1
+        if parts[0] != "stages":
+            return sum(arch["depths"])
+        block = int(parts[3]) if parts[2] == "blocks" else 0
+        return sum(arch["depths"][: int(parts[1])]) + block
+
+    @staticmethod
     def first_stages(arch: dict[str, Any], stages: int) -> dict[str, Any]:
         """The architecture of the first stages; three end at 1/16 of the input's side."""
         return {k: v[:stages] if k in ("widths", "depths") else v for k, v in arch.items()}

@@ -1,5 +1,6 @@
-"""Layers on top of an encoder: the projector of distillation and the classifier."""
+"""Layers on top of an encoder: the projectors of distillation and the classifier."""
 
+from collections.abc import Callable
 import math
 from typing import Any, Literal
 
@@ -47,6 +48,39 @@ class Projector(nnx.Module):
             rows, self.kernel[...], self.bias[...], self.dtype, self.grad_dtype
         )
         return out.reshape(*tokens.shape[:-1], -1)
+
+
+class MlpProjector(nnx.Module):
+    """Two layers with GELU between them, each of which starts like `Projector`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        out: int,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        grad_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.hidden = Projector(width, hidden, dtype=dtype, grad_dtype=grad_dtype, rngs=rngs)
+        self.out = Projector(hidden, out, dtype=dtype, grad_dtype=grad_dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[..., D_s] -> [..., D_t] in `dtype`."""
+        return self.out(layers.activate(self.hidden(tokens), "gelu_erf"))
+
+
+class SeparateProjectors(nnx.Module):
+    """A projector for the class token, which comes first, and another one for the patches."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], Any], *, rngs: nnx.Rngs):
+        self.cls, self.patch = make(rngs), make(rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, 1 + P, D_s] -> [B, 1 + P, D_t]."""
+        parts = self.cls(tokens[:, :1]), self.patch(tokens[:, 1:])
+        return jnp.concatenate(parts, axis=1)
 
 
 class Classifier(nnx.Module):

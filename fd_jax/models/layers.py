@@ -193,7 +193,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nnx.Module):
-    """A linear layer on tokens: kernel [D, *out], float32 master, matmul in `dtype`."""
+    """A linear layer on tokens: kernel [D, *out], float32 master, matmul in `dtype`.
+
+    Attributes:
+      lora: a low-rank update of the kernel, see `lora.LowRank`; None without one.
+    """
+
+    lora: Any = None
 
     def __init__(
         self,
@@ -222,6 +228,8 @@ class Dense(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         rows = x.reshape(-1, x.shape[-1])
         y: jax.Array = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
+        if self.lora is not None:
+            y = y + self.lora(rows)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 

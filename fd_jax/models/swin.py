@@ -282,6 +282,14 @@ class Swin(Backbone):
         return sum(arch["depths"][: stage + 1])
 
     @staticmethod
+    def block_of(path: str, arch: dict[str, Any]) -> int:
+        """See `Backbone`; a merging belongs to the last block before it."""
+        parts = path.split("/")
+        if parts[0] == "stages" and parts[2] == "rel_pos_bias":
+            return sum(arch["depths"][: int(parts[1])])
+        return Swin.layer_id(path, arch) - 1
+
+    @staticmethod
     def first_stages(arch: dict[str, Any], stages: int) -> dict[str, Any]:
         """The architecture of the first stages; three end at 1/16 of the input's side."""
         per_stage = ("depths", "heads", "pretrained_windows")

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from fd_jax.errors import ConfigError
-from fd_jax.models import resize, sizes
+from fd_jax.models import resize, sizes, trees
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.typing import PyTree
@@ -27,6 +27,7 @@ class Changes:
       keep_head: whether the classifier head (and its `fc_norm`) is taken over.
       patch_size: side of its patches, to which the embedding's kernel is resized; 0 to keep it.
       window: side of a SwinV2's windows in tokens, whose bias networks take any; 0 to keep it.
+      position: another kind of positions, which start fresh; "" to keep those that there are.
     """
 
     image_size: ImageSize
@@ -35,6 +36,7 @@ class Changes:
     keep_head: bool
     patch_size: int = 0
     window: int = 0
+    position: str = ""
 
 
 def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
@@ -42,7 +44,7 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
 
     Raises:
       ConfigError: a final norm is to be kept that is not there, or the network cannot have other
-        windows.
+        windows or positions.
     """
     family = FAMILIES[spec.family]
     arch = {**spec.arch, "image_size": sizes.plain(changes.image_size)}
@@ -58,6 +60,7 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
     if "final_norm" in arch:
         arch["final_norm"] = changes.final_norm
     arch = family.untied(arch) if changes.untie else arch
+    arch |= _position(spec, changes)
     return dataclasses.replace(spec, arch=arch, class_names=None, segmenter=None, pool=None)
 
 
@@ -72,6 +75,16 @@ def _with_window(spec: ModelSpec, arch: dict[str, Any], window: int) -> dict[str
         )
     kept = {name: value for name, value in arch.items() if name != "windows_at"}
     return {**kept, "window": window}
+
+
+def _position(spec: ModelSpec, changes: Changes) -> dict[str, str]:
+    """The keyword of the architecture that another kind of positions changes."""
+    if changes.position and "position" not in spec.arch:
+        raise ConfigError(
+            f"position={changes.position!r}, but a network of the family {spec.family!r} has "
+            f"positions of its own kind only, as {spec.source!r} has; leave it out"
+        )
+    return {"position": changes.position} if changes.position else {}
 
 
 def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, list[str]]:
@@ -106,7 +119,9 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     if changes.untie and family.untied(arch) != arch:
         encoder = family.untie_positions(encoder, arch)
         report.append("copied   the shared position bias into every block")
-    dropped = [name for name in parts if name not in ("encoder", "head", "fc_norm")]
+    encoder, dropped, fresh = _other_positions(encoder, resized, changes)
+    report += [f"fresh    encoder/{name}, for {changes.position!r} positions" for name in fresh]
+    dropped += [name for name in parts if name not in ("encoder", "head", "fc_norm")]
     if not changes.final_norm and "norm" in encoder:
         encoder = {name: value for name, value in encoder.items() if name != "norm"}
         dropped.append("encoder/norm")
@@ -119,3 +134,20 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     if dropped:
         report.append(f"dropped  {', '.join(sorted(dropped))}")
     return taken, report
+
+
+def _other_positions(
+    encoder: PyTree, spec: ModelSpec, changes: Changes
+) -> tuple[PyTree, list[str], list[str]]:
+    """The encoder without the tables that another kind of positions has no use for.
+
+    Returns:
+      The encoder, and the paths of what was dropped and of what starts fresh.
+    """
+    if not changes.position or changes.position == spec.arch.get("position"):
+        return encoder, [], []
+    arch = {**spec.arch, **_position(spec, changes)}
+    wanted = trees.paths(dataclasses.replace(spec, arch=arch).abstract()[1])
+    stored = trees.paths(encoder)
+    dropped = sorted(f"encoder/{path}" for path in stored - wanted)
+    return trees.chosen(encoder, wanted.__contains__), dropped, sorted(wanted - stored)

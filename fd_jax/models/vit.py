@@ -202,6 +202,13 @@ class ViT(Backbone):
             return int(rest.split("/")[0]) + 1
         return arch["depth"] + 1
 
+    @staticmethod
+    def block_of(path: str, arch: dict[str, Any]) -> int:
+        """See `Backbone`; a position bias that all blocks share is read by the first one."""
+        if path.startswith("rel_pos_bias/"):
+            return 0
+        return ViT.layer_id(path, arch) - 1
+
     def embed(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Tokens as they enter the first block; arguments as in `__call__`. -> [B, N, D]."""
         self._check_images(images)

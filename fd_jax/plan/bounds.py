@@ -21,7 +21,8 @@ class Bounds:
       interconnect: time for each chip to receive its bytes over all its links together.
       images_per_second: upper bound for the slice.
       mfu: upper bound: model FLOPs at that rate, divided by peak.
-      chip_hours: lower bound for the whole run.
+      chip_hours: lower bound for the whole run; of its matmuls alone where image sizes vary, since
+        only the step of the largest size is compiled.
       estimated_seconds: the compiler's estimated cycles of all instructions in sequence, and the
         bundles of our kernels; it may underestimate collectives. None below the compiler's full
         effort.
@@ -69,6 +70,8 @@ def step_bounds(
     hbm = compiled.hbm_traffic * target.devices_per_chip / chip.hbm_bandwidth
     interconnect = received / chip.interconnect
     seconds = max(compute, hbm, interconnect)
+    varies = experiment.resolutions.varies
+    mean_seconds = compute * experiment.mean_share if varies else seconds
     estimated = None
     if compiled.effort == 0 and chip.clock_hz:
         estimated = (compiled.module.cycles() + kernel_cycles) / chip.clock_hz
@@ -78,7 +81,7 @@ def step_bounds(
         interconnect=interconnect,
         images_per_second=batch / seconds,
         mfu=work.model * batch / peak / seconds,
-        chip_hours=experiment.total_steps * seconds * target.chips / 3600,
+        chip_hours=experiment.total_steps * mean_seconds * target.chips / 3600,
         estimated_seconds=estimated,
         estimated_mfu=work.model * batch / peak / estimated if estimated else None,
     )

@@ -15,11 +15,12 @@ import ml_collections
 from fd_jax import model_folder, settings
 from fd_jax.convert import families
 from fd_jax.cost.flops import Flops
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.models import kernels
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks import registry
-from fd_jax.tasks.base import Task
+from fd_jax.tasks.base import Resizes, Task
 from fd_jax.typing import Config
 
 # Number of training images by dataset and split, for the datasets in configs/.
@@ -47,13 +48,30 @@ class Experiment:
     total_steps: int
 
     @property
+    def resolutions(self) -> Resolutions:
+        """Sides of the training images, of which the largest is planned."""
+        return Resolutions.of(self.config)
+
+    @property
+    def mean_share(self) -> float:
+        """FLOPs of a mean training image of the run, over those of one of the largest size."""
+        if not self.resolutions.varies or not isinstance(self.task, Resizes):
+            return 1.0
+        task, largest = self.task, self.work.executed
+        shares = self.resolutions.shares(self.total_steps)
+        return sum(part * task.flops_at(side).executed / largest for side, part in shares.items())
+
+    @property
     def work(self) -> Flops:
-        """FLOPs of a step, per image.
+        """FLOPs of a step, per image; per image of the largest size where sizes vary.
 
         Raises:
           ConfigError: the task has no closed form, which a plan compares with the program.
         """
-        work = self.task.flops()
+        task, sides = self.task, self.resolutions
+        if sides.varies and isinstance(task, Resizes):
+            return task.flops_at(sides.every[-1])
+        work = task.flops()
         if work is None:
             raise ConfigError(
                 f"{type(self.task).__name__}.flops() returns no closed form, but a plan needs one"
@@ -128,10 +146,10 @@ def _resolve(network: registry.Network, start: str) -> tuple[ModelSpec | None, s
         return spec, f"converter source {source}"
     if network.optional:
         return None, "random weights"
-    if network.role == registry.TEACHER:
+    if network.field:
         raise ConfigError(
-            f"there is no teacher at {network.path}; to plan without it, set "
-            "--config.teacher.source to its converter source"
+            f"there is no {network.role} at {network.path}; to plan without it, set "
+            f"--config.{network.field} to its converter source"
         )
     raise ConfigError(
         f"there is no model folder at init_from={network.path!r}; to plan without it, say "

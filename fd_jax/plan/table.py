@@ -27,6 +27,7 @@ def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int])
         "devices": len(target.devices),
         "mesh": mesh_shape,
         "batch_size": config.batch_size,
+        "image_sizes": list(experiment.resolutions.every),
         "accumulation": config.accumulation,
         "dtype": config.dtype,
         "remat": config.remat,
@@ -147,10 +148,19 @@ def facts(plan: dict[str, Any]) -> str:
             + (f", {plan['accumulation']} micro-batches" if plan["accumulation"] > 1 else "")
             + (f", remat {plan['remat']}" if plan["remat"] else ""),
         ),
+        *_sizes_row(plan),
         ("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen"),
         ("FLOPs per image", f"{work['closed_form'] / 1e9:.2f} G by closed form"),
     ]
     return _lines(rows)
+
+
+def _sizes_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which of several image sizes is planned; nothing where there is one."""
+    *smaller, largest = plan["image_sizes"]
+    listed = ", ".join(map(str, smaller))
+    text = f"{largest} px, the largest size, is planned; steps of {listed} px take less"
+    return [("images", text)] if smaller else []
 
 
 def outcome(plan: dict[str, Any]) -> str:
@@ -234,7 +244,11 @@ def _fitting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{bound['images_per_second_per_chip_at_most']:,.0f} per chip, "
             f"MFU {bound['mfu_at_most']:.2f}",
         ),
-        ("at least", f"{bound['chip_hours_at_least']:,.1f} chip-hours"),
+        (
+            "at least",
+            f"{bound['chip_hours_at_least']:,.1f} chip-hours"
+            + (" in matmuls, over all sizes" if len(plan["image_sizes"]) > 1 else ""),
+        ),
     ]
     if estimate["step_seconds"]:
         rows.append(

@@ -1,7 +1,8 @@
-"""How well the student of a run predicts its teacher, in numbers and in coloured maps."""
+"""How well the student of a run predicts its teachers, in numbers and in coloured maps."""
 
 from collections.abc import Mapping
 import json
+from typing import Any
 
 from etils import epath
 import jax
@@ -11,14 +12,20 @@ import numpy as np
 
 from fd_jax import files, model_folder
 from fd_jax.data.feed import Feed
-from fd_jax.errors import UserError
+from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
-from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks import sections
+from fd_jax.tasks.distill import DistillTask, OfTeacher
+from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.training import workdir as workdirs
+from fd_jax.training.program import overlay
 from fd_jax.typing import Config, PyTree
 
 AGREEMENT = "agreement.json"
+TEACHERS = (
+    "teachers"  # key of agreement.json whose value has the scores of each of several teachers
+)
 BATCH = 64
 EXAMPLES = 256  # of each split, evenly spread: what a laptop measures in seconds
 MAP_IMAGES = 6
@@ -32,11 +39,17 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 def has_maps(config: Config) -> bool:
     """Whether the student learns a whole map, which is what can be compared and drawn."""
-    return config.target.kind == "full"
+    return bool(_with_maps(config))
+
+
+def _with_maps(config: Config) -> dict[str, sections.Section]:
+    """The teachers whose whole map the student learns."""
+    named = sections.of(config)
+    return {name: section for name, section in named.items() if section.target.kind == "full"}
 
 
 def blocks(config: Config, workdir: epath.Path, folder: epath.Path) -> list[document.Block]:
-    """Measures and draws; the part of a report that needs data, teacher and student.
+    """Measures and draws; the part of a report that needs data, teachers and student.
 
     Args:
       config: of a run with `has_maps`.
@@ -44,35 +57,55 @@ def blocks(config: Config, workdir: epath.Path, folder: epath.Path) -> list[docu
       folder: existing folder that receives agreement.json and the maps.
 
     Raises:
-      UserError: the teacher or the data is not there any more.
+      UserError: a teacher or the data is not there any more.
     """
+    config = as_plain(config)
     feed = Feed(**config.data)
     task = DistillTask(config)
-    trained = load_trained(workdir)
-    untrained = initial(task, config.seed)
-    scores = measure(task, feed, before=untrained, after=trained)
-    files.write_text(folder / AGREEMENT, json.dumps(scores, indent=2) + "\n")
-    grid = _draw(config, feed, {"before": untrained, "after": trained}, folder / "maps.png")
-    return _blocks(task, feed, scores, grid)
+    trained, extra = load_trained(task, workdir)
+    students = {"before": initial(task, config.seed), "after": trained}
+    scores: dict[str, Scores] = {}
+    result: list[document.Block] = []
+    for name in _with_maps(config):
+        scores[name] = measure(task.of_teacher(name, extra), feed, **students)
+        picture = f"maps_{name}.png" if name else "maps.png"
+        grid = _draw(config, name, feed, students, extra, folder / picture)
+        result += _blocks(task, name, feed, scores[name], grid, picture)
+    # The file of a run with one teacher has no level of names.
+    content = scores[SINGLE_TEACHER] if SINGLE_TEACHER in scores else {TEACHERS: scores}
+    files.write_text(folder / AGREEMENT, json.dumps(content, indent=2) + "\n")
+    return result
 
 
-def load_trained(workdir: epath.Path) -> PyTree:
-    """The student and projector of a finished run."""
-    return jax.tree.map(jnp.asarray, model_folder.load(workdir / workdirs.MODEL)[1])
+def as_plain(config: Config) -> Config:
+    """The config of a run with the student as its model folder has it: whole, and of one size."""
+    result: Config = ml_collections.ConfigDict(config.to_dict())
+    result.student.freeze_blocks = 0
+    result.data.update(sizes=(), phases=())
+    if "lora" in result:
+        result.lora.rank = 0
+    return result
+
+
+def load_trained(task: DistillTask, workdir: epath.Path) -> tuple[PyTree, PyTree]:
+    """The student and projectors of a finished run, and the state that was not trained."""
+    parts = jax.tree.map(jnp.asarray, model_folder.load(workdir / workdirs.MODEL)[1])
+    extra = task.extra_of(parts)
+    return {name: parts[name] for name in ("encoder", "projector")}, extra
 
 
 def initial(task: DistillTask, seed: int) -> PyTree:
-    """The student and projector with which step 0 of the run began."""
+    """The student and projectors with which step 0 of the run began."""
     # Without jit, since blocks repeat each other: their operations are compiled once for all.
-    return task.init(jax.random.key(seed))[0]
+    return overlay(task.init(jax.random.key(seed))[0], task.load_initial())
 
 
-def measure(task: DistillTask, feed: Feed, *, before: PyTree, after: PyTree) -> Scores:
+def measure(task: OfTeacher, feed: Feed, *, before: PyTree, after: PyTree) -> Scores:
     """Agreement "before" and "after" on held-out images, and "training" on those seen in training.
 
     A run without held-out images has only "training".
     """
-    frozen = jax.tree.map(jnp.asarray, task.load_frozen())
+    frozen = jax.tree.map(jnp.asarray, task.load())
 
     def totals(split: str, students: Mapping[str, PyTree]) -> dict[str, agreement.Totals]:
         batches = feed.sequential(split, batch_size=BATCH, examples=EXAMPLES)
@@ -87,11 +120,19 @@ def measure(task: DistillTask, feed: Feed, *, before: PyTree, after: PyTree) -> 
     return scores
 
 
-def summary(scores: Scores) -> list[str]:
-    """The agreement of a report in a few lines."""
+def summary(content: dict[str, Any]) -> list[str]:
+    """The agreement of a report in a few lines, from the content of agreement.json."""
+    named = content[TEACHERS] if TEACHERS in content else {"": content}
+    return [line for name, scores in named.items() for line in _summary(scores, name)]
+
+
+def _summary(scores: Scores, name: str) -> list[str]:
     if "after" not in scores:
-        return [f"  {k}  R2 in training {v['r2']:.3f}" for k, v in scores["training"].items()]
-    return ["held-out agreement with the teacher"] + [
+        return [
+            f"  {f'{name} {kind}'.lstrip()}  R2 in training {values['r2']:.3f}"
+            for kind, values in scores["training"].items()
+        ]
+    return [f"held-out agreement with {name or 'the teacher'}"] + [
         f"  {kind:5s}  R2 {before['r2']:.3f} -> {after['r2']:.3f} "
         f"(training images: {scores['training'][kind]['r2']:.3f})   "
         f"cosine {before['cosine']:.3f} -> {after['cosine']:.3f} "
@@ -105,43 +146,57 @@ def _pairs(scores: Scores) -> list[tuple[str, dict[str, float], dict[str, float]
 
 
 def _draw(
-    config: Config, feed: Feed, students: Mapping[str, PyTree], path: epath.Path
+    config: Config,
+    name: str,
+    feed: Feed,
+    students: Mapping[str, PyTree],
+    extra: PyTree,
+    path: epath.Path,
 ) -> tuple[int, int]:
-    """Draws the maps of the teacher and of each student; returns their grid."""
+    """Draws the maps of one teacher and of each student; returns their grid."""
     trained = DistillTask(config).student_spec
-    task = DistillTask(enlarged(config))
-    size = task.student.image_size
+    whole = DistillTask(enlarged(config))
+    task, size = whole.of_teacher(name, extra), whole.student.image_size
     images = _images(feed, size)
     target, predict = jax.jit(task.teacher_target), jax.jit(task.predict)
 
     def patches(tokens: jax.Array) -> np.ndarray:
         return np.asarray(agreement.split_kinds(tokens, cls=task.cls)["patch"])
 
-    maps = {"teacher": patches(target(task.load_frozen(), {"image": images}))}
-    for name, params in students.items():
+    maps = {"teacher": patches(target(task.load(), {"image": images}))}
+    for student, params in students.items():
         encoder = jax.tree.map(np.asarray, params["encoder"])
         params = {**params, "encoder": trained.resized(encoder, size)[1]}
-        maps[f"student, {name}"] = patches(predict(params, {"image": images}))
-    pictures.maps(images, maps, path, grid=task.student.grid, reference="teacher")
-    return task.student.grid
+        maps[f"student, {student}"] = patches(predict(params, {"image": images}))
+    pictures.maps(images, maps, path, grid=task.goal.grid, reference="teacher")
+    return task.goal.grid
 
 
 def enlarged(config: Config) -> Config:
     """The config at a larger image size, whose maps show more; as it is where there is none.
 
     Patches keep their size. The side of the map is `MAP_FACTOR` times that of training, and at
-    least `MAP_GRID`. Not every size suits the windows of a Swin.
+    least `MAP_GRID`. Not every size suits the windows of a Swin, and statistics of a teacher's
+    tokens are those of one size.
     """
     task = DistillTask(config)
     rows = task.student.grid[0]
     wanted = max(MAP_GRID, MAP_FACTOR * rows)
-    sides = [size * wanted for size in (task.student.image_size, task.goal.teacher.image_size)]
-    if any(side % rows for side in sides):
-        return config
     result: Config = ml_collections.ConfigDict(config.to_dict())
-    result.student.arch.image_size = result.data.image_size = sides[0] // rows
-    result.teacher.image_size = sides[1] // rows
+
+    def larger(side: int) -> int:
+        if side * wanted % rows:
+            raise ConfigError(f"no size of {rows} patches a side is {side} pixels times {wanted}")
+        return side * wanted // rows
+
     try:
+        side = larger(task.student.image_size)
+        result.student.arch.image_size = result.data.image_size = side
+        for goal in task.goals.each.values():
+            if goal.target.fitted:
+                return config
+            network = result.teachers[goal.section.name] if goal.section.name else result.teacher
+            network.image_size = larger(goal.teacher.image_size)
         DistillTask(result)
     except UserError:
         return config
@@ -167,17 +222,23 @@ def _images(feed: Feed, size: int) -> np.ndarray:
 
 
 def _blocks(
-    task: DistillTask, feed: Feed, scores: Scores, grid: tuple[int, int]
+    task: DistillTask,
+    name: str,
+    feed: Feed,
+    scores: Scores,
+    grid: tuple[int, int],
+    picture: str,
 ) -> list[document.Block]:
-    teacher, student = task.goal.teacher, task.student
-    trained = " x ".join(map(str, student.grid))
+    goal, student = task.goals.each[name], task.student
+    teacher, which = goal.teacher, f"the teacher {name}".rstrip()
+    trained = " x ".join(map(str, goal.grid))
     shown = " x ".join(map(str, grid))
     columns = ("R2 before", "R2 after", "R2 in training", "cosine before", "cosine after")
     return [
-        document.Heading("Agreement with the teacher"),
+        document.Heading(f"Agreement with {which}"),
         document.Paragraph(
             f"Teacher: {teacher.spec.source}, {teacher.width} wide, {teacher.depth} deep, frozen. "
-            f"Student: {student.width} wide, {student.depth} deep, from random weights. "
+            f"Student: {student.width} wide, {student.depth} deep, from {_origin(task)}. "
             f"Input {student.image_size} px, grid {trained}."
         ),
         document.Table(("token", *columns, "cosine of the mean"), _rows(scores)),
@@ -188,8 +249,8 @@ def _blocks(
             "predicts this constant has R2 0 and the cosine in the last column.",
             quiet=True,
         ),
-        document.Heading("Feature maps"),
-        document.Picture("maps.png", "pictures, the teacher's features, and the student's"),
+        document.Heading(f"Feature maps of {which}" if name else "Feature maps"),
+        document.Picture(picture, "pictures, the teacher's features, and the student's"),
         document.Paragraph(
             "Colours are the first three principal components of the teacher's patch tokens, the "
             f"same for every column. The maps have {shown} patches; in training they had "
@@ -197,6 +258,11 @@ def _blocks(
             quiet=True,
         ),
     ]
+
+
+def _origin(task: DistillTask) -> str:
+    config = task.config
+    return config.student.get("init_from", "") or config.init_from or "random weights"
 
 
 def _count(feed: Feed, split: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fd_jax.settings import flat
 from fd_jax.show import document, pictures
-from fd_jax.training.watch import EVALUATION, LOWER_IS_BETTER
+from fd_jax.training.watch import EVALUATION, lower_is_better
 from fd_jax.typing import Config
 
 Rows = Sequence[dict[str, float]]
@@ -31,6 +31,8 @@ SHOWN = (
     "optim.layer_decay",
     "seed",
 )
+# The same of each of several teachers.
+OF_TEACHERS = ("source", "weight", "target.kind", "target.normalize")
 RATES = {
     "images_per_second": "images/s",
     "step_seconds": "seconds per step",
@@ -83,7 +85,9 @@ def evaluations(rows: Rows) -> dict[str, list[tuple[int, float]]]:
 
 def _settings(config: Config) -> list[tuple[str, str]]:
     values = flat(config.to_dict())
-    return [(name, str(values[name])) for name in SHOWN if values.get(name) not in (None, "")]
+    teachers = [f"teachers.{name}" for name in config.get("teachers", {})]
+    names = [f"{teacher}.{field}" for teacher in teachers for field in OF_TEACHERS] + [*SHOWN]
+    return [(name, str(values[name])) for name in names if values.get(name) not in (None, "")]
 
 
 def _rates(rows: Rows) -> list[tuple[str, str]]:
@@ -96,6 +100,6 @@ def _rates(rows: Rows) -> list[tuple[str, str]]:
 
 
 def _final(name: str, points: Sequence[tuple[int, float]]) -> tuple[str, ...]:
-    choose = min if name.endswith(LOWER_IS_BETTER) else max
+    choose = min if lower_is_better(name) else max
     step, best = choose(points, key=lambda point: point[1])
     return name, f"{points[-1][1]:.5f}", f"{best:.5f}", str(step)

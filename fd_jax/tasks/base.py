@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     def load_frozen(self) -> PyTree:
-        """Host arrays that a step uses but does not train (teacher, probed encoder), or {}."""
+        """Host arrays that a step uses but does not train (teacher, held weights), or {}."""
         ...
 
     def abstract_frozen(self) -> PyTree:
@@ -102,6 +102,15 @@ class Predicts(Protocol):
 
     def predict(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """What the network says about the images of an unprepared batch. -> [B, ...] float32."""
+        ...
+
+
+@runtime_checkable
+class Resizes(Protocol):
+    """What a task offers besides if its training images may have several sizes."""
+
+    def flops_at(self, image_size: int) -> Flops:
+        """FLOPs of a step, for each image whose side is `image_size` pixels."""
         ...
 
 

@@ -18,6 +18,7 @@ from fd_jax.cost import flops
 from fd_jax.data import mixing
 from fd_jax.data.base import Data
 from fd_jax.data.class_names import Classes
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.evaluation import classification, evaluators
 from fd_jax.metrics import weighted
@@ -28,6 +29,7 @@ from fd_jax.models.spec import CLIP_MEAN, CLIP_STD, FAMILIES, ModelSpec, split
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks import start
 from fd_jax.tasks.base import apply_frozen
+from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
 Trains = Literal["all", "head"]
@@ -79,8 +81,13 @@ class ClassifyTask:
         if config.reference_quirks:  # as in docs/reference.md#quirk-eval-statistics
             self.eval_statistics = dataclasses.replace(self.spec, mean=CLIP_MEAN, std=CLIP_STD)
         self.attention = {"encoder": self.spec.choose_attention(config.attention, dtype=self.dtype)}
-        self.encoder_def, self._encoder_shapes = self.spec.abstract(**self._runtime())
-        self.encoder = nnx.merge(self.encoder_def, self._encoder_shapes)
+        self._encoder = TrainedEncoder(
+            self.spec,
+            share=share_of(config, "model"),
+            sizes=Resolutions.of(config).others,
+            **self._runtime(),
+        )
+        self.encoder_def, self.encoder = self._encoder.definition, self._encoder.network
         if model.pooling == "cls" and not self.encoder.cls:
             raise ConfigError("model.pooling='cls', but the network has no class token; use 'mean'")
         self.classifier_def, _ = split(nnx.eval_shape(lambda: self._classifier(param_keys(0))))
@@ -128,30 +135,30 @@ class ClassifyTask:
                 "mean": jnp.zeros(self.encoder.width),
                 "var": jnp.ones(self.encoder.width),
             }
-        encoder = self.spec.build(rngs=param_keys(encoder_key), **self._runtime())
-        return {"encoder": split(encoder)[1], **params}, {}
+        return {"encoder": self._encoder.init(encoder_key), **params}, {}
 
     def load_initial(self) -> PyTree:
         """The trained parameters that `init_from` provides; prints what it loads and drops."""
         if not self.config.init_from:
             return {}
         taken = self._transferred(report=True)
-        return {name: value for name, value in taken.items() if name != "encoder" or not self.probe}
+        encoder = taken.pop("encoder")
+        return taken if self.probe else {"encoder": self._encoder.divide(encoder)[0], **taken}
 
     def load_frozen(self) -> PyTree:
-        """The probed encoder in the compute dtype, or {} where everything trains."""
+        """The probed encoder in the compute dtype, or what is held of one that trains."""
         if not self.probe:
-            return {}
-        encoder = self._transferred()["encoder"]
+            return self._encoder.load_held(self._stored_encoder)
+        encoder = self._stored_encoder()
         return jax.tree.map(lambda leaf: leaf.astype(self.dtype), {"encoder": encoder})
 
     def abstract_frozen(self) -> PyTree:
         """Shapes and dtypes of `load_frozen`, without reading weights."""
         if not self.probe:
-            return {}
+            return self._encoder.abstract_held()
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype),
-            {"encoder": self._encoder_shapes},
+            {"encoder": self._encoder.shapes},
         )
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
@@ -229,21 +236,26 @@ class ClassifyTask:
         """Held-out loss and accuracy, and nearest neighbours if `eval.knn` is set."""
         return evaluators.from_config(self.config)
 
-    def flops(self) -> flops.Flops:
-        """FLOPs of a step, per image."""
+    def flops_at(self, image_size: int) -> flops.Flops:
+        """FLOPs of a step, for each image whose side is `image_size` pixels."""
         trains = not self.probe
         head = flops.linear(1, self.encoder.width, self.spec.classes, input_gradient=trains)
-        return flops.network(self.spec, trains=trains, remat=self.config.remat) + head
+        return self._encoder.flops(image_size, trains=trains, remat=self.config.remat) + head
+
+    def flops(self) -> flops.Flops:
+        """FLOPs of a step, per image."""
+        return self.flops_at(self.config.data.image_size)
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
         """The encoder and head; a probe's BatchNorm is folded into the head's weights."""
         if not self.probe:
-            return self.spec, params
+            encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
+            return self.spec, {**params, "encoder": encoder}
         scale = jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
         kernel = params["head"]["kernel"] * scale[:, None]
         bias = params["head"]["bias"] - extra["mean"] @ kernel
         parts = {
-            "encoder": self._transferred()["encoder"],
+            "encoder": self._stored_encoder(),
             "head": {"kernel": kernel, "bias": bias},
         }
         if "norm" in self.spec.pooling:
@@ -254,15 +266,20 @@ class ClassifyTask:
     def _encode(self, params: PyTree, frozen: PyTree, images: jax.Array, drops: Any):
         if self.probe:
             return apply_frozen(self.encoder_def, frozen["encoder"], images)
-        return nnx.merge(self.encoder_def, params["encoder"])(images, drops=drops)
+        encoder = self._encoder.build(params["encoder"], frozen, images.shape[1])
+        return encoder(images, drops=drops)
 
     def _eval_images(self, batch: Batch) -> jax.Array:
         return self.eval_statistics.normalize(batch["image"], self.dtype)
 
+    def _stored_encoder(self) -> PyTree:
+        """The encoder of `init_from` as this network starts from it."""
+        return self._transferred()["encoder"]
+
     def _transferred(self, *, report: bool = False) -> PyTree:
         """The parts of `init_from` that this network starts from; `report` prints them."""
         parts = {"head", "fc_norm"} if "norm" in self.spec.pooling else {"head"}
-        return start.load(self.config, self.changes, parts=parts, report=report)
+        return start.load(self.config.init_from, self.changes, parts=parts, report=report)
 
     def _runtime(self) -> dict[str, Any]:
         return {

@@ -1,12 +1,14 @@
-"""Feature distillation: a student learns the feature map of a frozen teacher.
+"""Feature distillation: a student learns the features of one or several frozen teachers.
 
-The method is in docs/reference.md#method.
+The method is in docs/reference.md#method, and that of several teachers in
+docs/several_teachers.md.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
-from flax import nnx
+from etils import epath
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,30 +16,40 @@ import optax
 from fd_jax import model_folder, optimizer
 from fd_jax.cost import flops
 from fd_jax.data.base import Data
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
+from fd_jax.models import transfer
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.keys import param_keys
-from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
-from fd_jax.tasks.goal import Goal, Target
+from fd_jax.tasks import goals, sections, start
+from fd_jax.tasks.dropping import Dropping, loss_of_kept
+from fd_jax.tasks.encoder import TrainedEncoder, share_of
+from fd_jax.tasks.goal import Goal
+from fd_jax.tasks.goals import STANDARDIZED, Goals, metric_name
+from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
-# The name of the teacher in a run with a single one. Its weights and its projector are not nested
-# under a name, so that the trees are those of one network.
-SINGLE_TEACHER = ""
+# The part of the state that holds the teachers' running losses, and the entry of a batch with the
+# random numbers by which teachers are dropped.
+DROPPING, DROPPING_DRAWS = "dropping", "teacher_dropping"
+# The part of a model folder that holds what running normalisations have measured.
+TARGET_STATISTICS = "target_statistics"
 
 
 class DistillTask:
     """The student and the goals that a config describes: what it learns from each teacher.
 
-    The loss is the sum over the goals.
+    The loss is the sum over the goals, or over those that `config.dropping` keeps.
 
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
-      goals: goal for each teacher by name; a single teacher is named `SINGLE_TEACHER`.
+      changes: how it differs from the network in `student.init_from`; None without one.
+      goals: what it learns from each teacher; a single teacher is named `SINGLE_TEACHER`.
+      dropping: which teachers an image learns from; None for all.
       attention: name of the attention implementation of each network, the student first.
     """
 
@@ -48,62 +60,56 @@ class DistillTask:
         config: Config,
         *,
         teacher_spec: ModelSpec | None = None,
-        teachers: Mapping[str, Teacher] | None = None,
+        teacher_specs: Mapping[str, ModelSpec] | None = None,
+        student_spec: ModelSpec | None = None,
     ):
         """Checks the config and defines all networks; reads no weights.
 
         Args:
           config: see configs/base.py for the fields; one that `settings.check` accepts.
-          teacher_spec: replaces the spec in the folder `config.teacher.path`, for planning without
+          teacher_spec: replaces the spec in the folder of the only teacher, for planning without
             weights.
-          teachers: several teachers by name, in place of `config.teacher`.
+          teacher_specs: the same by the names of several teachers.
+          student_spec: replaces the spec in the folder `config.student.init_from`, for planning
+            without weights.
 
         Raises:
           ConfigError: the settings cannot work together; the message has the numbers.
-          ModelFolderError: there is no teacher at `config.teacher.path`.
+          ModelFolderError: there is no teacher at the path of its section, or no network at
+            `config.student.init_from`.
         """
         self.config = config
         self.dtype = compute_dtype(config.dtype)
-        target = Target(**config.target)
-        self.student_spec = ModelSpec(
-            family=config.student.family,
-            arch=config.student.arch.to_dict(),
-            source=f"distilled by fd_jax from {config.teacher.source}",
-        )
-        if teachers is None:
-            head = target.kind == "logits"
-            teacher = Teacher(
-                config.teacher,
-                dtype=self.dtype,
-                head=head,
-                attention=config.attention,
-                spec=teacher_spec,
-            )
-            teachers = {SINGLE_TEACHER: teacher}
+        specs = {SINGLE_TEACHER: teacher_spec, **(teacher_specs or {})}
+        named = sections.of(config)
+        origins = " and ".join(each.network.source or each.name for each in named.values())
+        self._init_from: str = config.student.get("init_from", "")
+        self.student_spec, self.changes = self._student(origins, student_spec)
         chosen = self.student_spec.choose_attention(config.attention, dtype=self.dtype)
         self.attention = {"student": chosen}
-        for name, teacher in teachers.items():
-            self.attention[f"teacher {name}".rstrip()] = teacher.attention
-        self.student_def, shapes = self.student_spec.abstract(**self._student_runtime())
-        self.student: Any = nnx.merge(self.student_def, shapes)
+        resolutions = Resolutions.of(config)
+        self._encoder = TrainedEncoder(
+            self.student_spec,
+            share=share_of(config, "student"),
+            sizes=resolutions.others,
+            **self._student_runtime(),
+        )
+        self.student_def, self.student = self._encoder.definition, self._encoder.network
         self._check_size()
-        self.goals = {
-            name: Goal(
-                teacher,
-                target,
-                self.student,
-                beta=config.loss_beta,
-                dtype=self.dtype,
-                grad_dtype=jnp.dtype(config.grad_reduce_dtype),
-            )
-            for name, teacher in teachers.items()
-        }
+        self.goals = Goals(
+            {name: self._goal(section, specs.get(name)) for name, section in named.items()}
+        )
+        for goal in self.goals.each.values():
+            self.attention[goal.section.role] = goal.teacher.attention
+        for size in resolutions.others:
+            self.goals.check_grid(self._encoder.grid(size), size)
+        rate = config.dropping.rate if "dropping" in config else 0.0
+        self.dropping = Dropping(**config.dropping) if rate else None
 
     @property
     def goal(self) -> Goal:
         """The only goal of a run with one teacher."""
-        (goal,) = self.goals.values()
-        return goal
+        return self.goals.only
 
     @property
     def cls(self) -> bool:
@@ -116,92 +122,110 @@ class DistillTask:
             data.number_labels()
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """A random student and a random projector for each teacher."""
-        encoder_key, *projector_keys = jax.random.split(key, 1 + len(self.goals))
-        encoder = self.student_spec.build(rngs=param_keys(encoder_key), **self._student_runtime())
-        keys = zip(self.goals.items(), projector_keys, strict=True)
-        projectors = _nest_by_teacher({name: goal.init(key) for (name, goal), key in keys})
-        return {"encoder": split(encoder)[1], "projector": projectors}, {}
+        """A random student, a random projector for each teacher, and what is measured meanwhile."""
+        encoder_key, *projector_keys = jax.random.split(key, 1 + len(self.goals.each))
+        projectors = self.goals.init(projector_keys)
+        params = {"encoder": self._encoder.init(encoder_key), "projector": projectors}
+        return params, self._init_extra()
 
     def load_initial(self) -> PyTree:
-        """The student in `init_from`, to continue from; {} if `init_from` is empty."""
-        if not self.config.init_from:
+        """The student to start or to continue from, of what trains; {} without a folder."""
+        if not self._init_from and not self.config.init_from:
             return {}
-        spec, parts = model_folder.load(self.config.init_from)
-        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
-            raise ConfigError(
-                f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
-                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
-            )
-        return {name: parts[name] for name in ("encoder", "projector") if name in parts}
+        parts = self._stored(report=True)
+        return {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
 
     def load_frozen(self) -> PyTree:
-        """The teachers' weights in the compute dtype, resized to their input sizes in this run."""
-        return _nest_by_teacher({name: goal.teacher.load() for name, goal in self.goals.items()})
+        """The teachers' weights in the compute dtype, resized to their input sizes in this run.
+
+        With them what is held of the student, if only a part of it trains.
+        """
+        return {**self.goals.load(), **self._encoder.load_held(self._stored_encoder)}
 
     def abstract_frozen(self) -> PyTree:
         """Shapes and dtypes of `load_frozen`, without reading weights."""
-        return _nest_by_teacher(
-            {name: goal.teacher.abstract() for name, goal in self.goals.items()}
-        )
+        return {**self.goals.abstract(), **self._encoder.abstract_held()}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Adds the uniform random numbers for drop path, [B, depth, 2] for each network."""
+        """Adds the uniform random numbers for drop path, [B, depth, 2] for each network.
+
+        With teacher dropping also those for the K teachers, [B, K].
+        """
         batch = dict(batch)
-        student_key, *teacher_keys = jax.random.split(key, 1 + len(self.goals))
+        student_key, *teacher_keys = jax.random.split(key, 1 + len(self.goals.each))
         rows = batch["image"].shape[0]
         if self.config.student.drop_path:
             batch["student_drops"] = jax.random.uniform(student_key, (rows, self.student.depth, 2))
-        for (name, goal), teacher_key in zip(self.goals.items(), teacher_keys, strict=True):
-            if goal.teacher.drop_path:
-                shape = (rows, goal.teacher.depth, 2)
-                batch[_drop_path_entry(name)] = jax.random.uniform(teacher_key, shape)
+        batch |= self.goals.draws(rows, teacher_keys)
+        if self.dropping is not None:
+            shape = (rows, len(self.goals.each))
+            batch[DROPPING_DRAWS] = jax.random.uniform(jax.random.fold_in(key, 1), shape)
         return batch
 
     def loss(
         self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """Mean distance between the student's predictions and the teachers' targets."""
-        targets = self.targets(frozen, batch)
-        predictions = self.predictions(params, batch)
-        total, count = weighted(self._distance(predictions, targets), batch["weight"])
-        return total / count, (extra, {"loss": (total, count)})
+        """Distance between the student's predictions and the teachers' targets."""
+        weight = batch["weight"]
+        tokens = self._tokens(frozen, batch)
+        extra = self.goals.measured(extra, tokens, weight)
+        targets = self.goals.normalized(tokens, frozen, extra)
+        each = self.goals.distances(self.predictions(params, batch, frozen), targets)
+        total, count = weighted(goals.total(each), weight)
+        loss, metrics = total / count, goals.by_teacher("loss", each, weight)
+        if self.dropping is not None:
+            loss, extra, kept = self._of_kept(each, extra, batch)
+            total, metrics = loss * count, metrics | kept
+        return loss, (extra, {"loss": (total, count), **metrics})
 
     def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
-        """Loss and cosine similarity on held-out images, drop path off on both sides."""
-        del extra
-        targets = self.targets(frozen, batch)
-        predictions = self.predictions(params, batch)
+        """Loss and cosine similarity on held-out images, with all teachers and without drop path.
+
+        The loss of each of several teachers is named "loss/" and its name, and so on.
+        """
+        targets = self.targets(frozen, batch, extra)
+        predictions = self.predictions(params, batch, frozen)
         weight = batch["weight"]
-        metrics = {"loss": weighted(self._distance(predictions, targets), weight)}
-        for name, goal in self.goals.items():
+        each = self.goals.distances(predictions, targets)
+        metrics = {"loss": weighted(goals.total(each), weight)}
+        metrics |= goals.by_teacher("loss", each, weight)
+        for name, goal in self.goals.each.items():
             agreement = goal.agreement(predictions[name], targets[name], weight)
-            suffix = f"_{name}" if name else ""
-            metrics |= {f"{metric}{suffix}": value for metric, value in agreement.items()}
+            metrics |= {metric_name(metric, name): value for metric, value in agreement.items()}
         return metrics
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The student's mean patch token after its final norm. -> [B, D_s] float32."""
-        del frozen
-        features = self._student_features(params, batch["image"], None)
+        features = self._student_features(params, frozen, batch["image"], None)
         return jnp.mean(features.patches.astype(jnp.float32), axis=1)
 
-    def targets(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The target from each teacher; see `Goal.teacher_target`."""
+    def targets(
+        self, frozen: PyTree, batch: Batch, extra: PyTree | None = None
+    ) -> dict[str, jax.Array]:
+        """The target from each teacher; see `Goal.normalized`."""
+        tokens = self._tokens(frozen, batch)
+        return self.goals.normalized(tokens, frozen, extra or self._init_extra())
+
+    def predictions(
+        self, params: PyTree, batch: Batch, frozen: PyTree | None = None
+    ) -> dict[str, jax.Array]:
+        """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t].
+
+        Args:
+          params: trained parameters.
+          batch: with "image".
+          frozen: frozen weights; needed if only a part of the student trains.
+        """
+        drops = batch.get("student_drops")
+        features = self._student_features(params, frozen or {}, batch["image"], drops)
         return {
-            name: goal.teacher_target(
-                _part_of_teacher(frozen, name), batch["image"], batch.get(_drop_path_entry(name))
-            )
-            for name, goal in self.goals.items()
+            name: goal.predict(goals.part_of(params["projector"], name), features)
+            for name, goal in self.goals.each.items()
         }
 
-    def predictions(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t]."""
-        features = self._student_features(params, batch["image"], batch.get("student_drops"))
-        return {
-            name: goal.predict(_part_of_teacher(params["projector"], name), features)
-            for name, goal in self.goals.items()
-        }
+    def of_teacher(self, name: str, extra: PyTree | None = None) -> "OfTeacher":
+        """The task, seen from one of its teachers; `extra` is the state that is not trained."""
+        return OfTeacher(self, name, extra or self._init_extra())
 
     def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
         """The target of a run with one teacher. -> [B, T, D_t] float32, or [B, 1, K] logits."""
@@ -229,31 +253,112 @@ class DistillTask:
         """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set."""
         return evaluators.from_config(self.config)
 
+    def flops_at(self, image_size: int) -> flops.Flops:
+        """FLOPs of a step, for each image whose side is `image_size` pixels."""
+        work = self._encoder.flops(image_size, remat=self.config.remat)
+        grid = self._encoder.grid(image_size)
+        return sum(self.goals.flops(image_size, grid), work)
+
     def flops(self) -> flops.Flops:
         """FLOPs of a step, per image."""
-        size = self.config.data.image_size
-        work = flops.network(self.student_spec, trains=True, remat=self.config.remat)
-        return sum((goal.flops(size) for goal in self.goals.values()), work)
+        return self.flops_at(self.config.data.image_size)
 
     def export(self, params: PyTree, extra: PyTree) -> tuple[ModelSpec, PyTree]:
-        """The student and projector; the head of a logits student is its projector."""
-        del extra
-        return self.student_spec, params
+        """The student and its projectors; the head of a logits student is its projector.
+
+        Where targets are standardized, also the means and variances.
+        """
+        encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
+        parts = {**params, "encoder": encoder}
+        if STANDARDIZED in extra:
+            parts[TARGET_STATISTICS] = extra[STANDARDIZED]
+        return self.student_spec, parts
+
+    def extra_of(self, parts: PyTree) -> PyTree:
+        """The state that is not trained, as far as the parts of an exported folder tell it."""
+        if TARGET_STATISTICS not in parts:
+            return self._init_extra()
+        return {**self._init_extra(), STANDARDIZED: parts[TARGET_STATISTICS]}
+
+    def _goal(self, section: sections.Section, spec: ModelSpec | None) -> Goal:
+        teacher = Teacher(
+            section.network,
+            dtype=self.dtype,
+            head=section.target.kind == "logits",
+            attention=self.config.attention,
+            spec=spec,
+        )
+        grad_dtype = jnp.dtype(self.config.grad_reduce_dtype)
+        return Goal(teacher, section, self.student, dtype=self.dtype, grad_dtype=grad_dtype)
+
+    def _student(
+        self, teachers: str, initial: ModelSpec | None
+    ) -> tuple[ModelSpec, transfer.Changes | None]:
+        """The student's spec, and how it differs from the network that it starts from, if any.
+
+        Args:
+          teachers: where they come from, for the spec's source.
+          initial: spec of that network; None to read it from its folder.
+        """
+        student = self.config.student
+        source = f"distilled by fd_jax from {teachers}"
+        if not self._init_from:
+            return ModelSpec(student.family, student.arch.to_dict(), source=source), None
+        initial = initial or model_folder.load_spec(epath.Path(self._init_from))
+        changes = start.student_changes(self.config, initial)
+        spec = dataclasses.replace(
+            transfer.target_spec(initial, changes),
+            classes=0,
+            pooling="cls",
+            source=f"{source}, started from {initial.source}",
+            source_sha256=None,
+            source_dtypes={},
+        )
+        return spec, changes
+
+    def _stored_encoder(self) -> PyTree:
+        """All parameters of the network that the student starts from, as host arrays."""
+        return self._stored()["encoder"]
+
+    def _stored(self, *, report: bool = False) -> PyTree:
+        """The parts of the folder that the run starts from; `report` prints how they are used."""
+        if self.changes is not None:
+            return start.load(self._init_from, self.changes, parts={"projector"}, report=report)
+        spec, parts = model_folder.load(self.config.init_from)
+        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
+            raise ConfigError(
+                f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
+                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
+            )
+        return {name: parts[name] for name in ("encoder", "projector") if name in parts}
+
+    def _tokens(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """The teachers' tokens, on the student's grid for the size of these images."""
+        return self.goals.tokens(frozen, batch, self._encoder.grid(batch["image"].shape[1]))
+
+    def _init_extra(self) -> PyTree:
+        extra = self.goals.init_state()
+        dropping = self.dropping.init(len(self.goals.each)) if self.dropping is not None else {}
+        return {**extra, DROPPING: dropping} if dropping else extra
+
+    def _of_kept(
+        self, each: dict[str, jax.Array], extra: PyTree, batch: Batch
+    ) -> tuple[jax.Array, PyTree, Metrics]:
+        """The loss over the teachers that stay, the new state, and the share of each teacher."""
+        assert self.dropping is not None
+        weight, losses = batch["weight"], jnp.stack(list(each.values()), axis=1)
+        fixed = jax.lax.stop_gradient(losses)
+        state = self.dropping.average(extra.get(DROPPING, {}), fixed, weight)
+        kept = self.dropping.kept(state, fixed, batch[DROPPING_DRAWS])
+        extra = {**extra, DROPPING: state} if state else extra
+        shares = {name: kept[:, column] for column, name in enumerate(each)}
+        return loss_of_kept(losses, kept, weight), extra, goals.by_teacher("kept", shares, weight)
 
     def _student_features(
-        self, params: PyTree, images: jax.Array, drops: jax.Array | None
+        self, params: PyTree, frozen: PyTree, images: jax.Array, drops: jax.Array | None
     ) -> FeatureMap:
-        student = nnx.merge(self.student_def, params["encoder"])
+        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
         return student(self.student_spec.normalize(images, self.dtype), drops=drops)
-
-    def _distance(
-        self, predictions: dict[str, jax.Array], targets: dict[str, jax.Array]
-    ) -> jax.Array:
-        """Distance of each example, summed over the goals. -> [B]."""
-        first, *others = (
-            goal.distance(predictions[name], targets[name]) for name, goal in self.goals.items()
-        )
-        return sum(others, first)
 
     def _student_runtime(self) -> dict[str, Any]:
         return {
@@ -274,16 +379,39 @@ class DistillTask:
             )
 
 
-def _nest_by_teacher(trees: dict[str, PyTree]) -> PyTree:
-    """Nests the trees under the teachers' names; the tree of a single teacher is not nested."""
-    return trees[SINGLE_TEACHER] if SINGLE_TEACHER in trees else trees
+@dataclasses.dataclass(frozen=True)
+class OfTeacher:
+    """A task, seen from one of its teachers: what `evaluation.agreement` compares.
 
+    Attributes:
+      task: the task.
+      name: the teacher's name.
+      extra: state of the run that is not trained.
+    """
 
-def _part_of_teacher(tree: PyTree, name: str) -> PyTree:
-    """The part of a tree from `_nest_by_teacher` that belongs to one teacher."""
-    return tree[name] if name else tree
+    task: DistillTask
+    name: str
+    extra: PyTree
 
+    @property
+    def goal(self) -> Goal:
+        """What the student learns from this teacher."""
+        return self.task.goals.each[self.name]
 
-def _drop_path_entry(name: str) -> str:
-    """The name of the batch entry that holds a teacher's drop-path randomness."""
-    return f"teacher_drops_{name}" if name else "teacher_drops"
+    @property
+    def cls(self) -> bool:
+        """Whether the student and this teacher both have a class token."""
+        return self.goal.cls
+
+    def load(self) -> PyTree:
+        """The frozen arrays of this teacher alone."""
+        return self.goal.load()
+
+    def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
+        """The target. `frozen` is the result of `load`. -> [B, T, D_t] float32."""
+        tokens = self.goal.tokens(frozen, batch["image"], None)
+        return self.task.goals.normalized_one(self.name, tokens, frozen, self.extra)
+
+    def predict(self, params: PyTree, batch: Batch) -> jax.Array:
+        """The student's prediction of the target. -> [B, T, D_t]."""
+        return self.task.predictions(params, batch)[self.name]

@@ -1,66 +1,31 @@
 """What a student learns from one teacher: target, projector and distance."""
 
-import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+import math
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fd_jax import losses
 from fd_jax.cost import flops
-from fd_jax.errors import ConfigError, check_choice
+from fd_jax.cost.flops import Flops
+from fd_jax.errors import ConfigError
 from fd_jax.metrics import weighted
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.heads import Projector
+from fd_jax.models.heads import MlpProjector, Projector, SeparateProjectors
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
+from fd_jax.normalization import kinds, statistics
+from fd_jax.tasks.sections import Section
 from fd_jax.tasks.teacher import Teacher, resize_map
 from fd_jax.typing import Metrics, PyTree
 
-TargetKind = Literal["full", "cls", "gap", "logits"]
-Resample = Literal["none", "bilinear"]
+Grid = tuple[int, int]  # (H, W) of patches
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Which of the teacher's features is the target, and how it is normalised.
-
-    See docs/reference.md#table-2 and docs/reference.md#table-3.
-
-    Attributes:
-      kind: "full" is the whole map (the class token if both networks have one, and the patches),
-        "cls" the class token, "gap" the mean patch token, "logits" the class distribution from the
-        teacher's head. The student predicts logits from its class token, or from its mean patch
-        token if it has no class token.
-      normalize: normalisation of the tokens, see `losses.normalize_target`; unused for logits.
-      after_norm: whether the teacher's final norm is applied first (docs/reference.md#after-norm).
-      resample: "bilinear" resizes the teacher's patches to the student's grid if the grids differ,
-        before they are normalised; "none", as in the original, refuses unequal grids.
-
-    Raises:
-      ConfigError: the kind, normalisation or resampling is unknown.
-    """
-
-    kind: TargetKind
-    normalize: losses.TargetNorm
-    after_norm: bool
-    resample: Resample = "none"
-
-    def __post_init__(self):
-        check_choice("target.kind", self.kind, get_args(TargetKind))
-        check_choice("target.normalize", self.normalize, get_args(losses.TargetNorm))
-        check_choice("target.resample", self.resample, get_args(Resample))
-
-    def select(self, features: FeatureMap, *, cls: bool) -> jax.Array:
-        """The tokens to compare. -> [B, T, D]; `cls`: whether both sides have a class token."""
-        if self.kind == "gap":
-            return jnp.mean(features.patches, axis=1, keepdims=True)
-        if self.kind == "logits" and not features.cls:
-            return jnp.mean(features.patches, axis=1, keepdims=True)
-        if self.kind in ("cls", "logits"):
-            return features.cls_token[:, None]
-        return features.full if cls else features.patches
+STATISTICS = "statistics"  # part of a goal's frozen arrays: constants of a fitted normalisation
 
 
 class Goal:
@@ -68,18 +33,20 @@ class Goal:
 
     Attributes:
       teacher: the teacher.
+      section: what the config says about it.
       target: which of its features is the target.
       cls: whether student and teacher both have a class token.
+      grid: (H, W) of the patches that are compared at the student's own image size, if the target
+        is the map.
       projector_def: the projector's graph definition.
     """
 
     def __init__(
         self,
         teacher: Teacher,
-        target: Target,
+        section: Section,
         student: Any,
         *,
-        beta: float,
         dtype: jnp.dtype,
         grad_dtype: jnp.dtype,
     ):
@@ -87,56 +54,125 @@ class Goal:
 
         Args:
           teacher: teacher; it needs its head if the target is logits.
-          target: which of its features is the target.
+          section: what the config says about it.
           student: abstract student network.
-          beta: beta of the smooth L1 loss.
           dtype: dtype of the projector's matmul.
           grad_dtype: dtype of the projector's weight gradient while it is summed over devices.
 
         Raises:
           ConfigError: they cannot be compared; the message has the numbers.
         """
-        self.teacher, self.target = teacher, target
+        self.teacher, self.section, self.target = teacher, section, section.target
         self.cls = bool(student.cls and teacher.cls)
-        self._beta, self._dtype, self._grad_dtype = beta, dtype, grad_dtype
-        self._student_width, self._grid = student.width, student.grid
-        self._check_match(student)
+        self._dtype, self._grad_dtype = dtype, grad_dtype
+        self._student_width, self._student_grid = student.width, student.grid
+        self.grid = self.compared_grid(student.grid)
+        self._check_tokens(student)
+        self._check_grids(student)
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(param_keys(0))))
 
     def init(self, key: jax.Array) -> PyTree:
         """Random initial parameters of the projector."""
         return split(self._projector(param_keys(key)))[1]
 
-    def teacher_target(
-        self, weights: PyTree, images: jax.Array, drops: jax.Array | None
+    def init_state(self) -> PyTree:
+        """What a running normalisation knows before the first step; {} for other ones."""
+        if not self.target.running:
+            return {}
+        groups = self.target.groups(cls=self.cls)
+        return {group: kinds.first_constants(self._out) for group in groups}
+
+    def load(self) -> PyTree:
+        """The teacher's weights as host arrays, and the constants of a fitted normalisation.
+
+        Raises:
+          ConfigError: there are no statistics, they are of another teacher, or of too few tokens.
+        """
+        constants = {STATISTICS: self._fitted_constants()} if self.target.fitted else {}
+        return {**self.teacher.load(), **constants}
+
+    def abstract(self) -> PyTree:
+        """Shapes and dtypes of `load`, without reading anything."""
+        if not self.target.fitted:
+            return self.teacher.abstract()
+        groups = self.target.groups(cls=self.cls)
+        shapes = {group: kinds.fitted_shapes(self._out) for group in groups}
+        return {**self.teacher.abstract(), STATISTICS: shapes}
+
+    def tokens(
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        drops: jax.Array | None,
+        *,
+        grid: Grid | None = None,
     ) -> jax.Array:
+        """The teacher's tokens that become the target. -> [B, T, D_t], or [B, 1, K] logits.
+
+        Args:
+          weights: its share of the frozen arrays.
+          images: [B, H, W, 3] uint8.
+          drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
+          grid: the student's grid for these images; None for that of its own image size.
+        """
+        student_grid = grid or self._student_grid
+        compared, size = self.compared_grid(student_grid), self._teacher_size(student_grid)
+
+        def of_part(images: jax.Array, drops: jax.Array | None) -> jax.Array:
+            features = self.teacher.features(
+                weights,
+                images,
+                final_norm=self.target.after_norm,
+                drops=drops,
+                image_size=size,
+            )
+            if self.target.kind == "logits":
+                return self.teacher.logits(weights, features)[:, None]
+            if self.target.kind == "full" and features.grid != compared:
+                features = resize_map(features, compared)
+            return self.target.select(features, cls=self.cls)
+
+        return in_parts(of_part, self.section.parts, images, drops)
+
+    def measured(
+        self, state: PyTree, tokens: jax.Array, weight: jax.Array, steps: jax.Array
+    ) -> PyTree:
+        """What a running normalisation knows after one more step; see `Target.measured`."""
+        tokens = jax.lax.stop_gradient(tokens)
+        return self.target.measured(state, tokens, weight, steps=steps, cls=self.cls)
+
+    def normalized(self, tokens: jax.Array, weights: PyTree, state: PyTree) -> jax.Array:
         """The target that the student predicts. -> [B, T, D_t] float32, or [B, 1, K] logits.
 
         Args:
-          weights: the teacher's weights.
-          images: [B, H, W, 3] uint8.
-          drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
+          tokens: result of `tokens`.
+          weights: the teacher's share of the frozen arrays.
+          state: what a running normalisation knows.
         """
-        after_norm = self.target.after_norm
-        features = self.teacher.features(weights, images, final_norm=after_norm, drops=drops)
         if self.target.kind == "logits":
-            return self.teacher.logits(weights, features)[:, None]
-        if self.target.kind == "full" and features.grid != self._grid:
-            features = resize_map(features, self._grid)
-        tokens = self.target.select(features, cls=self.cls)
-        return jax.lax.stop_gradient(losses.normalize_target(tokens, self.target.normalize))
+            return tokens
+        constants = state if self.target.running else weights.get(STATISTICS, {})
+        return jax.lax.stop_gradient(self.target.normalized(tokens, constants, cls=self.cls))
 
     def predict(self, projector: PyTree, features: FeatureMap) -> jax.Array:
         """The student's tokens, projected to the teacher's width. -> [B, T, D_t]."""
+        grid = self.compared_grid(features.grid)
+        if self.target.kind == "full" and features.grid != grid:
+            features = resize_map(features, grid)
         tokens = self.target.select(features, cls=self.cls)
         return nnx.merge(self.projector_def, projector)(tokens)
 
     def distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
-        """Distance of each example. [B, T, D] x 2 -> [B]."""
+        """Weighted distance of each example. [B, T, D] x 2 -> [B] float32."""
         if self.target.kind == "logits":
-            return losses.cross_entropy(prediction[:, 0], jax.nn.softmax(target[:, 0]))
-        distance = losses.smooth_l1(prediction, target, beta=self._beta)
-        return jnp.mean(distance, axis=(1, 2))
+            own = losses.cross_entropy(prediction[:, 0], jax.nn.softmax(target[:, 0]))
+            return _scaled(own, self.section.weight)
+        share = self.section.loss.class_share
+        if not share:
+            return _scaled(self._over_tokens(prediction, target), self.section.weight)
+        of_class = self._over_tokens(prediction[:, :1], target[:, :1])
+        of_patches = self._over_tokens(prediction[:, 1:], target[:, 1:])
+        return _scaled(share * of_class + (1 - share) * of_patches, self.section.weight)
 
     def agreement(self, prediction: jax.Array, target: jax.Array, weight: jax.Array) -> Metrics:
         """Held-out metrics besides the distance: cosine similarity, or {} for logits."""
@@ -145,32 +181,196 @@ class Goal:
         cosine = jnp.mean(losses.cosine_similarity(prediction, target), axis=-1)
         return {"cosine": weighted(cosine, weight)}
 
-    def flops(self, image_size: int) -> flops.Flops:
-        """FLOPs of teacher and projector for one image whose side is `image_size` pixels."""
-        tokens = 1
+    def flops(self, image_size: int, grid: Grid | None = None) -> Flops:
+        """FLOPs of teacher, projector and loss for one image.
+
+        Args:
+          image_size: its side in pixels.
+          grid: the student's grid for this size; None for that of its own image size.
+        """
+        student_grid = grid or self._student_grid
+        compared, size = self.compared_grid(student_grid), self._teacher_size(student_grid)
+        work = self.teacher.flops(image_size, size)
+        count, width, shape = self._count(compared), self._student_width, self.section.projector
+        if shape.kind == "linear":
+            work += flops.linear(count, width, self._out)
+        else:
+            work += flops.linear(count, width, self._hidden)
+            work += flops.linear(count, self._hidden, self._out)
         if self.target.kind == "full":
-            tokens = self._grid[0] * self._grid[1] + int(self.cls)
-        projector = flops.linear(tokens, self._student_width, self._out)
-        return self.teacher.flops(image_size) + projector
+            work += self._flops_of_resampling(student_grid, self.teacher.grid_at(size))
+        if self.target.fitted:
+            work += Flops(2.0 * count * self._out**2)
+        if self.section.loss.weights.get("relation", 0.0) and self.target.kind == "full":
+            work += self._flops_of_relations(count)
+        return work
+
+    def compared_grid(self, student_grid: Grid) -> Grid:
+        """(H, W) of the patches that are compared where the student's map has `student_grid`."""
+        if self.target.resample != "student":
+            return student_grid
+        return self.teacher.grid_at(self._teacher_size(student_grid))
+
+    def check_grid(self, grid: Grid, image_size: int) -> None:
+        """Refuses a size of training images for which the two maps cannot be compared.
+
+        Args:
+          grid: the student's grid for images of this size.
+          image_size: side of the images in pixels.
+
+        Raises:
+          ConfigError: the teacher cannot follow to this size, or stays on another grid, or the loss
+            needs more tokens.
+        """
+        where = f"images of {image_size} px, in data.sizes or data.phases, give the student {grid}"
+        follow, rows = self.section.field("follow"), self._student_grid[0]
+        side = self.teacher.image_size * grid[0]
+        if self.teacher.follows and side % rows:
+            raise ConfigError(
+                f"{where} patches, for which the {self.section.role} would need {side / rows:g} "
+                f"px; leave that size out, or set {follow}=False"
+            )
+        try:
+            there = self.teacher.grid_at(self._teacher_size(grid))
+        except ConfigError as error:
+            raise ConfigError(f"{where} patches, and the {self.section.role}: {error}") from error
+        if self.target.kind == "full" and there != grid and self.target.resample == "none":
+            raise ConfigError(
+                f"{where} patches, but the {self.section.role} has {there}: set {follow}=True, "
+                "with which its input follows the student's, or "
+                f"{self.section.field('target.resample')} to 'bilinear'"
+            )
+        self._check_relation(self.compared_grid(grid))
+
+    def _over_tokens(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
+        """The sum of the distances that have a weight. -> [B]"""
+        loss = self.section.loss
+        first, *others = (
+            _scaled(losses.DISTANCES[name](prediction, target, loss.beta), weight)
+            for name, weight in loss.weights.items()
+            if weight
+        )
+        return sum(others, first)
+
+    def _teacher_size(self, student_grid: Grid) -> int:
+        """The teacher's input size where the student's map has this grid."""
+        own = self.teacher.image_size
+        return own * student_grid[0] // self._student_grid[0] if self.teacher.follows else own
 
     @property
     def _out(self) -> int:
         return self.teacher.classes if self.target.kind == "logits" else self.teacher.width
 
-    def _projector(self, rngs: nnx.Rngs) -> Projector:
-        width, dtype, grad_dtype = self._student_width, self._dtype, self._grad_dtype
-        return Projector(width, self._out, dtype=dtype, grad_dtype=grad_dtype, rngs=rngs)
+    @property
+    def _hidden(self) -> int:
+        return self.section.projector.hidden or self.teacher.width
 
-    def _check_match(self, student: Any) -> None:
-        if self.target.kind == "cls" and not self.cls:
+    def _count(self, compared: Grid) -> int:
+        """Number of tokens that are compared, on a grid from `compared_grid`."""
+        return math.prod(compared) + int(self.cls) if self.target.kind == "full" else 1
+
+    def _projector(self, rngs: nnx.Rngs) -> Any:
+        shape, width, out = self.section.projector, self._student_width, self._out
+        runtime = {"dtype": self._dtype, "grad_dtype": self._grad_dtype}
+
+        def make(rngs: nnx.Rngs) -> Projector | MlpProjector:
+            if shape.kind == "linear":
+                return Projector(width, out, **runtime, rngs=rngs)
+            return MlpProjector(width, self._hidden, out, **runtime, rngs=rngs)
+
+        return SeparateProjectors(make, rngs=rngs) if shape.separate else make(rngs)
+
+    def _fitted_constants(self) -> dict[str, dict[str, np.ndarray]]:
+        """The constants of each group of tokens, from the file of statistics."""
+        path = self.target.statistics
+        found = statistics.load(path, self.teacher.origin(after_norm=self.target.after_norm))
+        constants = {}
+        for group in self.target.groups(cls=self.cls):
+            if group not in found:
+                raise ConfigError(
+                    f"{path} has statistics of {', '.join(found)} tokens, but this run needs those "
+                    f"of {group} tokens; measure them with python -m fd_jax.target_stats"
+                )
+            try:
+                constants[group] = kinds.fitted_constants(self.target.normalize, found[group])
+            except ValueError as error:
+                raise ConfigError(f"{path}, {group}: {error}") from None
+        return constants
+
+    def _flops_of_resampling(self, student_grid: Grid, teacher_grid: Grid) -> Flops:
+        """Rows first, by two matmuls; those of the student have a gradient as well."""
+        if student_grid == teacher_grid:
+            return Flops(0.0)
+        if self.target.resample == "student":
+            return flops.resized_map(student_grid, teacher_grid, self._student_width, trains=True)
+        return flops.resized_map(teacher_grid, student_grid, self.teacher.width, trains=False)
+
+    def _flops_of_relations(self, count: int) -> Flops:
+        """The similarities of both sides, and the gradient of those of the prediction."""
+        share = self.section.loss.class_share
+        sizes = [1, count - 1] if share else [count]
+        one = sum(2.0 * size**2 * self._out for size in sizes)
+        return Flops(2 * one, backward=2 * one)
+
+    def _check_tokens(self, student: Any) -> None:
+        """That both sides have the tokens that target, loss and projector are about."""
+        section = self.section
+        of_class = {
+            "target.kind": self.target.kind if self.target.kind == "cls" else "",
+            "loss.class_share": section.loss.class_share,
+            "projector.separate": section.projector.separate,
+        }
+        for name, value in of_class.items():
+            if value and not self.cls:
+                raise ConfigError(
+                    f"{section.field(name)}={value!r} needs a class token on both sides; student "
+                    f"has {student.cls}, teacher has {self.teacher.cls}"
+                )
+        self._check_relation(self.grid)
+
+    def _check_relation(self, grid: Grid) -> None:
+        section = self.section
+        compared = self._count(grid) - bool(section.loss.class_share)
+        if section.loss.weights.get("relation") and compared < 2:
             raise ConfigError(
-                f"target.kind={self.target.kind!r} needs a class token on both sides; "
-                f"student has {student.cls}, teacher has {self.teacher.cls}"
+                f"{section.field('loss.relation')} compares tokens with each other, and the target "
+                f"has only {compared}: set it to 0, or use a target with more tokens"
             )
-        differ = self.target.kind == "full" and student.grid != self.teacher.grid
-        if differ and self.target.resample == "none":
+
+    def _check_grids(self, student: Any) -> None:
+        section, differ = self.section, student.grid != self.teacher.grid
+        if differ and self.target.kind == "full" and self.target.resample == "none":
             want = self.teacher.token_side * student.grid[0]
             raise ConfigError(
                 f"teacher grid {self.teacher.grid} != student grid {student.grid}: "
-                f"set teacher.image_size to {want}, or target.resample to 'bilinear'"
+                f"set {section.field('image_size')} to {want}, or "
+                f"{section.field('target.resample')} to 'bilinear'"
             )
+
+
+def in_parts(function: Callable[..., jax.Array], parts: int, *arrays: Any) -> jax.Array:
+    """Applies a function to equal parts of a batch, one after another.
+
+    Part j has the rows j, j + parts, ..., so that no row moves to another device. A batch that the
+    number does not divide, as some in reports, has the largest number of parts that does.
+
+    Args:
+      function: (*arrays) -> array whose rows depend on the same rows of the arrays only.
+      parts: number of parts.
+      *arrays: [B, ...] each, or None.
+    """
+    rows = len(arrays[0])
+    parts = math.gcd(parts, rows)
+    if parts == 1:
+        return function(*arrays)
+
+    def divided(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+    result = jax.lax.map(lambda part: function(*part), jax.tree.map(divided, arrays))
+    return jnp.moveaxis(result, 0, 1).reshape(rows, *result.shape[2:])
+
+
+def _scaled(value: jax.Array, factor: float) -> jax.Array:
+    """The product, without a multiplication by 1 in the program."""
+    return value if factor == 1.0 else factor * value

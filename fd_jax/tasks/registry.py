@@ -1,6 +1,6 @@
 """Creates the task that a config selects; the only place that lists all kinds of task.
 
-A config selects a task by the section it has: `teacher` for distillation, `model` for
+A config selects a task by the section it has: `teacher` or `teachers` for distillation, `model` for
 classification, `segment` for segmentation, `contrast` for contrastive training. A new task is a new
 `Kind` in `KINDS`.
 """
@@ -10,8 +10,10 @@ import dataclasses
 
 from fd_jax.data import elements
 from fd_jax.data.elements import Elements
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.models.spec import ModelSpec
+from fd_jax.tasks import sections
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.contrast import ContrastiveTask
@@ -30,10 +32,11 @@ class Network:
     """A network that a run reads from a model folder.
 
     Attributes:
-      role: `TEACHER` or `INIT_FROM`.
+      role: `TEACHER`, followed by its name if the config gives it one, or `INIT_FROM`.
       path: its folder, or "" if the config names none.
       source: name of the converter source it comes from; "" if the config leaves it open, None if
         the config has no field for it.
+      field: config field of `source`, or "".
       needs_head: whether the run uses its classifier head.
       optional: whether the run starts from random weights if there is no folder.
     """
@@ -41,6 +44,7 @@ class Network:
     role: str
     path: str
     source: str | None = None
+    field: str = ""
     needs_head: bool = False
     optional: bool = False
 
@@ -51,10 +55,11 @@ class Kind:
 
     Attributes:
       name: name of the kind for people.
-      section: config field whose presence selects this kind.
+      section: config field whose presence selects this kind, and which names it in tables.
       make: (config, specs) -> task; `specs` replace the specs in the networks' folders.
       networks: config -> the networks that the run reads.
       example: image size -> the elements that the data has for each example.
+      alias: another config field that selects it; "" for none.
     """
 
     name: str
@@ -62,23 +67,47 @@ class Kind:
     make: Callable[[Config, Specs], Task]
     networks: Callable[[Config], list[Network]]
     example: Callable[[int], Elements] = elements.labelled_image
+    alias: str = ""
+
+    def describes(self, config: Config) -> bool:
+        """Whether a config selects this kind."""
+        return self.section in config or bool(self.alias) and self.alias in config
 
     def elements(self, config: Config) -> Elements:
-        """The elements of a run's batches, without opening its data."""
-        return elements.of_batch(self.example(config.data.image_size))
+        """The elements of a run's largest batches, without opening its data."""
+        return elements.of_batch(self.example(Resolutions.of(config).every[-1]))
 
 
-def _teacher_networks(config: Config) -> list[Network]:
-    teacher = config.teacher
-    head = config.target.kind == "logits"
-    return [Network(TEACHER, teacher.path, source=teacher.source, needs_head=head)]
+def _teachers(config: Config) -> list[Network]:
+    return [
+        Network(
+            section.role,
+            section.network.path,
+            source=section.network.source,
+            field=section.field("source"),
+            needs_head=section.target.kind == "logits",
+        )
+        for section in sections.of(config).values()
+    ]
+
+
+def _student(config: Config) -> list[Network]:
+    folder = config.student.get("init_from", "")
+    return [Network(INIT_FROM, folder)] if folder else []
+
+
+def _distillation(config: Config, specs: Specs) -> Task:
+    named = {name: section.role for name, section in sections.of(config).items()}
+    found = {name: specs[role] for name, role in named.items() if role in specs}
+    return DistillTask(config, teacher_specs=found, student_spec=specs.get(INIT_FROM))
 
 
 DISTILLATION = Kind(
     "distillation",
-    "teacher",
-    lambda config, specs: DistillTask(config, teacher_spec=specs.get(TEACHER)),
-    _teacher_networks,
+    sections.ONE,
+    _distillation,
+    lambda config: [*_teachers(config), *_student(config)],
+    alias=sections.SEVERAL,
 )
 CLASSIFICATION = Kind(
     "classification",
@@ -109,7 +138,7 @@ def kind_of(config: Config) -> Kind:
       ConfigError: the config has none of the sections that select a task.
     """
     for kind in KINDS:
-        if kind.section in config:
+        if kind.describes(config):
             return kind
     sections = " nor ".join(f"a {kind.section}" for kind in KINDS)
     raise ConfigError(f"the config has neither {sections}: no task can train it")

@@ -266,7 +266,7 @@ class SegmentTask:
 
     def _transferred(self, *, report: bool = False) -> PyTree:
         """The encoder of `init_from` as this network starts from it; `report` prints it."""
-        return start.load(self.config, self.changes, parts={"segmenter"}, report=report)
+        return start.load(self.config.init_from, self.changes, parts={"segmenter"}, report=report)
 
     def _encoder_runtime(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,7 @@
 """A task that goes on from a trained network: its folder or architecture, and rates per layer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from etils import epath
 import jax
@@ -10,6 +11,7 @@ from fd_jax.console import say
 from fd_jax.errors import ConfigError
 from fd_jax.models import transfer
 from fd_jax.models.spec import FAMILIES, ModelSpec
+from fd_jax.tasks.encoder import share_of
 from fd_jax.typing import Config, PyTree
 
 
@@ -45,18 +47,74 @@ def source_name(config: Config, start: ModelSpec, how: str) -> str:
     return f"{how} by fd_jax on {config.data.name} from {start.source}"
 
 
-def load(
-    config: Config, changes: transfer.Changes, *, parts: Collection[str], report: bool = False
-) -> PyTree:
-    """The arrays of `init_from` that the network starts from.
+def student_changes(config: Config, initial: ModelSpec) -> transfer.Changes:
+    """How a student differs from the network in `student.init_from`, whose architecture it has.
+
+    Its size is that of the data, and its positions are those of `student.arch` if it names any.
 
     Args:
-      config: config of a run, with `init_from`.
+      config: config of a distillation.
+      initial: spec of that network.
+
+    Raises:
+      ConfigError: the config says something else about the architecture, or positions that start
+        fresh would not train.
+    """
+    student = config.student
+    named = student.arch.to_dict()
+    size = named.pop("image_size", config.data.image_size)
+    position = named.pop("position", "")
+    here = {"family": student.family} if student.family else {}
+    differing = _differing({**here, **named}, {"family": initial.family, **initial.arch})
+    if differing:
+        raise ConfigError(
+            f"student.init_from={student.init_from} holds another network than the config "
+            f"describes: {'; '.join(differing)}. A student has the architecture of its folder: "
+            "leave student.family and student.arch empty, as configs/base.py does with "
+            "distillation(init_from=...), or change these fields"
+        )
+    stored = initial.arch.get("position", "")
+    untie = stored == "shared_rpb" and position == "rpb"
+    other = "" if untie or position == stored else position
+    if other and not share_of(config, "student").is_all:
+        raise ConfigError(
+            f"student.arch.position={position!r} starts fresh, since the network in "
+            f"student.init_from={student.init_from} has {stored!r}, so that all of it has to "
+            "train: set student.freeze_blocks=0 and lora.rank=0, or leave out the position"
+        )
+    return transfer.Changes(
+        image_size=size,
+        final_norm=initial.arch.get("final_norm", True),
+        untie=untie,
+        keep_head=False,
+        position=other,
+    )
+
+
+def _differing(named: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """The fields that a config names and a folder does not have, or has with another value."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return [
+        f"{name} is {plain(value)!r} in the config and {plain(stored.get(name))!r} in the folder"
+        for name, value in named.items()
+        if plain(value) != plain(stored.get(name))
+    ]
+
+
+def load(
+    folder: str, changes: transfer.Changes, *, parts: Collection[str], report: bool = False
+) -> PyTree:
+    """The arrays of a model folder that a network starts from.
+
+    Args:
+      folder: the model folder.
       changes: how the network differs from the stored one.
       parts: what the network has besides the encoder; `report` says which of it starts fresh.
       report: whether to print what is loaded, resized, copied and dropped.
     """
-    folder = config.init_from
     spec, stored = model_folder.load(folder)
     taken, lines = transfer.start(spec, stored, changes)
     if report:

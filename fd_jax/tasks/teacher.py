@@ -16,6 +16,7 @@ from fd_jax.models.features import FeatureMap
 from fd_jax.models.heads import Classifier
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.normalization.statistics import Origin
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
 
@@ -29,6 +30,7 @@ class Teacher:
       width, depth, grid, image_size, cls: properties of that network.
       token_side: pixels on a side of what one of its tokens stands for.
       drop_path: drop-path rate of its last block.
+      follows: whether its input size follows that of the student's images where that varies.
       attention: name of the attention implementation that it uses.
     """
 
@@ -44,7 +46,7 @@ class Teacher:
         """Defines the network; reads no weights.
 
         Args:
-          config: the section `config.teacher` of a run's config.
+          config: the section `config.teacher` of a run's config, or one of `config.teachers`.
           dtype: dtype of its weights and matmuls.
           head: whether its classifier head is needed.
           attention: attention implementation, or "auto" for the best one on this device.
@@ -57,6 +59,7 @@ class Teacher:
         """
         self.dtype = dtype
         self.drop_path = config.drop_path
+        self.follows: bool = config.get("follow", False)
         self._path, self._stages = config.path, config.stages
         stored = spec or _read_spec(config)
         size = config.image_size or stored.arch["image_size"]
@@ -64,9 +67,7 @@ class Teacher:
         arch = {**_arch_of_stages(stored, config.stages), "image_size": size}
         self.spec = dataclasses.replace(stored, arch=arch)
         self.attention = self.spec.choose_attention(attention, dtype=dtype)
-        self._definition, self._shapes = self.spec.abstract(
-            dtype=dtype, drop_path=self.drop_path, attention=self.attention
-        )
+        self._definition, self._shapes = self._abstract(self.spec)
         network: Any = nnx.merge(self._definition, self._shapes)
         self.width, self.depth, self.grid = network.width, network.depth, network.grid
         self.image_size, self.cls = network.image_size, network.cls
@@ -91,6 +92,14 @@ class Teacher:
             )
         return self.spec.classes
 
+    def origin(self, *, after_norm: bool) -> Origin:
+        """By which statistics of its tokens are known, with its final norm or without.
+
+        Raises:
+          ModelFolderError: its folder does not exist or is damaged.
+        """
+        return Origin.of(self._path, self.spec, stages=self._stages, after_norm=after_norm)
+
     def load(self) -> PyTree:
         """Its weights as host arrays in the compute dtype, resized to its input size."""
         spec, parts = model_folder.load(self._path)
@@ -106,18 +115,44 @@ class Teacher:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
 
     def features(
-        self, weights: PyTree, images: jax.Array, *, final_norm: bool, drops: jax.Array | None
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        *,
+        final_norm: bool,
+        drops: jax.Array | None,
+        image_size: int | None = None,
     ) -> FeatureMap:
-        """Its feature map of uint8 images [B, H, W, 3], which are resized to its input size."""
-        if images.shape[1] != self.image_size:
-            images = resize_images(images, self.image_size)
+        """Its feature map of uint8 images [B, H, W, 3], which are resized to its input size.
+
+        Args:
+          weights: its weights.
+          images: any size.
+          final_norm: whether its final norm is applied.
+          drops: uniform random numbers for drop path, [B, depth, 2], or None.
+          image_size: another input size than its own, to which its positions are resized.
+        """
+        size = image_size or self.image_size
+        if images.shape[1] != size:
+            images = resize_images(images, size)
+        spec, encoder = self.spec.resized(weights["encoder"], size)
         return apply_frozen(
-            self._definition,
-            weights["encoder"],
+            self._definition if spec is self.spec else self._abstract(spec)[0],
+            encoder,
             self.spec.normalize(images, self.dtype),
             final_norm=final_norm,
             drops=drops,
         )
+
+    def grid_at(self, image_size: int) -> tuple[int, int]:
+        """Its grid at another input size.
+
+        Raises:
+          ConfigError: it cannot have this size.
+        """
+        if image_size == self.image_size:
+            return self.grid
+        return nnx.merge(*self._abstract(self._spec_at(image_size))).grid
 
     def logits(self, weights: PyTree, features: FeatureMap) -> jax.Array:
         """Logits of its head for a feature map. -> [B, K] float32."""
@@ -125,14 +160,27 @@ class Teacher:
         head = {name: weights[name] for name in self._head_shapes}
         return apply_frozen(self._head, head, features)
 
-    def flops(self, image_size: int) -> flops.Flops:
-        """FLOPs of one image whose side is `image_size` pixels."""
-        work = flops.network(self.spec, trains=False)
-        if image_size != self.image_size:
-            work += flops.resize(image_size, self.image_size)
+    def flops(self, image_size: int, own_size: int | None = None) -> flops.Flops:
+        """FLOPs of one image.
+
+        Args:
+          image_size: its side in pixels.
+          own_size: input size at which the teacher runs; None for its own.
+        """
+        size = own_size or self.image_size
+        work = flops.network(self._spec_at(size), trains=False)
+        if image_size != size:
+            work += flops.resize(image_size, size)
         if self._head is not None:
             work += flops.Flops(2.0 * self.width * self.classes)
         return work
+
+    def _spec_at(self, image_size: int) -> ModelSpec:
+        arch = {**self.spec.arch, "image_size": image_size}
+        return dataclasses.replace(self.spec, arch=arch)
+
+    def _abstract(self, spec: ModelSpec) -> tuple[nnx.GraphDef, PyTree]:
+        return spec.abstract(dtype=self.dtype, drop_path=self.drop_path, attention=self.attention)
 
     def _classifier(self, rngs: nnx.Rngs) -> Classifier:
         """Its own head and pooling; the weights come from the folder."""

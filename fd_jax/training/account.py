@@ -9,6 +9,7 @@ import numpy as np
 
 from fd_jax import settings
 from fd_jax.data import datasets
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.tasks import registry
 from fd_jax.training.feeds import AnyFeed
 from fd_jax.training.program import Program
@@ -48,7 +49,7 @@ def at_start(
         f"parameters are trained{f', {_millions(frozen)} are frozen' if frozen else ''}",
         "devices": _devices(program),
         "data": found(feed),
-        "batch": f"{config.batch_size} pictures of {config.data.image_size} px, "
+        "batch": f"{config.batch_size} pictures of {Resolutions.of(config).describe()}, "
         f"{steps_per_epoch} steps an epoch",
         "peak rate": f"{rate:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
         f"{config.optim.lr_batch} pictures)",

@@ -18,10 +18,11 @@ from fd_jax.console import Bar, bar, say
 from fd_jax.cost.utilization import Utilization
 from fd_jax.data.global_batch import Placement
 from fd_jax.data.pipeline import TrainLoader
+from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError, first_few
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.models import kernels
-from fd_jax.tasks.base import Task
+from fd_jax.tasks.base import Resizes, Task
 from fd_jax.training import account, metric_writer, signals, tracking
 from fd_jax.training import lock as locks
 from fd_jax.training import workdir as workdirs
@@ -117,6 +118,7 @@ def fit(
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             elements=feed.elements,
+            train_elements=feed.train_elements,
         )
         if keep_best:
             check_figure(keep_best, _figures(task, program, feed))
@@ -246,6 +248,8 @@ class Run:
       watch, best: what the log so far says about the run.
       start, total_steps: first step, and number of steps of the whole schedule.
       eval_every: number of steps between evaluations; 0 for none.
+      resolutions: side of the training images at each step.
+      logged: step of the last line of the log, or the first step.
     """
 
     task: Task
@@ -271,6 +275,8 @@ class Run:
         mesh = self.program.mesh
         devices = list(mesh.devices.flat)
         self.utilization = Utilization(self.task.flops(), devices, mesh.local_devices)
+        self.resolutions = Resolutions.of(self.config)
+        self.logged = self.start
 
     def train(self, state: TrainState, stop_requested: Callable[[], bool]) -> Result:
         """Runs the remaining steps, and logs, saves and evaluates when these are due.
@@ -279,10 +285,8 @@ class Run:
           state: state at step `start`; its buffers are donated.
           stop_requested: returns whether this process received SIGTERM.
         """
-        compile_start = time.monotonic()
-        train_step = self.program.compile_train_step()
+        train_steps = self._compile()
         seed = self.program.place_seed(self.config.seed)
-        say(f"compiled the step in {time.monotonic() - compile_start:.1f} s")
         evaluation = self._evaluation_at_start(state)
         pending = None  # metrics are read one step late, while the device runs the next step
         stop = False
@@ -294,6 +298,7 @@ class Run:
             for step in range(self.start, self.total_steps):
                 trace.before(step, state)
                 batch = self._next_batch(stop_requested())
+                train_step = train_steps[self.resolutions.at(step)]
                 state, metrics = train_step(state, self.frozen, batch, seed)
                 trace.after(step, metrics)
                 if pending is not None:
@@ -325,6 +330,22 @@ class Run:
         self.checkpoints.wait()
         return Result(step=reached, preempted=stop, evaluation=evaluation)
 
+    def _compile(self) -> dict[int, Any]:
+        """The compiled step for each side of the images of the steps that remain.
+
+        All are compiled now: a size that does not fit into memory fails before the first step.
+        """
+        began = time.monotonic()
+        if not self.resolutions.varies:
+            steps = {self.resolutions.native: self.program.compile_train_step()}
+            what = "the step"
+        else:
+            sides = self.resolutions.between(self.start, self.total_steps)
+            steps = {side: self.program.compile_train_step(side) for side in sides}
+            what = f"the steps of {', '.join(map(str, sides))} px"
+        say(f"compiled {what} in {time.monotonic() - began:.1f} s")
+        return steps
+
     def _due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.total_steps)
 
@@ -342,6 +363,9 @@ class Run:
 
     def _read(self, step: int, metrics: Metrics) -> bool:
         """Reads the metrics of one step; returns whether any host has to stop."""
+        if self.resolutions.varies:
+            side: Any = (float(self.resolutions.at(step)), 1.0)
+            metrics = {**metrics, "image_size": side}
         stop = self.progress.add(metrics)
         in_a_row = self.progress.nonfinite_in_a_row
         if in_a_row >= self.config.max_nonfinite:
@@ -358,7 +382,10 @@ class Run:
         scalars = self.progress.means()
         scalars["learning_rate"] = float(self.program.schedule(step - 1))
         scalars |= self.clock.lap(step)
-        scalars |= self.utilization.metrics(scalars["images_per_second"])
+        scalars |= self.utilization.metrics(
+            scalars["images_per_second"], self._mean_work(self.logged, step)
+        )
+        self.logged = step
         self.writer.write(step, scalars)
         state = (
             f"loss {scalars.get('loss', float('nan')):.5f}  lr {scalars['learning_rate']:.3g}  "
@@ -368,6 +395,15 @@ class Run:
         shown.log(f"step {step}/{self.total_steps}  {state}  {ahead}", short=state)
         for note in self.watch.logged(step, scalars):
             say(note)
+
+    def _mean_work(self, start: int, stop: int) -> float:
+        """FLOPs of a mean image of these steps, over those of an image of the network's size."""
+        if not self.resolutions.varies or not isinstance(self.task, Resizes):
+            return 1.0
+        sides = [self.resolutions.at(step) for step in range(start, stop)]
+        work = {side: self.task.flops_at(side).model for side in set(sides)}
+        native = self.task.flops_at(self.resolutions.native).model
+        return sum(work[side] for side in sides) / len(sides) / native
 
     def _save(self, step: int, state: TrainState) -> None:
         self._check_workdir()

@@ -3,7 +3,7 @@
 The loop runs a program; the planner compiles the same program ahead of time, without the chips.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -35,6 +35,7 @@ class Program:
       total_steps: number of updates of the whole run.
       schedule: learning rate as a function of the optimizer step.
       state, frozen, batch, seed: shapes with their shardings.
+      train_batches: shapes of training batches by the side of their images, where it varies.
       create: (key, initial host arrays) -> TrainState, created already sharded.
       train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
@@ -49,6 +50,7 @@ class Program:
     state: TrainState
     frozen: PyTree
     batch: PyTree
+    train_batches: dict[int, PyTree]
     seed: jax.ShapeDtypeStruct
     create: Callable[[jax.Array, PyTree], TrainState]
     train_step: Any
@@ -65,9 +67,17 @@ class Program:
         value = np.uint32(seed)
         return jax.make_array_from_callback((), self.seed.sharding, lambda _: value)
 
-    def compile_train_step(self, **compiler_options) -> jax.stages.Compiled:
-        """Lowers and compiles the train step for the devices of the mesh."""
-        lowered = self.train_step.lower(self.state, self.frozen, self.batch, self.seed)
+    def compile_train_step(
+        self, image_size: int | None = None, **compiler_options
+    ) -> jax.stages.Compiled:
+        """Lowers and compiles the train step for the devices of the mesh.
+
+        Args:
+          image_size: side of the images, one of those of `train_batches`; None for `batch`.
+          **compiler_options: of XLA.
+        """
+        batch = self.batch if image_size is None else self.train_batches[image_size]
+        lowered = self.train_step.lower(self.state, self.frozen, batch, self.seed)
         return lowered.compile(compiler_options or None)
 
 
@@ -79,6 +89,7 @@ def build(
     steps_per_epoch: int,
     total_steps: int,
     elements: Elements | None = None,
+    train_elements: Mapping[int, Elements] | None = None,
 ) -> Program:
     """Defines a run of `task` on `mesh`, without computing anything.
 
@@ -89,6 +100,7 @@ def build(
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of updates.
       elements: specification of the batches; derived from the config if None.
+      train_elements: that of training batches by the side of their images, where it varies.
 
     Raises:
       ConfigError: the batch does not split over the mesh.
@@ -140,6 +152,10 @@ def build(
         state=state,
         frozen=_with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
         batch=_abstract_batch(elements, config.batch_size, mesh),
+        train_batches={
+            side: _abstract_batch(each, config.batch_size, mesh)
+            for side, each in (train_elements or {}).items()
+        },
         seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         create=create,
         train_step=jax.jit(on_mesh(step), donate_argnums=0, out_shardings=(state_shardings, whole)),

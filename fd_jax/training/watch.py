@@ -11,7 +11,7 @@ from fd_jax.typing import Config
 
 ROUNDS = 3  # evaluations in a row, each worse than the one before
 NEAR_CHANCE = 0.1  # share of log K
-LOWER_IS_BETTER = ("loss",)  # endings of names; of other figures, a higher one is better
+LOWER_IS_BETTER = "loss"  # ending of names; of other figures, a higher one is better
 EVALUATION = "eval_"
 
 Rows = Sequence[Mapping[str, float]]
@@ -143,7 +143,12 @@ def check_figure(name: str, measured: Sequence[str]) -> None:
 
 def better(name: str, value: float, than: float) -> bool:
     """Whether a value of a figure is better than another one; NaN is not."""
-    return value < than if name.endswith(LOWER_IS_BETTER) else value > than
+    return value < than if lower_is_better(name) else value > than
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a figure is a loss. That of one of several teachers is called "loss/clip", say."""
+    return name.partition("/")[0].endswith(LOWER_IS_BETTER)
 
 
 def _is_by(name: str, folder: epath.Path) -> bool:

@@ -95,10 +95,29 @@ def convnext(**arch):
     return ModelSpec("convnext", {**fields, **arch}, source="tiny")
 
 
+def part(spec, **fields):
+    """A fine-tuned network of which a part trains."""
+    return ClassifyTask(tiny.fine_tuning(**fields), init_spec=spec)
+
+
+def several():
+    """Each kind of projector, resampling and loss, and a target that a matrix normalises."""
+    matrix = {"target__normalize": "phi_s", "target__statistics": "stats.npz"}
+    mlp = {"projector__kind": "mlp", "projector__hidden": 20, "projector__separate": True}
+    relation = {"loss__relation": 1.0, "loss__class_share": 0.3}
+    made = {
+        "a": base.teacher("", path="a", target__resample="bilinear", **matrix),
+        "b": base.teacher("", path="b", target__resample="student", **mlp, **relation),
+    }
+    specs = {"a": tiny.teacher_spec(image_size=24), "b": tiny.teacher_spec(patch_size=4)}
+    return DistillTask(tiny.several(list(made.items())), teacher_specs=specs)
+
+
 RESPONSES = {"grn": True, "layer_scale": None}
 
 CASES = {
     "full": lambda: distillation(),
+    "two teachers": several,
     "cls": lambda: distillation(**{"target.kind": "cls"}),
     "gap": lambda: distillation(**{"target.kind": "gap"}),
     "remat dots": lambda: distillation(remat="dots"),
@@ -167,6 +186,34 @@ CASES = {
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
     ),
+    **{
+        f"{what}, remat {remat or 'off'}": functools.partial(
+            part, tiny.teacher_spec(depth=3, layer_scale=0.1), remat=remat, **fields
+        )
+        for remat in ("", "full", "dots")
+        for what, fields in (
+            ("frozen blocks", {"model.freeze_blocks": 2}),
+            ("updates", {"lora.rank": 2}),
+        )
+    },
+    "updates after frozen blocks": lambda: part(
+        tiny.teacher_spec(depth=3), **{"lora.rank": 2, "model.freeze_blocks": 1}
+    ),
+    "updates of the MLPs": lambda: part(
+        tiny.teacher_spec(), **{"lora.rank": 2, "lora.targets": ("fc1", "fc2")}
+    ),
+    "updates of attention and a gate": lambda: part(
+        evas.spec("EVA-02-CLIP"), **{"lora.rank": 2, "lora.targets": ("qkv", "gate")}
+    ),
+    "frozen blocks of a swin": lambda: part(
+        tiny.swin_spec(1), **{"model.freeze_blocks": 3, "model.pooling": "mean"}
+    ),
+    "updates of a swin": lambda: part(tiny.swin_spec(1), **{"lora.rank": 2}),
+    "a convnext without its first stage": lambda: part(convnext(), **{"model.freeze_blocks": 1}),
+    "a convnext without half a stage": lambda: part(convnext(), **{"model.freeze_blocks": 2}),
+    "updates of a convnext": lambda: part(
+        convnext(**RESPONSES), **{"lora.rank": 2, "lora.targets": ("fc1", "fc2")}
+    ),
 }
 
 
@@ -188,6 +235,17 @@ def test_closed_form_of_swin_v2_leaves_out_only_the_bias_networks():
         # One network per block after untying; the offsets get no gradient.
         bias += SWIN["depths"][stage] * 2 * offsets * hidden * (2 * 2 + 3 * heads)
     assert task.flops().executed + bias / ROWS == pytest.approx(traced(task), rel=1e-9)
+
+
+def test_closed_form_of_a_swin_v2_whose_first_blocks_are_frozen():
+    """With V2's norm after attention, nothing needs the gradient of the first block's input."""
+    spec = ModelSpec("swin_v2", swin("swin_v2"), source="tiny")
+    whole, frozen = part(spec), part(spec, **{"model.freeze_blocks": 2})
+    saved = whole.flops().executed - frozen.flops().executed
+    # The bias networks of frozen blocks run forward only.
+    offsets = (2 * SWIN["window"] - 1) ** 2
+    bias = 2 * 2 * offsets * 512 * (2 + 2 * SWIN["heads"][0]) / ROWS
+    assert saved + bias == pytest.approx(traced(whole) - traced(frozen), rel=1e-9)
 
 
 def test_remat_adds_recomputed_flops_but_no_model_flops():

@@ -37,6 +37,14 @@ class Pictures:
         return f"picture-{index}"
 
 
+class Patterns(Pictures):
+    """Images of 20 x 24 pixels that differ in every pixel, so that crops and mirrors show."""
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        return Example(pixels, index % 7)
+
+
 class Noise:
     """Adds noise from the generator it gets, so that a different generator changes the image."""
 

@@ -178,7 +178,7 @@ def test_batches_use_the_slots_of_shared_memory_in_turn(make_loader, monkeypatch
     for _ in range(40):
         next(loader)
     slots = pipeline.shared_slots(workers)
-    assert taken[:40] == [number % slots for number in range(40)]
+    assert [held.slot for held in taken[:40]] == [number % slots for number in range(40)]
     assert slots % workers == 0
 
 

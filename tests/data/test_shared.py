@@ -46,9 +46,9 @@ def assert_holds(batch, number):
 def test_batches_go_into_the_slots_in_turn_and_arrive_unchanged(shared):
     worker = worker_of(shared)
     for number in range(3 * SLOTS):
-        slot = worker.put(number, rows(pictures(number)))
-        assert slot == number % SLOTS
-        assert_holds(shared.take(slot), number)
+        held = worker.put(number, rows(pictures(number)))
+        assert held.slot == number % SLOTS
+        assert_holds(shared.take(held), number)
 
 
 def test_a_slot_is_free_again_once_no_view_of_it_is_left(shared):
@@ -62,7 +62,7 @@ def test_a_slot_is_free_again_once_no_view_of_it_is_left(shared):
     assert_holds(other, 1)
     np.testing.assert_array_equal(view, np.stack(pictures(0))[1:, ::2])
     del view
-    assert worker.put(SLOTS, rows(pictures(1))) == 0
+    assert worker.put(SLOTS, rows(pictures(1))).slot == 0
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
@@ -73,14 +73,15 @@ def test_a_slot_stays_in_use_while_any_of_its_arrays_is_alive(shared, name):
     assert isinstance(worker.put(SLOTS, rows(pictures(1), label=8)), dict)
     np.testing.assert_array_equal(kept, elements.stack(rows(pictures(0)), ELEMENTS)[name])
     del kept
-    assert worker.put(SLOTS, rows(pictures(1))) == 0
+    assert worker.put(SLOTS, rows(pictures(1))).slot == 0
 
 
 def test_a_slot_is_in_use_before_its_batch_is_taken(shared):
     worker = worker_of(shared)
-    assert worker.put(0, rows(pictures(0))) == 0
+    held = worker.put(0, rows(pictures(0)))
+    assert held.slot == 0
     assert isinstance(worker.put(SLOTS, rows(pictures(1))), dict)
-    assert_holds(shared.take(0), 0)
+    assert_holds(shared.take(held), 0)
 
 
 def test_a_batch_that_was_taken_outlives_the_shared_memory_object():

@@ -7,16 +7,18 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, distill_clip_dinov2_vit_b16
 from fd_jax import sharding
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError, ConversionError
-from fd_jax.plan import bounds, compiled, duration, experiment, topology
+from fd_jax.plan import bounds, compiled, duration, experiment, table, topology
+from fd_jax.tasks import registry
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -40,6 +42,21 @@ def test_the_spec_of_an_existing_teacher_folder_is_read(teacher):
     assert (planned.total_steps, planned.examples) == (6, None)
 
 
+def test_two_teachers_are_defined_without_their_weights():
+    config = distill_clip_dinov2_vit_b16.get_config()
+    planned = experiment.define(config)
+    assert planned.networks == (
+        ("teacher clip", "converter source openai_clip_vit_b16"),
+        ("teacher dinov2", "converter source dinov2_vitb14"),
+    )
+    grids = {name: goal.teacher.grid for name, goal in planned.task.goals.each.items()}
+    assert grids == {"clip": (14, 14), "dinov2": (16, 16)}
+    with config.unlocked():
+        config.teachers.dinov2.update(source="", path="nowhere")
+    with pytest.raises(ConfigError, match="no teacher dinov2 at nowhere.*teachers.dinov2.source"):
+        experiment.define(config)
+
+
 def test_fine_tuning_starts_from_a_config_a_source_or_random_weights():
     config = base.fine_tuning(drop_path=0.2, layer_decay=0.65, peak_lr=1e-3, floor_lr=1e-6)
     student = experiment.define(config, start=str(ROOT / "configs/distill_clip_vit_l14.py"))
@@ -50,6 +67,45 @@ def test_fine_tuning_starts_from_a_config_a_source_or_random_weights():
     config.model.family = "vit"
     config.model.arch = base.student(base.VIT_B16, image_size=224)
     assert experiment.define(config).networks == (("starts from", "random weights"),)
+
+
+def test_the_largest_of_several_sizes_is_planned():
+    fields = {"data.sizes": (112, 224), "teacher.follow": True, "steps": 100}
+    fields["optim.warmup_epochs"] = 0.01
+    config = base.distillation(teacher="openai_clip_vit_b16", drop_path=0.1)
+    whole = experiment.define(config)
+    config.update_from_flattened_dict(fields)
+    planned = experiment.define(config)
+    assert planned.work == whole.work == planned.task.flops_at(224)
+    half = planned.task.flops_at(112).executed / planned.work.executed
+    assert half < 0.25 and planned.mean_share == pytest.approx((1 + half) / 2)
+    assert registry.kind_of(config).elements(config)["image"].shape == (224, 224, 3)
+    target = types.SimpleNamespace(name="v5e:1x1", chips=1, devices=[None])
+    facts = table.run_facts(planned, target, {"data": 1})
+    text = table.facts(facts)
+    assert "224 px, the largest size, is planned; steps of 112 px take less" in text
+    assert "224 px" not in table.facts({**facts, "image_sizes": [224]})
+    config.data.update(sizes=(), phases=((0, 112), (25, 224)))
+    assert experiment.define(config).mean_share == pytest.approx(0.25 * half + 0.75)
+
+
+def test_a_student_and_the_part_of_it_that_trains_are_planned_without_its_folder():
+    config = base.distillation(
+        teacher="openai_clip_vit_b16", drop_path=0.1, init_from="teachers/not_there"
+    )
+    config.lora.rank = 8
+    planned = experiment.define(config, start="dino_vitb16")
+    assert dict(planned.networks)["starts from"] == "converter source dino_vitb16"
+    shapes, _ = jax.eval_shape(planned.task.init, jax.random.key(0))
+    held = planned.task.abstract_frozen()["student"]
+    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, held)]
+    # A and B of qkv, proj, fc1 and fc2, of widths 768 and 3072, and the projector.
+    rows = (768 + 3 * 768) + (768 + 768) + 2 * (768 + 3072)
+    assert count[0] == 12 * 8 * rows + 768 * 768 + 768
+    assert 85e6 < count[1] < 87e6
+    moments = planned.task.optimizer(shapes, steps_per_epoch=10, total_steps=100)[0].init
+    state = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(moments, shapes)))
+    assert 2 * count[0] <= state <= 2 * count[0] + 4
 
 
 @pytest.mark.parametrize(

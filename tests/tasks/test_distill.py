@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fd_jax import model_folder, sharding
-from fd_jax.cost import flops
+from fd_jax import model_folder
 from fd_jax.errors import ConfigError
 from fd_jax.models import spec as specs
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.tasks.teacher import Teacher, resize_images
+from fd_jax.tasks.teacher import resize_images
 from tests import tiny
 
 
@@ -246,47 +245,3 @@ def test_a_distilled_student_can_be_a_teacher(folder, tmp_path):
     task, params, frozen = make(str(tmp_path / "student"), **{"teacher.source": ""})
     loss, _ = task.loss(params, {}, frozen, tiny.batch())
     assert np.isfinite(loss)
-
-
-# --- several teachers ------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_loss_of_two_teachers_is_the_sum_of_the_single_losses(teacher, tmp_path):
-    """Each teacher has its own input size, drop path, weights and projector."""
-    config = tiny.config(teacher, **{"target.kind": "cls"})
-    other = tiny.config(tiny.save_teacher(tmp_path / "other", width=40, image_size=24)).teacher
-    other.drop_path = 0.5
-    sections = {"first": config.teacher, "second": other}
-    teachers = {
-        name: Teacher(section, dtype=np.dtype("float32"), head=False)
-        for name, section in sections.items()
-    }
-    both = DistillTask(config, teachers=teachers)
-    frozen = both.load_frozen()
-    params, extra = both.init(jax.random.key(1))
-    assert {name: p["kernel"].shape for name, p in params["projector"].items()} == {
-        "first": (32, 48),
-        "second": (32, 40),
-    }
-    batch = both.prepare(tiny.batch(), jax.random.key(2))
-    got, (_, metrics) = both.loss(params, extra, frozen, batch)
-
-    wanted = []
-    for name, each in teachers.items():
-        alone = DistillTask(config, teachers={"": each})
-        own = {"encoder": params["encoder"], "projector": params["projector"][name]}
-        drop_path = {"student_drops": batch["student_drops"]}
-        if name == "second":
-            drop_path["teacher_drops"] = batch["teacher_drops_second"]
-        wanted.append(alone.loss(own, extra, frozen[name], {**tiny.batch(), **drop_path})[0])
-    np.testing.assert_allclose(got, sum(wanted), rtol=1e-6)
-    assert wanted[0] != wanted[1] and metrics["loss"][1] == 16
-    held_out = both.evaluate(params, extra, frozen, tiny.batch())
-    assert held_out.keys() == {"loss", "cosine_first", "cosine_second"}
-    shapes = jax.tree.map(np.shape, frozen)
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, both.abstract_frozen())
-    sharding.param_shardings(params, sharding.make_mesh())  # every parameter matches one row
-    work = [DistillTask(config, teachers={"": each}).flops().forward for each in teachers.values()]
-    student = flops.network(both.student_spec, trains=True).forward
-    assert both.flops().forward == pytest.approx(sum(work) - student)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import base
 from fd_jax.errors import ConfigError
 from fd_jax.tasks import registry
 from fd_jax.tasks.classify import ClassifyTask
@@ -31,7 +32,14 @@ def test_a_config_without_a_task_section_is_refused():
 def test_networks_lists_what_a_run_reads_from_model_folders():
     config = tiny.config("somewhere", **{"target.kind": "logits"})
     assert registry.kind_of(config).networks(config) == [
-        registry.Network("teacher", "somewhere", source="tiny", needs_head=True)
+        registry.Network(
+            "teacher", "somewhere", source="tiny", field="teacher.source", needs_head=True
+        )
+    ]
+    config = tiny.several([("a", base.teacher("x")), ("b", base.teacher("y", path="there"))])
+    assert registry.kind_of(config).networks(config) == [
+        registry.Network("teacher a", "teachers/x", source="x", field="teachers.a.source"),
+        registry.Network("teacher b", "there", source="y", field="teachers.b.source"),
     ]
     config = tiny.fine_tuning("a/model")
     wanted = registry.Network("starts from", "a/model", source=None, optional=False)

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from configs import base
 from fd_jax import model_folder
 from fd_jax.cli import measure
 from fd_jax.errors import ConfigError
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.tasks.teacher import Teacher
 from fd_jax.training import loop, metric_writer
 from fd_jax.training.watch import Best, Watch
 from tests import tiny
@@ -132,7 +132,7 @@ def test_a_figure_that_is_not_measured_is_refused():
     "start,fields,measured",
     [
         ("student", {"eval.keep_best": "knn_top5", "eval.knn": 3}, "loss, top1, knn_top1"),
-        ("teachers", {"eval.keep_best": "cosine"}, "cosine_a, cosine_b, loss"),
+        ("teachers", {"eval.keep_best": "cosine"}, "cosine/a, cosine/b, loss, loss/a, loss/b"),
     ],
 )
 def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(
@@ -153,10 +153,10 @@ def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(
         task = ClassifyTask(config)
     else:
         teacher = tiny.save_teacher(tmp_path / "teacher")
-        config = tiny.config(teacher, **fields)
-        dtype = np.dtype("float32")
-        teachers = {name: Teacher(config.teacher, dtype=dtype, head=False) for name in "ab"}
-        task = DistillTask(config, teachers=teachers)
+        same = {"path": teacher, "target__kind": "cls"}
+        sections = [(n, base.teacher("tiny", **same, weight=w)) for n, w in (("a", 1), ("b", 2))]
+        config = tiny.several(sections, **fields)
+        task = DistillTask(config)
     with pytest.raises(ConfigError, match=f"but this run measures {measured}; choose"):
         loop.fit(task, config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,1 @@
+"""How a teacher's tokens are normalised before a student learns them."""
