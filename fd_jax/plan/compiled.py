@@ -104,7 +104,7 @@ def compile_step(
         steps_per_epoch=experiment.steps_per_epoch,
         total_steps=experiment.total_steps,
     )
-    options = {} if windowed_einsum else _NO_WINDOWED_EINSUM
+    options: dict[str, Any] = {} if windowed_einsum else _NO_WINDOWED_EINSUM
     began = time.monotonic()
     try:
         with _effort(effort):

@@ -336,6 +336,7 @@ class Run:
         All are compiled now: a size that does not fit into memory fails before the first step.
         """
         began = time.monotonic()
+        say("compiling the step")
         if not self.resolutions.varies:
             steps = {self.resolutions.native: self.program.compile_train_step()}
             what = "the step"
