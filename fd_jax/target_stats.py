@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 import os
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 from etils import epath
 import jax
+import ml_collections
 import numpy as np
 
 from fd_jax import console, sharding, storage
@@ -168,7 +168,7 @@ def _run(args: argparse.Namespace) -> None:
     console.open_devices()
     output = _check_output(epath.Path(args.output), overwrite=args.overwrite)
     fields = {"path": args.teacher, "source": "", "drop_path": 0.0, "stages": args.stages}
-    section = SimpleNamespace(**fields, image_size=args.image_size)
+    section = ml_collections.ConfigDict({**fields, "image_size": args.image_size})
     teacher = Teacher(section, dtype=compute_dtype(args.dtype), head=False)
     name = datasets.name_of(args.data)
     whole = datasets.open_dataset(name, args.split, data_dir=args.data_dir)

@@ -225,6 +225,7 @@ def leaf_at(tree, path):
     return functools.reduce(lambda node, name: node[name], path.split("/"), tree)
 
 
+@pytest.mark.slow
 def test_updates_get_the_gradients_that_follow_from_those_of_the_kernels(folders, teacher):
     """With G the gradient of a merged kernel: dA = s G B^T and dB = s A^T G."""
     task = tuned(folders, teacher, **LORA)
@@ -279,6 +280,7 @@ def test_updates_of_some_blocks_train_alike_on_every_mesh(family, folders, teach
     assert not any("/0/blocks/0/" in path for path in trees.paths(together[1].params["encoder"]))
 
 
+@pytest.mark.slow
 def test_parts_in_bfloat16_compute_what_the_whole_network_does(folders, teacher):
     """Kernels are held in the compute dtype, and everything else in float32."""
     fields = {"dtype": "bfloat16"}
