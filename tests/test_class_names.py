@@ -123,7 +123,7 @@ def test_landscapes_number_the_classes_as_the_head_does(classifier, data):
 def exported(config):
     task = ClassifyTask(config)
     task.check_data(Feed(**config.data))
-    return task.export({}, {})[0]
+    return task.export({"encoder": {}}, {})[0]
 
 
 def test_a_fresh_head_takes_the_names_of_the_training_split(classifier, data):

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="destination; by default that of TFDS")
     parser.add_argument("--manual_dir", help="folder with files that cannot be downloaded")
     args = parser.parse_args(argv)
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # TFDS warns of the folder that it is about to fill
     try:
         if not sys.stderr.isatty():
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        logging.set_verbosity(verbosity)
     return 0
 
 

@@ -28,7 +28,10 @@ OUTSIDE = {
     "rules": {"errors"},
     "made of": {"errors", "model_folder", "models"},
     "families": {"errors", "models"},
-    "commands": {"errors", "model_folder", "models", "checkpoint", "console", "storage"},
+    "commands": {
+        *("errors", "inference", "model_folder", "models"),
+        *("checkpoint", "console", "storage"),
+    },
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from fd_jax.data import randomness
 from fd_jax.data.base import SegmentationData
 from fd_jax.data.segmentation import Labels, Scene, transforms
 from fd_jax.errors import ConfigError, DataError
@@ -51,12 +52,10 @@ def test_batches_have_the_declared_elements(root):
 
 def test_a_row_is_the_transform_of_its_picture(root):
     """The generator of an example depends on seed, epoch and index, as for all other data."""
-    from fd_jax.data import pipeline
-
     data = feed(root=str(root))
     (batch,) = batches(data, 1, seed=5)
     for row, index in enumerate(batch["index"].tolist()):
-        rng = pipeline._rng(pipeline._AUGMENT, 5, 0, index)
+        rng = randomness.generator(randomness.AUGMENT, 5, 0, index)
         wanted = data.train_transform(data.train_dataset[index], rng)
         np.testing.assert_array_equal(batch["image"][row], wanted["image"])
         np.testing.assert_array_equal(batch["mask"][row], wanted["mask"])
