@@ -244,10 +244,12 @@ def test_gradients_and_recomputation(name):
         return jax.grad(loss)(params)
 
     want = gradients(params, None)
+    # A bias of keys changes no softmax: its gradient is the rounding of others.
+    rounding = 1e-7 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(want))
     for got in (gradients(params, everything), gradients(params, everything, remat="full")):
         for leaf, reference in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            largest = np.abs(reference).max()
-            np.testing.assert_allclose(leaf, reference, rtol=0, atol=2e-5 * largest)
+            atol = 2e-5 * np.abs(reference).max() + rounding
+            np.testing.assert_allclose(leaf, reference, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["rpb", "rope", "ape"])
