@@ -156,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with storage.one_message(args.output):
             _run(args)
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; install it with pip install 'fd_jax[train]'")
+        return processes.fail(f"{error}; install it with pip install 'fd_jax[train]'")
     except UserError as error:
-        return _fail(str(error))
+        return processes.fail(str(error))
     return 0
 
 
@@ -247,18 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--exif", action="store_true", help="turn pictures as their EXIF orientation says")
     add("--overwrite", action="store_true", help="replace an existing file")
-    add("--distributed", action="store_true", help="start jax.distributed")
-    add("--coordinator", help="host:port of process 0, if the launcher does not provide it")
-    add("--num_processes", type=int, help="number of processes")
-    add("--process_id", type=int, help="index of this process, from 0")
+    processes.add_flags(parser)
     return parser
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(2)  # a regular exit would wait for the other processes, which wait for this one
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Start of several processes that compute together."""
+"""Start of several processes that compute together, and the end of one that cannot go on."""
+
+import argparse
+import os
+import sys
 
 import jax
 
@@ -52,3 +56,25 @@ def start(
             f"jax.distributed cannot detect the other processes ({error}); set "
             "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of which `start` takes the values."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="start jax.distributed, which detects Cloud TPU pods and Slurm",
+    )
+    parser.add_argument(
+        "--coordinator", help="host:port of process 0, if the launcher does not provide it"
+    )
+    parser.add_argument("--num_processes", type=int, help="number of processes")
+    parser.add_argument("--process_id", type=int, help="index of this process, from 0")
+
+
+def fail(message: str) -> int:
+    """Prints an error and returns the exit status; one of several processes ends here."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(2)  # a regular exit would wait for the other processes, which wait for this one
+    return 2

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 import os
 import sys
 
-import jax
-
 from fd_jax import console, storage
 from fd_jax.cli import processes
 from fd_jax.diagnose import catalogue
@@ -41,22 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with storage.one_message(args.output):
             run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; install it with pip install 'fd_jax[train]'")
+        return processes.fail(f"{error}; install it with pip install 'fd_jax[train]'")
     except UserError as error:
-        return _fail(str(error))
+        return processes.fail(str(error))
     return 0
 
 
 def _list_of_figures() -> str:
     lines = [f"  {name:<12}{figure.shows}" for name, figure in catalogue.FIGURES.items()]
     return "\n" + "\n".join(["figures:", *lines]) + "\n"
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(2)  # a regular exit would wait for the other processes, which wait for this one
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,12 +122,5 @@ def _parser() -> argparse.ArgumentParser:
         help="number of unreadable images that each process may leave out",
     )
     add("--overwrite", action="store_true", help="replace the results of another command")
-    add(
-        "--distributed",
-        action="store_true",
-        help="start jax.distributed, which detects Cloud TPU pods and Slurm",
-    )
-    add("--coordinator", help="host:port of process 0, if the launcher does not provide it")
-    add("--num_processes", type=int, help="number of processes")
-    add("--process_id", type=int, help="index of this process, from 0")
+    processes.add_flags(parser)
     return parser  # fmt: skip

@@ -13,9 +13,7 @@ from fd_jax.cost import flops
 from fd_jax.errors import ConfigError
 from fd_jax.models import resize, sizes
 from fd_jax.models.features import FeatureMap
-from fd_jax.models.heads import Classifier
-from fd_jax.models.keys import param_keys
-from fd_jax.models.spec import FAMILIES, ModelSpec, split
+from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.normalization.statistics import Origin
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
@@ -73,10 +71,8 @@ class Teacher:
         self.image_size, self.cls = network.image_size, network.cls
         self.token_side = sizes.token_side(size, arch["patch_size"], self.grid)
         self._head, self._head_shapes = None, {}
-        if head:
-            self._head, self._head_shapes = split(
-                nnx.eval_shape(lambda: self._classifier(param_keys(0)))
-            )
+        if head and self.classes:  # which refuses a network without one
+            self._head, self._head_shapes = self.spec.abstract_head(self.width)
 
     @property
     def classes(self) -> int:
@@ -181,17 +177,6 @@ class Teacher:
 
     def _abstract(self, spec: ModelSpec) -> tuple[nnx.GraphDef, PyTree]:
         return spec.abstract(dtype=self.dtype, drop_path=self.drop_path, attention=self.attention)
-
-    def _classifier(self, rngs: nnx.Rngs) -> Classifier:
-        """Its own head and pooling; the weights come from the folder."""
-        return Classifier(
-            self.width,
-            self.classes,
-            pooling=self.spec.pooling,
-            norm_eps=self.spec.head_norm_eps,
-            kernel_init=nnx.initializers.zeros_init(),
-            rngs=rngs,
-        )
 
 
 def resize_images(images: jax.Array, size: int) -> jax.Array:
