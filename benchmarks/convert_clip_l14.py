@@ -55,7 +55,7 @@ def watch():
 def processor():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 {setup}
 start, before = time.perf_counter(), processor()
@@ -242,12 +242,19 @@ def facts(style: str) -> list[str]:
     if style.startswith("dinov2_hub"):
         values["position_resize"] = "offset_0.1"  # as its code has it
     return [
-        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{name}={_text(value)}"
         for name in STATED
         if (value := values.get(name)) is not None
         and (not name.startswith("rope_") or "rope_theta" in values)
         and not (name == "activation" and style.startswith(("dinov2_hub", "dinov3_hub", "meta_")))
     ]
+
+
+def _text(value: Any) -> str:
+    """The value of a fact, as `--fact` takes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # --- the comparison
