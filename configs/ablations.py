@@ -9,6 +9,7 @@ row gives the paper's top-1 after fine-tuning for CLIP, DINO and DeiT. Ours: not
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 # teacher: (converter source, best drop path of the student: docs/reference.md#table-5)
 TEACHERS = {
@@ -48,11 +49,11 @@ def get_config(arg: str = "table=2,row=full,teacher=clip"):
     """See configs/base.py for the fields; arguments: table, row, teacher, smoke."""
     values = base.arguments(arg, table="2", row="full", teacher="clip")
     if values["teacher"] not in TEACHERS:
-        raise ValueError(f"teacher={values['teacher']}; expected one of {sorted(TEACHERS)}")
+        raise ConfigError(f"teacher={values['teacher']}; expected one of {sorted(TEACHERS)}")
     rows = TABLES.get(values["table"])
     if rows is None or values["row"] not in rows:
         known = {table: sorted(rows) for table, rows in TABLES.items()}
-        raise ValueError(f"table={values['table']},row={values['row']}; expected one of {known}")
+        raise ConfigError(f"table={values['table']},row={values['row']}; expected one of {known}")
     source, drop_path = TEACHERS[values["teacher"]]
     config = base.distillation(teacher=source, drop_path=drop_path, epochs=100)
     if values["smoke"]:

@@ -9,6 +9,7 @@ hand, for example:
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 SIZE = 28
 SHAPE = {"patch_size": 7, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256}
@@ -33,7 +34,7 @@ def get_config(arg: str = ""):
     given = base.arguments(arg, stage="contrastive", pictures="fashion", network="teacher")
     stage, pictures = given["stage"], given["pictures"]
     if stage not in STAGES or pictures not in ("fashion", "dinov2"):
-        raise ValueError(
+        raise ConfigError(
             f"stage={stage!r}, pictures={pictures!r}; expected one of {list(STAGES)} and of "
             "['fashion', 'dinov2']"
         )

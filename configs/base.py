@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from fd_jax.errors import ConfigError
 from fd_jax.typing import Config
 
 # Student shapes of the paper (docs/reference.md#table-6).
@@ -219,7 +220,7 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
       **fields: values that differ, with __ for a dot: target__normalize="phi_s".
 
     Raises:
-      ValueError: there is no such field.
+      ConfigError: there is no such field.
     """
     section: dict[str, Any] = {
         "path": path or f"teachers/{source}",
@@ -258,7 +259,7 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
         for part in outer:
             place = place.get(part, {})
         if field not in place:
-            raise ValueError(f"a teacher has no field {name.replace('__', '.')}")
+            raise ConfigError(f"a teacher has no field {name.replace('__', '.')}")
         place[field] = value
     return section
 
@@ -271,11 +272,11 @@ def several_teachers(teachers: Sequence[tuple[str, dict[str, Any]]], **student: 
       **student: the arguments of `distillation` that do not name its teacher.
 
     Raises:
-      ValueError: two teachers have one name.
+      ConfigError: two teachers have one name.
     """
     names = [name for name, _ in teachers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"teachers {names}: {', '.join(twice)} occurs more than once; rename one")
+        raise ConfigError(f"teachers {names}: {', '.join(twice)} occurs more than once; rename one")
     config = distillation(teacher="", **student)
     del config.teacher, config.target, config.loss_beta
     config.teachers = dict(teachers)
@@ -539,14 +540,16 @@ def arguments(text: str, **defaults: str) -> dict[str, Any]:
       The defaults, updated by `text`. "smoke" is always accepted and is False unless given.
 
     Raises:
-      ValueError: an unknown name.
+      ConfigError: an unknown name.
     """
     values: dict[str, Any] = {"smoke": False, **defaults}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         if name not in values:
-            raise ValueError(
-                f"config argument {name!r} is unknown; expected some of {sorted(values)}"
+            raise ConfigError(
+                f"config argument {name!r} is unknown; expected some of "
+                f"{', '.join(sorted(values))}. Fields of the config are set by flags of their own, "
+                "such as --config.optim.peak_lr=0.001"
             )
         values[name] = value or True
     return values

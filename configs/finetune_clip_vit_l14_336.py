@@ -17,6 +17,7 @@ split may be any part of it; use "" for none.
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 STAGES = {
     "22k": {"peak_lr": 1.25e-4, "epochs": 30, "warmup_epochs": 5, "drop_path": 0.3},
@@ -28,7 +29,7 @@ def get_config(arg: str = ""):
     """See configs/base.py for the fields; arguments: stage=22k|1k, smoke."""
     given = base.arguments(arg, stage="22k")
     if given["stage"] not in STAGES:
-        raise ValueError(f"stage={given['stage']!r}; expected one of {sorted(STAGES)}")
+        raise ConfigError(f"stage={given['stage']!r}; expected one of {sorted(STAGES)}")
     large = given["stage"] == "1k"
     config = base.fine_tuning(
         **STAGES[given["stage"]],

@@ -11,6 +11,7 @@ own structure and pixel statistics.
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 B = {"drop_path": 0.2, "layer_decay": 0.65, "peak_lr": 1.25e-3, "floor_lr": 2.5e-7}
 SWIN = {"drop_path": 0.4, "layer_decay": 0.80, "peak_lr": 1.25e-3, "floor_lr": 2.5e-7}
@@ -31,7 +32,7 @@ def get_config(arg: str = ""):
     """See configs/base.py for the fields; arguments: teacher=NAME, smoke."""
     given = base.arguments(arg, teacher="clip_b")
     if given["teacher"] not in TEACHERS:
-        raise ValueError(f"teacher={given['teacher']!r}; expected one of {sorted(TEACHERS)}")
+        raise ConfigError(f"teacher={given['teacher']!r}; expected one of {sorted(TEACHERS)}")
     recipe = TEACHERS[given["teacher"]][0]
     config = (base.swin_fine_tuning if recipe is SWIN else base.fine_tuning)(**recipe)
     return base.shrink_fine_tuning(config) if given["smoke"] else config

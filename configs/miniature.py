@@ -9,6 +9,7 @@ runs all stages over several seeds (benchmarks/miniature.py). To run one stage b
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 SHAPE = {"patch_size": 7, "width": 64, "depth": 4, "heads": 4, "mlp_width": 256}
 SIZE = 28
@@ -38,7 +39,7 @@ def get_config(arg: str = ""):
     given = base.arguments(arg, stage="pretrain", data="digits")
     stage, data = given["stage"], given["data"]
     if stage not in STAGES or data not in DATA:
-        raise ValueError(
+        raise ConfigError(
             f"stage={stage!r}, data={data!r}; expected one of {list(STAGES)} and of {list(DATA)}"
         )
     config = STAGES[stage]()

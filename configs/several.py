@@ -11,6 +11,7 @@ each alone. To run one stage by hand, for example:
 """
 
 from configs import base
+from fd_jax.errors import ConfigError
 
 # The second teacher: patches of 16 beside the student's and DINOv2's of 14.
 CONTRASTED = {"patch_size": 16, "width": 128, "depth": 6, "heads": 4, "mlp_width": 512}
@@ -32,7 +33,7 @@ def get_config(arg: str = ""):
     given = base.arguments(arg, stage="distill", teachers="both")
     stage, chosen = given["stage"], given["teachers"]
     if stage not in ("contrast", "distill") or chosen not in ("both", *TEACHERS):
-        raise ValueError(
+        raise ConfigError(
             f"stage={stage!r}, teachers={chosen!r}; expected 'contrast' or 'distill', and one of "
             f"{['both', *TEACHERS]}"
         )

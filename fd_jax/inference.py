@@ -6,6 +6,7 @@ device jax has. Training does not use it: the tasks build their networks from th
 
 from collections.abc import Sequence
 import functools
+import os
 from typing import Any
 
 from etils import epath
@@ -114,8 +115,7 @@ class Model:
         Args:
           images: uint8 [B, H, W, 3] RGB. With `resize`, a list of pictures uint8 [h, w, 3] of any
             sizes also serves.
-          resize: whether to bring the images to the network's size as evaluation does: the short
-            side is resized to 256 / 224 of it, and the centre is cropped.
+          resize: whether to bring the images to the network's size first, see `resize`.
 
         Returns:
           float32 [B, H, W, 3].
@@ -124,11 +124,27 @@ class Model:
           DataError: the images have another dtype or shape, which would give other features
             without a sign of it.
         """
-        batch: Any = images
-        if resize:
-            batch = self._resized([np.asarray(image) for image in images])
+        batch: Any = self.resize(images) if resize else images
         check_images(batch)
         return self.spec.normalize(batch)
+
+    def resize(self, pictures: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Brings pictures to the network's size as evaluation does, for `preprocess` or a server.
+
+        The short side is resized to 256 / 224 of the size, and the centre is cropped.
+
+        Args:
+          pictures: uint8 [h, w, 3] RGB each, of any sizes.
+
+        Returns:
+          uint8 [B, H, W, 3].
+
+        Raises:
+          DataError: a picture has another dtype or shape, or there is none.
+        """
+        check_pictures(pictures)
+        size = self.spec.arch["image_size"]
+        return np.stack([cropping.for_evaluation(np.asarray(each), size) for each in pictures])
 
     def attention_maps(
         self, images: jax.Array, blocks: Sequence[int] | None = None
@@ -226,6 +242,7 @@ class Model:
             )
         if logits:
             return self._window_logits(self._check_windows(np.asarray(pictures)))
+        check_pictures(pictures)
         return [self._labels(np.asarray(picture)) for picture in pictures]
 
     def _check_head(self) -> None:
@@ -235,16 +252,7 @@ class Model:
                 "finetune.py with configs/own_finetune.py or configs/own_probe.py trains one on it"
             )
 
-    def _resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        if not pictures:
-            raise DataError("there is no picture: expected a list of uint8 arrays [h, w, 3]")
-        for picture in pictures:
-            check_images(picture[None])
-        size = self.spec.arch["image_size"]
-        return np.stack([cropping.for_evaluation(picture, size) for picture in pictures])
-
     def _labels(self, picture: np.ndarray) -> np.ndarray:
-        check_images(picture[None])
         height, width = sizes.sides(self.spec.arch["image_size"])
         if height != width:
             raise ModelFolderError(
@@ -330,6 +338,26 @@ def segmenter_logits(spec: ModelSpec, params: dict[str, Any], images: jax.Array)
     segment: Any = nnx.merge(spec.abstract_segmenter()[0], params["segmenter"])
     maps = maps_of(encoder, images, spec.segmenter["blocks"])
     return segment(maps, params["segmenter_statistics"]).logits
+
+
+def check_pictures(pictures: np.ndarray | Sequence[np.ndarray]) -> None:
+    """Refuses everything but a list of pictures uint8 [h, w, 3], or an array of several.
+
+    Raises:
+      DataError: there is no picture, or one is no such array; the message says how to get there.
+    """
+    expected = "expected a list of uint8 arrays [h, w, 3]"
+    if isinstance(pictures, str) or any(isinstance(p, str | os.PathLike) for p in pictures):
+        raise DataError(
+            f"a picture is given by its name, {expected}: open it with "
+            "np.asarray(PIL.Image.open(name).convert('RGB'))"
+        )
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 3:
+        raise DataError(f"this is one picture, {list(pictures.shape)}; {expected}: [picture]")
+    if not len(pictures):
+        raise DataError(f"there is no picture: {expected}")
+    for picture in pictures:
+        check_images(np.asarray(picture)[None])
 
 
 def check_images(images: np.ndarray) -> None:

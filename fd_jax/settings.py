@@ -103,7 +103,7 @@ COMMON: dict[str, Rule] = {
 }
 
 # The further fields of the tasks that see whole pictures, with a cosine schedule.
-_PICTURES: dict[str, Rule] = {
+PICTURES: dict[str, Rule] = {
     "eval.knn": whole(0, "neighbours; 0 is off"),
     "data.name": Text("the name of a TFDS dataset, or folder:/path"),
     "data.min_area": Number(above=0, most=1, unit="share of the picture"),
@@ -136,7 +136,7 @@ _FREEZE = whole(0, "blocks; 0 trains all", most=architectures.MOST_BLOCKS)
 # The further fields of each task, by the section that selects it (`registry.KINDS`).
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
-        **_PICTURES,
+        **PICTURES,
         **_STARTS,
         **teacher_settings.SINGLE,
         "eval.keep_best": _figure(*_OF_A_STUDENT),
@@ -146,7 +146,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "student.drop_path": DROP_PATH,
     },
     registry.CLASSIFICATION.section: {
-        **_PICTURES,
+        **PICTURES,
         **_STARTS,
         "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
@@ -201,7 +201,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "optim.decay_positions": FLAG,
     },
     registry.CONTRAST.section: {
-        **_PICTURES,
+        **PICTURES,
         "eval.keep_best": _figure("loss", *_NEIGHBOURS),
         "contrast.family": Choice(tuple(FAMILIES)),
         "contrast.width": whole(1, "channels of the vectors that are compared"),

@@ -458,6 +458,7 @@ def run_train(*flags):
         (["--coordinator=localhost:1", "--num_processes=2"], "--process_id from 0 to N - 1"),
         (["--distributed"], "jax.distributed cannot detect the other processes"),
         (["--config.colour=red"], "no field colour; configs/base.py"),
+        (["--config.lr=1"], "no field lr; there is optim.lr_batch, optim.min_lr, optim.peak_lr"),
         (["--config.student.famly=vit"], "no field famly; did you mean family? configs/base.py"),
         (["--config.batch_size=many"], "batch_size"),
         (["--config.dtype=float16"], "dtype='float16' is unknown"),

@@ -13,6 +13,7 @@ import pytest
 from fd_jax import model_folder
 from fd_jax.cli import measure
 from fd_jax.errors import ConfigError
+from fd_jax.show import tables
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.training import loop, metric_writer
 from tests import tiny
@@ -73,6 +74,8 @@ def test_eval_only_gives_the_figures_that_training_reported(tuned, config):
     assert len(counts) == 10
     assert sum(counts) == 53
     assert (workdir / "confusion.png").exists()
+    names, matrix = tables.read_confusion(workdir / tables.CONFUSION)
+    assert len(names) == 10 and matrix.sum(axis=1).tolist() == counts
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A model folder in use."""
 
 import dataclasses
+import pathlib
 import re
 
 from flax import nnx
@@ -145,7 +146,7 @@ def test_segmenting_refuses_what_it_cannot_do(segmenting, folder, tmp_path):
         inference.load_model(folder).segment([np.zeros((32, 32, 3), np.uint8)])
     with pytest.raises(DataError, match=r"float32 \[1, 40, 50, 3\]; expected uint8"):
         segmenting.segment([np.zeros((40, 50, 3), np.float32)])
-    with pytest.raises(DataError, match="Use image\\[None\\]"):
+    with pytest.raises(DataError, match=r"one picture, \[40, 50, 3\].*: \[picture\]"):
         segmenting.segment(np.zeros((40, 50, 3), np.uint8))
     with pytest.raises(DataError, match="40 x 32 pixels, and the network reads 32 x 32"):
         segmenting.segment(np.zeros((2, 40, 32, 3), np.uint8), logits=True)
@@ -218,7 +219,10 @@ def test_a_program_for_serving_has_the_logits(parts, tmp_path):
     model, _ = classifier(parts, pooling="mean_norm", names=NAMES)
     model_folder.save(tmp_path / "model", model.spec, model.params)
     written = exporting.export("stablehlo_logits", tmp_path / "model", tmp_path / "classifier.bin")
-    assert "cat, coffee, rocket" in written.remarks[0]
+    assert written.remarks == [
+        "it takes uint8 [b, 32, 32, 3] RGB images and gives logits [b, 3] float32: "
+        "cat, coffee, rocket"
+    ]
     program = jax.export.deserialize((tmp_path / "classifier.bin").read_bytes())
     pictures = tiny.labelled_batch()["image"]
     expected = model.logits(model.preprocess(pictures))
@@ -236,6 +240,11 @@ def test_classifying_refuses_what_it_cannot_do(folder, parts):
         model.classify([])
     with pytest.raises(DataError, match="expected uint8"):
         model.classify([np.zeros((32, 32, 3), np.float32)])
+    for named in ("cat.jpg", ["cat.jpg"], [pathlib.Path("cat.jpg")]):
+        with pytest.raises(DataError, match="given by its name.*PIL.Image.open"):
+            model.classify(named)
+    with pytest.raises(DataError, match=r"one picture, \[32, 32, 3\]; expected a list"):
+        model.classify(np.zeros((32, 32, 3), np.uint8))
     headless = fd_jax.load_model(folder)
     for refused in (headless.classify, headless.logits):
         with pytest.raises(ModelFolderError, match="has no classifier head: only features"):

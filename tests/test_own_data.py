@@ -325,6 +325,8 @@ def test_the_commands_of_the_page_run_in_order(tmp_path):
         "probe/model/model.json",
         "student/report/report.html",
         "finetuned/evaluation.json",
+        "finetuned/report/confusion.png",
+        "classifier.stablehlo",
         "figures/report.html",
         "huggingface/model.safetensors",
     ):

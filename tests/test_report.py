@@ -17,8 +17,8 @@ from fd_jax import model_folder, report
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ModelFolderError, UserError
 from fd_jax.evaluation import agreement
-from fd_jax.report import distillation, training
-from fd_jax.show import pictures
+from fd_jax.report import classes, distillation, training
+from fd_jax.show import pictures, tables
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import loop, metric_writer
 from tests import tiny
@@ -265,6 +265,44 @@ def test_the_report_of_fine_tuning_has_curves_rates_and_a_final_table(tuned):
     assert "| loss | 1.60000 | 1.50000 | 2 |" in text  # best is the lowest
     assert "(evaluation.png)" in text and "maps.png" not in text
     assert "step 3: loss 1.60000  top1 0.60000" in report.summary(folder)
+    assert "## Classes" in text and "--per_class" in text and "confusion.png" not in text
+
+
+def test_the_report_shows_the_classes_that_were_measured(tuned):
+    matrix = np.array([[3, 1, 0], [0, 4, 0], [1, 1, 2]])
+    text = tables.confusion(["cat", "a|b", "rocket"], matrix)
+    (tuned / tables.CONFUSION).write_text(text)
+    folder = report.write_report(tuned)
+    text = (folder / "report.md").read_text()
+    assert (folder / "confusion.png").exists() and "(confusion.png)" in text
+    assert "| cat | 4 | 0.7500 | a\\|b (1) |" in text
+    assert "| a\\|b | 4 | 1.0000 |  |" in text
+    assert "One picture of 12 is 8.3 points" in text
+    assert "<td>a|b</td>" in (folder / "report.html").read_text()
+    (tuned / tables.CONFUSION).write_text("label,cat\ndog,1\n")
+    with pytest.raises(UserError, match=r"confusion.csv is no table.*--per_class"):
+        report.write_report(tuned)
+
+
+def test_of_many_classes_the_report_lists_the_worst(tmp_path):
+    right = np.arange(1, 121)
+    names = [f"class{k}" for k in range(120)]
+    matrix = np.diag(right)
+    matrix[:, 0] += 1  # every class is mistaken once for the first, which has most of its own
+    matrix[0, 0] = 0
+    (tmp_path / tables.CONFUSION).write_text(tables.confusion(names, matrix))
+    *_, table = classes.blocks(tmp_path, report.writing.epath.Path(tmp_path))
+    assert [row[0] for row in table.rows[:3]] == ["class1", "class2", "class3"]
+    assert len(table.rows) == 100
+
+
+def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best(tuned):
+    rows = [
+        {"step": step, "loss": 1.0, "eval_loss": loss, "eval_top1": 1.0}
+        for step, loss in ((1, 1.5), (2, 1.2), (3, 1.3))
+    ]
+    text = str(training.blocks(tiny.fine_tuning(), rows, report.writing.epath.Path(tuned)))
+    assert "('top1', '1.00000', '1.00000', '2')" in text
 
 
 def test_one_evaluation_is_a_table_without_a_curve(tuned):

@@ -1,6 +1,7 @@
 """Start-up of the commands with absl flags, and how they report errors."""
 
 from collections.abc import Callable, Sequence
+import itertools
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from fd_jax import console, storage
+from fd_jax import console, settings, storage
 from fd_jax.errors import HangError, StorageError, UserError
 
 READER_LEFT = 128 + signal.SIGPIPE  # exit status of a process whose output nobody reads any more
@@ -96,7 +97,15 @@ def _unknown_field(message: str) -> str:
     name = field[0] if field else message
     suggestion = re.search(r"Did you mean \W*(\w+)", message)
     hint = f"did you mean {suggestion[1]}? " if suggestion else ""
-    return f"the config has no field {name}; {hint}configs/base.py lists all fields"
+    return f"the config has no field {name}; {hint}{_alike(name)}configs/base.py lists all fields"
+
+
+def _alike(name: str) -> str:
+    """Fields of sections that have the name as a word of their own: optim.peak_lr for lr."""
+    fields = {*settings.COMMON, *settings.PICTURES, *itertools.chain(*settings.TASKS.values())}
+    last = {field: field.rpartition(".")[2] for field in fields}
+    found = sorted(field for field, word in last.items() if name in word.split("_"))
+    return f"there is {', '.join(found)}; " if found else ""
 
 
 def _without_traceback(message: str) -> str:

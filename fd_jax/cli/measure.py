@@ -32,7 +32,7 @@ def measure(
 
     With `config.eval.knn`, the nearest-neighbour accuracy of its features is measured as well; for
     a folder without a head, it is the only measurement. Writes evaluation.json into the workdir,
-    and per_class.md and confusion.png on request.
+    and per_class.md, confusion.png and confusion.csv on request.
 
     Args:
       config: fine-tuning config, of which the data, evaluation and mesh fields are used.
@@ -65,7 +65,7 @@ def measure(
     # The training split does not have to exist, unless its images are the neighbours.
     split = config.data.split if config.eval.knn else config.data.eval_split
     feed = Feed(**{**config.data.to_dict(), "split": split})
-    say(f"data: {account.found(feed)}")
+    say(f"data: {account.found(feed) if config.eval.knn else account.held_out(feed)}")
     task.check_data(feed)
     settings.check_neighbours(config, feed.examples("train"))
     program = build(task, config, mesh, steps_per_epoch=1, total_steps=1, elements=feed.elements)
@@ -90,9 +90,14 @@ def measure(
             table = tables.per_class(matrix, task.spec.class_names)
             files.write_text(workdir / "per_class.md", table)
             pictures.confusion(matrix, workdir / "confusion.png", task.spec.class_names)
+            names = task.spec.class_names or [str(k) for k in range(len(matrix))]
+            files.write_text(workdir / tables.CONFUSION, tables.confusion(names, matrix))
             if len(matrix) <= MOST_LINES:
                 say(f"\n{table}")
-    written = ["evaluation.json", *(["per_class.md", "confusion.png"] if per_class else [])]
+    written = [
+        "evaluation.json",
+        *(["per_class.md", "confusion.png", tables.CONFUSION] if per_class else []),
+    ]
     say(f"written to {workdir}: {', '.join(written)}")
     return figures
 

@@ -17,7 +17,7 @@ from fd_jax.errors import ConfigError
 from fd_jax.evaluation import segmentation
 from fd_jax.evaluation.evaluators import Weights
 from fd_jax.models.spec import ModelSpec
-from fd_jax.show import overlays
+from fd_jax.show import overlays, tables
 from fd_jax.tasks.segment import outside
 from fd_jax.typing import Config
 
@@ -75,7 +75,7 @@ def measure(
             names = data.class_names or [str(k) for k in range(evaluator.classes)]
             table = overlays.per_class(names, result.iou, result.accuracy)
             files.write_text(workdir / "per_class.csv", table)
-            files.write_text(workdir / "confusion.csv", overlays.confusion(names, matrix))
+            files.write_text(workdir / tables.CONFUSION, tables.confusion(names, matrix))
             files.write_text(workdir / "overlays.html", _page(model, data, names))
         say(f"written to {workdir}")
     return figures

@@ -155,7 +155,9 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.format, arguments.input, arguments.output, overwrite=arguments.overwrite
     )
     if written.left:
-        print(f"the format has no place for {', '.join(summarize(written.left))}")
+        trained = any(name.startswith("projector/") for name in written.left)
+        why = " (only distillation uses a projector)" if trained else ""
+        print(f"the format has no place for {', '.join(summarize(written.left))}{why}")
     print(*written.remarks, f"wrote {arguments.output}", sep="\n")
 
 

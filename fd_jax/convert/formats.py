@@ -94,7 +94,7 @@ def _write_stablehlo(spec: ModelSpec, params: dict[str, np.ndarray], path: Path)
 
     _write_program(forward, spec, path)
     left = [name for name in params if not name.startswith("encoder/")]
-    return Written(left, _with_head(spec))
+    return Written(left, [_signature(spec, "tokens [b, N, D] float32"), *_with_head(spec)])
 
 
 def _write_stablehlo_logits(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
@@ -111,14 +111,20 @@ def _write_stablehlo_logits(spec: ModelSpec, params: dict[str, np.ndarray], path
     _write_program(forward, spec, path)
     used = ("encoder", "head", "fc_norm")
     left = [name for name in params if name.partition("/")[0] not in used]
-    names = [f"its outputs are, in this order: {', '.join(spec.class_names or [])}"]
-    return Written(left, names if spec.class_names else [])
+    names = f": {', '.join(spec.class_names)}" if spec.class_names else ""
+    return Written(left, [_signature(spec, f"logits [b, {spec.classes}] float32{names}")])
 
 
 def _with_head(spec: ModelSpec) -> list[str]:
     if not spec.classes:
         return []
     return ["the file has features and no logits; --format=stablehlo_logits writes a classifier"]
+
+
+def _signature(spec: ModelSpec, result: str) -> str:
+    """What a program takes and gives, for people."""
+    height, width = sizes.sides(spec.arch["image_size"])
+    return f"it takes uint8 [b, {height}, {width}, 3] RGB images and gives {result}"
 
 
 def _write_program(forward: Callable[[jax.Array], jax.Array], spec: ModelSpec, path: Path) -> None:

@@ -77,7 +77,8 @@ def index(folder: epath.PathLike, *, skip: Sequence[str] = ()) -> Contents:
     """
     root = epath.Path(folder)
     if not root.is_dir():
-        raise DataError(f"no folder of images at {folder}")
+        found = ", which is a file: name the folder it is in" if root.exists() else ""
+        raise DataError(f"no folder of images at {folder}{found}")
     top = _list(str(root))
     unread: Counter[str] = Counter()
     loose = _pictures([top], unread)

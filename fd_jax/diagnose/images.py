@@ -68,8 +68,8 @@ def open_picture(
     if path is None:
         name, pixels = _first_readable(dataset, transform)
     else:
-        name, pixels = path, _read(epath.Path(path), transform)
-    return {"name": epath.Path(name).name, "pixels": pixels.tolist()}
+        name, pixels = epath.Path(path).name, _read(epath.Path(path), transform)
+    return {"name": name, "pixels": pixels.tolist()}
 
 
 def _first_readable(
@@ -77,9 +77,11 @@ def _first_readable(
 ) -> tuple[str, np.ndarray]:
     for index in range(len(dataset)):
         try:
-            return dataset.describe(index), transform(dataset[index].image)
+            pixels = transform(dataset[index].image)
         except (datasets.BrokenImageError, datasets.SkippedError):
             continue
+        # Cameras use the same names in every folder, and folders are classes.
+        return "/".join(epath.Path(dataset.describe(index)).parts[-2:]), pixels
     raise DataError(f"{dataset.name} has no readable image")
 
 

@@ -143,4 +143,5 @@ def write(result: record.Record, output: epath.Path) -> None:
         (output / PARTIAL).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to --output={output}: {error}") from error
-    say(f"{len(drawings)} drawings, {record.FILE} and {REPORT} are in {output}")
+    pictures = len({drawing.stem for drawing in drawings})
+    say(f"{pictures} pictures as PNG and SVG, {record.FILE} and {REPORT} are in {output}")

@@ -29,6 +29,7 @@ TEACHERS = (
 BATCH = 64
 EXAMPLES = 256  # of each split, evenly spread: what a laptop measures in seconds
 MAP_IMAGES = 6
+PAPERS_CROPS = 300 * 1_281_167  # epochs of ImageNet
 COARSE = 8  # pixels along the side of an image in which only its parts are left
 # Patches along the side of a map, and their number as a multiple of that in training.
 MAP_GRID = 16
@@ -249,6 +250,7 @@ def _blocks(
             "predicts this constant has R2 0 and the cosine in the last column.",
             quiet=True,
         ),
+        *_expectation(task.config, feed),
         document.Heading(f"Feature maps of {which}" if name else "Feature maps"),
         document.Picture(picture, "pictures, the teacher's features, and the student's"),
         document.Paragraph(
@@ -263,6 +265,23 @@ def _blocks(
 def _origin(task: DistillTask) -> str:
     config = task.config
     return config.student.get("init_from", "") or config.init_from or "random weights"
+
+
+def _expectation(config: Config, feed: Feed) -> list[document.Block]:
+    """What a run that is short beside the paper's may be expected to reach."""
+    pictures_seen = config.batch_size * (
+        config.steps or int(config.epochs * feed.steps_per_epoch(config.batch_size))
+    )
+    if pictures_seen > PAPERS_CROPS / 10:
+        return []
+    return [
+        document.Paragraph(
+            f"The student saw {pictures_seen:,} crops of {feed.examples('train'):,} pictures; the "
+            f"paper's students see {PAPERS_CROPS / 1e6:.0f} million. With far fewer, an R2 near or "
+            "below 0 is no sign of a mistake: it rises with the length of the run, and that of "
+            "held-out pictures with their number."
+        )
+    ]
 
 
 def _count(feed: Feed, split: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fd_jax.settings import flat
 from fd_jax.show import document, pictures
-from fd_jax.training.watch import EVALUATION, lower_is_better
+from fd_jax.training.watch import EVALUATION, Best
 from fd_jax.typing import Config
 
 Rows = Sequence[dict[str, float]]
@@ -62,7 +62,7 @@ def blocks(config: Config, rows: Rows, folder: epath.Path) -> list[document.Bloc
             pictures.curves(curves, folder / "evaluation.png")
             result.append(document.Picture("evaluation.png", "held-out figures over the steps"))
         head = ("held out", "at the end", "best", "best at step")
-        result.append(document.Table(head, [_final(n, p) for n, p in curves.items()]))
+        result.append(document.Table(head, [_final(n, p, rows) for n, p in curves.items()]))
     return result
 
 
@@ -99,7 +99,7 @@ def _rates(rows: Rows) -> list[tuple[str, str]]:
     return medians
 
 
-def _final(name: str, points: Sequence[tuple[int, float]]) -> tuple[str, ...]:
-    choose = min if lower_is_better(name) else max
-    step, best = choose(points, key=lambda point: point[1])
-    return name, f"{points[-1][1]:.5f}", f"{best:.5f}", str(step)
+def _final(name: str, points: Sequence[tuple[int, float]], rows: Rows) -> tuple[str, ...]:
+    """The last value and the best one; of equal ones the one that `eval.keep_best` would keep."""
+    best = Best(name, rows)
+    return name, f"{points[-1][1]:.5f}", f"{best.value:.5f}", str(best.step)

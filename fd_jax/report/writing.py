@@ -9,11 +9,12 @@ import ml_collections
 from fd_jax import model_folder
 from fd_jax.console import say
 from fd_jax.errors import UserError
-from fd_jax.report import distillation, training
+from fd_jax.report import classes, distillation, training
 from fd_jax.show import document
 from fd_jax.tasks import registry
 from fd_jax.training import metric_writer, tracking
 from fd_jax.training import workdir as workdirs
+from fd_jax.typing import Config
 
 NAME = "report"
 
@@ -35,7 +36,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
             f"{workdir} is not a workdir: it has no config.json; use the --workdir of train.py or "
             "finetune.py"
         )
-    config = ml_collections.ConfigDict(workdirs.read_config(workdir))
+    config: Config = ml_collections.ConfigDict(workdirs.read_config(workdir))
     kind = registry.kind_of(config)
     model_folder.load_spec(workdir / workdirs.MODEL)  # refuses a run that is not finished
     rows = metric_writer.read(workdir)
@@ -47,6 +48,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     if kind is registry.DISTILLATION and distillation.has_maps(config):
         say("measuring the agreement with the teacher, about half a minute on a laptop ...")
         blocks += distillation.blocks(config, workdir, folder)
+    if kind is registry.CLASSIFICATION and config.data.eval_split:
+        blocks += classes.blocks(workdir, folder)
     document.write(folder, NAME, f"{kind.name.capitalize()}: {workdir.name}", blocks)
     say(f"written in {time.monotonic() - start:.0f} s")
     return folder

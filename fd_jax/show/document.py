@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element, SubElement
 from etils import epath
 
 from fd_jax import files
-from fd_jax.show import html
+from fd_jax.show import html, tables
 
 
 class Heading(NamedTuple):
@@ -74,8 +74,7 @@ def _markdown_of(block: Block) -> str:
         return "\n".join(["```", *block.lines, "```"])
     if isinstance(block, Picture):
         return f"![{block.shows}]({block.file})"
-    lines = [block.head, ["---"] * len(block.head), *block.rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return tables.markdown(block.head, block.rows)
 
 
 def _html(folder: epath.Path, title: str, blocks: Iterable[Block]) -> str:

@@ -114,21 +114,6 @@ def per_class(class_names: Sequence[str], iou: np.ndarray, accuracy: np.ndarray)
     return text.getvalue()
 
 
-def confusion(class_names: Sequence[str], matrix: np.ndarray) -> str:
-    """CSV table of pixels: a row for each label, a column for each prediction.
-
-    Args:
-      class_names: name of each class.
-      matrix: [K, K], a row for each label.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("label", *class_names))
-    for name, row in zip(class_names, matrix.tolist(), strict=True):
-        writer.writerow((name, *row))
-    return text.getvalue()
-
-
 def _check(sample: Sample, classes: int) -> None:
     size = sample.image.shape[:2]
     for what, array in (("label", sample.mask), ("prediction", sample.predicted)):

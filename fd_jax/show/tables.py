@@ -1,10 +1,17 @@
-"""Tables of results in Markdown."""
+"""Tables of results: Markdown for people, CSV for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import csv
+import io
 
+from etils import epath
 import numpy as np
 
+from fd_jax.errors import UserError
 from fd_jax.show import html
+
+CONFUSION = "confusion.csv"  # file in a workdir with the text of `confusion`
+CLASSES = ("class", "images", "accuracy", "most often taken for")  # heads of `class_rows`
 
 
 def per_class(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> str:
@@ -14,17 +21,61 @@ def per_class(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> s
       matrix: confusion matrix [K, K], a row for each label.
       class_names: name of each class; None to call them by their numbers.
     """
-    names = [_cell(name) or str(k) for k, name in enumerate(class_names or [""] * len(matrix))]
-    lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
+    return markdown(CLASSES, class_rows(matrix, class_names)) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, without a line break at its end."""
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, *rows))
+    first, *others = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def class_rows(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> list[list[str]]:
+    """The rows of `per_class`."""
+    names = [
+        html.printable(name) or str(k) for k, name in enumerate(class_names or [""] * len(matrix))
+    ]
+    rows = []
     for label, row in enumerate(matrix):
         count, right = row.sum(), row[label]
         wrong = np.where(np.arange(len(row)) == label, -1.0, row)
         mistake = f"{names[wrong.argmax()]} ({int(wrong.max())})" if wrong.max() > 0 else ""
-        accuracy = f"{right / count:.4f}" if count else ""
-        lines.append(f"| {names[label]} | {int(count)} | {accuracy} | {mistake} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            [names[label], str(int(count)), f"{right / count:.4f}" if count else "", mistake]
+        )
+    return rows
 
 
-def _cell(name: str) -> str:
-    """A name as the text of a cell."""
-    return html.printable(name).replace("|", r"\|")
+def confusion(class_names: Sequence[str], matrix: np.ndarray) -> str:
+    """CSV table: a row for each label, a column for each prediction.
+
+    Args:
+      class_names: name of each class.
+      matrix: counts [K, K] of any dtype, a row for each label.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("label", *class_names))
+    for name, row in zip(class_names, matrix.astype(np.int64).tolist(), strict=True):
+        writer.writerow((name, *row))
+    return text.getvalue()
+
+
+def read_confusion(path: epath.Path) -> tuple[list[str], np.ndarray]:
+    """Class names and counts [K, K] of a file with the text of `confusion`.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        (_, *names), *rows = csv.reader(io.StringIO(path.read_text()))
+        matrix = np.array([[int(cell) for cell in cells] for _, *cells in rows])
+        if matrix.shape != (len(names), len(names)) or [row[0] for row in rows] != names:
+            raise ValueError(f"{len(names)} names, {len(rows)} rows")
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} is no table of labels and predictions ({error}); delete "
+            "it, and write it again with --eval_only --per_class"
+        ) from None
+    return names, matrix

@@ -19,6 +19,7 @@ from fd_jax.typing import Config, PyTree
 # the warm-up is.
 LITTLE_RATE = 0.1
 LONG_WARMUP = 0.5
+FEW = 200  # held-out pictures below which one of them is half a point of accuracy or more
 
 
 def at_start(
@@ -51,14 +52,20 @@ def at_start(
         "data": found(feed),
         "batch": f"{config.batch_size} pictures of {Resolutions.of(config).describe()}, "
         f"{steps_per_epoch} steps an epoch",
-        "peak rate": f"{rate:.3g} after {warmup} steps of warm-up ({config.optim.peak_lr:g} for "
-        f"{config.optim.lr_batch} pictures)",
+        "peak rate": f"{rate:.3g} after {warmup} steps of warm-up{_scaled_from(config)}",
         "steps": f"{program.total_steps} ({epochs:.4g} epochs)",
         "intervals": _intervals(config, steps_per_epoch),
         "attention": ", ".join(f"{network} {name}" for network, name in attention.items()),
         "workdir": str(workdir),
     }
     return "\n".join(f"  {name:<10} {text}" for name, text in facts.items())
+
+
+def _scaled_from(config: Config) -> str:
+    """What the peak rate is scaled from, where the batch is another one."""
+    if config.batch_size == config.optim.lr_batch:
+        return ""
+    return f" ({config.optim.peak_lr:g} for {config.optim.lr_batch} pictures)"
 
 
 def _intervals(config: Config, steps_per_epoch: int) -> str:
@@ -74,8 +81,16 @@ def found(feed: AnyFeed) -> str:
     """What each split holds; of folders also what is not read in them."""
     splits = [_split(feed.train_dataset)]
     if feed.eval_dataset is not None:
-        splits.append(f"held out: {_split(feed.eval_dataset)}")
+        splits.append(held_out(feed))
     return "; ".join(splits)
+
+
+def held_out(feed: AnyFeed) -> str:
+    """What the held-out split holds; of a few pictures also what one of them counts."""
+    dataset = feed.eval_dataset
+    assert dataset is not None
+    one = f" (one is {100 / len(dataset):.2g} points)" if len(dataset) < FEW else ""
+    return f"held out: {_split(dataset)}{one}"
 
 
 def _split(dataset: Any) -> str:

@@ -1,9 +1,13 @@
 """Throughput of a run, and the estimate of its remaining time."""
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import datetime
+import statistics
 import time
+
+LAPS = 5  # of which the remaining time is estimated: a single one jumps after an evaluation
 
 
 class Clock:
@@ -18,7 +22,8 @@ class Clock:
     def __init__(self, *, batch_size: int, start: int, total: int):
         self._batch_size, self._last_step, self._total = batch_size, start, total
         self._waited = self._excluded = 0.0
-        self._lap_start = self._step_time = 0.0
+        self._lap_start = 0.0
+        self._step_times = collections.deque[float](maxlen=LAPS)
         self._first_step, self._run_start, self._run_excluded = start, 0.0, 0.0
 
     def start(self) -> None:
@@ -50,9 +55,9 @@ class Clock:
         now = time.monotonic()
         elapsed = max(now - self._lap_start - self._excluded, 1e-9)
         steps = step - self._last_step
-        self._step_time = elapsed / steps
+        self._step_times.append(elapsed / steps)
         means = {
-            "step_seconds": self._step_time,
+            "step_seconds": elapsed / steps,
             "images_per_second": steps * self._batch_size / elapsed,
             "input_wait": self._waited / elapsed,
         }
@@ -67,6 +72,6 @@ class Clock:
         return str(datetime.timedelta(seconds=round(elapsed / done * total)))
 
     def remaining(self, step: int) -> str:
-        """Estimates the time to the end at the rate of the last lap, as h:mm:ss."""
-        seconds = (self._total - step) * self._step_time
+        """Estimates the time to the end, as h:mm:ss, at the median rate of the last laps."""
+        seconds = (self._total - step) * statistics.median(self._step_times)
         return str(datetime.timedelta(seconds=round(seconds)))

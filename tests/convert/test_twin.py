@@ -41,7 +41,7 @@ def lines(tmp_path, monkeypatch):
     exporting.export("huggingface", tmp_path / FOLDER, tmp_path / "runs/own/huggingface")
     (tmp_path / "pictures/brick").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
-    Image.fromarray(pixels).save("pictures/brick/00.png")
+    Image.fromarray(pixels).save("pictures/brick/04.png")
     (shown,) = (
         block
         for block in re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)

@@ -170,7 +170,7 @@ def test_a_broken_first_picture_is_passed_over(run, tmp_path):
     (folder / "a" / "0.png").write_bytes(b"not a picture")
     status, _, err = run("teacher", data=folder, figures="heads,distance", max_broken=1)
     assert status == 0, err
-    assert figures(tmp_path)["picture"]["name"] == "1.png"
+    assert figures(tmp_path)["picture"]["name"] == "a/1.png"
 
 
 def test_a_landscape_has_a_curve_for_each_direction(run, tmp_path):
