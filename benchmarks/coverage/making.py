@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -221,8 +222,9 @@ def _huggingface(folder: Path, kind: str, fields: Mapping[str, Any], statistics:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
     def features(images: np.ndarray) -> np.ndarray:
+        fresh = copy.deepcopy(model)  # a Swin V1 that has run at one size is another at the next
         with torch.no_grad():
-            found = final_tokens(model, pixels(images, mean, std), images.shape[1] != size)
+            found = final_tokens(fresh, pixels(images, mean, std), images.shape[1] != size)
         return tokens(found, channels_first=True)
 
     patch = getattr(vision, "patch_size", 32)
