@@ -191,6 +191,8 @@ def _run(args: argparse.Namespace) -> None:
         model = load_model(args.model, image_size=image_size)
         name = datasets.name_of(args.input)
         dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
+        if doubt := datasets.doubt_about(dataset):
+            say(doubt)
         arrays = extract(
             model,
             dataset,

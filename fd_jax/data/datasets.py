@@ -126,6 +126,12 @@ def name_of(text: str) -> str:
     return f"{FOLDER_PREFIX}{epath.Path(text).expanduser()}"
 
 
+def doubt_about(dataset: Dataset) -> str:
+    """What to tell users about a dataset whose pictures may be others than they think; or an empty text."""
+    source = original(dataset)
+    return source.contents.doubt if isinstance(source, FolderDataset) else ""
+
+
 def is_one_folder(name: str) -> bool:
     """Returns whether every split of a dataset would read the same folder of images."""
     return name.startswith(FOLDER_PREFIX) and _SPLIT not in name

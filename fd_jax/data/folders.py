@@ -11,6 +11,9 @@ from etils import epath
 from fd_jax.data import decoding
 from fd_jax.errors import DataError, first_few, printable
 
+# Names of folders that hold a split and not a class.
+SPLITS = frozenset({"train", "training", "validation", "val", "valid", "test", "testing"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -42,7 +45,19 @@ class Contents:
             parts.append(f"not read: {', '.join(counts)}")
         if self.empty:
             parts.append(f"without a picture: {first_few(self.empty, 10)}")
+        parts += filter(None, [self.doubt])
         return printable(f"{self.folder}: {'; '.join(parts)}")
+
+    @property
+    def doubt(self) -> str:
+        """What to do where the classes have the names of splits, so that all of these are read."""
+        if len(self.class_names or ()) < 2 or not SPLITS.issuperset(self.class_names or ()):
+            return ""
+        names = first_few(self.class_names or (), len(SPLITS))
+        return (
+            f"note: these classes look like splits ({names}), and all of them are read; name the "
+            "folder of one, or in a config {split} in its place"
+        )
 
 
 class _Listing(NamedTuple):

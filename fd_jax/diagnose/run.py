@@ -14,7 +14,7 @@ import numpy as np
 
 from fd_jax import __about__, sharding
 from fd_jax.console import say
-from fd_jax.data import transforms
+from fd_jax.data import datasets, transforms
 from fd_jax.data.datasets import Dataset
 from fd_jax.diagnose import catalogue, images, output, picture, record, stream, subjects
 from fd_jax.diagnose.attention import AttentionStatistics
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     output.check(folder, overwrite=args.overwrite)
 
     dataset = images.open_data(args.data, data_dir=args.data_dir, num_images=args.num_images)
+    if doubt := datasets.doubt_about(dataset):
+        say(doubt)
     image_size = sizes.parse(args.image_size) if args.image_size else None
     models = subjects.load(folders, image_size=image_size)
     catalogue.check_networks(figures, models)

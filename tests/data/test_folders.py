@@ -119,3 +119,14 @@ def test_names_that_are_no_text_are_read_and_printed(tmp_path):
     contents = folders.index(tmp_path)
     assert contents.class_names == ("bee", name)
     assert str(contents).encode("utf-8").endswith(rb"without a picture: empty\udce9")
+
+
+def test_classes_that_look_like_splits_are_doubted(tmp_path):
+    fill(tmp_path, "train/cat/a.jpg", "val/cat/b.jpg")
+    contents = folders.index(tmp_path)
+    assert contents.class_names == ("train", "val")
+    assert "note: these classes look like splits (train, val)" in str(contents)
+    assert datasets.doubt_about(datasets.spread(datasets.FolderDataset(tmp_path), 1))
+    assert not datasets.doubt_about(datasets.FolderDataset(tmp_path / "val"))
+    fill(tmp_path, "bee/c.jpg")
+    assert not folders.index(tmp_path).doubt
