@@ -127,7 +127,7 @@ def name_of(text: str) -> str:
 
 
 def doubt_about(dataset: Dataset) -> str:
-    """What to tell users about a dataset whose pictures may be others than they think; or an empty text."""
+    """What to say of a dataset whose pictures may be others than users think; "" of most."""
     source = original(dataset)
     return source.contents.doubt if isinstance(source, FolderDataset) else ""
 
