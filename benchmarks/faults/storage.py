@@ -213,7 +213,8 @@ FAULTS = (
     Fault("`metrics.jsonl` becomes a folder", _metrics_to_folder, _metrics_back),
     Fault("EIO in the checkpoints", **_eio("/checkpoints/")),
     Fault("EIO in `metrics.jsonl`", **_eio("metrics.jsonl")),
-    Fault("EIO in the export", **_eio(".model.incomplete")),
+    # Before the start, since only the end of a run meets it.
+    Fault("EIO in the export", step=0, **_eio(".model.incomplete")),
     Fault("EIO in `config.json`", step=0, **_eio("config.json")),
     Fault(
         "no new entries in the folder of the checkpoints",
