@@ -232,6 +232,7 @@ OPTIONAL = (
     "student.freeze_blocks",
     "model.freeze_blocks",
     "teacher.follow",
+    "teacher.targets",
     *_STARTS,
     # What few targets need.
     "target.statistics",

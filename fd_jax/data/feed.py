@@ -1,8 +1,9 @@
 """The data of a run: its datasets, transforms and batches, set up from `config.data`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from fd_jax.data.class_names import Classes, Match
 from fd_jax.data.elements import Elements
 from fd_jax.data.resolutions import Resolutions
 from fd_jax.data.splits import Splits
+from fd_jax.data.stored import drawing, replay
 from fd_jax.errors import DataError
 
 HostBatch = pipeline.HostBatch
@@ -41,9 +43,13 @@ class Feed(Splits[datasets.Dataset]):
       max_broken: number of unreadable images that each process may replace before the run stops;
         counted anew after a restart.
       sizes, phases: sides of training images that vary, see `resolutions.Resolutions`.
+      targets: folders of stored targets by the name of the teacher; training batches then hold
+        the stored views and their maps (docs/offline_targets.md).
 
     Raises:
-      DataError: a split cannot be opened, or both splits would read the same folder.
+      DataError: a split or a folder of targets cannot be opened, or both splits would read the
+        same folder.
+      ConfigError: stored targets are of other pictures or views.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Feed(Splits[datasets.Dataset]):
         match_classes: Match = "name",
         sizes: Sequence[int] = (),
         phases: Sequence[tuple[int, int]] = (),
+        targets: Mapping[str, str] | None = None,
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
@@ -98,7 +105,22 @@ class Feed(Splits[datasets.Dataset]):
         self._train_transforms = {
             size: transforms.LabelledImage(make_transform(size)) for size in self._resolutions.every
         }
-        self.train_transform = self._train_transforms[self._resolutions.every[-1]]
+        stores = replay.open_stores(
+            targets or {},
+            self.train_dataset,
+            {
+                "image_size": image_size,
+                "min_area": min_area,
+                "interpolation": interpolation,
+                "crop": crop,
+                "flip": flip,
+                "exif": exif,
+                "skip_official": skip_official,
+            },
+        )
+        self._stores, self._replays = stores, replay.replays(make_transform(image_size), stores)
+        largest = self._train_transforms[self._resolutions.every[-1]]
+        self.train_transform: pipeline.Transform = self._replays[0] if self._replays else largest
         self.eval_transform = transforms.LabelledImage(
             transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop, exif=exif)
         )
@@ -142,12 +164,34 @@ class Feed(Splits[datasets.Dataset]):
     @property
     def train_elements(self) -> dict[int, Elements]:
         """Specification of the arrays in training batches, by the side of their images."""
+        if self._replays:
+            return {self.image_size: elements.of_batch(self.train_transform.elements)}
         return {
             size: elements.of_batch(transform.elements)
             for size, transform in self._train_transforms.items()
         }
 
-    def _transform_at(self, seed: int) -> transforms.Scheduled | None:
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What each split consists of, and each folder of stored targets."""
+        stored = {
+            f"targets {name}".rstrip(): {
+                "examples": store.description.data["examples"],
+                "files": store.description.number_of_shards,
+                "digest": store.description.digest(),
+                "sizes": None,
+            }
+            for name, store in self._stores.items()
+        }
+        return {**super().contents(), **stored}
+
+    def _train_source(self) -> Any:
+        return drawing.WithIndex(self.train_dataset) if self._stores else self.train_dataset
+
+    def _transform_at(
+        self, seed: int, steps_per_epoch: int
+    ) -> Callable[[int], pipeline.Transform] | None:
+        if self._replays:
+            return replay.ByEpoch(self._replays, steps_per_epoch)
         resolutions = dataclasses.replace(self._resolutions, seed=seed)
         return transforms.Scheduled(self._train_transforms, resolutions)
 

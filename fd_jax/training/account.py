@@ -10,7 +10,7 @@ import numpy as np
 from fd_jax import settings
 from fd_jax.data import datasets
 from fd_jax.data.resolutions import Resolutions
-from fd_jax.tasks import registry
+from fd_jax.tasks import registry, stored
 from fd_jax.training.feeds import AnyFeed
 from fd_jax.training.program import Program
 from fd_jax.typing import Config, PyTree
@@ -119,7 +119,21 @@ def doubts(config: Config, program: Program, *, peak: tuple[float, int]) -> list
             f"note: the warm-up takes {warmup} of {program.total_steps} steps; lower "
             f"optim.{field}={config.optim[field]:g}, or train longer"
         )
-    return notes
+    return [*notes, *_without_teacher(config)]
+
+
+def _without_teacher(config: Config) -> list[str]:
+    """What is not measured where a teacher does not run."""
+    if registry.kind_of(config) is not registry.DISTILLATION or not config.data.eval_split:
+        return []
+    folders = stored.folders(config).values()
+    if not folders:
+        return []
+    return [
+        "note: loss and similarity on held-out pictures are left out: the targets in "
+        f"{' and '.join(folders)} are of training pictures, and their teacher does not run. "
+        "eval.knn measures held-out pictures without one"
+    ]
 
 
 def count(tree: PyTree) -> int:
