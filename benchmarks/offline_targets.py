@@ -28,7 +28,7 @@ from fd_jax.data.stored.codecs import Codec
 from fd_jax.normalization.spectrum import Spectrum
 from fd_jax.normalization.statistics import Origin, load
 from fd_jax.plan import experiment
-from fd_jax.targets import cli, measuring, principal, shards
+from fd_jax.targets import cli, flags, measuring, principal, shards
 
 RESULTS = pathlib.Path(__file__).with_name("offline_targets.json")
 TEACHER, SPLIT, SIZE = "teachers/dinov2_vits14_onnx", "train[:256]", 224
@@ -47,8 +47,8 @@ def measure(folder: pathlib.Path) -> dict[str, dict]:
     if not statistics.exists():
         _succeed(target_stats.main([*common, "--split=test", f"--output={statistics}"]))
     output = folder / "float32"
-    flags = (f"--split={SPLIT}", "--quantization=float32", f"--output={output}")
-    _succeed(cli.main([*common, *flags]))
+    own = (f"--split={SPLIT}", "--quantization=float32", f"--output={output}")
+    _succeed(cli.main([*common, *own]))
     store = replay.Store(output)
     known = store.description.teacher
     origin = Origin(**{field.name: known[field.name] for field in dataclasses.fields(Origin)})
@@ -165,7 +165,7 @@ def describe(folder: pathlib.Path) -> None:
         decoder={},
         data={"name": "imagenet2012", "split": "train", "examples": EXAMPLES},
         views=views,
-        shard_size=cli.SHARD_SIZE,
+        shard_size=flags.SHARD_SIZE,
         arguments={"command": f"python -m benchmarks.offline_targets --describe={folder}"},
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Computes a teacher's maps of fixed views of every picture, for runs in which it does not run.
+r"""Computes a teacher's maps of fixed views of every picture, for runs in which it does not run.
 
     python -m fd_jax.targets --teacher=teachers/clip_vit_b16 --data=imagenet2012 \
         --output=targets/clip_vit_b16
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import os
-from typing import Any, get_args
+from typing import Any
 
 from etils import epath
 import jax
@@ -27,20 +27,17 @@ from fd_jax import console, sharding, storage
 from fd_jax.cli import processes
 from fd_jax.console import say
 from fd_jax.data import datasets
-from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.stored import codecs, description, replay
 from fd_jax.data.stored.codecs import Codec
 from fd_jax.data.stored.description import Description, Views
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.normalization import statistics
 from fd_jax.precision import compute_dtype
-from fd_jax.targets import principal, shards
+from fd_jax.targets import flags, principal, shards
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.training import lock
 
 BATCH_PER_DEVICE = 32
-SHARD_SIZE = 2048  # pictures: 0.6 GB of a ViT-B's maps in bfloat16, and 626 files for ImageNet
-COMPONENTS = 256
 # Flags that say how the command runs, and not what it makes.
 _HOW = ("output", "distributed", "coordinator", "num_processes", "process_id")
 
@@ -48,7 +45,7 @@ _HOW = ("output", "distributed", "coordinator", "num_processes", "process_id")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
-    args = _parser().parse_args(argv)
+    args = flags.parser(__doc__).parse_args(argv)
     try:
         processes.start(
             distributed=args.distributed,
@@ -239,89 +236,4 @@ def _summary(folder: epath.Path, content: Description) -> str:
         f"{total / (pictures * views):,.0f} bytes per view{left_out}\n"
         f"error of {errors}\n"
         f"a run reads them with --config.teacher.targets={folder}"
-    )
-
-
-def _whole(least: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}: expected a whole number from {least} on")
-        return value
-
-    number.__name__ = "whole number"
-    return number
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected a share above 0 and up to 1")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = console.parser("python -m fd_jax.targets", __doc__)
-    add = parser.add_argument
-    add("--teacher", required=True, help="model folder")
-    add("--data", required=True, help="TFDS name, or folder of images")
-    add("--split", default="train", help="split of the dataset: data.split of the run")
-    add("--data_dir", help="folder of prepared TFDS data")
-    add("--output", required=True, help="folder to write, or to go on with")
-    _add_teacher(parser)
-    _add_views(parser)
-    _add_storage(parser)
-    add("--batch_size", type=_whole(0), default=0, help="pictures at a time; default: 32 a device")
-    add("--threads", type=_whole(1), default=16, help="number of decoding threads per process")
-    add(
-        "--max_broken",
-        type=_whole(0),
-        default=0,
-        help="number of unreadable pictures that each process may leave out",
-    )
-    processes.add_flags(parser)
-    return parser
-
-
-def _add_teacher(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--image_size", type=_whole(0), default=0, help="input size of the teacher")
-    add("--stages", type=_whole(0), default=0, help="teacher.stages of the run")
-    add("--before_norm", action="store_true", help="for target.after_norm=False")
-    add("--dtype", default="auto", help="dtype of the teacher: auto, float32, ...")
-
-
-def _add_views(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--views", type=_whole(1), default=1, help="views of each picture; default: 1")
-    add("--seed", type=_whole(0), default=0, help="seed of crops and flips; default: 0")
-    add("--data_size", type=_whole(0), default=0, help="data.image_size; default: the teacher's")
-    add("--min_area", type=_share, default=0.08, help="data.min_area; default: 0.08")
-    add("--interpolation", choices=get_args(Interpolation), default="bilinear")
-    add("--crop", choices=get_args(Crop), default="retried", help="data.crop")
-    add("--no_flip", action="store_true", help="for data.flip=False")
-    add("--exif", action="store_true", help="for data.exif=True")
-    add("--skip_official", action="store_true", help="for data.skip_official=True")
-
-
-def _add_storage(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--quantization",
-        choices=tuple(codecs.KINDS),
-        default="bfloat16",
-        help="how maps are stored; default: bfloat16",
-    )
-    add(
-        "--components",
-        type=_whole(1),
-        default=COMPONENTS,
-        help=f"principal directions that pca_int8 keeps; default: {COMPONENTS}",
-    )
-    add("--statistics", default="", help="file of python -m fd_jax.target_stats, for pca_int8")
-    add(
-        "--shard_size",
-        type=_whole(1),
-        default=SHARD_SIZE,
-        help=f"pictures in a file; default: {SHARD_SIZE}",
     )

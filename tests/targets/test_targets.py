@@ -10,14 +10,15 @@ import pytest
 
 from benchmarks import scale
 from configs import base, distill_clip_vit_b16
-from fd_jax import settings, sharding
+from fd_jax import report, settings, sharding
 from fd_jax.data import datasets, randomness, transforms
 from fd_jax.data.stored import description, replay
-from fd_jax.errors import ConfigError, DataError
+from fd_jax.errors import CheckpointError, ConfigError, DataError
 from fd_jax.plan import experiment
 from fd_jax.tasks import registry, stored
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.training import feeds, loop, metric_writer, program
+from fd_jax.training import workdir as workdirs
 from tests import tiny
 from tests.targets.making import COUNT, SEED, SHARD, SPLIT, VIEWS, fields, make
 
@@ -248,6 +249,31 @@ def test_epochs_take_the_views_in_turn_and_a_restart_goes_on_with_them(
     again = batches(config, 3, start=3)
     for one, other in zip(found[3:], again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_that_resumes_notices_other_targets(folders, teacher, embedded_data, tmp_path):
+    """They are remembered like its data."""
+
+    def contents(folder):
+        return feeds.open_data(tiny.config(**fields(embedded_data, folder)), None).contents()
+
+    workdir = workdirs.epath.Path(tmp_path / "run")
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+    before = contents(folders["bfloat16"])
+    workdirs.claim_data(workdir, before)
+    workdirs.check_data(workdir, contents(folders["bfloat16"]), accept=False)
+    with pytest.raises(CheckpointError, match="targets: the same number(.|\n)*Later batches"):
+        workdirs.check_data(workdir, contents(folders["int8"]), accept=False)
+    assert before.keys() == {"train", "eval", "targets"}
+
+
+@pytest.mark.slow
+def test_a_report_of_a_run_without_its_teacher_has_no_agreement(folders, embedded_data, tmp_path):
+    shape = {"steps": 2, "data.eval_split": ""}
+    losses(tiny.config(**fields(embedded_data, folders["int8"], **shape)), tmp_path)
+    folder = report.write_report(tmp_path)
+    assert (folder / "report.html").exists() and not (folder / "agreement.json").exists()
+    assert report.summary(folder)
 
 
 @pytest.mark.slow
