@@ -233,6 +233,7 @@ OPTIONAL = (
     "model.freeze_blocks",
     "teacher.follow",
     "teacher.targets",
+    "teacher.eval_targets",
     *_STARTS,
     # What few targets need.
     "target.statistics",

@@ -29,6 +29,7 @@ _NETWORK: dict[str, Rule] = {
     "drop_path": DROP_PATH,
     "stages": whole(0, "stages; 0 takes all"),
     "targets": Text("the path of a folder of stored targets", optional=True),
+    "eval_targets": Text("the path of a folder of stored targets", optional=True),
 }
 _TARGET: dict[str, Rule] = {
     "kind": choice(target.TargetKind),
@@ -99,6 +100,12 @@ _OF_EACH = (
         (".targets", ".drop_path", ".follow"),
         lambda folder, rate, follows: not folder or not (rate or follows),
         "the maps are stored, and the teacher does not run; set its drop_path=0 and follow=False",
+    ),
+    Relation(
+        (".eval_targets", ".targets", "data.eval_split"),
+        lambda held_out, folder, split: not held_out or bool(folder and split),
+        "they are the maps of the pictures in data.eval_split, of a teacher that does not run; set "
+        "the other two, or eval_targets=''",
     ),
     Relation(
         (".targets", "data.rand_augment"),

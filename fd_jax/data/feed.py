@@ -45,6 +45,7 @@ class Feed(Splits[datasets.Dataset]):
       sizes, phases: sides of training images that vary, see `resolutions.Resolutions`.
       targets: folders of stored targets by the name of the teacher; training batches then hold
         the stored views and their maps (docs/offline_targets.md).
+      eval_targets: the same for held-out batches.
 
     Raises:
       DataError: a split or a folder of targets cannot be opened, or both splits would read the
@@ -76,6 +77,7 @@ class Feed(Splits[datasets.Dataset]):
         sizes: Sequence[int] = (),
         phases: Sequence[tuple[int, int]] = (),
         targets: Mapping[str, str] | None = None,
+        eval_targets: Mapping[str, str] | None = None,
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
@@ -105,20 +107,20 @@ class Feed(Splits[datasets.Dataset]):
         self._train_transforms = {
             size: transforms.LabelledImage(make_transform(size)) for size in self._resolutions.every
         }
-        stores = replay.open_stores(
-            targets or {},
-            self.train_dataset,
-            {
-                "image_size": image_size,
-                "min_area": min_area,
-                "interpolation": interpolation,
-                "crop": crop,
-                "flip": flip,
-                "exif": exif,
-                "skip_official": skip_official,
-            },
+        shared = {"image_size": image_size, "exif": exif, "skip_official": skip_official}
+        drawn = {"min_area": min_area, "interpolation": interpolation, "crop": crop, "flip": flip}
+        self._stores = replay.open_stores(
+            targets or {}, self.train_dataset, {"held_out": False, **shared, **drawn}
         )
-        self._stores, self._replays = stores, replay.replays(make_transform(image_size), stores)
+        self._replays = replay.replays(make_transform(image_size), self._stores)
+        centred = {"eval_resize": eval_resize, "eval_crop": eval_crop}
+        self._eval_stores = replay.open_stores(
+            eval_targets or {}, self.eval_dataset, {"held_out": True, **shared, **centred}
+        )
+        self._eval_replays = replay.replays(
+            drawing.HeldOut(image_size, ratio=eval_resize, crop=eval_crop, exif=exif),
+            self._eval_stores,
+        )
         largest = self._train_transforms[self._resolutions.every[-1]]
         self.train_transform: pipeline.Transform = self._replays[0] if self._replays else largest
         self.eval_transform = transforms.LabelledImage(
@@ -145,10 +147,13 @@ class Feed(Splits[datasets.Dataset]):
           limit: maximum number of batches; 0 for no limit.
           examples: number of images, evenly spread over the split; 0 for all of them.
         """
-        dataset = self._dataset(split)
+        dataset: Any = self._dataset(split)
+        transform: pipeline.Transform = self.eval_transform
+        if split == "eval" and self._eval_replays:
+            dataset, transform = drawing.WithIndex(dataset), self._eval_replays[0]
         return pipeline.eval_batches(
             datasets.spread(dataset, examples) if examples else dataset,
-            self.eval_transform,
+            transform,
             batch_size=batch_size,
             rows=rows,
             limit=limit or None,
@@ -159,7 +164,8 @@ class Feed(Splits[datasets.Dataset]):
     @property
     def elements(self) -> Elements:
         """Specification of the arrays in every held-out batch; see `train_elements`."""
-        return elements.of_batch(self.eval_transform.elements)
+        transform = self._eval_replays[0] if self._eval_replays else self.eval_transform
+        return elements.of_batch(transform.elements)
 
     @property
     def train_elements(self) -> dict[int, Elements]:
@@ -173,15 +179,9 @@ class Feed(Splits[datasets.Dataset]):
 
     def contents(self) -> dict[str, dict[str, Any]]:
         """What each split consists of, and each folder of stored targets."""
-        stored = {
-            f"targets {name}".rstrip(): {
-                "examples": store.description.data["examples"],
-                "files": store.description.number_of_shards,
-                "digest": store.description.digest(),
-                "sizes": None,
-            }
-            for name, store in self._stores.items()
-        }
+        named = {f"targets {name}": store for name, store in self._stores.items()}
+        named |= {f"eval targets {name}": store for name, store in self._eval_stores.items()}
+        stored = {name.rstrip(): store.contents() for name, store in named.items()}
         return {**super().contents(), **stored}
 
     def _train_source(self) -> Any:

@@ -66,6 +66,8 @@ def _run(args: argparse.Namespace) -> None:
     console.open_devices()
     folder = epath.Path(args.output)
     shards.check_output(folder)
+    if args.held_out and args.views > 1:
+        raise ConfigError(f"--views={args.views}: a held-out picture has one view; set it to 1")
     teacher = _teacher(args)
     name = datasets.name_of(args.data)
     skip = datasets.OFFICIAL_SKIPPED if args.skip_official else ()
@@ -192,6 +194,9 @@ def _planned(
             flip=not args.no_flip,
             exif=args.exif,
             skip_official=args.skip_official,
+            held_out=args.held_out,
+            eval_resize=args.eval_resize,
+            eval_crop=not args.no_eval_crop,
         ),
         shard_size=args.shard_size,
         arguments={name: value for name, value in vars(args).items() if name not in _HOW},
@@ -230,10 +235,11 @@ def _summary(folder: epath.Path, content: Description) -> str:
         f"{error['cosine']:.6f}"
         for name, error in content.error.items()
     )
+    field = "eval_targets" if content.views.held_out else "targets"
     return (
         f"targets of {content.teacher['source']} in {folder}: {pictures:,} pictures, {views} "
         f"views each, {content.codec.kind}, {total / 1e6:,.1f} MB, "
         f"{total / (pictures * views):,.0f} bytes per view{left_out}\n"
         f"error of {errors}\n"
-        f"a run reads them with --config.teacher.targets={folder}"
+        f"a run reads them with --config.teacher.{field}={folder}"
     )

@@ -7,6 +7,7 @@ from fd_jax import console
 from fd_jax.cli import processes
 from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.stored import codecs
+from fd_jax.models.cropping import EVAL_RATIO
 
 SHARD_SIZE = 2048  # pictures: 0.6 GB of a ViT-B's maps in bfloat16, and 626 files for ImageNet
 COMPONENTS = 256
@@ -53,6 +54,9 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
     add("--interpolation", choices=get_args(Interpolation), default="bilinear")
     add("--crop", choices=get_args(Crop), default="retried", help="data.crop")
     add("--no_flip", action="store_true", help="for data.flip=False")
+    add("--held_out", action="store_true", help="for teacher.eval_targets, of data.eval_split")
+    add("--eval_resize", type=_factor, default=EVAL_RATIO, help="data.eval_resize; with --held_out")
+    add("--no_eval_crop", action="store_true", help="for data.eval_crop=False; with --held_out")
     add("--exif", action="store_true", help="for data.exif=True")
     add("--skip_official", action="store_true", help="for data.skip_official=True")
 
@@ -95,4 +99,11 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{value}: expected a share above 0 and up to 1")
+    return value
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 4:
+        raise argparse.ArgumentTypeError(f"{value}: expected a factor from 1 to 4")
     return value

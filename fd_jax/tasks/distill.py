@@ -253,10 +253,10 @@ class DistillTask:
     def evaluators(self) -> list[evaluators.Evaluator]:
         """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set.
 
-        There are no loss and no similarity where a teacher's maps are stored: it does not run, and
-        held-out pictures have no maps.
+        There are no loss and no similarity where a teacher does not run, and only maps of training
+        pictures are stored.
         """
-        return evaluators.from_config(self.config, held_out=not self.goals.stored)
+        return evaluators.from_config(self.config, held_out=self.goals.of_held_out)
 
     def flops_at(self, image_size: int) -> flops.Flops:
         """FLOPs of a step, for each image whose side is `image_size` pixels."""

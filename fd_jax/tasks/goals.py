@@ -45,6 +45,12 @@ class Goals:
         """The names of the teachers whose maps come with the batches."""
         return [n for n, goal in self.each.items() if isinstance(goal.teacher, StoredTeacher)]
 
+    @property
+    def of_held_out(self) -> bool:
+        """Whether there are targets of held-out pictures."""
+        teachers = (goal.teacher for goal in self.each.values())
+        return all(each.held_out for each in teachers if isinstance(each, StoredTeacher))
+
     def init(self, keys: list[jax.Array]) -> PyTree:
         """Random initial parameters of the projectors, from one key for each teacher."""
         pairs = zip(self.each.items(), keys, strict=True)

@@ -21,16 +21,18 @@ from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, PyTree
 
 DECODER = "decoder"  # part of the frozen arrays: constants with which maps are decoded
+# Fields of a teacher with the folders of its maps of training pictures, and of held-out ones.
+TRAINING, HELD_OUT = "targets", "eval_targets"
 
 
-def folder_of(section: Section) -> str:
+def folder_of(section: Section, field: str = TRAINING) -> str:
     """The folder of stored targets of a teacher; "" for one that runs."""
-    return section.network.get("targets", "")
+    return section.network.get(field, "")
 
 
-def folders(config: Config) -> dict[str, str]:
+def folders(config: Config, field: str = TRAINING) -> dict[str, str]:
     """The folders of stored targets of a run, by the name of the teacher."""
-    named = {name: folder_of(section) for name, section in sections.of(config).items()}
+    named = {name: folder_of(section, field) for name, section in sections.of(config).items()}
     return {name: folder for name, folder in named.items() if folder}
 
 
@@ -52,6 +54,7 @@ class StoredTeacher(Teacher):
     Attributes:
       folder: folder of targets.
       targets: what it holds.
+      held_out: whether there are targets of held-out pictures as well.
     """
 
     def __init__(self, section: Section, *, dtype: jnp.dtype):
@@ -68,6 +71,9 @@ class StoredTeacher(Teacher):
         self.folder = epath.Path(folder_of(section))
         self.targets = description.read(self.folder)
         self._check(section)
+        self.held_out = bool(folder_of(section, HELD_OUT))
+        if self.held_out:
+            self._check_held_out(section)
         network = ml_collections.ConfigDict(section.network.to_dict())
         network.update(image_size=0, stages=0)  # those of its description
         super().__init__(network, dtype=dtype, head=False, spec=self.targets.spec())
@@ -135,6 +141,22 @@ class StoredTeacher(Teacher):
                 + "\n".join(lines)
                 + f"\nset {section.field('targets')} to its own targets, change these settings, or "
                 "make targets of this teacher with python -m fd_jax.targets"
+            )
+
+    def _check_held_out(self, section: Section) -> None:
+        """Refuses targets of held-out pictures whose maps are not like those of training."""
+        folder = folder_of(section, HELD_OUT)
+        other = description.read(folder)
+        stored, here = (
+            {**each.teacher, **dataclasses.asdict(each.codec), "decoder": dict(each.decoder)}
+            for each in (other, self.targets)
+        )
+        if lines := description.unlike(stored, here):
+            raise ConfigError(
+                f"the targets in {folder} (stored) are not of the same maps as those in "
+                f"{self.folder} (here):\n"
+                + "\n".join(lines)
+                + f"\nmake {section.field(HELD_OUT)} with the same flags and --held_out"
             )
 
 

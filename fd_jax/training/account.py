@@ -126,13 +126,15 @@ def _without_teacher(config: Config) -> list[str]:
     """What is not measured where a teacher does not run."""
     if registry.kind_of(config) is not registry.DISTILLATION or not config.data.eval_split:
         return []
-    folders = stored.folders(config).values()
+    held_out = stored.folders(config, stored.HELD_OUT)
+    folders = [f for name, f in stored.folders(config).items() if name not in held_out]
     if not folders:
         return []
     return [
         "note: loss and similarity on held-out pictures are left out: the targets in "
-        f"{' and '.join(folders)} are of training pictures, and their teacher does not run. "
-        "eval.knn measures held-out pictures without one"
+        f"{' and '.join(folders)} are of training pictures, and their teacher does not run. Set "
+        "eval_targets to a folder of python -m fd_jax.targets --held_out, or eval.knn, which needs "
+        "no teacher"
     ]
 
 

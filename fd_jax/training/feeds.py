@@ -33,7 +33,11 @@ def _pictures(config: Config, task: Task) -> Feed:
 
 def _views(config: Config, task: Task) -> Feed:
     del task
-    return Feed(**config.data, targets=stored.folders(config))
+    return Feed(
+        **config.data,
+        targets=stored.folders(config),
+        eval_targets=stored.folders(config, stored.HELD_OUT),
+    )
 
 
 def _labelled_pixels(config: Config, task: SegmentTask) -> SegmentationFeed:

@@ -14,6 +14,8 @@ from fd_jax import report, settings, sharding
 from fd_jax.data import datasets, randomness, transforms
 from fd_jax.data.stored import description, replay
 from fd_jax.errors import CheckpointError, ConfigError, DataError
+from fd_jax.evaluation import evaluators
+from fd_jax.metrics import Mean
 from fd_jax.plan import experiment
 from fd_jax.tasks import registry, stored
 from fd_jax.tasks.distill import DistillTask
@@ -49,6 +51,15 @@ def folders(teacher, embedded_data, statistics, tmp_path_factory):
         flags = (f"--quantization={kind}", *more.get(kind, ()))
         assert make(teacher, embedded_data, found[kind], *flags) == 0
     return found
+
+
+@pytest.fixture(scope="module")
+def held_out(teacher, embedded_data, tmp_path_factory):
+    """A folder of targets of held-out pictures, as an evaluation sees them."""
+    folder = tmp_path_factory.mktemp("held_out") / "targets"
+    flags = ("--held_out", "--views=1", "--split=test[:20]", "--quantization=float32")
+    assert make(teacher, embedded_data, folder, *flags) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +262,61 @@ def test_epochs_take_the_views_in_turn_and_a_restart_goes_on_with_them(
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_held_out_figures_are_those_of_the_live_teacher(folders, held_out, teacher, embedded_data):
+    """Over a split that no batch divides; without such targets there are none."""
+    changes = {"data.eval_split": "test[:20]", "teacher.eval_targets": str(held_out)}
+    config, task = task_of(embedded_data, folders["float32"], **changes)
+    (evaluator,) = task.evaluators()
+    assert isinstance(evaluator, evaluators.HeldOut)
+    alone = {"data.eval_split": "test[:20]", "teacher.path": teacher}
+    live_config, running = task_of(embedded_data, "", **alone)
+    params = tiny.randomize(jax.device_get(task.init(jax.random.key(0))[0]), 3, scale=0.1)
+
+    def figures(config, task):
+        feed, frozen, total = feeds.open_data(config, task), task.load_frozen(), Mean()
+        step = jax.jit(task.evaluate)
+        for batch in feed.sequential("eval", batch_size=16):
+            assert batch.keys() == feed.elements.keys()
+            total.add(step(params, {}, frozen, batch))
+        return total.result()
+
+    got, want = figures(config, task), figures(live_config, running)
+    assert got.keys() == want.keys() == {"loss", "cosine"}
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+    # The bank of nearest neighbours is made of training pictures, which have no such maps.
+    bank = next(feeds.open_data(config, task).sequential("train", batch_size=16))
+    assert "stored" not in bank
+    config.teacher.eval_targets = ""
+    assert DistillTask(config).evaluators() == []
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"teacher.targets": "int8"}, "kind: stored 'float32', here 'int8'"),
+        ({"data.eval_resize": 1.5}, "eval_resize: stored 1.14.*, here 1.5"),
+        ({"data.eval_split": "test[:21]"}, "examples: stored 20, here 21"),
+        ({"data.eval_split": ""}, "are the maps of the pictures in data.eval_split"),
+        ({"teacher.targets": ""}, "are the maps of the pictures in data.eval_split"),
+        (
+            {"teacher.eval_targets": "float32", "data.eval_split": SPLIT},
+            "held_out: stored False, here True",
+        ),
+        ({"teacher.targets": "held_out", "data.split": "test[:20]"}, "held_out: stored True, here"),
+    ],
+)
+def test_targets_of_held_out_pictures_that_do_not_fit_are_refused(
+    changes, message, folders, held_out, embedded_data
+):
+    known = {**folders, "held_out": held_out}
+    given = {"data.eval_split": "test[:20]", "teacher.eval_targets": str(held_out), **changes}
+    given = {n: str(known.get(v, v)) if "targets" in n else v for n, v in given.items()}
+    config = tiny.config(**{**fields(embedded_data, folders["float32"]), **given})
+    with pytest.raises(ConfigError, match=message):
+        settings.check(config)
+        feeds.open_data(config, DistillTask(config))
+
+
 def test_a_run_that_resumes_notices_other_targets(folders, teacher, embedded_data, tmp_path):
     """They are remembered like its data."""
 
@@ -358,7 +424,7 @@ def test_a_run_without_stored_targets_keeps_its_program(folders, embedded_data):
     """Also without the field, as in configs of earlier versions; one with them has no teacher."""
     plain, live_task = lowered(tiny.config())
     older = tiny.config()
-    del older.teacher.targets
+    del older.teacher.targets, older.teacher.eval_targets
     assert lowered(older)[0] == plain
     config = tiny.config(**fields(embedded_data, folders["bfloat16"]))
     run, task = built(config)
@@ -497,6 +563,7 @@ def test_a_folder_is_not_gone_on_with_by_another_command(
     [
         (("--teacher=nowhere",), "no model folder at nowhere"),
         (("--batch_size=12",), "not divisible by 8 batch shards"),
+        (("--held_out",), "--views=2: a held-out picture has one view"),
         (("--quantization=pca_int8",), "has the principal directions of pca_int8"),
         (("--statistics=x.npz",), "has the principal directions of pca_int8"),
         (("--output=gs://bucket/targets",), "local or mounted folder"),

@@ -17,6 +17,7 @@ from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.elements import Element
 from fd_jax.data.stored.codecs import SCALE, VALUES, Codec
 from fd_jax.errors import DataError
+from fd_jax.models.cropping import EVAL_RATIO
 from fd_jax.models.spec import ModelSpec
 
 FILE = "targets.json"
@@ -28,7 +29,8 @@ NORMALIZED = "none"  # maps are stored as the teacher returns them; a run normal
 class Views:
     """Which views of each picture are stored: a rule, since the boxes are in the records.
 
-    View v of a picture is what a run with the same settings and this seed sees in epoch v.
+    View v of a picture is what a run with the same settings and this seed sees in epoch v; that of
+    a held-out picture is what an evaluation sees.
 
     Attributes:
       number: number of views of each picture.
@@ -37,6 +39,8 @@ class Views:
       min_area, interpolation, crop, flip: as in `transforms.TrainTransform`.
       exif: whether pictures are turned as their EXIF orientation says.
       skip_official: whether the files that the original skips are left out.
+      held_out: whether the pictures are held out: then nothing is drawn.
+      eval_resize, eval_crop: `ratio` and `crop` of `transforms.EvalTransform`, for those.
     """
 
     number: int
@@ -48,6 +52,9 @@ class Views:
     flip: bool
     exif: bool
     skip_official: bool
+    held_out: bool = False
+    eval_resize: float = EVAL_RATIO
+    eval_crop: bool = True
 
 
 class Shard(NamedTuple):

@@ -1,7 +1,7 @@
 """The views of pictures that a teacher sees before a run, drawn as the run would draw them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from fd_jax.data.decoding import decode
 from fd_jax.data.elements import Element, Elements, Row
 from fd_jax.data.stored.description import Views
 from fd_jax.data.stored.records import SKIPPED, UNREADABLE, WHOLE
-from fd_jax.data.transforms import TrainTransform
+from fd_jax.data.transforms import Box, EvalTransform, TrainTransform
 
 
 class Numbered(NamedTuple):
@@ -37,8 +37,50 @@ class WithIndex(View):
         return self.dataset.describe(index)
 
 
-def transform_of(views: Views) -> TrainTransform:
+class Viewer(Protocol):
+    """Crop, resize and flip of pictures; `transforms.TrainTransform` is one."""
+
+    image_size: int
+    exif: bool
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
+        """Draws a crop of a picture of this size, and whether it is mirrored."""
+        ...
+
+    def view(self, pixels: np.ndarray, box: Box, flipped: bool) -> np.ndarray:
+        """The view of decoded pixels. uint8 [h, w, 3] -> [S, S, 3]"""
+        ...
+
+
+class HeldOut:
+    """The view that an evaluation has of a picture, of which nothing is drawn.
+
+    Args:
+      image_size: side S of the result, in pixels.
+      ratio, crop, exif: as in `transforms.EvalTransform`.
+    """
+
+    def __init__(self, image_size: int, *, ratio: float, crop: bool, exif: bool):
+        self.image_size, self.exif = image_size, exif
+        self._transform = EvalTransform(image_size, ratio=ratio, crop=crop, exif=exif)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
+        """The whole picture, not mirrored."""
+        del rng
+        return (0, 0, height, width), False
+
+    def view(self, pixels: np.ndarray, box: Box, flipped: bool) -> np.ndarray:
+        """The view of decoded pixels. uint8 [h, w, 3] -> [S, S, 3]"""
+        del box, flipped
+        return self._transform(pixels)
+
+
+def viewer_of(views: Views) -> Viewer:
     """The crop, resize and flip of the stored views."""
+    if views.held_out:
+        return HeldOut(
+            views.image_size, ratio=views.eval_resize, crop=views.eval_crop, exif=views.exif
+        )
     return TrainTransform(
         views.image_size,
         min_area=views.min_area,
@@ -66,7 +108,7 @@ class Drawn:
     def __init__(self, dataset: Dataset, views: Views, pictures: Sequence[int]):
         self.name, self.failures = dataset.name, dict[int, str]()
         self._dataset, self._views, self._pictures = dataset, views, pictures
-        self._transform = transform_of(views)
+        self._viewer = viewer_of(views)
 
     @property
     def elements(self) -> Elements:
@@ -104,9 +146,9 @@ class Drawn:
     def _row(self, example: Example, index: int) -> Row:
         pixels = decode(example.image, exif=self._views.exif)
         size = pixels.shape[:2]
-        drawn = [self._transform.draw(self._rng(index, v), *size) for v in self._numbers]
+        drawn = [self._viewer.draw(self._rng(index, v), *size) for v in self._numbers]
         return {
-            "image": np.stack([self._transform.view(pixels, *each) for each in drawn]),
+            "image": np.stack([self._viewer.view(pixels, *each) for each in drawn]),
             "box": np.array([box for box, _ in drawn], np.int32),
             "flipped": np.array([flipped for _, flipped in drawn]),
             "size": np.array(size, np.int32),

@@ -16,9 +16,8 @@ from fd_jax.data.datasets import BrokenImageError, Dataset, SkippedError
 from fd_jax.data.decoding import decode
 from fd_jax.data.elements import Elements, Row, labelled_image
 from fd_jax.data.stored import description, records
-from fd_jax.data.stored.drawing import Numbered
+from fd_jax.data.stored.drawing import Numbered, Viewer
 from fd_jax.data.stored.records import View
-from fd_jax.data.transforms import TrainTransform
 from fd_jax.errors import ConfigError, DataError
 
 # What is said about settings of crops and flips that differ from those of stored views.
@@ -61,6 +60,17 @@ class Store:
     def views(self) -> description.Views:
         """Which views of each picture are stored."""
         return self.description.views
+
+    def contents(self) -> dict[str, Any]:
+        """By which a run that resumes notices other targets, as `contents.of_files`."""
+        files = self.description.number_of_shards
+        digest = self.description.digest()
+        return {
+            "examples": self.description.data["examples"],
+            "files": files,
+            "digest": digest,
+            "sizes": None,
+        }
 
     def read(self, index: int, number: int) -> tuple[View, dict[str, np.ndarray]]:
         """One view of a picture, and the arrays of its map.
@@ -110,19 +120,19 @@ class Replay:
     """Makes the rows of one view number: picture, label and the stored maps.
 
     Attributes:
-      transform: crop, resize and flip of the student's picture, whose random numbers are not used.
+      viewer: crop, resize and flip of the student's picture, whose random numbers are not used.
       stores: targets by the name of the teacher, all of the same views; "" for the only one.
       number: which view of each picture.
     """
 
-    transform: TrainTransform
+    viewer: Viewer
     stores: Mapping[str, Store]
     number: int
 
     @property
     def elements(self) -> Elements:
         """An image, its class, and the arrays of each map."""
-        found = labelled_image(self.transform.image_size)
+        found = labelled_image(self.viewer.image_size)
         for name, store in self.stores.items():
             found |= description.elements(store.description.codec, name)
         return found
@@ -137,9 +147,9 @@ class Replay:
         del rng
         read = {name: store.read(example.index, self.number) for name, store in self.stores.items()}
         view = next(iter(read.values()))[0]
-        pixels = decode(example.image, exif=self.transform.exif)
+        pixels = decode(example.image, exif=self.viewer.exif)
         self._check(example.index, view, pixels, [other for other, _ in read.values()])
-        row = {"image": self.transform.view(pixels, view.box, view.flipped)}
+        row = {"image": self.viewer.view(pixels, view.box, view.flipped)}
         for name, (_, arrays) in read.items():
             names = description.element_names(name)
             row |= {names[array]: value for array, value in arrays.items()}
@@ -174,30 +184,36 @@ class ByEpoch:
         return self.by_view[step // self.steps_per_epoch % len(self.by_view)]
 
 
-def replays(transform: TrainTransform, stores: Mapping[str, Store]) -> tuple[Replay, ...]:
+def replays(viewer: Viewer, stores: Mapping[str, Store]) -> tuple[Replay, ...]:
     """A transform for each view number of some targets; () without targets."""
     if not stores:
         return ()
     first = next(iter(stores.values()))
-    return tuple(Replay(transform, stores, number) for number in range(first.views.number))
+    return tuple(Replay(viewer, stores, number) for number in range(first.views.number))
 
 
 def open_stores(
-    folders: Mapping[str, str], dataset: Dataset, settings: Mapping[str, Any]
+    folders: Mapping[str, str], dataset: Dataset | None, settings: Mapping[str, Any]
 ) -> dict[str, Store]:
     """Opens the targets of a run, and compares them with its data.
 
     Args:
       folders: folder of targets by the name of the teacher.
-      dataset: training split.
+      dataset: split that the run reads.
       settings: those fields of `description.Views` that the run's data has as well.
 
     Raises:
       DataError: a folder cannot be used.
       ConfigError: the targets are of other pictures or other views, or two of them differ.
     """
+    if not folders:
+        return {}
+    if dataset is None:
+        raise ConfigError(
+            "there are targets of held-out pictures, but no split: set data.eval_split"
+        )
     stores = {name: Store(folder) for name, folder in folders.items()}
-    found = known_contents(dataset) if stores else {}
+    found = known_contents(dataset)
     for store in stores.values():
         _check_pictures(store, dataset, found)
         _check_views(store, settings)
@@ -218,7 +234,7 @@ def _check_pictures(store: Store, dataset: Dataset, found: Mapping[str, Any]) ->
             f"the targets in {store.folder} were made of {made['name']}, split {made['split']!r}, "
             f"and this run reads {dataset.name}, which differs:\n"
             + "\n".join(lines)
-            + "\nset data.name and data.split to the pictures of the targets, or make targets of "
+            + "\nset data.name and the split to the pictures of the targets, or make targets of "
             "these pictures with python -m fd_jax.targets"
         )
 
