@@ -235,7 +235,9 @@ def test_a_run_has_the_losses_of_one_with_the_live_teacher(
     np.testing.assert_allclose(got, want, rtol=apart)
     rows = metric_writer.read(tmp_path / "stored")
     assert not any("eval_loss" in row for row in rows)
-    assert "loss and similarity on held-out pictures are left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{folders[kind]}: {kind} maps of tiny, 2 views of each picture" in said
+    assert "loss and similarity on held-out pictures are left out" in said
 
 
 def batches(config, steps, start=0):
