@@ -227,7 +227,7 @@ def test_a_run_has_the_losses_of_one_with_the_live_teacher(
     kind, apart, folders, teacher, embedded_data, tmp_path, capsys
 ):
     """Two epochs of two steps, of a view each. Other kinds differ as little as their maps."""
-    shape = {"steps": 4, "eval.every": 4}
+    shape = {"steps": 4, "eval.every": 4, "student.arch.depth": 1}
     alone = {"teacher.path": teacher, "data.eval_split": "", **shape}
     want = losses(tiny.config(**fields(embedded_data, **alone)), tmp_path / "live")
     config = tiny.config(**fields(embedded_data, folders[kind], **shape))

@@ -49,10 +49,13 @@ class Store:
         self.folder = epath.Path(folder)
         self.description = description.read(self.folder, complete=True)
         files = [
-            _File(str(self.folder / self.description.shard_name(number)), 0, *(2 * [shard.records]))
+            _File(str(self.folder / self.description.shard_name(number)), shard.records)
             for number, shard in enumerate(self.description.shards or ())
         ]
-        remedy = "delete what is left and make the targets again with python -m fd_jax.targets"
+        remedy = (
+            "give the command that made them again (its flags are in targets.json): it makes what "
+            "is not whole"
+        )
         shards.check(f"the targets in {folder}", files, remedy=remedy)
         self._records: Any = array_record_data_source.ArrayRecordDataSource(files)
 
@@ -63,12 +66,10 @@ class Store:
 
     def contents(self) -> dict[str, Any]:
         """By which a run that resumes notices other targets, as `contents.of_files`."""
-        files = self.description.number_of_shards
-        digest = self.description.digest()
         return {
             "examples": self.description.data["examples"],
-            "files": files,
-            "digest": digest,
+            "files": self.description.number_of_shards,
+            "digest": self.description.digest(),
             "sizes": None,
         }
 
@@ -105,14 +106,12 @@ class Store:
         )
 
 
-@dataclasses.dataclass
 class _File:
-    """A file of records, as ArrayRecord and `shards.check` take it."""
+    """A whole file of records, as ArrayRecord and `shards.check` take it."""
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+    def __init__(self, filename: str, records: int):
+        self.filename, self.skip = filename, 0
+        self.take = self.examples_in_shard = records
 
 
 @dataclasses.dataclass(frozen=True)
