@@ -22,6 +22,7 @@ PLAN_SCRIPT = ("-m", "fd_jax.plan")
 
 B16, L14 = "configs/distill_clip_vit_b16.py", "configs/distill_clip_vit_l14.py"
 TWO = "configs/distill_clip_dinov2_vit_b16.py"  # teachers
+STORED = "benchmarks/scale/targets_clip_b"  # benchmarks/offline_targets.py describes it
 ESVIT, GIANT = "configs/distill_esvit_swin_b.py", "configs/distill_swinv2_g.py"
 
 # The smallest slices that hold the published batch of 2,048 with margin, by the student's size,
@@ -100,6 +101,7 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "finetune_esvit_swin_b": ("configs/finetune_esvit_swin_b.py", ESVIT, ()),
     "linear_esvit_swin_b": ("configs/linear_swin_b.py", ESVIT, ()),
     "distill_two_b": (TWO, "", ()),
+    "distill_stored_b": (B16, "", (f"--config.teacher.targets={STORED}",)),
     "distill_swin_g": (GIANT, "", _QUICK),
     "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
 }

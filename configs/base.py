@@ -200,6 +200,8 @@ def distillation(
         "follow": False,  # True: its input changes with the student's (data.sizes, data.phases)
         "drop_path": 0.0,
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
+        "targets": "",  # folder of python -m fd_jax.targets: stored maps, and no teacher runs
+        "eval_targets": "",  # the same of held-out pictures, made with --held_out
     }
     config.target = {
         "kind": "full",
@@ -229,6 +231,8 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
         "follow": False,  # True: its input changes with the student's (data.sizes, data.phases)
         "drop_path": 0.0,
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
+        "targets": "",  # folder of python -m fd_jax.targets: stored maps, and no teacher runs
+        "eval_targets": "",  # the same of held-out pictures, made with --held_out
         "weight": 1.0,  # of its loss in the sum over the teachers
         "parts": 1,  # of a batch, one after another: more need less memory
         "target": {

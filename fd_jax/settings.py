@@ -232,6 +232,8 @@ OPTIONAL = (
     "student.freeze_blocks",
     "model.freeze_blocks",
     "teacher.follow",
+    "teacher.targets",
+    "teacher.eval_targets",
     *_STARTS,
     # What few targets need.
     "target.statistics",

@@ -54,7 +54,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
         r"(bias|scale|gamma|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$",
         (),
     ),
-    (r"(^|/)statistics/\w+/(mean|matrix)$", ()),  # of a teacher's tokens
+    (r"(^|/)(statistics|decoder)/\w+/(mean|matrix)$", ()),  # of a teacher's tokens
 )
 
 

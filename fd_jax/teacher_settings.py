@@ -28,6 +28,8 @@ _NETWORK: dict[str, Rule] = {
     "follow": FLAG,
     "drop_path": DROP_PATH,
     "stages": whole(0, "stages; 0 takes all"),
+    "targets": Text("the path of a folder of stored targets", optional=True),
+    "eval_targets": Text("the path of a folder of stored targets", optional=True),
 }
 _TARGET: dict[str, Rule] = {
     "kind": choice(target.TargetKind),
@@ -87,6 +89,34 @@ _OF_EACH = (
         ),
         "its statistics are of tokens at one input size; set follow=False, or choose a "
         "normalisation without statistics of its own",
+    ),
+    Relation(
+        (".targets", ".target.kind"),
+        lambda folder, kind: not folder or kind != "logits",
+        "stored targets are maps, from which no logits follow without the teacher's head; choose "
+        "the kind 'full', 'cls' or 'gap', or targets='' for a teacher that runs",
+    ),
+    Relation(
+        (".targets", ".drop_path", ".follow"),
+        lambda folder, rate, follows: not folder or not (rate or follows),
+        "the maps are stored, and the teacher does not run; set its drop_path=0 and follow=False",
+    ),
+    Relation(
+        (".eval_targets", ".targets", "data.eval_split"),
+        lambda held_out, folder, split: not held_out or bool(folder and split),
+        "they are the maps of the pictures in data.eval_split, of a teacher that does not run; set "
+        "the other two, or eval_targets=''",
+    ),
+    Relation(
+        (".targets", "data.rand_augment"),
+        lambda folder, policy: not folder or not policy,
+        "RandAugment also turns and shifts pictures, and the stored maps are those of pictures "
+        "that stay where they are; set rand_augment=''",
+    ),
+    Relation(
+        (".targets", "data.sizes", "data.phases"),
+        lambda folder, sizes, phases: not folder or not (sizes or phases),
+        "the stored views have one size; set data.sizes=() and data.phases=()",
     ),
     Relation(
         (".parts", "batch_size", "accumulation"),

@@ -1,8 +1,9 @@
 """The data of a run: its datasets, transforms and batches, set up from `config.data`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from fd_jax.data.class_names import Classes, Match
 from fd_jax.data.elements import Elements
 from fd_jax.data.resolutions import Resolutions
 from fd_jax.data.splits import Splits
+from fd_jax.data.stored import drawing, replay
 from fd_jax.errors import DataError
 
 HostBatch = pipeline.HostBatch
@@ -41,9 +43,14 @@ class Feed(Splits[datasets.Dataset]):
       max_broken: number of unreadable images that each process may replace before the run stops;
         counted anew after a restart.
       sizes, phases: sides of training images that vary, see `resolutions.Resolutions`.
+      targets: folders of stored targets by the name of the teacher; training batches then hold
+        the stored views and their maps (docs/offline_targets.md).
+      eval_targets: the same for held-out batches.
 
     Raises:
-      DataError: a split cannot be opened, or both splits would read the same folder.
+      DataError: a split or a folder of targets cannot be opened, or both splits would read the
+        same folder.
+      ConfigError: stored targets are of other pictures or views.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class Feed(Splits[datasets.Dataset]):
         match_classes: Match = "name",
         sizes: Sequence[int] = (),
         phases: Sequence[tuple[int, int]] = (),
+        targets: Mapping[str, str] | None = None,
+        eval_targets: Mapping[str, str] | None = None,
     ):
         if eval_split not in ("", split) and datasets.is_one_folder(name):
             raise DataError(
@@ -98,7 +107,22 @@ class Feed(Splits[datasets.Dataset]):
         self._train_transforms = {
             size: transforms.LabelledImage(make_transform(size)) for size in self._resolutions.every
         }
-        self.train_transform = self._train_transforms[self._resolutions.every[-1]]
+        shared = {"image_size": image_size, "exif": exif, "skip_official": skip_official}
+        drawn = {"min_area": min_area, "interpolation": interpolation, "crop": crop, "flip": flip}
+        self._stores = replay.open_stores(
+            targets or {}, self.train_dataset, {"held_out": False, **shared, **drawn}
+        )
+        self._replays = replay.replays(make_transform(image_size), self._stores)
+        centred = {"eval_resize": eval_resize, "eval_crop": eval_crop}
+        self._eval_stores = replay.open_stores(
+            eval_targets or {}, self.eval_dataset, {"held_out": True, **shared, **centred}
+        )
+        self._eval_replays = replay.replays(
+            drawing.HeldOut(image_size, ratio=eval_resize, crop=eval_crop, exif=exif),
+            self._eval_stores,
+        )
+        largest = self._train_transforms[self._resolutions.every[-1]]
+        self.train_transform: pipeline.Transform = self._replays[0] if self._replays else largest
         self.eval_transform = transforms.LabelledImage(
             transforms.EvalTransform(image_size, ratio=eval_resize, crop=eval_crop, exif=exif)
         )
@@ -123,10 +147,13 @@ class Feed(Splits[datasets.Dataset]):
           limit: maximum number of batches; 0 for no limit.
           examples: number of images, evenly spread over the split; 0 for all of them.
         """
-        dataset = self._dataset(split)
+        dataset: Any = self._dataset(split)
+        transform: pipeline.Transform = self.eval_transform
+        if split == "eval" and self._eval_replays:
+            dataset, transform = drawing.WithIndex(dataset), self._eval_replays[0]
         return pipeline.eval_batches(
             datasets.spread(dataset, examples) if examples else dataset,
-            self.eval_transform,
+            transform,
             batch_size=batch_size,
             rows=rows,
             limit=limit or None,
@@ -137,17 +164,34 @@ class Feed(Splits[datasets.Dataset]):
     @property
     def elements(self) -> Elements:
         """Specification of the arrays in every held-out batch; see `train_elements`."""
-        return elements.of_batch(self.eval_transform.elements)
+        transform = self._eval_replays[0] if self._eval_replays else self.eval_transform
+        return elements.of_batch(transform.elements)
 
     @property
     def train_elements(self) -> dict[int, Elements]:
         """Specification of the arrays in training batches, by the side of their images."""
+        if self._replays:
+            return {self.image_size: elements.of_batch(self.train_transform.elements)}
         return {
             size: elements.of_batch(transform.elements)
             for size, transform in self._train_transforms.items()
         }
 
-    def _transform_at(self, seed: int) -> transforms.Scheduled | None:
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What each split consists of, and each folder of stored targets."""
+        named = {f"targets {name}": store for name, store in self._stores.items()}
+        named |= {f"eval targets {name}": store for name, store in self._eval_stores.items()}
+        stored = {name.rstrip(): store.contents() for name, store in named.items()}
+        return {**super().contents(), **stored}
+
+    def _train_source(self) -> Any:
+        return drawing.WithIndex(self.train_dataset) if self._stores else self.train_dataset
+
+    def _transform_at(
+        self, seed: int, steps_per_epoch: int
+    ) -> Callable[[int], pipeline.Transform] | None:
+        if self._replays:
+            return replay.ByEpoch(self._replays, steps_per_epoch)
         resolutions = dataclasses.replace(self._resolutions, seed=seed)
         return transforms.Scheduled(self._train_transforms, resolutions)
 

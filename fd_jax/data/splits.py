@@ -56,7 +56,7 @@ class Splits(Generic[Examples]):
           put_on_devices: function applied to each batch in the thread that reads ahead.
         """
         return pipeline.TrainLoader(
-            self.train_dataset,
+            self._train_source(),
             self.train_transform,
             batch_size=batch_size,
             seed=seed,
@@ -66,12 +66,18 @@ class Splits(Generic[Examples]):
             workers=self.workers,
             max_broken=self.max_broken,
             put_on_devices=put_on_devices,
-            transform_at=self._transform_at(seed),
+            transform_at=self._transform_at(seed, self.steps_per_epoch(batch_size)),
         )
 
-    def _transform_at(self, seed: int) -> Callable[[int], pipeline.Transform] | None:
+    def _train_source(self) -> Source:
+        """What training batches are made of; the training split itself, or a view of it."""
+        return self.train_dataset
+
+    def _transform_at(
+        self, seed: int, steps_per_epoch: int
+    ) -> Callable[[int], pipeline.Transform] | None:
         """The transform of the training batch of a step; None for the same one at every step."""
-        del seed
+        del seed, steps_per_epoch
         return None
 
     @property

@@ -30,6 +30,8 @@ _FILTERS = {
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
 
+Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
+
 
 def resize(pixels: np.ndarray, height: int, width: int, method: Interpolation) -> np.ndarray:
     """Resizes with antialiasing, as Pillow and torchvision do.
@@ -149,12 +151,20 @@ class TrainTransform:
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Transforms an encoded or decoded image. -> uint8 [S, S, 3]"""
         pixels = decode(image, exif=self.exif)
-        top, left, h, w = self.crop_box(rng, *pixels.shape[:2], min_area=self.min_area)
+        out = self.view(pixels, *self.draw(rng, *pixels.shape[:2]))
+        return out if self.augment is None else self.augment(out, rng)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[Box, bool]:
+        """Draws a crop of an image of this size, and whether it is mirrored."""
+        box = self.crop_box(rng, height, width, min_area=self.min_area)
+        return box, self.flip and rng.random() < 0.5
+
+    def view(self, pixels: np.ndarray, box: Box, flipped: bool) -> np.ndarray:
+        """Crops, resizes and mirrors as `draw` says. uint8 [h, w, 3] -> [S, S, 3]"""
+        top, left, h, w = box
         crop = pixels[top : top + h, left : left + w]
         out = resize(crop, self.image_size, self.image_size, self.interpolation)
-        if self.flip and rng.random() < 0.5:
-            out = mirror(out)
-        return out if self.augment is None else self.augment(out, rng)
+        return mirror(out) if flipped else out
 
 
 class EvalTransform:

@@ -153,9 +153,16 @@ class Averaged:
         return [f"ema_{name}" for name in self.evaluator.names(compiled, averaged, data)]
 
 
-def from_config(config: Config) -> list[Evaluator]:
-    """The evaluators of `config.eval`, repeated on the average if `config.ema_decay` is set."""
-    evaluators: list[Evaluator] = [HeldOut(config.batch_size, limit=config.eval.batches)]
+def from_config(config: Config, *, held_out: bool = True) -> list[Evaluator]:
+    """The evaluators of `config.eval`, repeated on the average if `config.ema_decay` is set.
+
+    Args:
+      config: config of the run.
+      held_out: whether the task's own metrics can be measured on held-out pictures.
+    """
+    evaluators: list[Evaluator] = []
+    if held_out:
+        evaluators.append(HeldOut(config.batch_size, limit=config.eval.batches))
     if config.eval.knn:
         evaluators.append(Neighbours(config.eval.knn, config.batch_size))
     if config.ema_decay:

@@ -15,7 +15,7 @@ from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
-from fd_jax.tasks import sections
+from fd_jax.tasks import sections, stored
 from fd_jax.tasks.distill import DistillTask, OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.training import workdir as workdirs
@@ -39,14 +39,20 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 
 def has_maps(config: Config) -> bool:
-    """Whether the student learns a whole map, which is what can be compared and drawn."""
+    """Whether the student learns the whole map of a teacher that runs.
+
+    That is what can be compared and drawn.
+    """
     return bool(_with_maps(config))
 
 
 def _with_maps(config: Config) -> dict[str, sections.Section]:
-    """The teachers whose whole map the student learns."""
-    named = sections.of(config)
-    return {name: section for name, section in named.items() if section.target.kind == "full"}
+    """The teachers that run, and whose whole map the student learns."""
+    return {
+        name: section
+        for name, section in sections.of(config).items()
+        if section.target.kind == "full" and not stored.folder_of(section)
+    }
 
 
 def blocks(config: Config, workdir: epath.Path, folder: epath.Path) -> list[document.Block]:

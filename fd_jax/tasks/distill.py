@@ -24,7 +24,7 @@ from fd_jax.models import transfer
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
-from fd_jax.tasks import goals, sections, start
+from fd_jax.tasks import goals, sections, start, stored
 from fd_jax.tasks.dropping import Dropping, loss_of_kept
 from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal
@@ -99,8 +99,9 @@ class DistillTask:
         self.goals = Goals(
             {name: self._goal(section, specs.get(name)) for name, section in named.items()}
         )
-        for goal in self.goals.each.values():
-            self.attention[goal.section.role] = goal.teacher.attention
+        for name, goal in self.goals.each.items():
+            if name not in self.goals.stored:
+                self.attention[goal.section.role] = goal.teacher.attention
         for size in resolutions.others:
             self.goals.check_grid(self._encoder.grid(size), size)
         rate = config.dropping.rate if "dropping" in config else 0.0
@@ -250,8 +251,12 @@ class DistillTask:
         )
 
     def evaluators(self) -> list[evaluators.Evaluator]:
-        """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set."""
-        return evaluators.from_config(self.config)
+        """Held-out loss and cosine similarity, and nearest neighbours if `eval.knn` is set.
+
+        There are no loss and no similarity where a teacher does not run, and only maps of training
+        pictures are stored.
+        """
+        return evaluators.from_config(self.config, held_out=self.goals.of_held_out)
 
     def flops_at(self, image_size: int) -> flops.Flops:
         """FLOPs of a step, for each image whose side is `image_size` pixels."""
@@ -281,13 +286,16 @@ class DistillTask:
         return {**self._init_extra(), STANDARDIZED: parts[TARGET_STATISTICS]}
 
     def _goal(self, section: sections.Section, spec: ModelSpec | None) -> Goal:
-        teacher = Teacher(
-            section.network,
-            dtype=self.dtype,
-            head=section.target.kind == "logits",
-            attention=self.config.attention,
-            spec=spec,
-        )
+        if stored.folder_of(section):
+            teacher = stored.StoredTeacher(section, dtype=self.dtype)
+        else:
+            teacher = Teacher(
+                section.network,
+                dtype=self.dtype,
+                head=section.target.kind == "logits",
+                attention=self.config.attention,
+                spec=spec,
+            )
         grad_dtype = jnp.dtype(self.config.grad_reduce_dtype)
         return Goal(teacher, section, self.student, dtype=self.dtype, grad_dtype=grad_dtype)
 

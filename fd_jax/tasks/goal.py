@@ -20,8 +20,9 @@ from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
 from fd_jax.normalization import kinds, statistics
 from fd_jax.tasks.sections import Section
+from fd_jax.tasks.stored import StoredTeacher
 from fd_jax.tasks.teacher import Teacher, resize_map
-from fd_jax.typing import Metrics, PyTree
+from fd_jax.typing import Batch, Metrics, PyTree
 
 Grid = tuple[int, int]  # (H, W) of patches
 
@@ -128,11 +129,24 @@ class Goal:
             )
             if self.target.kind == "logits":
                 return self.teacher.logits(weights, features)[:, None]
-            if self.target.kind == "full" and features.grid != compared:
-                features = resize_map(features, compared)
-            return self.target.select(features, cls=self.cls)
+            return self._selected(features, compared)
 
         return in_parts(of_part, self.section.parts, images, drops)
+
+    def stored_tokens(
+        self, weights: PyTree, batch: Batch, name: str, *, grid: Grid | None = None
+    ) -> jax.Array:
+        """What `tokens` returns, of the maps in a batch; for a `StoredTeacher`. -> [B, T, D_t]
+
+        Args:
+          weights: its share of the frozen arrays.
+          batch: with the stored arrays, see `description.elements`.
+          name: of the teacher; "" for the only one.
+          grid: as in `tokens`.
+        """
+        assert isinstance(self.teacher, StoredTeacher)
+        features = self.teacher.stored_features(weights, batch, name)
+        return self._selected(features, self.compared_grid(grid or self._student_grid))
 
     def measured(
         self, state: PyTree, tokens: jax.Array, weight: jax.Array, steps: jax.Array
@@ -241,6 +255,12 @@ class Goal:
                 f"{self.section.field('target.resample')} to 'bilinear'"
             )
         self._check_relation(self.compared_grid(grid))
+
+    def _selected(self, features: FeatureMap, compared: Grid) -> jax.Array:
+        """The tokens of a teacher's map that are compared, on this grid. -> [B, T, D_t]"""
+        if self.target.kind == "full" and features.grid != compared:
+            features = resize_map(features, compared)
+        return self.target.select(features, cls=self.cls)
 
     def _over_tokens(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """The sum of the distances that have a weight. -> [B]"""

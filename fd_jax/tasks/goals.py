@@ -11,6 +11,7 @@ from fd_jax.cost.flops import Flops
 from fd_jax.metrics import weighted
 from fd_jax.tasks.goal import Goal
 from fd_jax.tasks.sections import SINGLE_TEACHER
+from fd_jax.tasks.stored import StoredTeacher
 from fd_jax.typing import Batch, Metrics, PyTree
 
 # Parts of the state that is not trained: what running normalisations have measured, and in how many
@@ -38,6 +39,17 @@ class Goals:
         """The goal of a run with one teacher."""
         (goal,) = self.each.values()
         return goal
+
+    @property
+    def stored(self) -> list[str]:
+        """The names of the teachers whose maps come with the batches."""
+        return [n for n, goal in self.each.items() if isinstance(goal.teacher, StoredTeacher)]
+
+    @property
+    def of_held_out(self) -> bool:
+        """Whether there are targets of held-out pictures."""
+        teachers = (goal.teacher for goal in self.each.values())
+        return all(each.held_out for each in teachers if isinstance(each, StoredTeacher))
 
     def init(self, keys: list[jax.Array]) -> PyTree:
         """Random initial parameters of the projectors, from one key for each teacher."""
@@ -78,11 +90,16 @@ class Goals:
         """
         images, found = batch["image"], dict[str, jax.Array]()
         for name, goal in self.each.items():
+            if name in self.stored:
+                continue
             if found:
                 images, _ = jax.lax.optimization_barrier((images, found))
             drops = batch.get(_drop_path_entry(name))
             found[name] = goal.tokens(part_of(frozen, name), images, drops, grid=grid)
-        return found
+        for name in self.stored:
+            weights = part_of(frozen, name)
+            found[name] = self.each[name].stored_tokens(weights, batch, name, grid=grid)
+        return {name: found[name] for name in self.each}
 
     def measured(self, state: PyTree, tokens: ByTeacher, weight: jax.Array) -> PyTree:
         """The state after running normalisations have seen the tokens of one more step."""

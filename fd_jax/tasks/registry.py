@@ -13,7 +13,7 @@ from fd_jax.data.elements import Elements
 from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.models.spec import ModelSpec
-from fd_jax.tasks import sections
+from fd_jax.tasks import sections, stored
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.classify import ClassifyTask
 from fd_jax.tasks.contrast import ContrastiveTask
@@ -59,6 +59,7 @@ class Kind:
       make: (config, specs) -> task; `specs` replace the specs in the networks' folders.
       networks: config -> the networks that the run reads.
       example: image size -> the elements that the data has for each example.
+      more: config -> the elements that examples have besides.
       alias: another config field that selects it; "" for none.
     """
 
@@ -67,6 +68,7 @@ class Kind:
     make: Callable[[Config, Specs], Task]
     networks: Callable[[Config], list[Network]]
     example: Callable[[int], Elements] = elements.labelled_image
+    more: Callable[[Config], Elements] = lambda config: {}
     alias: str = ""
 
     def describes(self, config: Config) -> bool:
@@ -75,7 +77,8 @@ class Kind:
 
     def elements(self, config: Config) -> Elements:
         """The elements of a run's largest batches, without opening its data."""
-        return elements.of_batch(self.example(Resolutions.of(config).every[-1]))
+        example = self.example(Resolutions.of(config).every[-1])
+        return elements.of_batch({**example, **self.more(config)})
 
 
 def _teachers(config: Config) -> list[Network]:
@@ -88,6 +91,7 @@ def _teachers(config: Config) -> list[Network]:
             needs_head=section.target.kind == "logits",
         )
         for section in sections.of(config).values()
+        if not stored.folder_of(section)  # then it is not read
     ]
 
 
@@ -107,6 +111,7 @@ DISTILLATION = Kind(
     sections.ONE,
     _distillation,
     lambda config: [*_teachers(config), *_student(config)],
+    more=stored.elements,
     alias=sections.SEVERAL,
 )
 CLASSIFICATION = Kind(

@@ -10,7 +10,8 @@ import numpy as np
 from fd_jax import settings
 from fd_jax.data import datasets
 from fd_jax.data.resolutions import Resolutions
-from fd_jax.tasks import registry
+from fd_jax.data.stored import description
+from fd_jax.tasks import registry, stored
 from fd_jax.training.feeds import AnyFeed
 from fd_jax.training.program import Program
 from fd_jax.typing import Config, PyTree
@@ -50,6 +51,7 @@ def at_start(
         f"parameters are trained{f', {_millions(frozen)} are frozen' if frozen else ''}",
         "devices": _devices(program),
         "data": found(feed),
+        **_targets(config),
         "batch": f"{config.batch_size} pictures of {Resolutions.of(config).describe()}, "
         f"{steps_per_epoch} steps an epoch",
         "peak rate": f"{rate:.3g} after {warmup} steps of warm-up{_scaled_from(config)}",
@@ -66,6 +68,19 @@ def _scaled_from(config: Config) -> str:
     if config.batch_size == config.optim.lr_batch:
         return ""
     return f" ({config.optim.peak_lr:g} for {config.optim.lr_batch} pictures)"
+
+
+def _targets(config: Config) -> dict[str, str]:
+    """The stored targets of a run; {} if all of its teachers run."""
+    if registry.kind_of(config) is not registry.DISTILLATION:
+        return {}
+    named = [(f, description.read(f)) for f in stored.folders(config).values()]
+    lines = [
+        f"{folder}: {made.codec.kind} maps of {made.teacher['source']}, {made.views.number} "
+        f"view{'s' if made.views.number > 1 else ''} of each picture"
+        for folder, made in named
+    ]
+    return {"targets": "; ".join(lines)} if lines else {}
 
 
 def _intervals(config: Config, steps_per_epoch: int) -> str:
@@ -119,7 +134,23 @@ def doubts(config: Config, program: Program, *, peak: tuple[float, int]) -> list
             f"note: the warm-up takes {warmup} of {program.total_steps} steps; lower "
             f"optim.{field}={config.optim[field]:g}, or train longer"
         )
-    return notes
+    return [*notes, *_without_teacher(config)]
+
+
+def _without_teacher(config: Config) -> list[str]:
+    """What is not measured where a teacher does not run."""
+    if registry.kind_of(config) is not registry.DISTILLATION or not config.data.eval_split:
+        return []
+    held_out = stored.folders(config, stored.HELD_OUT)
+    folders = [f for name, f in stored.folders(config).items() if name not in held_out]
+    if not folders:
+        return []
+    return [
+        "note: loss and similarity on held-out pictures are left out: the targets in "
+        f"{' and '.join(folders)} are of training pictures, and their teacher does not run. Set "
+        "eval_targets to a folder of python -m fd_jax.targets --held_out, or eval.knn, which needs "
+        "no teacher"
+    ]
 
 
 def count(tree: PyTree) -> int:

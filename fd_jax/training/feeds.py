@@ -5,7 +5,7 @@ from typing import Any
 
 from fd_jax.data.feed import Feed
 from fd_jax.data.segmentation import SegmentationFeed
-from fd_jax.tasks import registry
+from fd_jax.tasks import registry, stored
 from fd_jax.tasks.base import Task
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.typing import Config
@@ -31,12 +31,21 @@ def _pictures(config: Config, task: Task) -> Feed:
     return Feed(**config.data)
 
 
+def _views(config: Config, task: Task) -> Feed:
+    del task
+    return Feed(
+        **config.data,
+        targets=stored.folders(config),
+        eval_targets=stored.folders(config, stored.HELD_OUT),
+    )
+
+
 def _labelled_pixels(config: Config, task: SegmentTask) -> SegmentationFeed:
     return SegmentationFeed(**config.data, classes=config.segment.classes, fill=task.fill)
 
 
 _OPEN: dict[str, Callable[[Config, Any], AnyFeed]] = {
-    registry.DISTILLATION.section: _pictures,
+    registry.DISTILLATION.section: _views,
     registry.CLASSIFICATION.section: _pictures,
     registry.SEGMENTATION.section: _labelled_pixels,
     registry.CONTRAST.section: _pictures,

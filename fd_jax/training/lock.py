@@ -148,13 +148,13 @@ def _acquire(path: epath.Path, pulse: float, silence: float) -> Lock:
         if alive is not None:
             raise CheckpointError(
                 f"{path.parent} is in use by {_described(alive)}, which is running. Two runs would "
-                "overwrite each other's checkpoints: stop that one, or name another --workdir"
+                "overwrite each other's files: stop that one, or name another folder"
             )
     say(f"{path.parent} was left locked by {_described(holder)}, which has ended; going on")
     if not (_remove(path, holder) and lock.take()):
         raise CheckpointError(
             f"{path.parent} was taken by {_described(_read(path))} at the same moment; stop that "
-            "run, or name another --workdir"
+            "run, or name another folder"
         )
     return lock
 

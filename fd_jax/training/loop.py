@@ -338,7 +338,8 @@ class Run:
         began = time.monotonic()
         say("compiling the step")
         if not self.resolutions.varies:
-            steps = {self.resolutions.native: self.program.compile_train_step()}
+            native = self.resolutions.native
+            steps = {native: self.program.compile_train_step(native)}
             what = "the step"
         else:
             sides = self.resolutions.between(self.start, self.total_steps)
@@ -420,7 +421,7 @@ class Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Runs the evaluators of the task on the held-out split; returns their figures by name."""
-        if self.feed.eval_dataset is None:
+        if self.feed.eval_dataset is None or not self.task.evaluators():
             return {}
         weights = Weights(state.params, state.extra, self.frozen, state.ema)
         evaluation = {}

@@ -136,8 +136,8 @@ def check_figure(name: str, measured: Sequence[str]) -> None:
     """
     if name not in measured:
         raise ConfigError(
-            f"eval.keep_best={name!r}, but this run measures {', '.join(measured)}; choose one of "
-            "them, or '' for none"
+            f"eval.keep_best={name!r}, but this run measures {', '.join(measured) or 'nothing'}; "
+            "choose one of them, or '' for none"
         )
 
 

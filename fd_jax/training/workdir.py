@@ -94,7 +94,7 @@ def check_data(workdir: epath.Path, contents: Contents, *, accept: bool) -> None
             "knowing whether the data are those that the run was started with"
         ) from error
     if changed:
-        what = "batches" if "train" in changed else "figures"
+        what = "figures" if all(split.startswith("eval") for split in changed) else "batches"
         listed = [f"  {split}: {line}" for split, lines in changed.items() for line in lines]
         raise CheckpointError(
             f"the data of {workdir} have changed since it was started:\n"
