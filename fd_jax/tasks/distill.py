@@ -29,6 +29,7 @@ from fd_jax.tasks.dropping import Dropping, loss_of_kept
 from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal
 from fd_jax.tasks.goals import STANDARDIZED, Goals, metric_name
+from fd_jax.tasks.of_teacher import OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
@@ -223,7 +224,7 @@ class DistillTask:
             for name, goal in self.goals.each.items()
         }
 
-    def of_teacher(self, name: str, extra: PyTree | None = None) -> "OfTeacher":
+    def of_teacher(self, name: str, extra: PyTree | None = None) -> OfTeacher:
         """The task, seen from one of its teachers; `extra` is the state that is not trained."""
         return OfTeacher(self, name, extra or self._init_extra())
 
@@ -377,41 +378,3 @@ class DistillTask:
                 f"data.image_size={data_size}, but student.arch.image_size={student_size}; "
                 "they must be equal"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class OfTeacher:
-    """A task, seen from one of its teachers: what `evaluation.agreement` compares.
-
-    Attributes:
-      task: the task.
-      name: the teacher's name.
-      extra: state of the run that is not trained.
-    """
-
-    task: DistillTask
-    name: str
-    extra: PyTree
-
-    @property
-    def goal(self) -> Goal:
-        """What the student learns from this teacher."""
-        return self.task.goals.each[self.name]
-
-    @property
-    def cls(self) -> bool:
-        """Whether the student and this teacher both have a class token."""
-        return self.goal.cls
-
-    def load(self) -> PyTree:
-        """The frozen arrays of this teacher alone."""
-        return self.goal.load()
-
-    def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
-        """The target. `frozen` is the result of `load`. -> [B, T, D_t] float32."""
-        tokens = self.goal.tokens(frozen, batch["image"], None)
-        return self.task.goals.normalized_one(self.name, tokens, frozen, self.extra)
-
-    def predict(self, params: PyTree, batch: Batch) -> jax.Array:
-        """The student's prediction of the target. -> [B, T, D_t]."""
-        return self.task.predictions(params, batch)[self.name]

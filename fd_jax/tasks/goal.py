@@ -1,6 +1,5 @@
 """What a student learns from one teacher: target, projector and distance."""
 
-from collections.abc import Callable
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from fd_jax.models.heads import MlpProjector, Projector, SeparateProjectors
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
 from fd_jax.normalization import kinds, statistics
+from fd_jax.tasks.parts import in_parts
 from fd_jax.tasks.sections import Section
 from fd_jax.tasks.teacher import Teacher, resize_map
 from fd_jax.typing import Metrics, PyTree
@@ -346,29 +346,6 @@ class Goal:
                 f"set {section.field('image_size')} to {want}, or "
                 f"{section.field('target.resample')} to 'bilinear'"
             )
-
-
-def in_parts(function: Callable[..., jax.Array], parts: int, *arrays: Any) -> jax.Array:
-    """Applies a function to equal parts of a batch, one after another.
-
-    Part j has the rows j, j + parts, ..., so that no row moves to another device. A batch that the
-    number does not divide, as some in reports, has the largest number of parts that does.
-
-    Args:
-      function: (*arrays) -> array whose rows depend on the same rows of the arrays only.
-      parts: number of parts.
-      *arrays: [B, ...] each, or None.
-    """
-    rows = len(arrays[0])
-    parts = math.gcd(parts, rows)
-    if parts == 1:
-        return function(*arrays)
-
-    def divided(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
-
-    result = jax.lax.map(lambda part: function(*part), jax.tree.map(divided, arrays))
-    return jnp.moveaxis(result, 0, 1).reshape(rows, *result.shape[2:])
 
 
 def _scaled(value: jax.Array, factor: float) -> jax.Array:
