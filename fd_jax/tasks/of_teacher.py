@@ -41,10 +41,14 @@ class OfTeacher:
         return self.goal.load()
 
     def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
-        """The target. `frozen` is the result of `load`. -> [B, T, D_t] float32."""
+        """The target, of several levels the last. -> [B, T, D_t] float32.
+
+        `frozen` is the result of `load`.
+        """
         tokens = self.goal.tokens(frozen, batch["image"], None)
-        return self.task.goals.normalized_one(self.name, tokens, frozen, self.extra)
+        target = self.task.goals.normalized_one(self.name, tokens, frozen, self.extra)
+        return self.goal.last_level(target)
 
     def predict(self, params: PyTree, batch: Batch) -> jax.Array:
         """The student's prediction of the target. -> [B, T, D_t]."""
-        return self.task.predictions(params, batch)[self.name]
+        return self.goal.last_level(self.task.predictions(params, batch)[self.name])

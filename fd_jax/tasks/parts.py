@@ -2,20 +2,22 @@
 
 from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+T = TypeVar("T")  # an array, or a tree of arrays
 
-def in_parts(function: Callable[..., jax.Array], parts: int, *arrays: Any) -> jax.Array:
+
+def in_parts(function: Callable[..., T], parts: int, *arrays: Any) -> T:
     """Applies a function to equal parts of a batch, one after another.
 
     Part j has the rows j, j + parts, ..., so that no row moves to another device. A batch that the
     number does not divide, as some in reports, has the largest number of parts that does.
 
     Args:
-      function: (*arrays) -> array whose rows depend on the same rows of the arrays only.
+      function: (*arrays) -> arrays whose rows depend on the same rows of the arguments only.
       parts: number of parts.
       *arrays: [B, ...] each, or None.
     """
@@ -27,5 +29,8 @@ def in_parts(function: Callable[..., jax.Array], parts: int, *arrays: Any) -> ja
     def divided(array: jax.Array) -> jax.Array:
         return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
+    def joined(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array, 0, 1).reshape(rows, *array.shape[2:])
+
     result = jax.lax.map(lambda part: function(*part), jax.tree.map(divided, arrays))
-    return jnp.moveaxis(result, 0, 1).reshape(rows, *result.shape[2:])
+    return jax.tree.map(joined, result)
