@@ -284,6 +284,12 @@ class Goal:
             )
         self._check_relation(self.compared_grid(grid))
 
+    def _selected(self, features: FeatureMap, compared: Grid) -> jax.Array:
+        """The tokens of a map that are compared, on this grid. -> [B, T, D]"""
+        if self.target.kind == "full" and features.grid != compared:
+            features = resize_map(features, compared)
+        return self.target.select(features, cls=self.cls)
+
     def _over_tokens(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """The sum of the distances that have a weight. -> [B]"""
         loss = self.section.loss
@@ -332,9 +338,7 @@ class Goal:
         """The tokens of one of the teacher's maps. -> [B, T, D_t], or [B, 1, K] logits."""
         if self.target.kind == "logits":
             return self.teacher.logits(weights, features)[:, None]
-        if self.target.kind == "full" and features.grid != compared:
-            features = resize_map(features, compared)
-        return self.target.select(features, cls=self.cls)
+        return self._selected(features, compared)
 
     def _joined(self, each: list[jax.Array]) -> jax.Array:
         """The tokens of all maps of `_maps`."""
@@ -343,10 +347,7 @@ class Goal:
 
     def _student_tokens(self, features: FeatureMap) -> jax.Array:
         """The tokens of one of the student's maps that are projected. -> [B, T, D_s]"""
-        grid = self.compared_grid(features.grid)
-        if self.target.kind == "full" and features.grid != grid:
-            features = resize_map(features, grid)
-        return self.target.select(features, cls=self.cls)
+        return self._selected(features, self.compared_grid(features.grid))
 
     def _projector(self, rngs: nnx.Rngs) -> Any:
         shape, width, out = self.section.projector, self._student_width, self._out
