@@ -188,7 +188,7 @@ def test_every_kind_of_target_works_with_and_without_levels(kind, tokens):
 
 def test_several_teachers_share_the_patches_that_one_of_them_attends_to():
     sections = [
-        ("clip", base.teacher("tiny", target__blocks=(0, 1), target__after_norm=False)),
+        ("clip", base.teacher("tiny", target__blocks=(0, 1), target__after_norm=False, parts=2)),
         ("dino", base.teacher("tiny", target__resample="bilinear", parts=2)),
     ]
     mask = {
