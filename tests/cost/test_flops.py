@@ -253,13 +253,13 @@ def test_closed_form_of_a_mask_by_attention_leaves_out_what_the_compiler_removes
 
 
 def test_a_masked_student_has_half_the_flops():
-    """The paper says 0.47 times; the ratio follows from 59 of 197 tokens in the student."""
+    """59 of 197 tokens in the student, the teacher as before, and four projectors more."""
     clip = ModelSpec("vit", base.student(base.VIT_B16, image_size=224), source="clip")
     whole, part = (
         DistillTask(made.get_config(), teacher_spec=clip).flops()
         for made in (distill_clip_vit_b16, distill_maskalign_vit_b16)
     )
-    assert part.executed / whole.executed == pytest.approx(0.47, abs=0.01)
+    assert part.executed / whole.executed == pytest.approx(0.476, abs=5e-4)
 
 
 def test_closed_form_of_swin_v2_leaves_out_only_the_bias_networks():
