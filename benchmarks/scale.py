@@ -23,6 +23,7 @@ PLAN_SCRIPT = ("-m", "fd_jax.plan")
 B16, L14 = "configs/distill_clip_vit_b16.py", "configs/distill_clip_vit_l14.py"
 TWO = "configs/distill_clip_dinov2_vit_b16.py"  # teachers
 STORED = "benchmarks/scale/targets_clip_b"  # benchmarks/offline_targets.py describes it
+MASKED = "configs/distill_maskalign_vit_b16.py"
 ESVIT, GIANT = "configs/distill_esvit_swin_b.py", "configs/distill_swinv2_g.py"
 
 # The smallest slices that hold the published batch of 2,048 with margin, by the student's size,
@@ -34,8 +35,9 @@ SLICES = {
 }
 _OF_SEGMENTATION = {"v5e": "v5e:2x4"}  # for the batch of 16
 
-# Rows that need more: linear probes' batch of 16,384, Swins, 577 tokens per image.
-LARGER_SLICES = {
+# Rows that need more: linear probes' batch of 16,384, Swins, 577 tokens per image. And MaskAlign's
+# batch of 1,024, on half the chips.
+OTHER_SLICES = {
     **dict.fromkeys(
         (
             "ft_clip_384_b@v5e",
@@ -49,6 +51,7 @@ LARGER_SLICES = {
         "v5e:8x8",
     ),
     "finetune_336_l@v5e": "v5e:8x16",
+    "distill_maskalign_b@v5e": "v5e:2x4",
 }
 _SHARDED = ("--config.mesh.fsdp=16",)
 _QUICK = ("--effort=-1",)  # three billion parameters in fifty blocks
@@ -102,6 +105,7 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "linear_esvit_swin_b": ("configs/linear_swin_b.py", ESVIT, ()),
     "distill_two_b": (TWO, "", ()),
     "distill_stored_b": (B16, "", (f"--config.teacher.targets={STORED}",)),
+    "distill_maskalign_b": (MASKED, "", ()),
     "distill_swin_g": (GIANT, "", _QUICK),
     "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
 }
@@ -143,7 +147,7 @@ class Row:
         """The topology that it is compiled for."""
         if self.run.startswith("segment_"):
             return _OF_SEGMENTATION[self.chip]
-        return LARGER_SLICES.get(self.name) or SLICES[self.run[-1]][self.chip]
+        return OTHER_SLICES.get(self.name) or SLICES[self.run[-1]][self.chip]
 
     @property
     def command(self) -> list[str]:

@@ -190,6 +190,11 @@ def distillation(
         "init_from": init_from,  # model folder of a trained network, which becomes the student
         "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
+        "mask": {  # patches of a training image that the student sees
+            "keep": 1.0,  # share of them; 1: all
+            "by": "random",  # or "attention", by that of the teacher's class token
+            "teacher": "",  # whose attention, where there are several teachers
+        },
     }
     _starts(config)
     config.data.image_size = image_size
@@ -208,6 +213,7 @@ def distillation(
         "normalize": "whiten",
         "after_norm": True,
         "resample": "none",  # or "bilinear": the teacher's map to the student's grid; "student"
+        "blocks": (),  # or the teacher's blocks whose maps are all targets, counted from 0
     }
     config.loss_beta = 2.0
     return config
@@ -242,6 +248,7 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
             "resample": "none",  # "bilinear": its map to the student's grid; "student": reverse
             "statistics": "",  # file of python -m fd_jax.target_stats, for a fitted normalisation
             "freeze_after": 1000,  # steps after which "standardize" keeps its statistics
+            "blocks": (),  # or its blocks whose maps are all targets, counted from 0
         },
         "loss": {  # weights of the distances; 0: off
             "smooth_l1": 1.0,

@@ -40,7 +40,7 @@ from fd_jax.models.lora import TARGETS
 from fd_jax.models.spec import FAMILIES
 from fd_jax.optimizer import Moments, Optimizer, PolynomialVariant
 from fd_jax.precision import DTYPES
-from fd_jax.tasks import classify, registry, sections, segment
+from fd_jax.tasks import classify, masking, registry, sections, segment
 from fd_jax.typing import Config
 
 RATE = "learning rate for optim.lr_batch images"
@@ -144,6 +144,9 @@ TASKS: dict[str, dict[str, Rule]] = {
         "student.init_from": Text("the path of a model folder", optional=True),
         "student.freeze_blocks": _FREEZE,
         "student.drop_path": DROP_PATH,
+        "student.mask.keep": Number(above=0, most=1, unit="share of the patches; 1 is all"),
+        "student.mask.by": choice(masking.By),
+        "student.mask.teacher": Text("the name of one of the teachers", optional=True),
     },
     registry.CLASSIFICATION.section: {
         **PICTURES,
@@ -230,6 +233,9 @@ OPTIONAL = (
     "data.class_names",
     "student.init_from",
     "student.freeze_blocks",
+    "student.mask.keep",
+    "student.mask.by",
+    "student.mask.teacher",
     "model.freeze_blocks",
     "teacher.follow",
     "teacher.targets",
@@ -238,6 +244,7 @@ OPTIONAL = (
     # What few targets need.
     "target.statistics",
     "target.freeze_after",
+    "target.blocks",
 )
 
 
@@ -316,6 +323,11 @@ RELATIONS = (
         lambda rank, student, whole_run: not rank or bool(student or whole_run),
         "low-rank updates are for trained weights; set student.init_from to a model folder, or "
         "lora.rank=0",
+    ),
+    Relation(
+        ("student.mask.teacher", "student.mask.by"),
+        lambda teacher, by: not teacher or by == "attention",
+        "random patches follow no teacher; set student.mask.teacher='', or by='attention'",
     ),
     Relation(
         ("optim.start_lr", "optim.peak_lr"),

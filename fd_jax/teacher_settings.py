@@ -9,7 +9,19 @@ import dataclasses
 import re
 
 from fd_jax import losses
-from fd_jax.fields import DECAY, DROP_PATH, FLAG, Number, Relation, Rule, Text, choice, whole
+from fd_jax.fields import (
+    DECAY,
+    DROP_PATH,
+    FLAG,
+    Number,
+    Relation,
+    Rule,
+    Several,
+    Text,
+    choice,
+    whole,
+)
+from fd_jax.models import architectures
 from fd_jax.normalization import kinds
 from fd_jax.tasks import dropping, sections, target
 from fd_jax.tasks.encoder import HELD
@@ -38,6 +50,9 @@ _TARGET: dict[str, Rule] = {
     "resample": choice(target.Resample),
     "statistics": Text("the path of a file of statistics", optional=True),
     "freeze_after": whole(1, "steps"),
+    "blocks": Several(
+        whole(0, "a block, counted from 0", most=architectures.MOST_BLOCKS - 1), optional=True
+    ),
 }
 _BETA = Number(
     above=0,
@@ -76,6 +91,27 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 # What has to hold for each teacher. Fields that begin with a dot are those of its section.
 _OF_EACH = (
+    Relation(
+        (".target.blocks",),
+        lambda blocks: list(blocks) == sorted(set(blocks)),
+        "name each block once, and in their order, such as (7, 8, 9, 10, 11)",
+    ),
+    Relation(
+        (".target.blocks", ".target.after_norm"),
+        lambda blocks, after_norm: not blocks or not after_norm,
+        "the final norm belongs to the teacher's last map, and not to those after single blocks; "
+        "set after_norm=False, or blocks=()",
+    ),
+    Relation(
+        (".target.blocks", ".target.kind"),
+        lambda blocks, kind: not blocks or kind != "logits",
+        "logits are those of the teacher's last map; set blocks=(), or another kind",
+    ),
+    Relation(
+        (".target.blocks", ".target.normalize"),
+        lambda blocks, normalize: not blocks or kinds.KINDS[normalize].constants == "none",
+        "its statistics are those of one map; choose 'whiten', 'l2' or 'none', or blocks=()",
+    ),
     Relation(
         (".target.normalize", "accumulation"),
         lambda kind, parts: kinds.KINDS[kind].constants != "running" or parts == 1,

@@ -83,11 +83,13 @@ def test_distillation_values_equal_the_papers(name):
     assert config.data.interpolation == "bilinear"
     assert config.batch_size == 2048
     assert config.student.arch.position == "shared_rpb"
+    assert config.student.mask.keep == 1
     assert config.target.to_dict() == {
         "kind": "full",
         "normalize": "whiten",
         "after_norm": True,
         "resample": "none",
+        "blocks": (),
     }
     assert config.loss_beta == 2.0
     optim = config.optim

@@ -254,6 +254,18 @@ DISTILL_CASES = [
     {"data.phases": ((0, 0),)},
     {"teacher.follow": 1},
     {"teacher.follow": True, "target.normalize": "zca"},  # statistics of one input size
+    {"student.mask.keep": 0.0},
+    {"student.mask.keep": 1.5},
+    {"student.mask.keep": math.nan},
+    {"student.mask.by": "block"},
+    {"student.mask.teacher": "clip"},  # of random patches
+    {"target.blocks": 11, "target.after_norm": False},
+    {"target.blocks": (-1,), "target.after_norm": False},
+    {"target.blocks": (11, 7), "target.after_norm": False},
+    {"target.blocks": (11, 11), "target.after_norm": False},
+    {"target.blocks": (11,)},  # after the final norm
+    {"target.blocks": (11,), "target.after_norm": False, "target.kind": "logits"},
+    {"target.blocks": (11,), "target.after_norm": False, "target.normalize": "standardize"},
 ]
 SEVERAL_CASES = [
     {"teachers.clip.weight": 0.0},
@@ -274,6 +286,7 @@ SEVERAL_CASES = [
     {"teachers.clip.projector.kind": "cnn"},
     {"teachers.clip.projector.hidden": -1},
     {"teachers.clip.follow": 1},
+    {"teachers.clip.target.blocks": (7, 11)},  # after the final norm
     {"teachers.clip.follow": True, "teachers.clip.target.normalize": "phi_s"},
     {"dropping.rate": 1.0},
     {"dropping.rate": 0.5, "accumulation": 2},

@@ -106,6 +106,8 @@ def network(
     remat: str | None = None,
     freeze_blocks: int = 0,
     lora: Lora | None = None,
+    patches: int | None = None,
+    until: int | None = None,
 ) -> Flops:
     """FLOPs of an encoder for one image.
 
@@ -115,8 +117,14 @@ def network(
       remat: value of `config.remat`.
       freeze_blocks: number of first blocks that are held, with the embedding.
       lora: low-rank updates of the other blocks, which then train alone.
+      patches: number of patches that the blocks of a ViT see; None for all.
+      until: number of first blocks that run; None for all.
     """
-    embedding, blocks = _FAMILIES[spec.family](spec.arch)
+    if patches is None:
+        embedding, blocks = _FAMILIES[spec.family](spec.arch)
+    else:
+        embedding, blocks = _vit(spec.arch, patches)
+    blocks = blocks[:until]
     inner = sum(block.forward for block in blocks)
     if not trains:
         return Flops(embedding + inner)
@@ -299,10 +307,11 @@ def resized_map(
     return Flops(forward, backward=forward if trains else 0.0)
 
 
-def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
+def _vit(arch: dict[str, Any], kept: int | None = None) -> tuple[float, list[_Block]]:
+    """All patches are embedded, of which the blocks see `kept`; None for all of them."""
     width, hidden = arch["width"], arch["mlp_width"]
     patches = math.prod(sizes.patch_grid(arch["image_size"], arch["patch_size"]))
-    tokens = patches + int(arch["cls_token"]) + arch["registers"]
+    tokens = (patches if kept is None else kept) + int(arch["cls_token"]) + arch["registers"]
     embedding = 2.0 * patches * 3 * arch["patch_size"] ** 2 * width
     block = _block(
         tokens,

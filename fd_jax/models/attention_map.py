@@ -69,6 +69,18 @@ class AttentionMap:
         """
         return self.inputs.weights()
 
+    def of_class_token(self) -> jax.Array:
+        """Weight of every patch for the class token, the mean over heads. -> [R, P] float32.
+
+        Only this row of the weights is computed. Class token and registers have the rest, so that
+        the weights of the patches sum to less than 1.
+        """
+        if not self.cls:
+            raise ValueError("this attention has no class token")
+        bias = None if self.inputs.bias is None else self.inputs.bias[..., :1, :]
+        row = dataclasses.replace(self.inputs, q=self.inputs.q[:, :1], bias=bias).weights()
+        return jnp.mean(row[:, :, 0, self.prefix :], axis=1)
+
     def weighted_values(self) -> jax.Array:
         """The average of values for every query, by these weights. -> [R, N, A, d] float32."""
         weights = self.weights()

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Generator, Iterator, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -93,10 +94,14 @@ class Backbone(nnx.Module):
             left, each once per image and in any order; None for all of them.
         """
         visit = collections.deque(self._visits(images, drops, keep), maxlen=1).pop()
-        x = visit.after
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        return self._feature_map(x, visit)
+        features = self._feature_map(visit.after, visit)
+        return self.normed(features) if final_norm else features
+
+    def normed(self, features: FeatureMap) -> FeatureMap:
+        """The map of the last block after the encoder's own final norm, if it has one."""
+        if self.norm is None:
+            return features
+        return dataclasses.replace(features, tokens=self.norm(features.tokens))
 
     def intermediates(
         self,
@@ -119,6 +124,22 @@ class Backbone(nnx.Module):
             for number, visit in self._visits_of(blocks, images, drops, keep)
         }
         return [kept[number] for number in blocks]
+
+    def intermediates_and_attention(
+        self,
+        images: jax.Array,
+        blocks: Sequence[int],
+        *,
+        drops: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> tuple[list[FeatureMap], AttentionMap]:
+        """`intermediates`, and the attention of the last of these blocks, in one run.
+
+        Arguments as in `intermediates`; at least one block.
+        """
+        visits = dict(self._visits_of(blocks, images, drops, keep))
+        maps = [self._feature_map(visits[number].after, visits[number]) for number in blocks]
+        return maps, self._attention_map(visits[max(blocks)])
 
     def attention_maps(
         self, images: jax.Array, blocks: Sequence[int], *, keep: jax.Array | None = None

@@ -16,7 +16,8 @@ from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
 from fd_jax.tasks import sections, stored
-from fd_jax.tasks.distill import DistillTask, OfTeacher
+from fd_jax.tasks.distill import DistillTask
+from fd_jax.tasks.of_teacher import OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.training import workdir as workdirs
 from fd_jax.training.program import overlay

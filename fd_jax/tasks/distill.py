@@ -1,11 +1,12 @@
 """Feature distillation: a student learns the features of one or several frozen teachers.
 
-The method is in docs/reference.md#method, and that of several teachers in
-docs/several_teachers.md.
+The method is in docs/reference.md#method, that of several teachers in docs/several_teachers.md, and
+that of students that see some of the patches in docs/masked_students.md.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
@@ -20,15 +21,17 @@ from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
-from fd_jax.models import transfer
+from fd_jax.models import levels, transfer
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
-from fd_jax.tasks import goals, sections, start, stored
+from fd_jax.tasks import goals, masking, sections, start, stored
 from fd_jax.tasks.dropping import Dropping, loss_of_kept
 from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal
 from fd_jax.tasks.goals import STANDARDIZED, Goals, metric_name
+from fd_jax.tasks.levels import LevelGoal
+from fd_jax.tasks.of_teacher import OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
@@ -50,6 +53,7 @@ class DistillTask:
       changes: how it differs from the network in `student.init_from`; None without one.
       goals: what it learns from each teacher; a single teacher is named `SINGLE_TEACHER`.
       dropping: which teachers an image learns from; None for all.
+      mask: which patches of a training image the student sees; None for all.
       attention: name of the attention implementation of each network, the student first.
     """
 
@@ -104,6 +108,9 @@ class DistillTask:
                 self.attention[goal.section.role] = goal.teacher.attention
         for size in resolutions.others:
             self.goals.check_grid(self._encoder.grid(size), size)
+        sides = (config.data.image_size, *resolutions.others)
+        grids = {side: self._encoder.grid(side) for side in sides}
+        self.mask = masking.of(config, self.student_spec, self.goals.each, grids)
         rate = config.dropping.rate if "dropping" in config else 0.0
         self.dropping = Dropping(**config.dropping) if rate else None
 
@@ -150,7 +157,8 @@ class DistillTask:
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Adds the uniform random numbers for drop path, [B, depth, 2] for each network.
 
-        With teacher dropping also those for the K teachers, [B, K].
+        With teacher dropping also those for the K teachers, [B, K], and for a masked student those
+        for the patches, [B, H*W].
         """
         batch = dict(batch)
         student_key, *teacher_keys = jax.random.split(key, 1 + len(self.goals.each))
@@ -161,6 +169,10 @@ class DistillTask:
         if self.dropping is not None:
             shape = (rows, len(self.goals.each))
             batch[DROPPING_DRAWS] = jax.random.uniform(jax.random.fold_in(key, 1), shape)
+        if self.mask is not None:
+            patches = math.prod(self._grid(batch))
+            mask_key = jax.random.fold_in(key, 2)
+            batch[masking.DRAWS] = jax.random.uniform(mask_key, (rows, patches))
         return batch
 
     def loss(
@@ -168,10 +180,11 @@ class DistillTask:
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """Distance between the student's predictions and the teachers' targets."""
         weight = batch["weight"]
-        tokens = self._tokens(frozen, batch)
+        tokens, visible = self._seen(frozen, batch)
         extra = self.goals.measured(extra, tokens, weight)
-        targets = self.goals.normalized(tokens, frozen, extra)
-        each = self.goals.distances(self.predictions(params, batch, frozen), targets)
+        targets = self.goals.normalized(self.goals.at(tokens, visible), frozen, extra)
+        predictions = self.predictions(params, batch, frozen, visible)
+        each = self.goals.distances(predictions, targets)
         total, count = weighted(goals.total(each), weight)
         loss, metrics = total / count, goals.by_teacher("loss", each, weight)
         if self.dropping is not None:
@@ -182,6 +195,7 @@ class DistillTask:
     def evaluate(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
         """Loss and cosine similarity on held-out images, with all teachers and without drop path.
 
+        A masked student sees all patches here, as it does in use.
         The loss of each of several teachers is named "loss/" and its name, and so on.
         """
         targets = self.targets(frozen, batch, extra)
@@ -197,18 +211,22 @@ class DistillTask:
 
     def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The student's mean patch token after its final norm. -> [B, D_s] float32."""
-        features = self._student_features(params, frozen, batch["image"], None)
+        features = self._student_features(params, frozen, batch["image"])
         return jnp.mean(features.patches.astype(jnp.float32), axis=1)
 
     def targets(
         self, frozen: PyTree, batch: Batch, extra: PyTree | None = None
     ) -> dict[str, jax.Array]:
         """The target from each teacher; see `Goal.normalized`."""
-        tokens = self._tokens(frozen, batch)
+        tokens = self.goals.tokens(frozen, batch, self._grid(batch))
         return self.goals.normalized(tokens, frozen, extra or self._init_extra())
 
     def predictions(
-        self, params: PyTree, batch: Batch, frozen: PyTree | None = None
+        self,
+        params: PyTree,
+        batch: Batch,
+        frozen: PyTree | None = None,
+        visible: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t].
 
@@ -216,15 +234,15 @@ class DistillTask:
           params: trained parameters.
           batch: with "image".
           frozen: frozen weights; needed if only a part of the student trains.
+          visible: places of the patches that the student sees, [B, P] int32; None for all.
         """
-        drops = batch.get("student_drops")
-        features = self._student_features(params, frozen or {}, batch["image"], drops)
+        maps = self._student_maps(params, frozen or {}, batch, visible)
         return {
-            name: goal.predict(goals.part_of(params["projector"], name), features)
+            name: goal.predict(goals.part_of(params["projector"], name), *maps)
             for name, goal in self.goals.each.items()
         }
 
-    def of_teacher(self, name: str, extra: PyTree | None = None) -> "OfTeacher":
+    def of_teacher(self, name: str, extra: PyTree | None = None) -> OfTeacher:
         """The task, seen from one of its teachers; `extra` is the state that is not trained."""
         return OfTeacher(self, name, extra or self._init_extra())
 
@@ -247,7 +265,7 @@ class DistillTask:
             params,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
-            no_decay=FAMILIES[self.student_spec.family].NO_DECAY,
+            no_decay=(*FAMILIES[self.student_spec.family].NO_DECAY, *levels.NO_DECAY),
         )
 
     def evaluators(self) -> list[evaluators.Evaluator]:
@@ -260,9 +278,11 @@ class DistillTask:
 
     def flops_at(self, image_size: int) -> flops.Flops:
         """FLOPs of a step, for each image whose side is `image_size` pixels."""
-        work = self._encoder.flops(image_size, remat=self.config.remat)
-        grid = self._encoder.grid(image_size)
-        return sum(self.goals.flops(image_size, grid), work)
+        grid, mask = self._encoder.grid(image_size), self.mask
+        patches = None if mask is None else mask.count(grid)
+        guide = None if mask is None else mask.guide
+        work = self._encoder.flops(image_size, remat=self.config.remat, patches=patches)
+        return sum(self.goals.flops(image_size, grid, patches=patches, guide=guide), work)
 
     def flops(self) -> flops.Flops:
         """FLOPs of a step, per image."""
@@ -297,7 +317,8 @@ class DistillTask:
                 spec=spec,
             )
         grad_dtype = jnp.dtype(self.config.grad_reduce_dtype)
-        return Goal(teacher, section, self.student, dtype=self.dtype, grad_dtype=grad_dtype)
+        kind = LevelGoal if section.target.blocks else Goal
+        return kind(teacher, section, self.student, dtype=self.dtype, grad_dtype=grad_dtype)
 
     def _student(
         self, teachers: str, initial: ModelSpec | None
@@ -340,9 +361,19 @@ class DistillTask:
             )
         return {name: parts[name] for name in ("encoder", "projector") if name in parts}
 
-    def _tokens(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The teachers' tokens, on the student's grid for the size of these images."""
-        return self.goals.tokens(frozen, batch, self._encoder.grid(batch["image"].shape[1]))
+    def _grid(self, batch: Batch) -> tuple[int, int]:
+        """The student's grid for the size of these images."""
+        return self._encoder.grid(batch["image"].shape[1])
+
+    def _seen(self, frozen: PyTree, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """The teachers' tokens, and the patches that the student sees, [B, P]; None for all."""
+        grid = self._grid(batch)
+        if self.mask is None:
+            return self.goals.tokens(frozen, batch, grid), None
+        views = self.goals.views(frozen, batch, grid, guide=self.mask.guide)
+        attention = None if self.mask.guide is None else views[self.mask.guide].attention
+        visible = self.mask.visible(batch[masking.DRAWS], attention)
+        return {name: view.tokens for name, view in views.items()}, visible
 
     def _init_extra(self) -> PyTree:
         extra = self.goals.init_state()
@@ -363,10 +394,22 @@ class DistillTask:
         return loss_of_kept(losses, kept, weight), extra, goals.by_teacher("kept", shares, weight)
 
     def _student_features(
-        self, params: PyTree, frozen: PyTree, images: jax.Array, drops: jax.Array | None
+        self, params: PyTree, frozen: PyTree, images: jax.Array, **run: Any
     ) -> FeatureMap:
         student = self._encoder.build(params["encoder"], frozen, images.shape[1])
-        return student(self.student_spec.normalize(images, self.dtype), drops=drops)
+        return student(self.student_spec.normalize(images, self.dtype), **run)
+
+    def _student_maps(
+        self, params: PyTree, frozen: PyTree, batch: Batch, visible: jax.Array | None
+    ) -> tuple[FeatureMap, list[FeatureMap]]:
+        """The student's last map, and those after each block if a goal mixes them."""
+        images, run = batch["image"], {"drops": batch.get("student_drops"), "keep": visible}
+        if not any(goal.target.blocks for goal in self.goals.each.values()):
+            return self._student_features(params, frozen, images, **run), []
+        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
+        images = self.student_spec.normalize(images, self.dtype)
+        maps = student.intermediates(images, range(student.depth), **run)
+        return student.normed(maps[-1]), maps
 
     def _student_runtime(self) -> dict[str, Any]:
         return {
@@ -385,41 +428,3 @@ class DistillTask:
                 f"data.image_size={data_size}, but student.arch.image_size={student_size}; "
                 "they must be equal"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class OfTeacher:
-    """A task, seen from one of its teachers: what `evaluation.agreement` compares.
-
-    Attributes:
-      task: the task.
-      name: the teacher's name.
-      extra: state of the run that is not trained.
-    """
-
-    task: DistillTask
-    name: str
-    extra: PyTree
-
-    @property
-    def goal(self) -> Goal:
-        """What the student learns from this teacher."""
-        return self.task.goals.each[self.name]
-
-    @property
-    def cls(self) -> bool:
-        """Whether the student and this teacher both have a class token."""
-        return self.goal.cls
-
-    def load(self) -> PyTree:
-        """The frozen arrays of this teacher alone."""
-        return self.goal.load()
-
-    def teacher_target(self, frozen: PyTree, batch: Batch) -> jax.Array:
-        """The target. `frozen` is the result of `load`. -> [B, T, D_t] float32."""
-        tokens = self.goal.tokens(frozen, batch["image"], None)
-        return self.task.goals.normalized_one(self.name, tokens, frozen, self.extra)
-
-    def predict(self, params: PyTree, batch: Batch) -> jax.Array:
-        """The student's prediction of the target. -> [B, T, D_t]."""
-        return self.task.predictions(params, batch)[self.name]

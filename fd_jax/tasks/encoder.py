@@ -158,13 +158,23 @@ class TrainedEncoder:
         return low_rank.merged(joined, self._share.lora) if self._share.lora else joined
 
     def flops(
-        self, image_size: int, *, trains: bool = True, remat: str | None = None
+        self,
+        image_size: int,
+        *,
+        trains: bool = True,
+        remat: str | None = None,
+        patches: int | None = None,
     ) -> flops.Flops:
         """FLOPs of one image whose side is `image_size` pixels, see `flops.network`."""
         spec = dataclasses.replace(self.spec, arch={**self.spec.arch, "image_size": image_size})
         share = self._share
         return flops.network(
-            spec, trains=trains, remat=remat, freeze_blocks=share.freeze_blocks, lora=share.lora
+            spec,
+            trains=trains,
+            remat=remat,
+            freeze_blocks=share.freeze_blocks,
+            lora=share.lora,
+            patches=patches,
         )
 
     def _trains(self, path: str) -> bool:

@@ -1,8 +1,8 @@
 """What a student learns from one teacher: target, projector and distance."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -19,6 +19,7 @@ from fd_jax.models.heads import MlpProjector, Projector, SeparateProjectors
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
 from fd_jax.normalization import kinds, statistics
+from fd_jax.tasks.parts import in_parts
 from fd_jax.tasks.sections import Section
 from fd_jax.tasks.stored import StoredTeacher
 from fd_jax.tasks.teacher import Teacher, resize_map
@@ -27,6 +28,19 @@ from fd_jax.typing import Batch, Metrics, PyTree
 Grid = tuple[int, int]  # (H, W) of patches
 
 STATISTICS = "statistics"  # part of a goal's frozen arrays: constants of a fitted normalisation
+
+
+class View(NamedTuple):
+    """What is taken from one run of a teacher.
+
+    Attributes:
+      tokens: those that become the target, see `Goal.tokens`.
+      attention: what its class token attends to, [B, P] float32, see
+        `AttentionMap.of_class_token`; or None.
+    """
+
+    tokens: jax.Array
+    attention: jax.Array | None = None
 
 
 class Goal:
@@ -116,22 +130,42 @@ class Goal:
           drops: uniform random numbers for the teacher's drop path, [B, depth, 2], or None.
           grid: the student's grid for these images; None for that of its own image size.
         """
+        return self.view(weights, images, drops, grid=grid).tokens
+
+    def view(
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        drops: jax.Array | None,
+        *,
+        grid: Grid | None = None,
+        attends: bool = False,
+    ) -> View:
+        """`tokens`, with the attention of the teacher's class token if `attends`."""
         student_grid = grid or self._student_grid
         compared, size = self.compared_grid(student_grid), self._teacher_size(student_grid)
 
-        def of_part(images: jax.Array, drops: jax.Array | None) -> jax.Array:
-            features = self.teacher.features(
-                weights,
-                images,
-                final_norm=self.target.after_norm,
-                drops=drops,
-                image_size=size,
-            )
-            if self.target.kind == "logits":
-                return self.teacher.logits(weights, features)[:, None]
-            return self._selected(features, compared)
+        def of_part(images: jax.Array, drops: jax.Array | None) -> View:
+            run: dict[str, Any] = {"drops": drops, "image_size": size}
+            maps, attention = self._maps(weights, images, attends=attends, **run)
+            each = [self._target_tokens(weights, features, compared) for features in maps]
+            return View(self._joined(each), attention)
 
         return in_parts(of_part, self.section.parts, images, drops)
+
+    def at(self, tokens: jax.Array, visible: jax.Array) -> jax.Array:
+        """Of a map's tokens, those of some patches, and the class token.
+
+        Args:
+          tokens: result of `tokens`. [B, T, D]; those of several levels are [B, K, T, D].
+          visible: places of the patches on the compared grid. [B, P] int32
+        """
+        if self.target.kind != "full":
+            return tokens
+        first = int(self.cls)
+        places = visible.reshape(len(visible), *(1,) * (tokens.ndim - 3), -1, 1)
+        patches = jnp.take_along_axis(tokens[..., first:, :], places, axis=-2)
+        return jnp.concatenate([tokens[..., :first, :], patches], axis=-2)
 
     def stored_tokens(
         self, weights: PyTree, batch: Batch, name: str, *, grid: Grid | None = None
@@ -168,13 +202,21 @@ class Goal:
         constants = state if self.target.running else weights.get(STATISTICS, {})
         return jax.lax.stop_gradient(self.target.normalized(tokens, constants, cls=self.cls))
 
-    def predict(self, projector: PyTree, features: FeatureMap) -> jax.Array:
-        """The student's tokens, projected to the teacher's width. -> [B, T, D_t]."""
-        grid = self.compared_grid(features.grid)
-        if self.target.kind == "full" and features.grid != grid:
-            features = resize_map(features, grid)
-        tokens = self.target.select(features, cls=self.cls)
-        return nnx.merge(self.projector_def, projector)(tokens)
+    def predict(
+        self, projector: PyTree, features: FeatureMap, levels: Sequence[FeatureMap] = ()
+    ) -> jax.Array:
+        """The student's tokens, projected to the teacher's width. -> [B, T, D_t].
+
+        Args:
+          projector: its parameters.
+          features: the student's map.
+          levels: its maps after each of its blocks, which a `LevelGoal` reads.
+        """
+        return nnx.merge(self.projector_def, projector)(self._student_tokens(features))
+
+    def last_level(self, tokens: jax.Array) -> jax.Array:
+        """Of targets or predictions, the map that reports and pictures show. -> [B, T, D_t]."""
+        return tokens
 
     def distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """Weighted distance of each example. [B, T, D] x 2 -> [B] float32."""
@@ -192,37 +234,39 @@ class Goal:
         """Held-out metrics besides the distance: cosine similarity, or {} for logits."""
         if self.target.kind == "logits":
             return {}
-        cosine = jnp.mean(losses.cosine_similarity(prediction, target), axis=-1)
+        similarity = losses.cosine_similarity(prediction, target)
+        cosine = jnp.mean(similarity, axis=tuple(range(1, similarity.ndim)))
         return {"cosine": weighted(cosine, weight)}
 
-    def flops(self, image_size: int, grid: Grid | None = None) -> Flops:
+    def flops(
+        self,
+        image_size: int,
+        grid: Grid | None = None,
+        *,
+        patches: int | None = None,
+        attends: bool = False,
+    ) -> Flops:
         """FLOPs of teacher, projector and loss for one image.
 
         Args:
           image_size: its side in pixels.
           grid: the student's grid for this size; None for that of its own image size.
+          patches: number of patches that the student sees; None for all.
+          attends: whether the attention of the teacher's class token is read.
         """
         student_grid = grid or self._student_grid
-        compared, size = self.compared_grid(student_grid), self._teacher_size(student_grid)
-        work = self.teacher.flops(image_size, size)
-        count, width, shape = self._count(compared), self._student_width, self.section.projector
-        if shape.kind == "linear":
-            work += flops.linear(count, width, self._out)
-        else:
-            work += flops.linear(count, width, self._hidden)
-            work += flops.linear(count, self._hidden, self._out)
-        if self.target.kind == "full":
-            work += self._flops_of_resampling(student_grid, self.teacher.grid_at(size))
-        if self.target.fitted:
-            work += Flops(2.0 * count * self._out**2)
-        if self.section.loss.weights.get("relation", 0.0) and self.target.kind == "full":
-            work += self._flops_of_relations(count)
-        return work
+        size = self._teacher_size(student_grid)
+        work = self.teacher.flops(image_size, size, until=self._until, attends=attends)
+        return work + self._flops_of_learning(student_grid, patches)
 
     def compared_grid(self, student_grid: Grid) -> Grid:
         """(H, W) of the patches that are compared where the student's map has `student_grid`."""
         if self.target.resample != "student":
             return student_grid
+        return self.teacher_grid(student_grid)
+
+    def teacher_grid(self, student_grid: Grid) -> Grid:
+        """(H, W) of the teacher's map where the student's has `student_grid`."""
         return self.teacher.grid_at(self._teacher_size(student_grid))
 
     def check_grid(self, grid: Grid, image_size: int) -> None:
@@ -245,7 +289,7 @@ class Goal:
                 f"px; leave that size out, or set {follow}=False"
             )
         try:
-            there = self.teacher.grid_at(self._teacher_size(grid))
+            there = self.teacher_grid(grid)
         except ConfigError as error:
             raise ConfigError(f"{where} patches, and the {self.section.role}: {error}") from error
         if self.target.kind == "full" and there != grid and self.target.resample == "none":
@@ -257,7 +301,7 @@ class Goal:
         self._check_relation(self.compared_grid(grid))
 
     def _selected(self, features: FeatureMap, compared: Grid) -> jax.Array:
-        """The tokens of a teacher's map that are compared, on this grid. -> [B, T, D_t]"""
+        """The tokens of a map that are compared, on this grid. -> [B, T, D]"""
         if self.target.kind == "full" and features.grid != compared:
             features = resize_map(features, compared)
         return self.target.select(features, cls=self.cls)
@@ -285,9 +329,41 @@ class Goal:
     def _hidden(self) -> int:
         return self.section.projector.hidden or self.teacher.width
 
-    def _count(self, compared: Grid) -> int:
-        """Number of tokens that are compared, on a grid from `compared_grid`."""
-        return math.prod(compared) + int(self.cls) if self.target.kind == "full" else 1
+    @property
+    def _until(self) -> int | None:
+        """Number of the teacher's first blocks that run; None for all."""
+        return None
+
+    def _count(self, compared: Grid, patches: int | None = None) -> int:
+        """Number of tokens that are compared, on a grid from `compared_grid` or of some patches."""
+        if self.target.kind != "full":
+            return 1
+        return (math.prod(compared) if patches is None else patches) + int(self.cls)
+
+    def _maps(
+        self, weights: PyTree, images: jax.Array, *, attends: bool, **run: Any
+    ) -> tuple[list[FeatureMap], jax.Array | None]:
+        """The teacher's maps that the target is taken from, and the attention of `View`."""
+        final_norm = self.target.after_norm
+        if attends:
+            last = [self.teacher.depth - 1]
+            return self.teacher.attending(weights, images, last, final_norm=final_norm, **run)
+        return [self.teacher.features(weights, images, final_norm=final_norm, **run)], None
+
+    def _target_tokens(self, weights: PyTree, features: FeatureMap, compared: Grid) -> jax.Array:
+        """The tokens of one of the teacher's maps. -> [B, T, D_t], or [B, 1, K] logits."""
+        if self.target.kind == "logits":
+            return self.teacher.logits(weights, features)[:, None]
+        return self._selected(features, compared)
+
+    def _joined(self, each: list[jax.Array]) -> jax.Array:
+        """The tokens of all maps of `_maps`."""
+        (tokens,) = each
+        return tokens
+
+    def _student_tokens(self, features: FeatureMap) -> jax.Array:
+        """The tokens of one of the student's maps that are projected. -> [B, T, D_s]"""
+        return self._selected(features, self.compared_grid(features.grid))
 
     def _projector(self, rngs: nnx.Rngs) -> Any:
         shape, width, out = self.section.projector, self._student_width, self._out
@@ -316,6 +392,23 @@ class Goal:
             except ValueError as error:
                 raise ConfigError(f"{path}, {group}: {error}") from None
         return constants
+
+    def _flops_of_learning(self, student_grid: Grid, patches: int | None) -> Flops:
+        """What one map of the teacher costs besides the teacher itself."""
+        count = self._count(self.compared_grid(student_grid), patches)
+        width, shape = self._student_width, self.section.projector
+        if shape.kind == "linear":
+            work = flops.linear(count, width, self._out)
+        else:
+            work = flops.linear(count, width, self._hidden)
+            work += flops.linear(count, self._hidden, self._out)
+        if self.target.kind == "full":
+            work += self._flops_of_resampling(student_grid, self.teacher_grid(student_grid))
+        if self.target.fitted:
+            work += Flops(2.0 * count * self._out**2)
+        if self.section.loss.weights.get("relation", 0.0) and self.target.kind == "full":
+            work += self._flops_of_relations(count)
+        return work
 
     def _flops_of_resampling(self, student_grid: Grid, teacher_grid: Grid) -> Flops:
         """Rows first, by two matmuls; those of the student have a gradient as well."""
@@ -366,29 +459,6 @@ class Goal:
                 f"set {section.field('image_size')} to {want}, or "
                 f"{section.field('target.resample')} to 'bilinear'"
             )
-
-
-def in_parts(function: Callable[..., jax.Array], parts: int, *arrays: Any) -> jax.Array:
-    """Applies a function to equal parts of a batch, one after another.
-
-    Part j has the rows j, j + parts, ..., so that no row moves to another device. A batch that the
-    number does not divide, as some in reports, has the largest number of parts that does.
-
-    Args:
-      function: (*arrays) -> array whose rows depend on the same rows of the arrays only.
-      parts: number of parts.
-      *arrays: [B, ...] each, or None.
-    """
-    rows = len(arrays[0])
-    parts = math.gcd(parts, rows)
-    if parts == 1:
-        return function(*arrays)
-
-    def divided(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
-
-    result = jax.lax.map(lambda part: function(*part), jax.tree.map(divided, arrays))
-    return jnp.moveaxis(result, 0, 1).reshape(rows, *result.shape[2:])
 
 
 def _scaled(value: jax.Array, factor: float) -> jax.Array:

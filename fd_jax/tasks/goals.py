@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fd_jax.cost.flops import Flops
 from fd_jax.metrics import weighted
-from fd_jax.tasks.goal import Goal
+from fd_jax.tasks.goal import Goal, View
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.tasks.stored import StoredTeacher
 from fd_jax.typing import Batch, Metrics, PyTree
@@ -83,23 +83,41 @@ class Goals:
     def tokens(
         self, frozen: PyTree, batch: Batch, grid: tuple[int, int] | None = None
     ) -> ByTeacher:
-        """The tokens of each teacher that become its target, see `Goal.tokens`.
+        """The tokens of each teacher that become its target, see `Goal.tokens`."""
+        return {name: view.tokens for name, view in self.views(frozen, batch, grid).items()}
+
+    def views(
+        self,
+        frozen: PyTree,
+        batch: Batch,
+        grid: tuple[int, int] | None = None,
+        *,
+        guide: str | None = None,
+    ) -> dict[str, View]:
+        """What is taken from each teacher, see `Goal.view`; `guide` is the one that attends.
 
         A teacher waits until the one before is done, so that their activations need the memory of
         the largest, and not that of all.
         """
-        images, found = batch["image"], dict[str, jax.Array]()
+        images, found = batch["image"], dict[str, View]()
         for name, goal in self.each.items():
             if name in self.stored:
                 continue
             if found:
                 images, _ = jax.lax.optimization_barrier((images, found))
             drops = batch.get(_drop_path_entry(name))
-            found[name] = goal.tokens(part_of(frozen, name), images, drops, grid=grid)
+            weights = part_of(frozen, name)
+            found[name] = goal.view(weights, images, drops, grid=grid, attends=name == guide)
         for name in self.stored:
             weights = part_of(frozen, name)
-            found[name] = self.each[name].stored_tokens(weights, batch, name, grid=grid)
+            found[name] = View(self.each[name].stored_tokens(weights, batch, name, grid=grid))
         return {name: found[name] for name in self.each}
+
+    def at(self, tokens: ByTeacher, visible: jax.Array | None) -> ByTeacher:
+        """The tokens that a student with some patches predicts, see `Goal.at`; None for all."""
+        if visible is None:
+            return tokens
+        return {name: goal.at(tokens[name], visible) for name, goal in self.each.items()}
 
     def measured(self, state: PyTree, tokens: ByTeacher, weight: jax.Array) -> PyTree:
         """The state after running normalisations have seen the tokens of one more step."""
@@ -133,9 +151,19 @@ class Goals:
             for name, goal in self.each.items()
         }
 
-    def flops(self, image_size: int, grid: tuple[int, int] | None = None) -> list[Flops]:
+    def flops(
+        self,
+        image_size: int,
+        grid: tuple[int, int] | None = None,
+        *,
+        patches: int | None = None,
+        guide: str | None = None,
+    ) -> list[Flops]:
         """FLOPs of each goal for one image whose side is `image_size` pixels, see `Goal.flops`."""
-        return [goal.flops(image_size, grid) for goal in self.each.values()]
+        return [
+            goal.flops(image_size, grid, patches=patches, attends=name == guide)
+            for name, goal in self.each.items()
+        ]
 
     def check_grid(self, grid: tuple[int, int], image_size: int) -> None:
         """Refuses a size of training images that suits one of the goals not, see `Goal.check_grid`.

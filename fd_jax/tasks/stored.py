@@ -122,14 +122,27 @@ class StoredTeacher(Teacher):
         tokens = jax.lax.stop_gradient(codec.decode(arrays, weights.get(DECODER, {})))
         return FeatureMap(tokens, cls=int(codec.cls), registers=0, grid=codec.grid)
 
-    def flops(self, image_size: int, own_size: int | None = None) -> flops.Flops:
+    def flops(
+        self,
+        image_size: int,
+        own_size: int | None = None,
+        *,
+        until: int | None = None,
+        attends: bool = False,
+    ) -> flops.Flops:
         """FLOPs of decoding the map of one image."""
-        del image_size, own_size
+        del image_size, own_size, until, attends
         return flops.Flops(self.targets.codec.decoding_flops())
 
     def _check(self, section: Section) -> None:
         """Refuses targets of another teacher than the config names, with both sides."""
         network, target = section.network, section.target
+        if target.blocks:
+            raise ConfigError(
+                f"{section.field('target.blocks')}={tuple(target.blocks)} are maps after several "
+                f"blocks of the {section.role}, and {self.folder} holds that of its last one: set "
+                f"target.blocks=(), or {section.field('targets')}='' for a teacher that runs"
+            )
         here = {"after_norm": target.after_norm, "stages": network.stages}
         here |= {"image_size": network.image_size} if network.image_size else {}
         here |= {"source": network.source} if network.source else {}

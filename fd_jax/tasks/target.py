@@ -1,6 +1,6 @@
 """The target that a teacher sets: which of its features, on which grid, and how normalised."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Literal, get_args
 
@@ -34,6 +34,8 @@ class Target:
         teacher's grid before they are projected, and "none", as in the original, refuses.
       statistics: file of the teacher's statistics, for a fitted normalisation; "" for others.
       freeze_after: number of steps after which the statistics of a running normalisation stay.
+      blocks: the teacher's blocks, counted from 0, after each of which its map is a target of its
+        own; () for the map of the last one alone.
 
     Raises:
       ConfigError: a name is unknown, or a normalisation has no statistics, or too many.
@@ -45,6 +47,7 @@ class Target:
     resample: Resample = "none"
     statistics: str = ""
     freeze_after: int = 1000
+    blocks: Sequence[int] = ()
 
     def __post_init__(self):
         check_choice("target.kind", self.kind, get_args(TargetKind))

@@ -1,6 +1,8 @@
 """A frozen teacher: its network at its input size in this run, its head and its weights."""
 
+from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
@@ -25,7 +27,7 @@ class Teacher:
     Attributes:
       dtype: dtype of its weights and matmuls.
       spec: spec of the network as it runs, with the stages and the input size of this run.
-      width, depth, grid, image_size, cls: properties of that network.
+      width, depth, depths, grid, image_size, cls: properties of that network.
       token_side: pixels on a side of what one of its tokens stands for.
       drop_path: drop-path rate of its last block.
       follows: whether its input size follows that of the student's images where that varies.
@@ -68,6 +70,7 @@ class Teacher:
         self._definition, self._shapes = self._abstract(self.spec)
         network: Any = nnx.merge(self._definition, self._shapes)
         self.width, self.depth, self.grid = network.width, network.depth, network.grid
+        self.depths = network.depths
         self.image_size, self.cls = network.image_size, network.cls
         self.token_side = sizes.token_side(size, arch["patch_size"], self.grid)
         self._head, self._head_shapes = None, {}
@@ -128,17 +131,46 @@ class Teacher:
           drops: uniform random numbers for drop path, [B, depth, 2], or None.
           image_size: another input size than its own, to which its positions are resized.
         """
-        size = image_size or self.image_size
-        if images.shape[1] != size:
-            images = resize_images(images, size)
-        spec, encoder = self.spec.resized(weights["encoder"], size)
-        return apply_frozen(
-            self._definition if spec is self.spec else self._abstract(spec)[0],
-            encoder,
-            self.spec.normalize(images, self.dtype),
-            final_norm=final_norm,
-            drops=drops,
-        )
+        definition, encoder, images = self._at_size(weights, images, image_size)
+        return apply_frozen(definition, encoder, images, final_norm=final_norm, drops=drops)
+
+    def intermediates(
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        blocks: Sequence[int],
+        *,
+        drops: jax.Array | None,
+        image_size: int | None = None,
+    ) -> list[FeatureMap]:
+        """Its feature maps after some blocks, without the final norm; arguments as in `features`.
+
+        Blocks are counted from 0. Those after the last of them do not run.
+        """
+        definition, encoder, images = self._at_size(weights, images, image_size)
+        network = nnx.merge(definition, jax.lax.stop_gradient(encoder))
+        return jax.lax.stop_gradient(network.intermediates(images, blocks, drops=drops))
+
+    def attending(
+        self,
+        weights: PyTree,
+        images: jax.Array,
+        blocks: Sequence[int],
+        *,
+        final_norm: bool,
+        drops: jax.Array | None,
+        image_size: int | None = None,
+    ) -> tuple[list[FeatureMap], jax.Array]:
+        """Its feature maps after some blocks, and what its class token attends to in the last.
+
+        Arguments as in `features` and `intermediates`; with `final_norm`, the only block is the
+        network's last. The attention is `AttentionMap.of_class_token`, [B, P] float32.
+        """
+        definition, encoder, images = self._at_size(weights, images, image_size)
+        network = nnx.merge(definition, jax.lax.stop_gradient(encoder))
+        maps, attention = network.intermediates_and_attention(images, blocks, drops=drops)
+        maps = [network.normed(each) for each in maps] if final_norm else maps
+        return jax.lax.stop_gradient((maps, attention.of_class_token()))
 
     def grid_at(self, image_size: int) -> tuple[int, int]:
         """Its grid at another input size.
@@ -156,20 +188,43 @@ class Teacher:
         head = {name: weights[name] for name in self._head_shapes}
         return apply_frozen(self._head, head, features)
 
-    def flops(self, image_size: int, own_size: int | None = None) -> flops.Flops:
+    def flops(
+        self,
+        image_size: int,
+        own_size: int | None = None,
+        *,
+        until: int | None = None,
+        attends: bool = False,
+    ) -> flops.Flops:
         """FLOPs of one image.
 
         Args:
           image_size: its side in pixels.
           own_size: input size at which the teacher runs; None for its own.
+          until: number of first blocks that run; None for all.
+          attends: whether the attention of the class token is read.
         """
         size = own_size or self.image_size
-        work = flops.network(self._spec_at(size), trains=False)
+        work = flops.network(self._spec_at(size), trains=False, until=until)
+        if attends:
+            keys = math.prod(self.grid_at(size)) + self.cls + self.spec.arch["registers"]
+            work += flops.Flops(2.0 * keys * self.width)
         if image_size != size:
             work += flops.resize(image_size, size)
         if self._head is not None:
             work += flops.Flops(2.0 * self.width * self.classes)
         return work
+
+    def _at_size(
+        self, weights: PyTree, images: jax.Array, image_size: int | None
+    ) -> tuple[nnx.GraphDef, PyTree, jax.Array]:
+        """Definition, parameters and normalised images for an input size; None for its own."""
+        size = image_size or self.image_size
+        if images.shape[1] != size:
+            images = resize_images(images, size)
+        spec, encoder = self.spec.resized(weights["encoder"], size)
+        definition = self._definition if spec is self.spec else self._abstract(spec)[0]
+        return definition, encoder, self.spec.normalize(images, self.dtype)
 
     def _spec_at(self, image_size: int) -> ModelSpec:
         arch = {**self.spec.arch, "image_size": image_size}

@@ -7,7 +7,7 @@ import jax
 import jax.extend.core as jex
 import pytest
 
-from configs import base
+from configs import base, distill_clip_vit_b16, distill_maskalign_vit_b16
 from fd_jax import sharding
 from fd_jax.models.spec import ModelSpec
 from fd_jax.tasks import registry
@@ -113,11 +113,22 @@ def several():
     return DistillTask(tiny.several(list(made.items())), teacher_specs=specs)
 
 
+def masked(*blocks, **fields):
+    """A student that sees five of sixteen patches, and predicts the maps of several blocks."""
+    changes = {"student.mask.keep": 0.32, "target.blocks": blocks, "target.after_norm": not blocks}
+    spec = tiny.teacher_spec(depth=3)
+    return DistillTask(tiny.config(**{**changes, **fields}), teacher_spec=spec)
+
+
 RESPONSES = {"grn": True, "layer_scale": None}
 
 CASES = {
     "full": lambda: distillation(),
     "two teachers": several,
+    "masked": masked,
+    "masked, two levels, remat full": lambda: masked(0, 1, remat="full"),
+    "masked, two levels, remat dots": lambda: masked(0, 1, remat="dots"),
+    "levels of all patches": lambda: masked(1, 2, **{"student.mask.keep": 1.0}),
     "cls": lambda: distillation(**{"target.kind": "cls"}),
     "gap": lambda: distillation(**{"target.kind": "gap"}),
     "remat dots": lambda: distillation(remat="dots"),
@@ -221,6 +232,34 @@ CASES = {
 def test_closed_form_equals_the_traced_matmuls(name):
     task = CASES[name]()
     assert task.flops().executed == pytest.approx(traced(task), rel=1e-9)
+
+
+def test_closed_form_of_a_mask_by_attention_leaves_out_what_the_compiler_removes():
+    """The class token's attention is traced from queries and keys that the block has as well."""
+    task = masked(1, 2, **{"student.mask.by": "attention"})
+    again = 2 * 2 * 17 * 48**2
+    assert task.flops().executed + again == pytest.approx(traced(task), rel=1e-9)
+    drawn = masked(1, 2).flops().executed
+    assert task.flops().executed - drawn == 2 * 17 * 48  # logits of a row of 17 tokens
+    images = jax.ShapeDtypeStruct((ROWS, 32, 32, 3), "uint8")
+    compiled = [
+        jax.jit(functools.partial(task.goal.view, attends=attends))
+        .lower(task.abstract_frozen(), images, None)
+        .compile()
+        .cost_analysis()["flops"]
+        for attends in (False, True)
+    ]
+    assert 0 < compiled[1] - compiled[0] < 0.2 * ROWS * again
+
+
+def test_a_masked_student_has_half_the_flops():
+    """59 of 197 tokens in the student, the teacher as before, and four projectors more."""
+    clip = ModelSpec("vit", base.student(base.VIT_B16, image_size=224), source="clip")
+    whole, part = (
+        DistillTask(made.get_config(), teacher_spec=clip).flops()
+        for made in (distill_clip_vit_b16, distill_maskalign_vit_b16)
+    )
+    assert part.executed / whole.executed == pytest.approx(0.476, abs=5e-4)
 
 
 def test_closed_form_of_swin_v2_leaves_out_only_the_bias_networks():

@@ -266,8 +266,12 @@ def test_weights_equal_transformers(name, tmp_path):
     @jax.jit
     def weights(params, images):
         maps = vits.bind(spec, params).attention_maps(images, list(blocks))
-        return [attention.weights() for attention in maps]
+        rows = [attention.of_class_token() for attention in maps if attention.cls]
+        return [attention.weights() for attention in maps], rows
 
-    got, want = weights(params, images), their_attentions(model, images)
+    (got, rows), want = weights(params, images), their_attentions(model, images)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    for ours, theirs in zip(rows, [] if depths else want, strict=True):
+        patches = theirs[:, :, 0, 1 + spec.arch["registers"] :].mean(axis=1)
+        np.testing.assert_allclose(ours, patches, atol=TOLERANCE)

@@ -1,6 +1,7 @@
 """The runs that share a step in docs/scale.md have equal programs."""
 
 import importlib
+import json
 import re
 
 import jax
@@ -36,3 +37,12 @@ def test_runs_that_share_a_step_have_the_same_program():
     # Negative control: CLIP's teacher has a norm before its blocks, DINO's has none.
     assert steps["distill_b"] != steps["distill_dino_b"] != steps["finetune_b"]
     assert "dense<>" in steps["distill_b"] and len(steps["distill_b"]) > 100_000
+
+
+def test_the_estimated_step_of_a_masked_student_takes_half_the_time():
+    """Of the compiled programs in benchmarks/scale, with as many images on each chip."""
+    rows = [scale.Row(run, "v5e") for run in ("distill_b", "distill_maskalign_b")]
+    whole, masked = (json.loads(row.file.read_text()) for row in rows)
+    assert whole["batch_size"] / whole["chips"] == masked["batch_size"] / masked["chips"]
+    assert masked["estimate"]["step_seconds"] < 0.55 * whole["estimate"]["step_seconds"]
+    assert masked["compiler"]["matmuls_over_closed_form"] == pytest.approx(1, abs=1e-4)

@@ -220,14 +220,21 @@ def losses(config, workdir):
 
 
 @pytest.mark.parametrize(
-    "kind,apart",
-    [("float32", 2e-6), *(pytest.param(*p, marks=pytest.mark.slow) for p in [("int8", 1e-3)])],
+    "kind,keep,apart",
+    [
+        ("float32", 1.0, 2e-6),
+        pytest.param("float32", 0.5, 2e-6, marks=pytest.mark.slow),
+        pytest.param("int8", 1.0, 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_has_the_losses_of_one_with_the_live_teacher(
-    kind, apart, folders, teacher, embedded_data, tmp_path, capsys
+    kind, keep, apart, folders, teacher, embedded_data, tmp_path, capsys
 ):
-    """Two epochs of two steps, of a view each. Other kinds differ as little as their maps."""
-    shape = {"steps": 4, "eval.every": 4, "student.arch.depth": 1}
+    """Two epochs of two steps, of a view each. Other kinds differ as little as their maps.
+
+    `keep` is the share of the patches that the student sees.
+    """
+    shape = {"student.mask.keep": keep, "steps": 4, "eval.every": 4, "student.arch.depth": 1}
     alone = {"teacher.path": teacher, "data.eval_split": "", **shape}
     want = losses(tiny.config(**fields(embedded_data, **alone)), tmp_path / "live")
     config = tiny.config(**fields(embedded_data, folders[kind], **shape))
@@ -462,6 +469,8 @@ def test_a_run_is_planned_from_a_description_alone():
         ({"data.split": "train[:45]"}, r"of digits, split 'train\[:44\]', and this run reads dig"),
         ({"data.split": "test[:44]"}, "digest: stored '.*', here '.*'"),
         ({"target.kind": "logits"}, "no logits follow without the teacher's head"),
+        ({"student.mask.keep": 0.5, "student.mask.by": "attention"}, "which does not run, since"),
+        ({"target.blocks": (1,), "target.after_norm": False}, "holds that of its last one"),
         ({"teacher.drop_path": 0.1}, "the teacher does not run; set its drop_path=0"),
         ({"teacher.follow": True}, "the teacher does not run; set its drop_path=0"),
         ({"data.rand_augment": "rand-m9"}, "RandAugment also turns and shifts pictures"),

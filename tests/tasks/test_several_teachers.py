@@ -12,8 +12,8 @@ from fd_jax.errors import ConfigError
 from fd_jax.evaluation import agreement
 from fd_jax.models.features import FeatureMap
 from fd_jax.normalization import spectrum, statistics
-from fd_jax.tasks import goal as goals
 from fd_jax.tasks.distill import DROPPING_DRAWS, DistillTask
+from fd_jax.tasks.parts import in_parts
 from fd_jax.training import program
 from tests import tiny
 
@@ -159,7 +159,7 @@ def test_a_batch_that_the_parts_do_not_divide_has_fewer():
         seen.append(part.shape)
         return 2 * part[:, None]
 
-    np.testing.assert_array_equal(goals.in_parts(double, 4, rows, None)[:, 0], 2 * rows)
+    np.testing.assert_array_equal(in_parts(double, 4, rows, None)[:, 0], 2 * rows)
     assert seen[-1] == (3,)
 
 
