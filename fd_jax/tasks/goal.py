@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fd_jax import losses
-from fd_jax.cost import flops
 from fd_jax.cost.flops import Flops
 from fd_jax.errors import ConfigError
 from fd_jax.metrics import weighted
@@ -19,6 +18,7 @@ from fd_jax.models.heads import MlpProjector, Projector, SeparateProjectors
 from fd_jax.models.keys import param_keys
 from fd_jax.models.spec import split
 from fd_jax.normalization import kinds, statistics
+from fd_jax.tasks import comparable, learning_flops
 from fd_jax.tasks.parts import in_parts
 from fd_jax.tasks.sections import Section
 from fd_jax.tasks.stored import StoredTeacher
@@ -82,8 +82,9 @@ class Goal:
         self._dtype, self._grad_dtype = dtype, grad_dtype
         self._student_width, self._student_grid = student.width, student.grid
         self.grid = self.compared_grid(student.grid)
-        self._check_tokens(student)
-        self._check_grids(student)
+        comparable.check_tokens(section, student, teacher)
+        comparable.check_relation(section, self._count(self.grid))
+        comparable.check_grids(section, student, teacher)
         self.projector_def, _ = split(nnx.eval_shape(lambda: self._projector(param_keys(0))))
 
     def init(self, key: jax.Array) -> PyTree:
@@ -298,7 +299,7 @@ class Goal:
                 "with which its input follows the student's, or "
                 f"{self.section.field('target.resample')} to 'bilinear'"
             )
-        self._check_relation(self.compared_grid(grid))
+        comparable.check_relation(self.section, self._count(self.compared_grid(grid)))
 
     def _selected(self, features: FeatureMap, compared: Grid) -> jax.Array:
         """The tokens of a map that are compared, on this grid. -> [B, T, D]"""
@@ -396,69 +397,19 @@ class Goal:
     def _flops_of_learning(self, student_grid: Grid, patches: int | None) -> Flops:
         """What one map of the teacher costs besides the teacher itself."""
         count = self._count(self.compared_grid(student_grid), patches)
-        width, shape = self._student_width, self.section.projector
-        if shape.kind == "linear":
-            work = flops.linear(count, width, self._out)
-        else:
-            work = flops.linear(count, width, self._hidden)
-            work += flops.linear(count, self._hidden, self._out)
+        width = self._student_width
+        hidden = None if self.section.projector.kind == "linear" else self._hidden
+        work = learning_flops.projector(count, width, hidden, self._out)
         if self.target.kind == "full":
-            work += self._flops_of_resampling(student_grid, self.teacher_grid(student_grid))
+            grids = (student_grid, self.teacher_grid(student_grid))
+            widths = (width, self.teacher.width)
+            work += learning_flops.resampling(self.target.resample, grids, widths)
         if self.target.fitted:
             work += Flops(2.0 * count * self._out**2)
-        if self.section.loss.weights.get("relation", 0.0) and self.target.kind == "full":
-            work += self._flops_of_relations(count)
+        loss = self.section.loss
+        if loss.weights.get("relation", 0.0) and self.target.kind == "full":
+            work += learning_flops.relations(count, self._out, separate=bool(loss.class_share))
         return work
-
-    def _flops_of_resampling(self, student_grid: Grid, teacher_grid: Grid) -> Flops:
-        """Rows first, by two matmuls; those of the student have a gradient as well."""
-        if student_grid == teacher_grid:
-            return Flops(0.0)
-        if self.target.resample == "student":
-            return flops.resized_map(student_grid, teacher_grid, self._student_width, trains=True)
-        return flops.resized_map(teacher_grid, student_grid, self.teacher.width, trains=False)
-
-    def _flops_of_relations(self, count: int) -> Flops:
-        """The similarities of both sides, and the gradient of those of the prediction."""
-        share = self.section.loss.class_share
-        sizes = [1, count - 1] if share else [count]
-        one = sum(2.0 * size**2 * self._out for size in sizes)
-        return Flops(2 * one, backward=2 * one)
-
-    def _check_tokens(self, student: Any) -> None:
-        """That both sides have the tokens that target, loss and projector are about."""
-        section = self.section
-        of_class = {
-            "target.kind": self.target.kind if self.target.kind == "cls" else "",
-            "loss.class_share": section.loss.class_share,
-            "projector.separate": section.projector.separate,
-        }
-        for name, value in of_class.items():
-            if value and not self.cls:
-                raise ConfigError(
-                    f"{section.field(name)}={value!r} needs a class token on both sides; student "
-                    f"has {student.cls}, teacher has {self.teacher.cls}"
-                )
-        self._check_relation(self.grid)
-
-    def _check_relation(self, grid: Grid) -> None:
-        section = self.section
-        compared = self._count(grid) - bool(section.loss.class_share)
-        if section.loss.weights.get("relation") and compared < 2:
-            raise ConfigError(
-                f"{section.field('loss.relation')} compares tokens with each other, and the target "
-                f"has only {compared}: set it to 0, or use a target with more tokens"
-            )
-
-    def _check_grids(self, student: Any) -> None:
-        section, differ = self.section, student.grid != self.teacher.grid
-        if differ and self.target.kind == "full" and self.target.resample == "none":
-            want = self.teacher.token_side * student.grid[0]
-            raise ConfigError(
-                f"teacher grid {self.teacher.grid} != student grid {student.grid}: "
-                f"set {section.field('image_size')} to {want}, or "
-                f"{section.field('target.resample')} to 'bilinear'"
-            )
 
 
 def _scaled(value: jax.Array, factor: float) -> jax.Array:
