@@ -292,6 +292,15 @@ RELATIONS = (
         lambda rank, family, folder: not rank or bool(folder) or not family,
         "low-rank updates are for trained weights; set init_from to a model folder, or lora.rank=0",
     ),
+    *(
+        Relation(
+            (f"{section}.family", "init_from"),
+            lambda family, folder: family != "resnet" or bool(folder),
+            "a ResNet learns from random weights as a student only: in other runs its BatchNorms "
+            "keep the statistics of the folder that they start from; set init_from to one",
+        )
+        for section in ("model", "segment")
+    ),
     Relation(
         ("student.family", "student.init_from"),
         lambda family, folder: bool(family) or bool(folder),

@@ -9,10 +9,11 @@ ViT-B step.
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
-from fd_jax.models import convnext, convnext_blocks, sizes, swin
+from fd_jax.models import convnext, convnext_blocks, resnet, resnet_blocks, sizes, swin
 from fd_jax.models.lora import Lora
 from fd_jax.models.segmenter import decoders
 from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
@@ -132,9 +133,8 @@ def network(
 
 
 def _without_input_gradient(block: _Block) -> float:
-    """Minus the FLOPs of the input's gradient of a block's first layer, if no norm needs it."""
-    first = block.layers[0]
-    return 0.0 if first.normed else -first.flops
+    """Minus the FLOPs of the input's gradient of a block's first layers, if no norm needs it."""
+    return -sum(layer.flops for layer in block.layers if not layer.normed)
 
 
 def _updated(blocks: Sequence[_Block], lora: Lora, remat: str | None) -> Flops:
@@ -205,7 +205,7 @@ def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
     if spec.family == "vit":
         grid = sizes.patch_grid(spec.arch["image_size"], spec.arch["patch_size"])
         return [_Map(grid, spec.arch["width"]) for _ in blocks]
-    stages = _convnext_stages if spec.family == "convnext" else _swin_stages
+    stages = {"convnext": _convnext_stages, "resnet": _resnet_stages}.get(spec.family, _swin_stages)
     pairs = zip(stages(spec.arch), spec.arch["depths"], strict=True)
     of_blocks = [stage for stage, depth in pairs for _ in range(depth)]
     return [of_blocks[block] for block in blocks]
@@ -221,6 +221,11 @@ def _swin_stages(arch: dict[str, Any]) -> list[_Map]:
 
 def _convnext_stages(arch: dict[str, Any]) -> list[_Map]:
     grids = convnext.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
+    return [_Map(grid, width) for grid, width in zip(grids, arch["widths"], strict=True)]
+
+
+def _resnet_stages(arch: dict[str, Any]) -> list[_Map]:
+    grids = resnet.grids(arch["image_size"], len(arch["depths"]))
     return [_Map(grid, width) for grid, width in zip(grids, arch["widths"], strict=True)]
 
 
@@ -385,10 +390,51 @@ def _convnext(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     return embedding, blocks
 
 
+def _resnet(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
+    """Of the stem only the first convolution counts as the embedding: the others get gradients."""
+    stages, stem = _resnet_stages(arch), arch["stem_widths"]
+    size = resnet.STEMS[len(stem)]
+    pixels = math.prod(resnet.halved(sizes.sides(arch["image_size"])))
+    embedding = 2.0 * pixels * 3 * size**2 * stem[0]
+    more = [2.0 * pixels * size**2 * a * b for a, b in itertools.pairwise(stem)]
+    blocks: list[_Block] = []
+    for number, depth in enumerate(arch["depths"]):
+        before = stages[number - 1] if number else _Map(stages[0].grid, stem[-1])
+        for index in range(depth):
+            blocks.append(_residual(arch, before if index == 0 else stages[number], number))
+    rest = tuple(_Layer("halving", flops) for flops in more)
+    blocks[0] = dataclasses.replace(blocks[0], layers=(*rest, *blocks[0].layers))
+    return embedding, blocks
+
+
+def _residual(arch: dict[str, Any], before: _Map, number: int) -> _Block:
+    """A block of a stage, whose input is the map `before`."""
+    after, inner = _resnet_stages(arch)[number], arch["inner_widths"][number]
+    kernels = resnet_blocks.SIZES[arch["bottleneck"]]
+    ends = [before.width, *[inner] * (len(kernels) - 1), after.width]
+    first_grid = before.grid if arch["stride_at"] == "second" else after.grid
+
+    def convolution(name: str, grid: tuple[int, int], size: int, a: int, b: int, *, normed: bool):
+        kind = "matmul" if size == 1 else "convolution"
+        return _Layer(name, 2.0 * math.prod(grid) * size**2 * a * b, kind, normed=normed)
+
+    layers = [
+        convolution(
+            "branch", after.grid if i else first_grid, size, ends[i], ends[i + 1], normed=i > 0
+        )
+        for i, size in enumerate(kernels)
+    ]
+    if resnet_blocks.has_shortcut(before.width, after.width, 2 if before.grid != after.grid else 1):
+        shortcut = convolution("shortcut", after.grid, 1, before.width, after.width, normed=False)
+        layers.insert(0, shortcut)
+    return _Block(tuple(layers))
+
+
 # Forward FLOPs of the patch embedding, and the blocks, for each family.
 _FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block]]]] = {
     "vit": _vit,
     "swin": _swin,
     "swin_v2": _swin,
     "convnext": _convnext,
+    "resnet": _resnet,
 }

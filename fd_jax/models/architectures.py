@@ -5,7 +5,16 @@ seconds and little memory, whoever wrote its description.
 """
 
 from fd_jax.fields import FLAG, Choice, Number, OrNone, Rule, Several, choice, whole
-from fd_jax.models import attention, layers, rotary, sizes, swin_v2, vit
+from fd_jax.models import (
+    attention,
+    layers,
+    resnet,
+    resnet_blocks,
+    rotary,
+    sizes,
+    swin_v2,
+    vit,
+)
 
 MOST_BLOCKS = 256
 EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
@@ -76,6 +85,19 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "final_norm": FLAG,
         "final_norm_eps": OrNone(EPS),
     },
+    "resnet": {
+        "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+        "patch_size": whole(resnet.PATCH, "pixels", most=resnet.PATCH),
+        "stem_widths": Several(whole(1, "channels", most=2**13), most=3),
+        "widths": Several(whole(1, "channels", most=2**16), most=8),
+        "inner_widths": Several(whole(1, "channels", most=2**16), most=8),
+        "depths": Several(whole(1, "blocks", most=MOST_BLOCKS), most=8),
+        "bottleneck": FLAG,
+        "stride_at": choice(resnet_blocks.StrideAt),
+        "shortcut": choice(resnet_blocks.Shortcut),
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+    },
 }
 
 # Fields that a description may leave out: few networks have what they are about, and the class has
@@ -95,4 +117,5 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "swin": (),
     "swin_v2": ("windows_at",),
     "convnext": (),
+    "resnet": (),
 }

@@ -98,6 +98,20 @@ class Backbone(nnx.Module):
             x = self.norm(x)
         return self._feature_map(x, visit)
 
+    def measured(
+        self, images: jax.Array, *, drops: jax.Array | None = None, keep: jax.Array | None = None
+    ) -> tuple[FeatureMap, PyTree]:
+        """The map in training, and the running statistics of BatchNorms after it.
+
+        A network without BatchNorms computes what `__call__` does, and has no statistics: {}.
+
+        Args:
+          images: [B, H, W, 3] normalised float; in a network with BatchNorms the whole batch.
+          drops: as in `__call__`.
+          keep: as in `__call__`.
+        """
+        return self(images, drops=drops, keep=keep), {}
+
     def intermediates(
         self,
         images: jax.Array,
@@ -199,11 +213,15 @@ class Backbone(nnx.Module):
         def run(block, x, drops, shared_bias):
             return block(x, drops, shared_bias, *places)
 
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
+        return self._recomputed(run)(block, x, drops, shared_bias)
+
+    def _recomputed(self, run: Callable) -> Callable:
+        """The same function, of which a backward pass recomputes what `remat` does not keep."""
+        if self.remat is None:
+            return run
+        name = REMAT_POLICIES[self.remat]
+        policy = None if name is None else getattr(jax.checkpoint_policies, name)
+        return jax.checkpoint(run, policy=policy)
 
     @staticmethod
     def resize_positions(
@@ -225,6 +243,12 @@ class Backbone(nnx.Module):
         between two stages belongs to a block of the stage that holds it.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def is_statistic(path: str) -> bool:
+        """Whether a parameter is a running statistic of a BatchNorm, which no gradient trains."""
+        del path
+        return False
 
     @staticmethod
     def untied(arch: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fd_jax.models.convnext import ConvNeXt
 from fd_jax.models.heads import Classifier, Pooling
 from fd_jax.models.keys import param_keys
 from fd_jax.models.pool import Pool, make_pool
+from fd_jax.models.resnet import ResNet
 from fd_jax.models.segmenter import Segmenter, widths_of
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Any] = {
     "swin": SwinV1,
     "swin_v2": SwinV2,
     "convnext": ConvNeXt,
+    "resnet": ResNet,
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -16,6 +16,7 @@ from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
 from fd_jax.tasks import sections
+from fd_jax.tasks.base import EXTRA
 from fd_jax.tasks.distill import DistillTask, OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.training import workdir as workdirs
@@ -97,7 +98,9 @@ def load_trained(task: DistillTask, workdir: epath.Path) -> tuple[PyTree, PyTree
 def initial(task: DistillTask, seed: int) -> PyTree:
     """The student and projectors with which step 0 of the run began."""
     # Without jit, since blocks repeat each other: their operations are compiled once for all.
-    return overlay(task.init(jax.random.key(seed))[0], task.load_initial())
+    params, extra = task.init(jax.random.key(seed))
+    found = task.load_initial()
+    return task.as_stored(overlay(params, found), overlay(extra, found.get(EXTRA, {})))
 
 
 def measure(task: OfTeacher, feed: Feed, *, before: PyTree, after: PyTree) -> Scores:

@@ -20,11 +20,12 @@ from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
-from fd_jax.models import transfer
+from fd_jax.models import transfer, trees
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks import goals, sections, start
+from fd_jax.tasks.base import EXTRA
 from fd_jax.tasks.dropping import Dropping, loss_of_kept
 from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal
@@ -36,6 +37,8 @@ from fd_jax.typing import Batch, Config, Metrics, PyTree
 # The part of the state that holds the teachers' running losses, and the entry of a batch with the
 # random numbers by which teachers are dropped.
 DROPPING, DROPPING_DRAWS = "dropping", "teacher_dropping"
+# The part of the state with the running statistics of a student's BatchNorms.
+BATCH_NORM = "batch_norm"
 # The part of a model folder that holds what running normalisations have measured.
 TARGET_STATISTICS = "target_statistics"
 
@@ -92,10 +95,12 @@ class DistillTask:
             self.student_spec,
             share=share_of(config, "student"),
             sizes=resolutions.others,
+            measures=True,
             **self._student_runtime(),
         )
         self.student_def, self.student = self._encoder.definition, self._encoder.network
         self._check_size()
+        self._check_whole_batch()
         self.goals = Goals(
             {name: self._goal(section, specs.get(name)) for name, section in named.items()}
         )
@@ -133,7 +138,9 @@ class DistillTask:
         if not self._init_from and not self.config.init_from:
             return {}
         parts = self._stored(report=True)
-        return {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
+        trained = {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
+        statistics = self._encoder.statistics(parts["encoder"])
+        return {**trained, EXTRA: {BATCH_NORM: statistics}} if statistics else trained
 
     def load_frozen(self) -> PyTree:
         """The teachers' weights in the compute dtype, resized to their input sizes in this run.
@@ -170,7 +177,8 @@ class DistillTask:
         tokens = self._tokens(frozen, batch)
         extra = self.goals.measured(extra, tokens, weight)
         targets = self.goals.normalized(tokens, frozen, extra)
-        each = self.goals.distances(self.predictions(params, batch, frozen), targets)
+        features, extra = self._trained_features(params, extra, frozen, batch)
+        each = self.goals.distances(self._predicted(params, features), targets)
         total, count = weighted(goals.total(each), weight)
         loss, metrics = total / count, goals.by_teacher("loss", each, weight)
         if self.dropping is not None:
@@ -184,7 +192,7 @@ class DistillTask:
         The loss of each of several teachers is named "loss/" and its name, and so on.
         """
         targets = self.targets(frozen, batch, extra)
-        predictions = self.predictions(params, batch, frozen)
+        predictions = self.predictions(params, batch, frozen, extra)
         weight = batch["weight"]
         each = self.goals.distances(predictions, targets)
         metrics = {"loss": weighted(goals.total(each), weight)}
@@ -194,9 +202,9 @@ class DistillTask:
             metrics |= {metric_name(metric, name): value for metric, value in agreement.items()}
         return metrics
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The student's mean patch token after its final norm. -> [B, D_s] float32."""
-        features = self._student_features(params, frozen, batch["image"], None)
+        features = self._student_features(params, extra, frozen, batch["image"])
         return jnp.mean(features.patches.astype(jnp.float32), axis=1)
 
     def targets(
@@ -207,17 +215,24 @@ class DistillTask:
         return self.goals.normalized(tokens, frozen, extra or self._init_extra())
 
     def predictions(
-        self, params: PyTree, batch: Batch, frozen: PyTree | None = None
+        self,
+        params: PyTree,
+        batch: Batch,
+        frozen: PyTree | None = None,
+        extra: PyTree | None = None,
     ) -> dict[str, jax.Array]:
         """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t].
 
         Args:
-          params: trained parameters.
+          params: trained parameters, or those of an exported folder.
           batch: with "image".
           frozen: frozen weights; needed if only a part of the student trains.
+          extra: state that is not trained; needed if a student with BatchNorm is not of a folder.
         """
-        drops = batch.get("student_drops")
-        features = self._student_features(params, frozen or {}, batch["image"], drops)
+        features = self._student_features(params, extra or {}, frozen or {}, batch["image"])
+        return self._predicted(params, features)
+
+    def _predicted(self, params: PyTree, features: FeatureMap) -> dict[str, jax.Array]:
         return {
             name: goal.predict(goals.part_of(params["projector"], name), features)
             for name, goal in self.goals.each.items()
@@ -269,16 +284,25 @@ class DistillTask:
         Where targets are standardized, also the means and variances.
         """
         encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
-        parts = {**params, "encoder": encoder}
+        parts = self.as_stored({**params, "encoder": encoder}, extra)
         if STANDARDIZED in extra:
             parts[TARGET_STATISTICS] = extra[STANDARDIZED]
         return self.student_spec, parts
 
+    def as_stored(self, params: PyTree, extra: PyTree) -> PyTree:
+        """The parameters with the running statistics of BatchNorms, as a folder has them."""
+        if BATCH_NORM not in extra:
+            return params
+        return {**params, "encoder": trees.joined(params["encoder"], extra[BATCH_NORM])}
+
     def extra_of(self, parts: PyTree) -> PyTree:
         """The state that is not trained, as far as the parts of an exported folder tell it."""
-        if TARGET_STATISTICS not in parts:
-            return self._init_extra()
-        return {**self._init_extra(), STANDARDIZED: parts[TARGET_STATISTICS]}
+        extra = self._init_extra()
+        if statistics := self._encoder.statistics(parts["encoder"]):
+            extra[BATCH_NORM] = statistics
+        if TARGET_STATISTICS in parts:
+            extra[STANDARDIZED] = parts[TARGET_STATISTICS]
+        return extra
 
     def _goal(self, section: sections.Section, spec: ModelSpec | None) -> Goal:
         teacher = Teacher(
@@ -339,7 +363,9 @@ class DistillTask:
     def _init_extra(self) -> PyTree:
         extra = self.goals.init_state()
         dropping = self.dropping.init(len(self.goals.each)) if self.dropping is not None else {}
-        return {**extra, DROPPING: dropping} if dropping else extra
+        statistics = self._encoder.init_statistics()
+        more = {DROPPING: dropping, BATCH_NORM: statistics}
+        return {**extra, **{name: state for name, state in more.items() if state}}
 
     def _of_kept(
         self, each: dict[str, jax.Array], extra: PyTree, batch: Batch
@@ -355,10 +381,27 @@ class DistillTask:
         return loss_of_kept(losses, kept, weight), extra, goals.by_teacher("kept", shares, weight)
 
     def _student_features(
-        self, params: PyTree, frozen: PyTree, images: jax.Array, drops: jax.Array | None
+        self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array
     ) -> FeatureMap:
-        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
-        return student(self.student_spec.normalize(images, self.dtype), drops=drops)
+        """The student's map in evaluation."""
+        student = self._built(params, extra, frozen, images)
+        return student(self.student_spec.normalize(images, self.dtype))
+
+    def _trained_features(
+        self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[FeatureMap, PyTree]:
+        """The student's map in training, and the state after it."""
+        images, drops = batch["image"], batch.get("student_drops")
+        student = self._built(params, extra, frozen, images)
+        images = self.student_spec.normalize(images, self.dtype)
+        features, statistics = student.measured(images, drops=drops)
+        return features, {**extra, BATCH_NORM: statistics} if statistics else extra
+
+    def _built(self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array) -> Any:
+        """The student; parameters of a folder hold its running statistics themselves."""
+        encoder = params["encoder"]
+        known = None if self._encoder.statistics(encoder) else extra.get(BATCH_NORM)
+        return self._encoder.build(encoder, frozen, images.shape[1], known)
 
     def _student_runtime(self) -> dict[str, Any]:
         return {
@@ -369,6 +412,16 @@ class DistillTask:
             "attention": self.attention["student"],
             "remat": self.config.remat or None,
         }
+
+    def _check_whole_batch(self) -> None:
+        parts = self.config.accumulation
+        if parts > 1 and self._encoder.has_statistics:
+            raise ConfigError(
+                f"accumulation={parts}: the BatchNorms of a student of the family "
+                f"{self.student_spec.family!r} are over the whole batch, and micro-batches would "
+                "each have statistics of their own; set accumulation=1, and remat='full' or a "
+                "larger mesh if memory is short"
+            )
 
     def _check_size(self) -> None:
         data_size, student_size = self.config.data.image_size, self.student.image_size
@@ -414,4 +467,4 @@ class OfTeacher:
 
     def predict(self, params: PyTree, batch: Batch) -> jax.Array:
         """The student's prediction of the target. -> [B, T, D_t]."""
-        return self.task.predictions(params, batch)[self.name]
+        return self.task.predictions(params, batch, extra=self.extra)[self.name]

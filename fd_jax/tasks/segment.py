@@ -190,8 +190,9 @@ class SegmentTask:
         maps = self._maps(params, frozen, self.spec.normalize(batch["image"], self.dtype), None)
         return nnx.merge(self.segmenter_def, params["segmenter"])(maps, extra).logits
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The mean patch of the last map that the segmenter reads. -> [B, D] float32."""
+        del extra
         maps = self._maps(params, frozen, self.spec.normalize(batch["image"], self.dtype), None)
         return jnp.mean(maps[-1].patches.astype(jnp.float32), axis=1)
 

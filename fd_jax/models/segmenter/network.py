@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models.backbone import Backbone
+from fd_jax.models.batch_norm import Statistics, fresh_statistics
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import decoders, necks
-from fd_jax.models.segmenter.normalization import Statistics, fresh_statistics
 from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
