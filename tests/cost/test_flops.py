@@ -16,7 +16,7 @@ from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
 from tests import tiny
-from tests.models import evas
+from tests.models import evas, resnets
 
 ROWS = 4
 SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
@@ -93,6 +93,14 @@ def convnext(**arch):
         "final_norm_eps": None,
     }
     return ModelSpec("convnext", {**fields, **arch}, source="tiny")
+
+
+def resnet(kind, remat):
+    """A ResNet student whose sides no stride divides."""
+    config = tiny.config(**{"student.family": "resnet", "remat": remat, "target.kind": "gap"})
+    config.student.arch = resnets.spec(kind, image_size=37, depths=[1, 2]).arch
+    config.data.image_size = 37
+    return DistillTask(config, teacher_spec=tiny.teacher_spec())
 
 
 def part(spec, **fields):
@@ -183,6 +191,18 @@ CASES = {
         tiny.segmentation(**{"data.image_size": 64}),
         init_spec=convnext(patch_size=4, depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
     ),
+    **{
+        f"resnet {kind}, remat {remat or 'off'}": functools.partial(resnet, kind, remat)
+        for kind, remat in (("v1.5", ""), ("D", "full"), ("basic", "dots"), ("v1", "full"))
+    },
+    "resnet teacher": lambda: DistillTask(
+        tiny.config(**{"target.kind": "gap"}), teacher_spec=resnets.spec("D", image_size=37)
+    ),
+    "segmentation on a resnet": lambda: SegmentTask(
+        tiny.segmentation(**{"data.image_size": 64}), init_spec=resnets.spec(image_size=64)
+    ),
+    "a resnet without half a stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 2}),
+    "a resnet without its first stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 1}),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
     ),

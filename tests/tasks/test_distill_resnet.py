@@ -79,17 +79,18 @@ def test_a_step_measures_what_the_network_does(trained):
     batch = tiny.batch(side=SIDE)
     images = task.student_spec.normalize(batch["image"])
     whole = task.as_stored(params, task._init_extra())["encoder"]
-    features, want = resnets.bind(task.student_spec, whole).measured(images)
+    features, want = jax.jit(resnets.bind(task.student_spec, whole).measured)(images)
     for name, value in resnets.flat(want).items():
         got = resnets.flat(after[BATCH_NORM])[name]
         np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-6, err_msg=name)
-    targets = task.targets(frozen, batch)
+    targets = jax.jit(task.targets)(frozen, batch)
     own = task.goals.distances(task._predicted(params, features), targets)[""]
     np.testing.assert_allclose(loss, np.mean(own), rtol=1e-5)
     half = {name: value[:8] for name, value in batch.items()}
-    vectors = task.features(params, after, frozen, batch)
-    np.testing.assert_allclose(task.features(params, after, frozen, half), vectors[:8], rtol=1e-4)
-    fresh = task.features(params, task._init_extra(), frozen, batch)
+    run = jax.jit(task.features)
+    vectors = run(params, after, frozen, batch)
+    np.testing.assert_allclose(run(params, after, frozen, half), vectors[:8], rtol=1e-4)
+    fresh = run(params, task._init_extra(), frozen, batch)
     assert resnets.relative(vectors, fresh) > 1e-2
 
 
@@ -99,15 +100,16 @@ def test_what_is_exported_computes_what_is_evaluated(trained, tmp_path):
     model_folder.save(tmp_path / "m", spec, parts)
     _, stored = model_folder.load(tmp_path / "m")
     batch = tiny.batch(side=SIDE)
-    want = task.features(params, after, frozen, batch)
+    want = jax.jit(task.features)(params, after, frozen, batch)
     images = spec.normalize(batch["image"])
-    tokens = resnets.bind(spec, stored["encoder"])(images).tokens
+    tokens = jax.jit(resnets.bind(spec, stored["encoder"]))(images).tokens
     np.testing.assert_allclose(np.mean(tokens, axis=1), want, rtol=1e-4, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, task.extra_of(stored), jax.device_get(after))
     # A folder's own statistics count, whatever the state is.
     stored = {name: stored[name] for name in ("encoder", "projector")}
-    got = task.predictions(stored, batch, extra=task._init_extra())[""]
-    np.testing.assert_allclose(got, task.predictions(params, batch, None, after)[""], rtol=1e-5)
+    run = jax.jit(lambda params, extra: task.predictions(params, batch, None, extra)[""])
+    want = run(params, after)
+    np.testing.assert_allclose(run(stored, task._init_extra()), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_student_starts_from_the_statistics_of_its_folder(folders, tmp_path):
@@ -151,7 +153,7 @@ def test_other_runs_keep_the_statistics_of_their_folder(folders):
     params, extra = task.init(jax.random.key(0))
     params = {**params, "encoder": task.load_initial()["encoder"]}
     batch = task.prepare(tiny.labelled_batch(side=SIDE), jax.random.key(0))
-    grads = jax.grad(lambda p: task.loss(p, extra, {}, batch)[0])(params)
+    grads = jax.jit(jax.grad(lambda p: task.loss(p, extra, {}, batch)[0]))(params)
     tx, _ = task.optimizer(params, steps_per_epoch=10, total_steps=20)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     for name, value in resnets.flat(updates["encoder"]).items():
