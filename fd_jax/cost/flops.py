@@ -134,7 +134,8 @@ def network(
 
 def _without_input_gradient(block: _Block) -> float:
     """Minus the FLOPs of the input's gradient of a block's first layers, if no norm needs it."""
-    return -sum(layer.flops for layer in block.layers if not layer.normed)
+    first = itertools.takewhile(lambda layer: not layer.normed, block.layers)
+    return -sum(layer.flops for layer in first)
 
 
 def _updated(blocks: Sequence[_Block], lora: Lora, remat: str | None) -> Flops:

@@ -44,9 +44,15 @@ def matmul_flops(jaxpr):
 
 
 def convolution_flops(equation):
-    """Two FLOPs per multiply-add, those with the zeros around the image included."""
-    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    """Two FLOPs per multiply-add, those with the zeros around the image included.
+
+    Zeros between its pixels, of the gradient of a stride, are not: each pixel meets each place.
+    """
+    image, kernel = (variable.aval.shape for variable in equation.invars)
+    out = equation.outvars[0].aval.shape
     places = equation.params["dimension_numbers"].rhs_spec  # (out, in, height, width)
+    if max(equation.params["lhs_dilation"]) > 1:
+        return 2 * math.prod(image) * math.prod(kernel) // kernel[places[1]]
     return 2 * math.prod(out) * math.prod(kernel) // kernel[places[0]]
 
 
