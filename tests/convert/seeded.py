@@ -41,7 +41,8 @@ def array(name: str, shape: Sequence[int]) -> np.ndarray:
     if last == "logit_scale" and len(shape) == 3:
         return np.float32(2.3) + np.float32(0.3) * noise
     if last == "running_var":  # what enters the first norms of a ResNet's blocks is small too
-        return np.float32(1e-3 if "bn1." in name else 1.0) * (1 + np.float32(0.2) * noise)
+        small = "bn1." in name or "conv1." in name
+        return np.float32(1e-3 if small else 1.0) * (1 + np.float32(0.2) * noise)
     if len(shape) == 1:
         return np.float32(last in SCALES) + np.float32(0.2) * size * noise
     if embedded and len(shape) < 4 or "rel" in last or len(shape) < 2:
