@@ -618,7 +618,7 @@ _SMOKE: dict[str, dict[str, Any]] = {
     },
     "convnext": {"patch_size": 7, "widths": [32, 48], "depths": [1, 1]},
     "resnet": {
-        "stem_widths": [16],
+        "stem_widths": [64],
         "widths": [32, 48, 64, 96],
         "inner_widths": [8, 12, 16, 24],
         "depths": [1, 1, 1, 1],

@@ -405,8 +405,8 @@ def test_messages_name_the_value_the_range_the_unit_and_the_remedy():
 
 
 def test_an_unknown_family_is_one_problem():
-    (line,) = settings.problems(copy_of(DISTILLATION["vit"], **{"student.family": "resnet"}))
-    assert line.startswith("student.family='resnet' is unknown; expected one of '', 'vit'")
+    (line,) = settings.problems(copy_of(DISTILLATION["vit"], **{"student.family": "hiera"}))
+    assert line.startswith("student.family='hiera' is unknown; expected one of '', 'vit'")
 
 
 @pytest.mark.parametrize("part", [{"model.freeze_blocks": 1}, {"lora.rank": 2}], ids=str)
