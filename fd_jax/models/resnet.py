@@ -248,7 +248,7 @@ class ResNet(Convolutional):
 
     def _stem_of(self, images: jax.Array, statistics: Statistics) -> jax.Array:
         self._check_images(images)
-        x = self.patch_norm(self.patch_embed(images), statistics["patch_norm"])
+        x: jax.Array = self.patch_norm(self.patch_embed(images), statistics["patch_norm"])
         x = layers.activate(x, self.activation)
         for part in map(str, range(len(self.stem_widths) - 1)):
             assert self.stem is not None

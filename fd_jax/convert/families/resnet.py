@@ -87,8 +87,8 @@ _DEEP_STEM = Table(
 
 
 def _shortcut(conv: str, norm: str) -> Table:
-    names = (f"{_AT}.downsample.{part}" for part in (conv, norm))
-    return Table(_normed(*names, f"{BLOCK}/shortcut", projects))
+    at = f"{_AT}.downsample"
+    return Table(_normed(f"{at}.{conv}", f"{at}.{norm}", f"{BLOCK}/shortcut", projects))
 
 
 # The shortcut's convolution is the first module, or the second after a pooling.
