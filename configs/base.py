@@ -241,6 +241,7 @@ def distillation(
         "init_from": init_from,  # model folder of a trained network, which becomes the student
         "freeze_blocks": 0,  # > 0: so many first blocks stay as they are, and the embedding
         "drop_path": drop_path,
+        "keep_projector": False,  # True: the exported network has the teacher's width
     }
     _starts(config)
     config.data.image_size = image_size

@@ -144,6 +144,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "student.init_from": Text("the path of a model folder", optional=True),
         "student.freeze_blocks": _FREEZE,
         "student.drop_path": DROP_PATH,
+        "student.keep_projector": FLAG,
     },
     registry.CLASSIFICATION.section: {
         **_PICTURES,
@@ -230,6 +231,7 @@ OPTIONAL = (
     "data.class_names",
     "student.init_from",
     "student.freeze_blocks",
+    "student.keep_projector",
     "model.freeze_blocks",
     "teacher.follow",
     *_STARTS,

@@ -44,7 +44,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
     # One projector or one per teacher, of one layer or of several.
-    (r"(^|/)(projector(/\w+)*|head)/kernel$", ("embed", None)),
+    (r"(^|/)(projector(/\w+)*|head|lift|widen)/kernel$", ("embed", None)),
     (rf"(^|/){_NO_TEACHER}projection/kernel$", ("embed", None)),  # of a pool
     # Of a segmenter, of a ResNet, and between the stages of a ConvNeXt. Inputs are split, because
     # numbers of classes have few divisors.

@@ -117,6 +117,10 @@ def network(
       freeze_blocks: number of first blocks that are held, with the embedding.
       lora: low-rank updates of the other blocks, which then train alone.
     """
+    if spec.arch.get("lift"):
+        plain = dataclasses.replace(spec, arch={**spec.arch, "lift": None})
+        rest = {"trains": trains, "remat": remat, "freeze_blocks": freeze_blocks, "lora": lora}
+        return network(plain, **rest) + _lift(spec, trains=trains, held=lora is not None)
     embedding, blocks = _FAMILIES[spec.family](spec.arch)
     inner = sum(block.forward for block in blocks)
     if not trains:
@@ -130,6 +134,16 @@ def network(
     # Nothing before the first layer that trains needs a gradient, so none passes through that one.
     backward += _without_input_gradient(free[0]) if held else embedding
     return Flops(embedding + inner, backward=backward, recomputed=recomputed)
+
+
+def _lift(spec: ModelSpec, *, trains: bool, held: bool) -> Flops:
+    """The map of all last tokens to more channels; where it is held, its input has a gradient."""
+    arch = spec.arch
+    depth = arch["depth"] if "depth" in arch else sum(arch["depths"])
+    (last,) = _maps(spec, [depth - 1])
+    tokens = math.prod(last.grid) + int(arch.get("cls_token", 0)) + arch.get("registers", 0)
+    work = linear(tokens, last.width, arch["lift"], input_gradient=not held)
+    return work if trains else Flops(work.forward)
 
 
 def _without_input_gradient(block: _Block) -> float:
@@ -204,8 +218,10 @@ class _Map:
 def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
     """The maps after some blocks."""
     if spec.family == "vit":
-        grid = sizes.patch_grid(spec.arch["image_size"], spec.arch["patch_size"])
-        return [_Map(grid, spec.arch["width"]) for _ in blocks]
+        arch = spec.arch
+        grid = sizes.patch_grid(arch["image_size"], arch["patch_size"])
+        widths = [arch["width"]] * (arch["depth"] - 1) + [arch.get("last_width") or arch["width"]]
+        return [_Map(grid, widths[block]) for block in blocks]
     stages = {"convnext": _convnext_stages, "resnet": _resnet_stages}.get(spec.family, _swin_stages)
     pairs = zip(stages(spec.arch), spec.arch["depths"], strict=True)
     of_blocks = [stage for stage, depth in pairs for _ in range(depth)]
@@ -318,7 +334,19 @@ def _vit(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
         gated=arch.get("gated_mlp", False),
         scaled=arch["layer_scale"] is not None,
     )
-    return embedding, [block] * arch["depth"]
+    blocks = [block] * arch["depth"]
+    if last := arch.get("last_width"):
+        wide = _block(
+            tokens,
+            tokens,
+            last,
+            hidden * last // width,
+            gated=arch.get("gated_mlp", False),
+            scaled=arch["layer_scale"] is not None,
+        )
+        widening = _Layer("halving", 2.0 * tokens * width * last, normed=False)
+        blocks[-1] = dataclasses.replace(wide, layers=(widening, *wide.layers))
+    return embedding, blocks
 
 
 def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block]]:

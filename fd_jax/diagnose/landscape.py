@@ -42,7 +42,7 @@ FILTERS: tuple[tuple[str, str, str], ...] = (
     (r"(^|/)(patch_embed|dwconv|conv)/kernel$", "weight", "iiio"),
     (r"attn/qkv/kernel$", "weight", "ioo"),
     (r"(attn/proj|mlp/(fc[12]|gate)|downsample/reduction)/kernel$", "weight", "io"),
-    (r"^head/kernel$", "weight", "io"),
+    (r"(^head|/(lift|widen))/kernel$", "weight", "io"),
     (r"(^|/)(cls_token|register_tokens|pos_embed)$", "table", "iii"),
     (r"rel_pos_bias/table$", "table", "oi"),
     # SwinV2's network of offsets, which takes the place of such a table.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from fd_jax.errors import check_choice
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import layers, sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
@@ -61,6 +61,8 @@ class Backbone(nnx.Module):
       cls: 1 with a class token, 0 without.
       registers: number of register tokens.
       norm: the final norm, or None.
+      lift: a linear map of the normalised tokens to more channels, which are then the `width` of
+        the features; None without one. It is a distillation's projector that was kept.
       remat: key of REMAT_POLICIES, or None: what a block recomputes in the backward pass.
     """
 
@@ -74,6 +76,7 @@ class Backbone(nnx.Module):
     registers: int
     norm: layers.LayerNorm | None
     remat: str | None
+    lift: Any = None
 
     def __call__(
         self,
@@ -93,9 +96,20 @@ class Backbone(nnx.Module):
             left, each once per image and in any order; None for all of them.
         """
         visit = collections.deque(self._visits(images, drops, keep), maxlen=1).pop()
+        return self._features(visit, final_norm=final_norm)
+
+    def _features(self, visit: Visit, *, final_norm: bool = True) -> FeatureMap:
+        """The feature map of the last block, normalised and lifted where the network does that."""
         x = visit.after
         if final_norm and self.norm is not None:
             x = self.norm(x)
+        if self.lift is not None:
+            if not final_norm and self.norm is not None:
+                raise ConfigError(
+                    "features before the final norm are asked for (target.after_norm=False), but "
+                    "this network lifts its tokens after it; set target.after_norm=True"
+                )
+            x = self.lift(x)
         return self._feature_map(x, visit)
 
     def measured(

@@ -215,7 +215,7 @@ class ResNet(Convolutional):
         self._check_all_kept(keep)
         statistics = Statistics(kept_statistics(self), training=True)
         visit = collections.deque(self._run(images, drops, statistics), maxlen=1).pop()
-        return self._feature_map(visit.after, visit), statistics.updated()
+        return self._features(visit), statistics.updated()
 
     def _visits(self, images, drops, keep):
         self._check_all_kept(keep)

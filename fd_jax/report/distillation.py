@@ -90,7 +90,8 @@ def as_plain(config: Config) -> Config:
 
 def load_trained(task: DistillTask, workdir: epath.Path) -> tuple[PyTree, PyTree]:
     """The student and projectors of a finished run, and the state that was not trained."""
-    parts = jax.tree.map(jnp.asarray, model_folder.load(workdir / workdirs.MODEL)[1])
+    stored = model_folder.load(workdir / workdirs.MODEL)[1]
+    parts = task.from_stored(jax.tree.map(jnp.asarray, stored))
     extra = task.extra_of(parts)
     return {name: parts[name] for name in ("encoder", "projector")}, extra
 

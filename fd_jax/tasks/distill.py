@@ -50,6 +50,7 @@ class DistillTask:
 
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
+      exported_spec: what `export` describes: the student, with its projector if that is kept.
       changes: how it differs from the network in `student.init_from`; None without one.
       goals: what it learns from each teacher; a single teacher is named `SINGLE_TEACHER`.
       dropping: which teachers an image learns from; None for all.
@@ -104,6 +105,8 @@ class DistillTask:
         self.goals = Goals(
             {name: self._goal(section, specs.get(name)) for name, section in named.items()}
         )
+        self._keeps = bool(config.student.get("keep_projector", False))
+        self.exported_spec = self._exported_spec()
         for goal in self.goals.each.values():
             self.attention[goal.section.role] = goal.teacher.attention
         for size in resolutions.others:
@@ -203,9 +206,10 @@ class DistillTask:
         return metrics
 
     def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-        """The student's mean patch token after its final norm. -> [B, D_s] float32."""
+        """The student's mean patch token, as the exported network has it. -> [B, D] float32."""
         features = self._student_features(params, extra, frozen, batch["image"])
-        return jnp.mean(features.patches.astype(jnp.float32), axis=1)
+        mean = jnp.mean(features.patches.astype(jnp.float32), axis=1)
+        return self.goal.lifted(params["projector"], mean) if self._keeps else mean
 
     def targets(
         self, frozen: PyTree, batch: Batch, extra: PyTree | None = None
@@ -285,9 +289,19 @@ class DistillTask:
         """
         encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
         parts = self.as_stored({**params, "encoder": encoder}, extra)
+        if self._keeps:
+            lift = parts.pop("projector")
+            parts["encoder"] = {**parts["encoder"], "lift": lift}
         if STANDARDIZED in extra:
             parts[TARGET_STATISTICS] = extra[STANDARDIZED]
-        return self.student_spec, parts
+        return self.exported_spec, parts
+
+    def from_stored(self, parts: PyTree) -> PyTree:
+        """The parts of an exported folder, with a kept projector in its place for training."""
+        if not self._keeps:
+            return parts
+        encoder = dict(parts["encoder"])
+        return {**parts, "projector": encoder.pop("lift"), "encoder": encoder}
 
     def as_stored(self, params: PyTree, extra: PyTree) -> PyTree:
         """The parameters with the running statistics of BatchNorms, as a folder has them."""
@@ -349,11 +363,13 @@ class DistillTask:
         if self.changes is not None:
             return start.load(self._init_from, self.changes, parts={"projector"}, report=report)
         spec, parts = model_folder.load(self.config.init_from)
-        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
+        wanted = self.exported_spec
+        if (spec.family, spec.arch) != (wanted.family, wanted.arch):
             raise ConfigError(
                 f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
-                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
+                f"but the student is {wanted.family} {wanted.arch}"
             )
+        parts = self.from_stored(parts)
         return {name: parts[name] for name in ("encoder", "projector") if name in parts}
 
     def _tokens(self, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
@@ -412,6 +428,32 @@ class DistillTask:
             "attention": self.attention["student"],
             "remat": self.config.remat or None,
         }
+
+    def _exported_spec(self) -> ModelSpec:
+        """The student's spec, with the width of its kept projector.
+
+        Raises:
+          ConfigError: there is not one linear map of all tokens that could be kept.
+        """
+        if not self._keeps:
+            return self.student_spec
+        each = list(self.goals.each.values())
+        shape, kind = each[0].section.projector, each[0].target.kind
+        lift = self.student_spec.arch.get("lift")
+        reasons = {
+            f"there are {len(each)} teachers, each with a projector of its own": len(each) > 1,
+            f"target.kind={kind!r} trains a head": kind == "logits",
+            f"projector.kind={shape.kind!r} has two layers": shape.kind != "linear",
+            "projector.separate=True has one for the class token": shape.separate,
+            f"the features of the student are lifted to {lift} channels already": bool(lift),
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise ConfigError(
+                f"student.keep_projector=True keeps one linear map of all tokens, but {found[0]}; "
+                "change that, or set keep_projector=False"
+            )
+        arch = {**self.student_spec.arch, "lift": each[0].teacher.width}
+        return dataclasses.replace(self.student_spec, arch=arch)
 
     def _check_whole_batch(self) -> None:
         parts = self.config.accumulation

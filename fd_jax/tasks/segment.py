@@ -64,6 +64,7 @@ class SegmentTask:
             final_norm=segment.decoder == "linear" and initial.arch.get("final_norm", True),
             untie=segment.untie_positions,
             keep_head=False,
+            lift=False,
             patch_size=segment.patch_size,
             window=segment.window,
         )

@@ -127,6 +127,7 @@ def several():
     return DistillTask(tiny.several(list(made.items())), teacher_specs=specs)
 
 
+WIDE = {"depth": 3, "last_width": 72, "layer_scale": 0.1}
 RESPONSES = {"grn": True, "layer_scale": None}
 
 CASES = {
@@ -207,6 +208,16 @@ CASES = {
     "segmentation on a resnet": lambda: SegmentTask(
         tiny.segmentation(**{"data.image_size": 64}), init_spec=resnets.spec(image_size=64)
     ),
+    **{
+        name: functools.partial(part, tiny.teacher_spec(**arch), **{"model.final_norm": True}, **f)
+        for name, arch, f in (
+            ("a wide last block", WIDE, {}),
+            ("a wide last block alone", WIDE, {"model.freeze_blocks": 2}),
+            ("a wide last block, remat full", WIDE, {"remat": "full"}),
+            ("a lift", {"lift": 80}, {}),
+            ("updates before a lift", {"lift": 80}, {"lora.rank": 2}),
+        )
+    },
     "a resnet without half a stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 2}),
     "a resnet without its first stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 1}),
     "swin remat full": lambda: ClassifyTask(

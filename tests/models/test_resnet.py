@@ -14,6 +14,7 @@ from fd_jax.models.resnet import ResNet
 from fd_jax.models.spec import ModelSpec
 from tests.models import resnets
 
+
 def one(kind, kinds):
     """The kinds, of which only one runs by default: each takes seconds."""
     return [pytest.param(k, marks=() if k == kind else pytest.mark.slow) for k in kinds]

@@ -31,7 +31,7 @@ def depths(spec: ModelSpec) -> tuple[int, ...]:
 
 def width(spec: ModelSpec) -> int:
     """Channels of the feature map."""
-    return NETWORKS[spec.family].width(spec.arch)
+    return spec.arch.get("lift") or NETWORKS[spec.family].width(spec.arch)
 
 
 def positions(spec: ModelSpec) -> str:

@@ -58,6 +58,11 @@ def levels(encoder: Backbone) -> Levels:
             f"a ViT with a grid of {encoder.grid[0]} x {encoder.grid[1]} patches has no four "
             "levels, since the last one has half its size; use a larger image_size"
         )
+    if len(encoder.widths) > 1:
+        raise ConfigError(
+            f"a ViT whose last block has {encoder.widths[-1]} channels, and {encoder.widths[0]} "
+            "before it, has no four levels of one width; use segment.decoder='linear'"
+        )
     blocks = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)
     return Levels(blocks, (encoder.width,) * 4, "pyramid")
 
