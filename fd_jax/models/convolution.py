@@ -65,6 +65,14 @@ def _convolve_backward(dtype, grad_dtype, stride, residuals, g):
     # The input's gradient is the convolution with the kernel turned by half a circle, of the output
     # with as many zeros between its pixels as the stride leaves out.
     turned = kernel[::-1, ::-1].swapaxes(2, 3).astype(dtype)
+    # XLA for CPUs takes about twice as long for the convolution as for the matmuls.
+    arguments = {"size": size, "grad_dtype": grad_dtype, "stride": stride}
+    dk = jax.lax.platform_dependent(
+        x.astype(dtype),
+        g,
+        cpu=functools.partial(_kernel_gradient_by_matmuls, **arguments),
+        default=functools.partial(_kernel_gradient, **arguments),
+    )
     dx = jax.lax.conv_general_dilated(
         g,
         turned,
@@ -75,14 +83,6 @@ def _convolve_backward(dtype, grad_dtype, stride, residuals, g):
         ],
         lhs_dilation=(stride, stride),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    # XLA for CPUs takes about twice as long for the convolution as for the matmuls.
-    arguments = {"size": size, "grad_dtype": grad_dtype, "stride": stride}
-    dk = jax.lax.platform_dependent(
-        x.astype(dtype),
-        g,
-        cpu=functools.partial(_kernel_gradient_by_matmuls, **arguments),
-        default=functools.partial(_kernel_gradient, **arguments),
     )
     return dx.astype(x.dtype), dk.astype(kernel.dtype)
 
