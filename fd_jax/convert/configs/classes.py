@@ -259,7 +259,7 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
         "dinov3_convnext": ModelType(
             {**_CONVNEXT_T, "layer_norm_eps": 1e-6}, _DINOV3_CONVNEXT, {"pooling": "mean"}
         ),
-        # The activation in the config is that after the sum; inside of blocks it is always ReLU.
+        # The activation in the config is that of the stem and of sums; inside of blocks it is ReLU.
         "resnet": ModelType(
             _RESNET_50,
             _RESNET,
