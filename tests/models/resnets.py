@@ -10,7 +10,7 @@ from fd_jax import model_folder, optimizer
 from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles
-from tests.reference import resnet as reference
+from tests.reference import resnet
 
 # 77 x 70 pixels have grids of 20 x 18, 10 x 9, 5 x 5 and 3 x 3: something is left over at every
 # halving. Widths are no multiples of each other; four inner channels of 16 are what classes of
@@ -88,9 +88,9 @@ def in_torch(made, params, images, *, training=False, dtype=torch.float32):
     }
     for name, tensor in tensors.items():
         tensor.requires_grad_(not name.endswith(("/mean", "/var")))
-    run = reference.Run(made.arch, tensors, training=training)
+    run = resnet.Run(made.arch, tensors, training=training)
     pixels = torch.tensor(np.moveaxis(images, -1, 1).copy(), dtype=dtype)
-    return reference.tokens(run(pixels)), tensors, run
+    return resnet.tokens(run(pixels)), tensors, run
 
 
 def config(made, **fields):
