@@ -106,9 +106,9 @@ def ours(folder: Path, side: int, threads: int) -> Functions:
     import jax.numpy as jnp
 
     from fd_jax import losses
+    from fd_jax.models.batch_norm import Statistics
     from fd_jax.models.segmenter import maps_of
     from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
-    from fd_jax.models.segmenter.normalization import Statistics
 
     jax.config.update("jax_platforms", "cpu")
     read = importing.read("beit_segmentation_hf", folder)

@@ -26,6 +26,14 @@ SWIN_B_W14 = {
     "heads": (4, 8, 16, 32),
     "window": 14,
 }
+# Shapes of ConvNeXt V2 (arXiv 2301.00808, table of appendix A) and of ResNet-50 (arXiv 1512.03385).
+CONVNEXT_V2_T = {"widths": (96, 192, 384, 768), "depths": (3, 3, 9, 3)}
+CONVNEXT_V2_B = {"widths": (128, 256, 512, 1024), "depths": (3, 3, 27, 3)}
+RESNET_50 = {
+    "widths": (256, 512, 1024, 2048),
+    "inner_widths": (64, 128, 256, 512),
+    "depths": (3, 4, 6, 3),
+}
 SWIN_G = {
     "embed_width": 512,
     "depths": (2, 2, 42, 4),
@@ -140,7 +148,7 @@ def swin_v1(shape: dict, *, image_size: int, norm_eps: float = 1e-5) -> dict:
         "activation": "gelu_erf",
         "norm_eps": norm_eps,
         "final_norm": True,
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in shape.items()},
+        **_with_lists(shape),
     }
 
 
@@ -153,6 +161,50 @@ def swin_v2(shape: dict, *, image_size: int, position: str = "rpb") -> dict:
         "extra_norm_every": 0,
         **swin_v1(shape, image_size=image_size),
     }
+
+
+def convnext_v2(shape: dict, *, image_size: int) -> dict:
+    """Architecture of a ConvNeXt V2 student: that of its authors, with features as they are."""
+    return {
+        "image_size": image_size,
+        "patch_size": 4,
+        "kernel_size": 7,
+        "grn": True,
+        "layer_scale": None,
+        "activation": "gelu_erf",
+        "norm_eps": 1e-6,
+        "final_norm": False,
+        "final_norm_eps": None,
+        **_with_lists(shape),
+    }
+
+
+def resnet(shape: dict, *, image_size: int) -> dict:
+    """Architecture of a ResNet student: torchvision's (v1.5), of bottlenecks."""
+    return {
+        "image_size": image_size,
+        "patch_size": 4,
+        "stem_widths": [64],
+        "bottleneck": True,
+        "stride_at": "second",
+        "shortcut": "strided",
+        "activation": "relu",
+        "norm_eps": 1e-5,
+        **_with_lists(shape),
+    }
+
+
+def _with_lists(shape: dict) -> dict:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in shape.items()}
+
+
+# The function and the usual shape of each family of students.
+FAMILIES = {
+    "vit": (student, VIT_B16),
+    "swin_v2": (swin_v2, SWIN_B_W14),
+    "convnext": (convnext_v2, CONVNEXT_V2_T),
+    "resnet": (resnet, RESNET_50),
+}
 
 
 def distillation(
@@ -170,8 +222,8 @@ def distillation(
 
     Args:
       teacher: converter source name; the weights are expected in teachers/<name>.
-      shape: the student's shape, VIT_B16 by default.
-      family: the student's family, "vit" or "swin_v2".
+      shape: the student's shape, by default that of FAMILIES.
+      family: the student's family, a key of FAMILIES.
       image_size: pixels on a side, for both networks.
       drop_path: rate of the student's last block.
       epochs: epochs of distillation.
@@ -180,8 +232,8 @@ def distillation(
     """
     config = common()
     config.epochs = float(epochs)
-    made = swin_v2 if family == "swin_v2" else student
-    arch = made(shape or VIT_B16, image_size=image_size)
+    made, usual = FAMILIES[family]
+    arch = made(shape or usual, image_size=image_size)
     if init_from:
         family, arch = "", {"position": position} if position else {}
     config.student = {
@@ -195,6 +247,7 @@ def distillation(
             "by": "random",  # or "attention", by that of the teacher's class token
             "teacher": "",  # whose attention, where there are several teachers
         },
+        "keep_projector": False,  # True: the exported network has the teacher's width
     }
     _starts(config)
     config.data.image_size = image_size
@@ -566,16 +619,35 @@ def arguments(text: str, **defaults: str) -> dict[str, Any]:
     return values
 
 
+# Students of two blocks or so for 56 pixels. Those of a ViT, Swin and ConvNeXt end on the 4 x 4
+# patches of the quickstart's teacher; a ResNet's stages make 2 x 2 tokens.
+_SMOKE: dict[str, dict[str, Any]] = {
+    "vit": {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128},
+    "swin_v2": {
+        "patch_size": 7,
+        "embed_width": 32,
+        "depths": [2, 1],
+        "heads": [1, 2],
+        "window": 4,
+        "pretrained_windows": [0, 0],
+    },
+    "convnext": {"patch_size": 7, "widths": [32, 48], "depths": [1, 1]},
+    "resnet": {
+        "stem_widths": [64],
+        "widths": [32, 48, 64, 96],
+        "inner_widths": [8, 12, 16, 24],
+        "depths": [1, 1, 1, 1],
+    },
+}
+
+
 def shrink(config: Config) -> Config:
     """Shrinks a run to under a minute on a CPU: tiny student, quickstart's teacher and pictures.
 
     Everything else (loss, target, optimiser and code path) stays as in the experiment.
     `make quickstart-data` prepares the teacher and the pictures.
     """
-    tiny: dict[str, Any] = {"patch_size": 14, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
-    if "depths" in config.student.arch:  # two stages that end on the teacher's 4 x 4 patches
-        tiny = {"patch_size": 7, "embed_width": 32, "depths": [2, 1], "heads": [1, 2], "window": 4}
-        tiny["pretrained_windows"] = [0, 0]
+    tiny = _SMOKE.get(config.student.family, _SMOKE["vit"])
     config.student.arch.update({**tiny, "image_size": 56})
     quickstart = {
         "path": "teachers/dinov2_vits14_onnx",

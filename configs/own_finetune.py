@@ -25,6 +25,8 @@ def get_config(arg: str = ""):
     if found.count < own.FEW:
         config.mixing.update(mixup=0.0, cutmix=0.0, erasing=0.0)
         config.data.min_area = 0.35
+    if network.arch.get("lift"):  # which is of the tokens after the norm
+        config.model.update(final_norm=True, pooling="mean")
     config.init_from, config.model.classes = given["init_from"], found.classes
     config.eval.keep_best = "top1"
     return own.fit(config, given, found, size=size, rate=rate, epochs=100, steps=20_000)

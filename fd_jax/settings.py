@@ -147,6 +147,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "student.mask.keep": Number(above=0, most=1, unit="share of the patches; 1 is all"),
         "student.mask.by": choice(masking.By),
         "student.mask.teacher": Text("the name of one of the teachers", optional=True),
+        "student.keep_projector": FLAG,
     },
     registry.CLASSIFICATION.section: {
         **PICTURES,
@@ -236,6 +237,7 @@ OPTIONAL = (
     "student.mask.keep",
     "student.mask.by",
     "student.mask.teacher",
+    "student.keep_projector",
     "model.freeze_blocks",
     "teacher.follow",
     "teacher.targets",
@@ -300,6 +302,15 @@ RELATIONS = (
         ("lora.rank", "model.family", "init_from"),
         lambda rank, family, folder: not rank or bool(folder) or not family,
         "low-rank updates are for trained weights; set init_from to a model folder, or lora.rank=0",
+    ),
+    *(
+        Relation(
+            (f"{section}.family", "init_from"),
+            lambda family, folder: family != "resnet" or bool(folder),
+            "a ResNet learns from random weights as a student only: in other runs its BatchNorms "
+            "keep the statistics of the folder that they start from; set init_from to one",
+        )
+        for section in ("model", "segment")
     ),
     Relation(
         ("student.family", "student.init_from"),

@@ -44,17 +44,18 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"downsample/reduction/kernel$", ("embed", None)),
     (r"rel_pos_bias/fc[12]/kernel$", (None, None)),
     # One projector or one per teacher, of one layer or of several.
-    (r"(^|/)(projector(/\w+)*|head)/kernel$", ("embed", None)),
+    (r"(^|/)(projector(/\w+)*|head|lift|widen)/kernel$", ("embed", None)),
     (r"(^|/)projector(/\w+)*/mixing$", ()),  # of a student's levels
     (rf"(^|/){_NO_TEACHER}projection/kernel$", ("embed", None)),  # of a pool
-    # Of a segmenter, and between the stages of a ConvNeXt. Inputs are split, because numbers of
-    # classes have few divisors.
+    # Of a segmenter, of a ResNet, and between the stages of a ConvNeXt. Inputs are split, because
+    # numbers of classes have few divisors.
     (rf"(^|/){_NO_TEACHER}(conv|deconv\d?|classifier)/kernel$", (None, None, "embed", None)),
     (rf"(^|/){_NO_TEACHER}dwconv/kernel$", ()),  # 49 numbers per channel
     (
         r"(bias|scale|gamma|gamma_1|gamma_2|table|cls_token|pos_embed|register_tokens|latent)$",
         (),
     ),
+    (r"norm/(mean|var)$", ()),  # of a ResNet's BatchNorms
     (r"(^|/)(statistics|decoder)/\w+/(mean|matrix)$", ()),  # of a teacher's tokens
 )
 

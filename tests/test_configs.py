@@ -368,6 +368,22 @@ def test_swin_distillations_have_a_smoke_version(name):
     assert config.steps == 20
 
 
+@pytest.mark.parametrize(
+    ("name", "grid"), [("distill_resnet50", (2, 2)), ("distill_convnextv2_tiny", (4, 4))]
+)
+def test_students_of_convolutions_meet_the_map_of_their_teacher(name, grid):
+    """At 224 pixels the student has 7 x 7 tokens, to which the teacher's 16 x 16 are resized."""
+    arch = {**tiny.TEACHER, **base.VIT_B16, "patch_size": 14}
+    teacher = specs.ModelSpec("vit", {**arch, "image_size": 518}, source="dinov2_vitb14")
+    task = DistillTask(load(name), teacher_spec=teacher)
+    assert (task.student.grid, task.goal.teacher.grid) == ((7, 7), (16, 16))
+    assert (task.goal.grid, task.cls) == ((7, 7), False)
+    small = {**tiny.TEACHER, "image_size": 56, "patch_size": 14}
+    spec = specs.ModelSpec("vit", small, source="quickstart")
+    task = DistillTask(load(name, "smoke"), teacher_spec=spec)
+    assert (task.student.grid, task.goal.teacher.grid) == (grid, (4, 4))
+
+
 def test_a_linear_probe_of_a_swin_pools_the_mean_after_its_norm():
     task = ClassifyTask(load("linear_swin_b"), init_spec=SWIN_STUDENT)
     assert task.spec.arch["final_norm"] and task.spec.pooling == "mean"
@@ -490,7 +506,7 @@ def test_a_missing_workdir_flag_is_named():
         ({"target.normalize": "batch"}, "target.normalize='batch'"),
         ({"target.resample": "cubic"}, "target.resample='cubic'"),
         ({"teacher.stages": 3}, "teacher.stages=3, but the teacher is a vit, without stages"),
-        ({"student.arch.activation": "relu"}, "activation='relu'"),
+        ({"student.arch.activation": "tanh"}, "activation='tanh'"),
         ({"student.arch.position": "sine"}, "position='sine'"),
         ({"student.arch.cls_token": False, "target.kind": "cls"}, "class token on both sides"),
         ({"remat": "all"}, "remat='all'"),

@@ -105,6 +105,13 @@ def test_a_convnext_is_probed_tuned_and_distilled_into_a_vit(folder, convnext):
         made(own_distill, data=folder, teacher=convnext)
 
 
+def test_a_lifted_network_is_tuned_with_the_norm_before_its_lift(folder, tmp_path):
+    path = tiny.save_teacher(tmp_path / "lifted", lift=80)
+    config = made(own_finetune, data=folder, init_from=path)
+    assert (config.model.final_norm, config.model.pooling) == (True, "mean")
+    assert ClassifyTask(config).encoder.width == 80
+
+
 @pytest.mark.parametrize("family", ["vit", "swin"])
 @pytest.mark.parametrize("student", ["same", "tiny"])
 def test_a_student_has_the_grid_of_its_teacher(folder, teacher, swin, family, student):

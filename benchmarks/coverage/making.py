@@ -116,8 +116,9 @@ def uninitialised() -> Iterator[None]:
 def fill(model: Any) -> None:
     """Gives a network the weights that follow from its names."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.asarray(seeded.array(name, parameter.shape))))
+        statistics = (pair for pair in model.named_buffers() if seeded.is_statistic(pair[0]))
+        for name, weight in (*model.named_parameters(), *statistics):
+            weight.copy_(torch.from_numpy(np.asarray(seeded.array(name, weight.shape))))
 
 
 def pixels(images: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
@@ -125,6 +126,11 @@ def pixels(images: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
     scaled = images.astype(np.float32) / np.float32(255)
     normal = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(normal, -1, 1)))
+
+
+def is_map(model: Any) -> bool:
+    """Whether the features of a network of timm are a map [B, D, H, W], of images of any size."""
+    return type(model).__name__ in ("ConvNeXt", "ResNet")
 
 
 def tokens(found: torch.Tensor, *, channels_first: bool = False) -> np.ndarray:
@@ -162,7 +168,7 @@ def _timm(
         run = model if side == size else timm_at(model, name, side, {**short, **arguments, **code})
         with torch.no_grad():
             found = run.forward_features(pixels(images, config["mean"], config["std"]))
-        return tokens(found, channels_first=type(model).__name__ == "ConvNeXt")
+        return tokens(found, channels_first=is_map(model))
 
     files = folder / "hub", folder / "weights.pth"
     return Made(*files, arch, size, other_size(model, size), features, facts)
@@ -173,7 +179,7 @@ def _short(entry: Callable[..., Any]) -> dict[str, Any]:
     if is_whole():
         return {}
     text = inspect.getsource(entry)
-    known = {"depth": 2, "depths": STAGES, "stages": (1, 1, 1, 1)}
+    known = {"depth": 2, "depths": STAGES, "layers": STAGES, "stages": (1, 1, 1, 1)}
     found = (name for name in known if re.search(rf"\b{name}=", text))
     return {name: known[name] for name in [*found][:1]}
 
@@ -182,7 +188,7 @@ def timm_at(model: Any, name: str, side: int, arguments: dict[str, Any]) -> Any:
     """The same weights in a network for another size, through timm's own filter of checkpoints."""
     import timm
 
-    if type(model).__name__ == "ConvNeXt":
+    if is_map(model):
         return model
     other = timm.create_model(name, pretrained=False, **{**arguments, "img_size": side}).eval()
     module = importlib.import_module(type(model).__module__)

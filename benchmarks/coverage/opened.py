@@ -79,7 +79,7 @@ def _outputs(model: Any, spec: Any) -> dict[str, np.ndarray]:
     pixels = making.pixels(seeded.images(height, width), spec.mean, spec.std)
     with torch.no_grad():
         found = model.forward_features(pixels)
-        outputs = {"tokens": making.tokens(found, channels_first=spec.family == "convnext")}
+        outputs = {"tokens": making.tokens(found, channels_first=making.is_map(model))}
         if spec.classes:
             outputs["logits"] = model.forward_head(found).numpy()
         elif spec.pool is not None:

@@ -72,6 +72,11 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
         "convnextv2_tiny.fcmae_ft_in22k_in1k",
         {"depths": [1, 1, 2, 1], "dims": [8, 16, 32, 64]},
     ),
+    "resnet": ("resnet50.a1_in1k", {"layers": [1, 2, 1, 1], "channels": [4, 6, 8, 12]}),
+    "resnet_d": (
+        "resnet18d.ra2_in1k",
+        {"layers": [1, 2, 1, 1], "channels": [16, 20, 24, 32], "stem_width": 8},
+    ),
 }
 # name -> model and tag of open_clip
 OPEN_CLIP = {
@@ -123,7 +128,7 @@ def _of_timm(name: str, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict
             found = run.forward_features(pixels)
             if side == size and getattr(model, "attn_pool", None) is not None:
                 arrays["pooled"] = run.forward_head(found, pre_logits=True).numpy()
-        channels_first = type(model).__name__ == "ConvNeXt"
+        channels_first = making.is_map(model)
         arrays[str(side)] = making.tokens(found, channels_first=channels_first)
     about = {
         "library": f"timm {timm.__version__}",

@@ -73,6 +73,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": lambda x: x * torch.sigmoid(x),
+    "relu": torch.relu,
 }
 
 
@@ -294,6 +295,47 @@ def _convnext(model: Any) -> Facts:
     }
 
 
+def _resnet(model: Any) -> Facts:
+    """The ResNet of timm, whose input has no fixed size."""
+    stages = [getattr(model, f"layer{number}") for number in range(1, len(model.feature_info))]
+    first = stages[0][0]
+    bottleneck = hasattr(first, "conv3")
+    _require(all(block.se is None for stage in stages for block in stage), "attention of channels")
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    _require(all(m.groups == 1 for m in convolutions), "convolutions of groups of channels")
+    _require(all(m.bias is None for m in convolutions), "convolutions with biases")
+    _require(isinstance(model.maxpool, nn.MaxPool2d), "another pooling of the stem")
+    pooled = (_present(block, "aa") for stage in stages for block in stage)
+    _require(not any(pooled), "a pooling in its blocks")
+    deep = isinstance(model.conv1, nn.Sequential)
+    stem = [m.out_channels for m in model.conv1.modules() if isinstance(m, nn.Conv2d)]
+    inner = [stage[0].conv1.out_channels for stage in stages]
+    if bottleneck:
+        second = [stage[0].conv2.out_channels for stage in stages]
+        _require(inner == second, "bottlenecks of two widths")
+    shortcut = stages[-1][0].downsample
+    _require(shortcut[-2].kernel_size == (1, 1), "shortcuts of larger kernels")
+    last = [stage[0].conv3 if bottleneck else stage[0].conv2 for stage in stages]
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    kinds = {type(norm).__name__ for norm in norms}
+    _require(kinds == {"BatchNorm2d"}, f"norms of the kinds {', '.join(sorted(kinds))}")
+    eps = {norm.eps for norm in norms}
+    _require(len(eps) == 1, f"norms with the epsilons {sorted(eps)}")
+    return {
+        "patch_size": 4,
+        "stem_widths": stem if deep else [model.conv1.out_channels],
+        "widths": [conv.out_channels for conv in last],
+        "inner_widths": inner,
+        "depths": [len(stage) for stage in stages],
+        "bottleneck": bottleneck,
+        "stride_at": "second" if bottleneck else "first",
+        "shortcut": "pooled" if len(shortcut) == 3 else "strided",
+        "activation": activation(first.act1),
+        "norm_eps": eps.pop(),
+        "pooling": {"avg": "mean"}.get(model.global_pool.pool_type),
+    }
+
+
 def side(size: Any) -> Any:
     """One number for a square, else [height, width]."""
     if isinstance(size, int):
@@ -316,6 +358,7 @@ TIMM: dict[str, Callable[[Any], Facts]] = {
     "SwinTransformer": _swin,
     "SwinTransformerV2": _swin,
     "ConvNeXt": _convnext,
+    "ResNet": _resnet,
 }
 STYLES = {
     "VisionTransformer": "timm_vit",
@@ -326,4 +369,5 @@ STYLES = {
     "SwinTransformer": "timm_swin",
     "SwinTransformerV2": "timm_swin_v2",
     "ConvNeXt": "timm_convnext",
+    "ResNet": "timm_resnet",
 }

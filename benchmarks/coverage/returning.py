@@ -70,7 +70,7 @@ def _opened(
         with torch.no_grad():
             tokens = model.forward_features(pixels)
         kind = f"{type(model).__name__}, {model.pretrained_cfg['architecture']}"
-        return kind, making.tokens(tokens, channels_first=type(model).__name__ == "ConvNeXt")
+        return kind, making.tokens(tokens, channels_first=making.is_map(model))
     model = _of_transformers(folder)
     with torch.no_grad():
         tokens = making.final_tokens(model, pixels, False)

@@ -96,6 +96,7 @@ _MODULES = {
     "convnext",
     "deit",
     "eva",
+    "resnet",
     "swin_transformer",
     "swin_transformer_v2",
     "vision_transformer",

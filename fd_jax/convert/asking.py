@@ -97,7 +97,7 @@ def _alike(facts: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
 # What shapes tell of a published network, whatever its head and image size.
 _COMPARED = (
     "width depth mlp_width patch_size registers gated_mlp mlp_norm attn_norm embed_width depths "
-    "heads window widths grn"
+    "heads window widths grn stem_widths inner_widths bottleneck"
 ).split()
 
 
@@ -111,7 +111,7 @@ def _words(facts: Mapping[str, Any]) -> str:
     known = STATISTICS.get(statistics)
     words = [
         f"{name} {show(facts[name])}"
-        for name in ("heads", "window", "pretrained_windows")
+        for name in ("heads", "window", "pretrained_windows", "stride_at")
         if name in facts
     ]
     words += [str(facts["activation"]), f"eps {show(facts['norm_eps'])}"]

@@ -164,6 +164,8 @@ STATED = types.MappingProxyType(
         "position_resize": str,
         "pooling": str,
         "window": int,
+        "stride_at": str,
+        "shortcut": str,
         "pretrained_windows": _list_of_numbers,
         "rope_theta": _or_none(_number),  # "none": no rotary positions
         "rope_pairs": str,

@@ -43,7 +43,7 @@ def _write_timm(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> W
 def _write_huggingface(spec: ModelSpec, params: dict[str, np.ndarray], path: Path) -> Written:
     """A folder that `AutoModel.from_pretrained` opens."""
     layout, fit = families.layout(HuggingFace, spec, set(params), format="huggingface")
-    tensors = dict(invert(fit.table, params, spec.arch, derived=False)) | layout.extra(spec)
+    tensors = layout.extra(spec) | dict(invert(fit.table, params, spec.arch, derived=False))
     path.mkdir()
     safetensors_io.write(path / "model.safetensors", tensors, _TORCH)
     _write_json(path / "config.json", layout.config(spec))

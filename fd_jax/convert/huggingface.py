@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "silu": "silu",
+    "relu": "relu",
 }
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
@@ -66,7 +67,7 @@ class HuggingFace(Layout):
     Attributes:
       model_type: as in config.json.
       fields: (spec) -> the fields of config.json beyond those that all classes share.
-      extra: (spec) -> tensors the class asks for that no network here has.
+      extra: (spec) -> tensors the class asks for, where a network lacks them.
       final_tokens: (model, its last hidden state) -> the tokens after the final norm.
       blocks: (model) -> the modules of its blocks, in their order.
     """

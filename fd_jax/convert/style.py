@@ -252,8 +252,9 @@ def depths(table: Table, names: Mapping[str, Any]) -> list[int]:
         for template in as_tuple(rule.names):
             if "{i}" not in template and "{b}" not in template:
                 continue
+            first = 1 if "{s+1}" in template else 0  # the number of the first stage in the name
             for place in _places(template, names):
-                stage, block = place if len(place) == 2 else (0, place[0])
+                stage, block = (place[0] - first, place[1]) if len(place) == 2 else (0, place[0])
                 counts[stage] = max(counts.get(stage, 0), block + 1)
     if max([*counts, *counts.values()], default=0) > _MOST_BLOCKS:
         raise ConversionError(f"blocks or stages are numbered beyond {_MOST_BLOCKS}")

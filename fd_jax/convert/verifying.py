@@ -224,7 +224,7 @@ def _our_tokens(
     def run(encoder: Any, images: jax.Array) -> list[jax.Array]:
         module: Any = nnx.merge(definition, encoder)
         maps = module.intermediates(images, range(sum(networks.depths(spec))))
-        final = [module(images).tokens] if spec.arch["final_norm"] else []
+        final = [module(images).tokens] if spec.arch.get("final_norm") else []
         return [module.embed(images), *(found.tokens for found in maps), *final]
 
     with jax.default_matmul_precision("highest"):

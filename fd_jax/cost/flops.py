@@ -9,10 +9,11 @@ ViT-B step.
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
-from fd_jax.models import convnext, convnext_blocks, sizes, swin
+from fd_jax.models import convnext, convnext_blocks, resnet, resnet_blocks, sizes, swin
 from fd_jax.models.lora import Lora
 from fd_jax.models.segmenter import decoders
 from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
@@ -120,6 +121,13 @@ def network(
       patches: number of patches that the blocks of a ViT see; None for all.
       until: number of first blocks that run; None for all.
     """
+    if spec.arch.get("lift"):
+        plain = dataclasses.replace(spec, arch={**spec.arch, "lift": None})
+        rest = {"trains": trains, "remat": remat, "freeze_blocks": freeze_blocks, "lora": lora}
+        work = network(plain, **rest, patches=patches, until=until)
+        if until is not None:  # the maps of blocks are not lifted
+            return work
+        return work + _lift(spec, trains=trains, held=lora is not None, patches=patches)
     if patches is None:
         embedding, blocks = _FAMILIES[spec.family](spec.arch)
     else:
@@ -139,10 +147,21 @@ def network(
     return Flops(embedding + inner, backward=backward, recomputed=recomputed)
 
 
+def _lift(spec: ModelSpec, *, trains: bool, held: bool, patches: int | None) -> Flops:
+    """The map of all last tokens to more channels; where it is held, its input has a gradient."""
+    arch = spec.arch
+    depth = arch["depth"] if "depth" in arch else sum(arch["depths"])
+    (last,) = _maps(spec, [depth - 1])
+    tokens = math.prod(last.grid) if patches is None else patches
+    tokens += int(arch.get("cls_token", 0)) + arch.get("registers", 0)
+    work = linear(tokens, last.width, arch["lift"], input_gradient=not held)
+    return work if trains else Flops(work.forward)
+
+
 def _without_input_gradient(block: _Block) -> float:
-    """Minus the FLOPs of the input's gradient of a block's first layer, if no norm needs it."""
-    first = block.layers[0]
-    return 0.0 if first.normed else -first.flops
+    """Minus the FLOPs of the input's gradient of a block's first layers, if no norm needs it."""
+    first = itertools.takewhile(lambda layer: not layer.normed, block.layers)
+    return -sum(layer.flops for layer in first)
 
 
 def _updated(blocks: Sequence[_Block], lora: Lora, remat: str | None) -> Flops:
@@ -211,9 +230,11 @@ class _Map:
 def _maps(spec: ModelSpec, blocks: Sequence[int]) -> list[_Map]:
     """The maps after some blocks."""
     if spec.family == "vit":
-        grid = sizes.patch_grid(spec.arch["image_size"], spec.arch["patch_size"])
-        return [_Map(grid, spec.arch["width"]) for _ in blocks]
-    stages = _convnext_stages if spec.family == "convnext" else _swin_stages
+        arch = spec.arch
+        grid = sizes.patch_grid(arch["image_size"], arch["patch_size"])
+        widths = [arch["width"]] * (arch["depth"] - 1) + [arch.get("last_width") or arch["width"]]
+        return [_Map(grid, widths[block]) for block in blocks]
+    stages = {"convnext": _convnext_stages, "resnet": _resnet_stages}.get(spec.family, _swin_stages)
     pairs = zip(stages(spec.arch), spec.arch["depths"], strict=True)
     of_blocks = [stage for stage, depth in pairs for _ in range(depth)]
     return [of_blocks[block] for block in blocks]
@@ -229,6 +250,11 @@ def _swin_stages(arch: dict[str, Any]) -> list[_Map]:
 
 def _convnext_stages(arch: dict[str, Any]) -> list[_Map]:
     grids = convnext.grids(arch["image_size"], arch["patch_size"], len(arch["depths"]))
+    return [_Map(grid, width) for grid, width in zip(grids, arch["widths"], strict=True)]
+
+
+def _resnet_stages(arch: dict[str, Any]) -> list[_Map]:
+    grids = resnet.grids(arch["image_size"], len(arch["depths"]))
     return [_Map(grid, width) for grid, width in zip(grids, arch["widths"], strict=True)]
 
 
@@ -321,7 +347,19 @@ def _vit(arch: dict[str, Any], kept: int | None = None) -> tuple[float, list[_Bl
         gated=arch.get("gated_mlp", False),
         scaled=arch["layer_scale"] is not None,
     )
-    return embedding, [block] * arch["depth"]
+    blocks = [block] * arch["depth"]
+    if last := arch.get("last_width"):
+        wide = _block(
+            tokens,
+            tokens,
+            last,
+            hidden * last // width,
+            gated=arch.get("gated_mlp", False),
+            scaled=arch["layer_scale"] is not None,
+        )
+        widening = _Layer("halving", 2.0 * tokens * width * last, normed=False)
+        blocks[-1] = dataclasses.replace(wide, layers=(widening, *wide.layers))
+    return embedding, blocks
 
 
 def _swin(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
@@ -394,10 +432,51 @@ def _convnext(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
     return embedding, blocks
 
 
+def _resnet(arch: dict[str, Any]) -> tuple[float, list[_Block]]:
+    """Of the stem only the first convolution counts as the embedding: the others get gradients."""
+    stages, stem = _resnet_stages(arch), arch["stem_widths"]
+    size = resnet.STEMS[len(stem)]
+    pixels = math.prod(resnet.halved(sizes.sides(arch["image_size"])))
+    embedding = 2.0 * pixels * 3 * size**2 * stem[0]
+    more = [2.0 * pixels * size**2 * a * b for a, b in itertools.pairwise(stem)]
+    blocks: list[_Block] = []
+    for number, depth in enumerate(arch["depths"]):
+        before = stages[number - 1] if number else _Map(stages[0].grid, stem[-1])
+        for index in range(depth):
+            blocks.append(_residual(arch, before if index == 0 else stages[number], number))
+    rest = tuple(_Layer("halving", flops) for flops in more)
+    blocks[0] = dataclasses.replace(blocks[0], layers=(*rest, *blocks[0].layers))
+    return embedding, blocks
+
+
+def _residual(arch: dict[str, Any], before: _Map, number: int) -> _Block:
+    """A block of a stage, whose input is the map `before`."""
+    after, inner = _resnet_stages(arch)[number], arch["inner_widths"][number]
+    kernels = resnet_blocks.SIZES[arch["bottleneck"]]
+    ends = [before.width, *[inner] * (len(kernels) - 1), after.width]
+    first_grid = before.grid if arch["stride_at"] == "second" else after.grid
+
+    def convolution(name: str, grid: tuple[int, int], size: int, a: int, b: int, *, normed: bool):
+        kind = "matmul" if size == 1 else "convolution"
+        return _Layer(name, 2.0 * math.prod(grid) * size**2 * a * b, kind, normed=normed)
+
+    layers = [
+        convolution(
+            "branch", after.grid if i else first_grid, size, ends[i], ends[i + 1], normed=i > 0
+        )
+        for i, size in enumerate(kernels)
+    ]
+    if resnet_blocks.has_shortcut(before.width, after.width, 2 if before.grid != after.grid else 1):
+        shortcut = convolution("shortcut", after.grid, 1, before.width, after.width, normed=False)
+        layers.insert(0, shortcut)
+    return _Block(tuple(layers))
+
+
 # Forward FLOPs of the patch embedding, and the blocks, for each family.
 _FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[float, list[_Block]]]] = {
     "vit": _vit,
     "swin": _swin,
     "swin_v2": _swin,
     "convnext": _convnext,
+    "resnet": _resnet,
 }

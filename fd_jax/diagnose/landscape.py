@@ -39,10 +39,10 @@ EPS = 1e-10  # added to the norm of a filter's noise, as in the code of Li et al
 # perturbed, a "table" only if tables are "literal", and a "vector", which has one dimension in
 # PyTorch too, never.
 FILTERS: tuple[tuple[str, str, str], ...] = (
-    (r"(^|/)(patch_embed|dwconv|downsample/conv)/kernel$", "weight", "iiio"),
+    (r"(^|/)(patch_embed|dwconv|conv)/kernel$", "weight", "iiio"),
     (r"attn/qkv/kernel$", "weight", "ioo"),
     (r"(attn/proj|mlp/(fc[12]|gate)|downsample/reduction)/kernel$", "weight", "io"),
-    (r"^head/kernel$", "weight", "io"),
+    (r"(^head|/(lift|widen))/kernel$", "weight", "io"),
     (r"(^|/)(cls_token|register_tokens|pos_embed)$", "table", "iii"),
     (r"rel_pos_bias/table$", "table", "oi"),
     # SwinV2's network of offsets, which takes the place of such a table.
@@ -50,6 +50,7 @@ FILTERS: tuple[tuple[str, str, str], ...] = (
     (r"attn/logit_scale$", "table", "o"),  # [A, 1, 1] in PyTorch
     (r"/grn/(scale|bias)$", "table", "i"),  # [1, 1, 1, D] in PyTorch
     (r"(^|(?<!grn)/)(bias|[qkv]_bias|scale|gamma(_[12])?)$", "vector", "o"),
+    (r"norm/(mean|var)$", "vector", "o"),  # a ResNet's running statistics
 )
 
 

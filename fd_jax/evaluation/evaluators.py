@@ -52,7 +52,7 @@ class Compiled(Protocol):
 
     @property
     def features(self) -> Any:
-        """(params, frozen, batch) -> [B, D] float32, split over the batch."""
+        """(params, extra, frozen, batch) -> [B, D] float32, split over the batch."""
         ...
 
     @property
@@ -130,7 +130,7 @@ class Neighbours:
         rows = []
         for batch in passes.batches(compiled.mesh, data, split, self.batch_size):
             # Waiting for each batch bounds the memory of batches that are computed ahead.
-            vectors = compiled.features(weights.params, weights.frozen, batch)
+            vectors = compiled.features(weights.params, weights.extra, weights.frozen, batch)
             rows.append((jax.block_until_ready(vectors), batch["label"], batch["weight"]))
         return neighbours.Features(*zip(*rows, strict=True))
 

@@ -5,9 +5,19 @@ seconds and little memory, whoever wrote its description.
 """
 
 from fd_jax.fields import FLAG, Choice, Number, OrNone, Rule, Several, choice, whole
-from fd_jax.models import attention, layers, rotary, sizes, swin_v2, vit
+from fd_jax.models import (
+    attention,
+    layers,
+    resnet,
+    resnet_blocks,
+    rotary,
+    sizes,
+    swin_v2,
+    vit,
+)
 
 MOST_BLOCKS = 256
+LIFT = OrNone(whole(1, "channels", most=2**16))  # of the features, see `spec.ModelSpec.build`
 EPS = Number(above=0, most=1, unit="added to a variance or a root of one")
 
 _SWIN: dict[str, Rule] = {
@@ -21,6 +31,7 @@ _SWIN: dict[str, Rule] = {
     "activation": Choice(tuple(layers.ACTIVATIONS)),
     "norm_eps": EPS,
     "final_norm": FLAG,
+    "lift": LIFT,
 }
 
 # The fields of `student.arch`, `model.arch`, `segment.arch` and `contrast.arch`, by family.
@@ -50,7 +61,9 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "gated_mlp": FLAG,
         "mlp_norm": FLAG,
         "attn_norm": FLAG,
+        "last_width": OrNone(whole(1, "channels", most=2**16)),
         "partial_patches": choice(sizes.PartialPatches),
+        "lift": LIFT,
     },
     "swin": _SWIN,
     "swin_v2": {
@@ -75,6 +88,21 @@ ARCHITECTURES: dict[str, dict[str, Rule]] = {
         "norm_eps": EPS,
         "final_norm": FLAG,
         "final_norm_eps": OrNone(EPS),
+        "lift": LIFT,
+    },
+    "resnet": {
+        "image_size": Several(whole(1, "pixels", most=8192), length=2, single=True),
+        "patch_size": whole(resnet.PATCH, "pixels", most=resnet.PATCH),
+        "stem_widths": Several(whole(1, "channels", most=2**13), most=3),
+        "widths": Several(whole(1, "channels", most=2**16), most=8),
+        "inner_widths": Several(whole(1, "channels", most=2**16), most=8),
+        "depths": Several(whole(1, "blocks", most=MOST_BLOCKS), most=8),
+        "bottleneck": FLAG,
+        "stride_at": choice(resnet_blocks.StrideAt),
+        "shortcut": choice(resnet_blocks.Shortcut),
+        "activation": Choice(tuple(layers.ACTIVATIONS)),
+        "norm_eps": EPS,
+        "lift": LIFT,
     },
 }
 
@@ -90,9 +118,12 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         "gated_mlp",
         "mlp_norm",
         "attn_norm",
+        "last_width",
         "partial_patches",
+        "lift",
     ),
-    "swin": (),
-    "swin_v2": ("windows_at",),
-    "convnext": (),
+    "swin": ("lift",),
+    "swin_v2": ("windows_at", "lift"),
+    "convnext": ("lift",),
+    "resnet": ("lift",),
 }

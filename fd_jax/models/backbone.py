@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from fd_jax.errors import check_choice
+from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import layers, sizes
 from fd_jax.models.attention_map import AttentionMap
 from fd_jax.models.features import FeatureMap
@@ -62,6 +62,8 @@ class Backbone(nnx.Module):
       cls: 1 with a class token, 0 without.
       registers: number of register tokens.
       norm: the final norm, or None.
+      lift: a linear map of the normalised tokens to more channels, which are then the `width` of
+        the features; None without one. It is a distillation's projector that was kept.
       remat: key of REMAT_POLICIES, or None: what a block recomputes in the backward pass.
     """
 
@@ -75,6 +77,7 @@ class Backbone(nnx.Module):
     registers: int
     norm: layers.LayerNorm | None
     remat: str | None
+    lift: Any = None
 
     def __call__(
         self,
@@ -94,14 +97,41 @@ class Backbone(nnx.Module):
             left, each once per image and in any order; None for all of them.
         """
         visit = collections.deque(self._visits(images, drops, keep), maxlen=1).pop()
-        features = self._feature_map(visit.after, visit)
-        return self.normed(features) if final_norm else features
+        return self._features(visit, final_norm=final_norm)
 
     def normed(self, features: FeatureMap) -> FeatureMap:
         """The map of the last block after the encoder's own final norm, if it has one."""
         if self.norm is None:
             return features
         return dataclasses.replace(features, tokens=self.norm(features.tokens))
+
+    def _features(self, visit: Visit, *, final_norm: bool = True) -> FeatureMap:
+        """The feature map of the last block, normalised and lifted where the network does that."""
+        x = visit.after
+        if final_norm and self.norm is not None:
+            x = self.norm(x)
+        if self.lift is not None:
+            if not final_norm and self.norm is not None:
+                raise ConfigError(
+                    "features before the final norm are asked for (target.after_norm=False), but "
+                    "this network lifts its tokens after it; set target.after_norm=True"
+                )
+            x = self.lift(x)
+        return self._feature_map(x, visit)
+
+    def measured(
+        self, images: jax.Array, *, drops: jax.Array | None = None, keep: jax.Array | None = None
+    ) -> tuple[FeatureMap, PyTree]:
+        """The map in training, and the running statistics of BatchNorms after it.
+
+        A network without BatchNorms computes what `__call__` does, and has no statistics: {}.
+
+        Args:
+          images: [B, H, W, 3] normalised float; in a network with BatchNorms the whole batch.
+          drops: as in `__call__`.
+          keep: as in `__call__`.
+        """
+        return self(images, drops=drops, keep=keep), {}
 
     def intermediates(
         self,
@@ -220,11 +250,15 @@ class Backbone(nnx.Module):
         def run(block, x, drops, shared_bias):
             return block(x, drops, shared_bias, *places)
 
-        if self.remat is not None:
-            name = REMAT_POLICIES[self.remat]
-            policy = None if name is None else getattr(jax.checkpoint_policies, name)
-            run = jax.checkpoint(run, policy=policy)
-        return run(block, x, drops, shared_bias)
+        return self._recomputed(run)(block, x, drops, shared_bias)
+
+    def _recomputed(self, run: Callable) -> Callable:
+        """The same function, of which a backward pass recomputes what `remat` does not keep."""
+        if self.remat is None:
+            return run
+        name = REMAT_POLICIES[self.remat]
+        policy = None if name is None else getattr(jax.checkpoint_policies, name)
+        return jax.checkpoint(run, policy=policy)
 
     @staticmethod
     def resize_positions(
@@ -246,6 +280,12 @@ class Backbone(nnx.Module):
         between two stages belongs to a block of the stage that holds it.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def is_statistic(path: str) -> bool:
+        """Whether a parameter is a running statistic of a BatchNorm, which no gradient trains."""
+        del path
+        return False
 
     @staticmethod
     def untied(arch: dict[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,12 @@ import numpy as np
 
 from fd_jax.errors import ConfigError, check_choice, check_positive
 from fd_jax.models import kernels, layers, sizes
-from fd_jax.models.backbone import Backbone, Visit, check_remat
+from fd_jax.models.backbone import Visit, check_remat
 from fd_jax.models.convnext_blocks import HALF, KERNEL_INIT, Block, Downsample
+from fd_jax.models.convolutional import Convolutional, tokens_of
 from fd_jax.models.sizes import ImageSize
 
 GROUP = 3  # blocks that have one learning rate under layer-wise decay
-
-NO_ATTENTION = (
-    "a ConvNeXt has no attention, as its blocks are convolutions; take its features instead "
-    "(intermediates, or the figures rank, cka, cosine, pca and landscape), or a ViT or Swin"
-)
 
 
 class Stage(nnx.Module):
@@ -36,7 +32,7 @@ class Stage(nnx.Module):
         self.blocks = nnx.Dict({str(index): block for index, block in enumerate(blocks)})
 
 
-class ConvNeXt(Backbone):
+class ConvNeXt(Convolutional):
     """ConvNeXt that returns the map of its last stage as tokens; there is no class token.
 
     Architecture:
@@ -58,11 +54,7 @@ class ConvNeXt(Backbone):
     nothing: all networks of this family start alike, and none has attention.
     """
 
-    cls = 0
-    registers = 0
-
-    # Spared from weight decay although they have more than one dimension.
-    NO_DECAY: tuple[str, ...] = ()
+    KIND = "ConvNeXt"
 
     def __init__(
         self,
@@ -134,12 +126,6 @@ class ConvNeXt(Backbone):
         )
 
     @staticmethod
-    def head_widths(arch: dict[str, Any]) -> tuple[int, ...]:
-        """Channels per attention head: none, as there are no heads."""
-        del arch
-        return ()
-
-    @staticmethod
     def layer_id(path: str, arch: dict[str, Any]) -> int:
         """Layer of an encoder parameter for layer-wise decay (docs/reference.md#layer-decay).
 
@@ -197,24 +183,8 @@ class ConvNeXt(Backbone):
         self._check_images(images)
         return self.patch_norm(self.patch_embed(images))
 
-    def attention_maps(self, images, blocks, *, keep=None):
-        """There are none.
-
-        Raises:
-          ConfigError: always.
-        """
-        raise ConfigError(NO_ATTENTION)
-
-    def measure_attention(self, images, measure):
-        """See `attention_maps`."""
-        raise ConfigError(NO_ATTENTION)
-
     def _visits(self, images, drops, keep):
-        if keep is not None:
-            raise ConfigError(
-                "a ConvNeXt sees all patches, since its convolutions need their neighbours; use a "
-                "ViT where only some patches are kept"
-            )
+        self._check_all_kept(keep)
         tokens = self.embed(images)
         x = tokens.reshape(tokens.shape[0], *self.grids[0], self.widths[0])
         number = 0
@@ -226,7 +196,7 @@ class ConvNeXt(Backbone):
                 block_drops = None if drops is None else drops[:, number]
                 before, x = x, self._run_block(stage.blocks[name], x, block_drops, None)
                 number += 1
-                sent = yield Visit(stage.blocks[name], _tokens(before), _tokens(x), (), grid)
+                sent = yield Visit(stage.blocks[name], tokens_of(before), tokens_of(x), (), grid)
                 x = x if sent is None else sent.reshape(x.shape)
 
 
@@ -234,12 +204,6 @@ def grids(image_size: ImageSize, patch_size: int, stages: int) -> tuple[tuple[in
     """(H, W) of the grid of each stage."""
     first = sizes.patch_grid(image_size, patch_size)
     return tuple(sizes.patch_grid(first, HALF**stage) for stage in range(stages))
-
-
-def _tokens(x: jax.Array) -> jax.Array:
-    """[B, H, W, D] -> [B, H * W, D]."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height * width, channels)
 
 
 def _check(image_size, patch_size, widths, depths, kernel_size, activation, remat):

@@ -120,7 +120,7 @@ def _too_large(family: str, arch: Mapping[str, Any]) -> list[str]:
     """What follows from several sizes together, each of which is within its bounds."""
     partial = arch.get("partial_patches", "refuse")
     try:
-        if family == "convnext":
+        if family in ("convnext", "resnet"):
             sizes.check_halved(arch["image_size"], arch["patch_size"], len(arch["depths"]) - 1)
         else:
             sizes.check_patches(arch["image_size"], arch["patch_size"], partial=partial)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu"]
+Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": lambda x: x * jax.nn.sigmoid(x),
+    "relu": jax.nn.relu,
 }
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from fd_jax.errors import ModelFolderError, first_few
 from fd_jax.models import description, kernels, resize, sizes
 from fd_jax.models.convnext import ConvNeXt
-from fd_jax.models.heads import Classifier, Pooling
+from fd_jax.models.heads import Classifier, Pooling, Projector
 from fd_jax.models.keys import param_keys
 from fd_jax.models.pool import Pool, make_pool
+from fd_jax.models.resnet import ResNet
 from fd_jax.models.segmenter import Segmenter, widths_of
 from fd_jax.models.sizes import ImageSize
 from fd_jax.models.swin_v1 import SwinV1
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Any] = {
     "swin": SwinV1,
     "swin_v2": SwinV2,
     "convnext": ConvNeXt,
+    "resnet": ResNet,
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -94,8 +96,18 @@ class ModelSpec:
             _check_names(self.class_names, self.classes)
 
     def build(self, *, rngs: nnx.Rngs, **runtime) -> nnx.Module:
-        """The network with fresh parameters; `runtime` is drop_path, init, dtype and the like."""
-        return FAMILIES[self.family](**self.arch, **runtime, rngs=rngs)
+        """The network with fresh parameters; `runtime` is drop_path, init, dtype and the like.
+
+        `lift` of the architecture is of any family: channels to which features are projected.
+        """
+        arch = dict(self.arch)
+        lift = arch.pop("lift", None)
+        network = FAMILIES[self.family](**arch, **runtime, rngs=rngs)
+        if lift is not None:
+            dtypes = {name: runtime[name] for name in ("dtype", "grad_dtype") if name in runtime}
+            network.lift = Projector(network.width, lift, **dtypes, rngs=rngs)
+            network.width = lift
+        return network
 
     def abstract(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any]]:
         """Definition and parameter shapes, without computing anything.

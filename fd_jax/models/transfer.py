@@ -28,6 +28,7 @@ class Changes:
       patch_size: side of its patches, to which the embedding's kernel is resized; 0 to keep it.
       window: side of a SwinV2's windows in tokens, whose bias networks take any; 0 to keep it.
       position: another kind of positions, which start fresh; "" to keep those that there are.
+      lift: whether the encoder keeps a lift of its features; the maps of blocks have none.
     """
 
     image_size: ImageSize
@@ -37,6 +38,7 @@ class Changes:
     patch_size: int = 0
     window: int = 0
     position: str = ""
+    lift: bool = True
 
 
 def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
@@ -56,6 +58,13 @@ def target_spec(spec: ModelSpec, changes: Changes) -> ModelSpec:
         raise ConfigError(
             f"final_norm=True, but the network of {spec.source!r} ends without one; "
             "set model.final_norm=False"
+        )
+    if not changes.lift:
+        arch.pop("lift", None)
+    if arch.get("lift") and arch.get("final_norm") and not changes.final_norm:
+        raise ConfigError(
+            f"final_norm=False, but the network of {spec.source!r} lifts its tokens to "
+            f"{arch['lift']} channels after its final norm; set model.final_norm=True"
         )
     if "final_norm" in arch:
         arch["final_norm"] = changes.final_norm
@@ -122,6 +131,9 @@ def start(spec: ModelSpec, parts: PyTree, changes: Changes) -> tuple[PyTree, lis
     encoder, dropped, fresh = _other_positions(encoder, resized, changes)
     report += [f"fresh    encoder/{name}, for {changes.position!r} positions" for name in fresh]
     dropped += [name for name in parts if name not in ("encoder", "head", "fc_norm")]
+    if not changes.lift and "lift" in encoder:
+        encoder = {name: value for name, value in encoder.items() if name != "lift"}
+        dropped.append("encoder/lift")
     if not changes.final_norm and "norm" in encoder:
         encoder = {name: value for name, value in encoder.items() if name != "norm"}
         dropped.append("encoder/norm")

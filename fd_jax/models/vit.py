@@ -52,6 +52,9 @@ class ViT(Backbone):
       gated_mlp: whether the MLP has a gate (SwiGLU), see `mlp.Mlp`.
       mlp_norm: whether a LayerNorm stands before the MLP's second layer.
       attn_norm: whether a LayerNorm stands before the output projection of attention.
+      last_width: channels of the last block, to which a linear layer widens the tokens before it;
+        it has as many more heads and hidden channels (arXiv 2511.15572, "WideLast"). None where
+        all blocks have one width.
       partial_patches: "refuse" image sides that patches do not fill, or "crop" them: what remains
         at the right and at the bottom is not read.
 
@@ -91,6 +94,7 @@ class ViT(Backbone):
         gated_mlp: bool = False,
         mlp_norm: bool = False,
         attn_norm: bool = False,
+        last_width: int | None = None,
         partial_patches: PartialPatches = "refuse",
         drop_path: float = 0.0,
         init: str = "finetune",
@@ -107,6 +111,9 @@ class ViT(Backbone):
             raise ConfigError(
                 f"position={position!r} has no bias for register tokens; set registers=0"
             )
+        last = last_width or width
+        if last_width is not None:
+            _check_last(last, width, heads, mlp_width, depth, position)
         height, wide = sizes.sides(image_size)
         self.image_size = height if height == wide else (height, wide)
         self.grid = sizes.patch_grid(image_size, patch_size)
@@ -120,9 +127,10 @@ class ViT(Backbone):
             self.rope.check(self.head_width)
         self.remat = remat
         self.dtype = dtype
-        self.width = width
+        self.width = last
         self.depth = depth
-        self.depths, self.widths = (depth,), (width,)
+        one = last == width
+        self.depths, self.widths = ((depth,), (width,)) if one else ((depth - 1, 1), (width, last))
 
         def init_kernel(key, shape, dtype=jnp.float32, **_):
             return layers.truncated_normal(0.02, INIT_LIMITS[init])(key, shape, dtype)
@@ -130,7 +138,7 @@ class ViT(Backbone):
         def embedding(*shape):
             return nnx.Param(init_kernel(rngs.params(), shape))
 
-        def position_table():
+        def position_table(heads=heads):
             return RelativePositionBias(self.grid, heads, cls_token=cls_token)
 
         dtypes: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype}
@@ -150,18 +158,20 @@ class ViT(Backbone):
             # The residual branches of deep blocks start smaller (BEiT's rescaling).
             out_init = layers.scaled(init_kernel, 1 / math.sqrt(2 * (index + 1)))
             common = {"kernel_init": init_kernel, "out_init": out_init, "rngs": rngs, **dtypes}
+            own = last if index == depth - 1 else width
+            own_heads = heads * own // width
             attn = Attention(
-                width,
-                heads,
+                own,
+                own_heads,
                 qkv_bias=qkv_bias,
-                rel_pos_bias=position_table() if position == "rpb" else None,
+                rel_pos_bias=position_table(own_heads) if position == "rpb" else None,
                 norm_eps=norm_eps if attn_norm else None,
                 implementation=attention,
                 **common,
             )
             return Block(
-                width,
-                mlp_width,
+                own,
+                mlp_width * own // width,
                 attn=attn,
                 activation=activation,
                 gated_mlp=gated_mlp,
@@ -177,7 +187,10 @@ class ViT(Backbone):
         # blocks permuted, without an error, from depth 11 on.
         self.blocks = nnx.Dict({str(index): block(index) for index in range(depth)})
         self.norm = (
-            layers.LayerNorm(width, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
+            layers.LayerNorm(last, eps=norm_eps, dtype=dtype, rngs=rngs) if final_norm else None
+        )
+        self.widen = (
+            None if one else layers.Dense(width, last, kernel_init=init_kernel, rngs=rngs, **dtypes)
         )
 
     # Spared from weight decay although they have more than one dimension. Position bias tables are
@@ -200,7 +213,7 @@ class ViT(Backbone):
             return 0
         if first == "blocks":
             return int(rest.split("/")[0]) + 1
-        return arch["depth"] + 1
+        return arch["depth"] + (first != "widen")  # which belongs to the last block
 
     @staticmethod
     def block_of(path: str, arch: dict[str, Any]) -> int:
@@ -296,6 +309,8 @@ class ViT(Backbone):
         positions = (shared_bias, rotate, keep)
         for index in range(self.depth):
             block = self.blocks[str(index)]
+            if self.widen is not None and index == self.depth - 1:
+                x = self.widen(x)
             before, block_drops = x, None if drops is None else drops[:, index]
             x = self._run_block(block, x, block_drops, *positions)
             sent = yield Visit(block, before, x, positions, self.grid, keep)
@@ -309,6 +324,22 @@ def _check(width, heads, activation, position, qkv_bias, remat):
     check_choice("position", position, Position.__args__)
     check_choice("qkv_bias", qkv_bias, QkvBias.__args__)
     check_remat(remat)
+
+
+def _check_last(last, width, heads, mlp_width, depth, position):
+    alike = heads * last % width == 0 and mlp_width * last % width == 0
+    if last <= width or not alike or depth < 2:
+        step = width // math.gcd(heads, mlp_width, width)
+        raise ConfigError(
+            f"last_width={last}: expected more than the width {width} of the blocks before the "
+            f"last of at least two, and a multiple of {step}, so that the last block has whole "
+            f"heads ({heads} per {width} channels) and hidden channels"
+        )
+    if position == "shared_rpb":
+        raise ConfigError(
+            f"last_width={last}, but position='shared_rpb' is one table for the heads of all "
+            "blocks, of which the last one has more; use position='rpb'"
+        )
 
 
 def _check_indices(keep: jax.Array, batch: int) -> None:

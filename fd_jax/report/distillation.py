@@ -16,6 +16,7 @@ from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
 from fd_jax.show import document, pictures
 from fd_jax.tasks import sections, stored
+from fd_jax.tasks.base import EXTRA
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.of_teacher import OfTeacher
 from fd_jax.tasks.sections import SINGLE_TEACHER
@@ -97,7 +98,8 @@ def as_plain(config: Config) -> Config:
 
 def load_trained(task: DistillTask, workdir: epath.Path) -> tuple[PyTree, PyTree]:
     """The student and projectors of a finished run, and the state that was not trained."""
-    parts = jax.tree.map(jnp.asarray, model_folder.load(workdir / workdirs.MODEL)[1])
+    stored = model_folder.load(workdir / workdirs.MODEL)[1]
+    parts = task.from_stored(jax.tree.map(jnp.asarray, stored))
     extra = task.extra_of(parts)
     return {name: parts[name] for name in ("encoder", "projector")}, extra
 
@@ -105,7 +107,9 @@ def load_trained(task: DistillTask, workdir: epath.Path) -> tuple[PyTree, PyTree
 def initial(task: DistillTask, seed: int) -> PyTree:
     """The student and projectors with which step 0 of the run began."""
     # Without jit, since blocks repeat each other: their operations are compiled once for all.
-    return overlay(task.init(jax.random.key(seed))[0], task.load_initial())
+    params, extra = task.init(jax.random.key(seed))
+    found = task.load_initial()
+    return task.as_stored(overlay(params, found), overlay(extra, found.get(EXTRA, {})))
 
 
 def measure(task: OfTeacher, feed: Feed, *, before: PyTree, after: PyTree) -> Scores:

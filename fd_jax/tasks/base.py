@@ -14,6 +14,9 @@ from fd_jax.models.spec import ModelSpec
 from fd_jax.optimizer import Schedule
 from fd_jax.typing import Batch, Metrics, PyTree
 
+# The part of `Task.load_initial` that is no part of params.
+EXTRA = "extra"
+
 
 class Task(Protocol):
     """The static definition of a training task. It holds no arrays, so jit can close over it.
@@ -48,7 +51,10 @@ class Task(Protocol):
         ...
 
     def load_initial(self) -> PyTree:
-        """Host arrays that replace parts of the fresh params, as a nested dict; {} if none do."""
+        """Host arrays that replace parts of the fresh params, as a nested dict; {} if none do.
+
+        Those in the part `EXTRA` replace parts of the fresh state that is not trained.
+        """
         ...
 
     def load_frozen(self) -> PyTree:
@@ -73,7 +79,7 @@ class Task(Protocol):
         """Metrics of an unprepared batch; padding has weight 0 and does not count."""
         ...
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """One feature vector per image, for nearest neighbours. -> [B, D] float32."""
         ...
 

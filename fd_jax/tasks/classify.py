@@ -209,8 +209,9 @@ class ClassifyTask:
             pooled = (pooled - extra["mean"]) * jax.lax.rsqrt(extra["var"] + BATCH_NORM_EPS)
         return classifier.head(pooled)
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The pooled vector of each image, before the head. -> [B, D] float32."""
+        del extra
         classifier = nnx.merge(self.classifier_def, _head_params(params))
         return classifier.pool(self._encode(params, frozen, self._eval_images(batch), None))
 

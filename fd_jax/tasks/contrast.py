@@ -117,9 +117,9 @@ class ContrastiveTask:
         del extra, frozen
         return {"loss": self._contrast(params, self.prepare(batch, jax.random.key(0)))}
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The class token after the final norm. -> [B, D] float32."""
-        del frozen
+        del extra, frozen
         return self._class_token(params, batch["image"])
 
     def optimizer(

@@ -21,11 +21,12 @@ from fd_jax.data.resolutions import Resolutions
 from fd_jax.errors import ConfigError
 from fd_jax.evaluation import evaluators
 from fd_jax.metrics import weighted
-from fd_jax.models import levels, transfer
+from fd_jax.models import levels, transfer, trees
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks import goals, masking, sections, start, stored
+from fd_jax.tasks.base import EXTRA
 from fd_jax.tasks.dropping import Dropping, loss_of_kept
 from fd_jax.tasks.encoder import TrainedEncoder, share_of
 from fd_jax.tasks.goal import Goal
@@ -36,9 +37,14 @@ from fd_jax.tasks.sections import SINGLE_TEACHER
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, Config, Metrics, PyTree
 
+# The student's last map, and those after each of its blocks if a goal mixes them, or else none.
+Maps = tuple[FeatureMap, list[FeatureMap]]
+
 # The part of the state that holds the teachers' running losses, and the entry of a batch with the
 # random numbers by which teachers are dropped.
 DROPPING, DROPPING_DRAWS = "dropping", "teacher_dropping"
+# The part of the state with the running statistics of a student's BatchNorms.
+BATCH_NORM = "batch_norm"
 # The part of a model folder that holds what running normalisations have measured.
 TARGET_STATISTICS = "target_statistics"
 
@@ -50,6 +56,7 @@ class DistillTask:
 
     Attributes:
       student_spec, student_def, student: the student, its graph definition and abstract network.
+      exported_spec: what `export` describes: the student, with its projector if that is kept.
       changes: how it differs from the network in `student.init_from`; None without one.
       goals: what it learns from each teacher; a single teacher is named `SINGLE_TEACHER`.
       dropping: which teachers an image learns from; None for all.
@@ -96,13 +103,17 @@ class DistillTask:
             self.student_spec,
             share=share_of(config, "student"),
             sizes=resolutions.others,
+            measures=True,
             **self._student_runtime(),
         )
         self.student_def, self.student = self._encoder.definition, self._encoder.network
         self._check_size()
+        self._check_whole_batch()
         self.goals = Goals(
             {name: self._goal(section, specs.get(name)) for name, section in named.items()}
         )
+        self._keeps = bool(config.student.get("keep_projector", False))
+        self.exported_spec = self._exported_spec()
         for name, goal in self.goals.each.items():
             if name not in self.goals.stored:
                 self.attention[goal.section.role] = goal.teacher.attention
@@ -141,7 +152,9 @@ class DistillTask:
         if not self._init_from and not self.config.init_from:
             return {}
         parts = self._stored(report=True)
-        return {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
+        trained = {**parts, "encoder": self._encoder.divide(parts["encoder"])[0]}
+        statistics = self._encoder.statistics(parts["encoder"])
+        return {**trained, EXTRA: {BATCH_NORM: statistics}} if statistics else trained
 
     def load_frozen(self) -> PyTree:
         """The teachers' weights in the compute dtype, resized to their input sizes in this run.
@@ -183,8 +196,8 @@ class DistillTask:
         tokens, visible = self._seen(frozen, batch)
         extra = self.goals.measured(extra, tokens, weight)
         targets = self.goals.normalized(self.goals.at(tokens, visible), frozen, extra)
-        predictions = self.predictions(params, batch, frozen, visible)
-        each = self.goals.distances(predictions, targets)
+        maps, extra = self._trained_maps(params, extra, frozen, batch, visible)
+        each = self.goals.distances(self._predicted(params, maps), targets)
         total, count = weighted(goals.total(each), weight)
         loss, metrics = total / count, goals.by_teacher("loss", each, weight)
         if self.dropping is not None:
@@ -199,7 +212,7 @@ class DistillTask:
         The loss of each of several teachers is named "loss/" and its name, and so on.
         """
         targets = self.targets(frozen, batch, extra)
-        predictions = self.predictions(params, batch, frozen)
+        predictions = self.predictions(params, batch, frozen, extra)
         weight = batch["weight"]
         each = self.goals.distances(predictions, targets)
         metrics = {"loss": weighted(goals.total(each), weight)}
@@ -209,10 +222,11 @@ class DistillTask:
             metrics |= {metric_name(metric, name): value for metric, value in agreement.items()}
         return metrics
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-        """The student's mean patch token after its final norm. -> [B, D_s] float32."""
-        features = self._student_features(params, frozen, batch["image"])
-        return jnp.mean(features.patches.astype(jnp.float32), axis=1)
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+        """The student's mean patch token, as the exported network has it. -> [B, D] float32."""
+        features = self._student_features(params, extra, frozen, batch["image"])
+        mean = jnp.mean(features.patches.astype(jnp.float32), axis=1)
+        return self.goal.lifted(params["projector"], mean) if self._keeps else mean
 
     def targets(
         self, frozen: PyTree, batch: Batch, extra: PyTree | None = None
@@ -226,17 +240,26 @@ class DistillTask:
         params: PyTree,
         batch: Batch,
         frozen: PyTree | None = None,
+        extra: PyTree | None = None,
+        *,
         visible: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """The student's tokens after its final norm, projected for each teacher. -> [B, T, D_t].
 
         Args:
-          params: trained parameters.
+          params: trained parameters, or those of an exported folder.
           batch: with "image".
           frozen: frozen weights; needed if only a part of the student trains.
+          extra: state that is not trained; needed if a student with BatchNorm is not of a folder.
           visible: places of the patches that the student sees, [B, P] int32; None for all.
         """
-        maps = self._student_maps(params, frozen or {}, batch, visible)
+        student = self._built(params, extra or {}, frozen or {}, batch["image"])
+        images = self.student_spec.normalize(batch["image"], self.dtype)
+        if self._mixes:
+            return self._predicted(params, _levels(student, images, keep=visible))
+        return self._predicted(params, (student(images, keep=visible), []))
+
+    def _predicted(self, params: PyTree, maps: Maps) -> dict[str, jax.Array]:
         return {
             name: goal.predict(goals.part_of(params["projector"], name), *maps)
             for name, goal in self.goals.each.items()
@@ -294,16 +317,35 @@ class DistillTask:
         Where targets are standardized, also the means and variances.
         """
         encoder = self._encoder.whole(params["encoder"], self._stored_encoder)
-        parts = {**params, "encoder": encoder}
+        parts = self.as_stored({**params, "encoder": encoder}, extra)
+        if self._keeps:
+            lift = parts.pop("projector")
+            parts["encoder"] = {**parts["encoder"], "lift": lift}
         if STANDARDIZED in extra:
             parts[TARGET_STATISTICS] = extra[STANDARDIZED]
-        return self.student_spec, parts
+        return self.exported_spec, parts
+
+    def from_stored(self, parts: PyTree) -> PyTree:
+        """The parts of an exported folder, with a kept projector in its place for training."""
+        if not self._keeps:
+            return parts
+        encoder = dict(parts["encoder"])
+        return {**parts, "projector": encoder.pop("lift"), "encoder": encoder}
+
+    def as_stored(self, params: PyTree, extra: PyTree) -> PyTree:
+        """The parameters with the running statistics of BatchNorms, as a folder has them."""
+        if BATCH_NORM not in extra:
+            return params
+        return {**params, "encoder": trees.joined(params["encoder"], extra[BATCH_NORM])}
 
     def extra_of(self, parts: PyTree) -> PyTree:
         """The state that is not trained, as far as the parts of an exported folder tell it."""
-        if TARGET_STATISTICS not in parts:
-            return self._init_extra()
-        return {**self._init_extra(), STANDARDIZED: parts[TARGET_STATISTICS]}
+        extra = self._init_extra()
+        if statistics := self._encoder.statistics(parts.get("encoder", {})):
+            extra[BATCH_NORM] = statistics
+        if TARGET_STATISTICS in parts:
+            extra[STANDARDIZED] = parts[TARGET_STATISTICS]
+        return extra
 
     def _goal(self, section: sections.Section, spec: ModelSpec | None) -> Goal:
         if stored.folder_of(section):
@@ -354,11 +396,13 @@ class DistillTask:
         if self.changes is not None:
             return start.load(self._init_from, self.changes, parts={"projector"}, report=report)
         spec, parts = model_folder.load(self.config.init_from)
-        if (spec.family, spec.arch) != (self.student_spec.family, self.student_spec.arch):
+        wanted = self.exported_spec
+        if (spec.family, spec.arch) != (wanted.family, wanted.arch):
             raise ConfigError(
                 f"init_from={self.config.init_from} holds {spec.family} {spec.arch}, "
-                f"but the student is {self.student_spec.family} {self.student_spec.arch}"
+                f"but the student is {wanted.family} {wanted.arch}"
             )
+        parts = self.from_stored(parts)
         return {name: parts[name] for name in ("encoder", "projector") if name in parts}
 
     def _grid(self, batch: Batch) -> tuple[int, int]:
@@ -378,7 +422,9 @@ class DistillTask:
     def _init_extra(self) -> PyTree:
         extra = self.goals.init_state()
         dropping = self.dropping.init(len(self.goals.each)) if self.dropping is not None else {}
-        return {**extra, DROPPING: dropping} if dropping else extra
+        statistics = self._encoder.init_statistics()
+        more = {DROPPING: dropping, BATCH_NORM: statistics}
+        return {**extra, **{name: state for name, state in more.items() if state}}
 
     def _of_kept(
         self, each: dict[str, jax.Array], extra: PyTree, batch: Batch
@@ -394,22 +440,39 @@ class DistillTask:
         return loss_of_kept(losses, kept, weight), extra, goals.by_teacher("kept", shares, weight)
 
     def _student_features(
-        self, params: PyTree, frozen: PyTree, images: jax.Array, **run: Any
+        self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array
     ) -> FeatureMap:
-        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
-        return student(self.student_spec.normalize(images, self.dtype), **run)
+        """The student's map in evaluation."""
+        student = self._built(params, extra, frozen, images)
+        return student(self.student_spec.normalize(images, self.dtype))
 
-    def _student_maps(
-        self, params: PyTree, frozen: PyTree, batch: Batch, visible: jax.Array | None
-    ) -> tuple[FeatureMap, list[FeatureMap]]:
-        """The student's last map, and those after each block if a goal mixes them."""
+    def _trained_maps(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        visible: jax.Array | None,
+    ) -> tuple[Maps, PyTree]:
+        """The student's maps in training, and the state after it."""
         images, run = batch["image"], {"drops": batch.get("student_drops"), "keep": visible}
-        if not any(goal.target.blocks for goal in self.goals.each.values()):
-            return self._student_features(params, frozen, images, **run), []
-        student = self._encoder.build(params["encoder"], frozen, images.shape[1])
+        student = self._built(params, extra, frozen, images)
         images = self.student_spec.normalize(images, self.dtype)
-        maps = student.intermediates(images, range(student.depth), **run)
-        return student.normed(maps[-1]), maps
+        if self._mixes:
+            return _levels(student, images, **run), extra
+        features, statistics = student.measured(images, **run)
+        return (features, []), {**extra, BATCH_NORM: statistics} if statistics else extra
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether a goal mixes the student's maps after all blocks."""
+        return any(goal.target.blocks for goal in self.goals.each.values())
+
+    def _built(self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array) -> Any:
+        """The student; parameters of a folder hold its running statistics themselves."""
+        encoder = params["encoder"]
+        known = None if self._encoder.statistics(encoder) else extra.get(BATCH_NORM)
+        return self._encoder.build(encoder, frozen, images.shape[1], known)
 
     def _student_runtime(self) -> dict[str, Any]:
         return {
@@ -421,6 +484,45 @@ class DistillTask:
             "remat": self.config.remat or None,
         }
 
+    def _exported_spec(self) -> ModelSpec:
+        """The student's spec, with the width of its kept projector.
+
+        Raises:
+          ConfigError: there is not one linear map of all tokens that could be kept.
+        """
+        if not self._keeps:
+            return self.student_spec
+        each = list(self.goals.each.values())
+        shape, kind = each[0].section.projector, each[0].target.kind
+        lift = self.student_spec.arch.get("lift")
+        reasons = {
+            f"there are {len(each)} teachers, each with a projector of its own": len(each) > 1,
+            f"target.kind={kind!r} trains a head": kind == "logits",
+            f"target.blocks={tuple(each[0].target.blocks)} has one for each block": bool(
+                each[0].target.blocks
+            ),
+            f"projector.kind={shape.kind!r} has two layers": shape.kind != "linear",
+            "projector.separate=True has one for the class token": shape.separate,
+            f"the features of the student are lifted to {lift} channels already": bool(lift),
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise ConfigError(
+                f"student.keep_projector=True keeps one linear map of all tokens, but {found[0]}; "
+                "change that, or set keep_projector=False"
+            )
+        arch = {**self.student_spec.arch, "lift": each[0].teacher.width}
+        return dataclasses.replace(self.student_spec, arch=arch)
+
+    def _check_whole_batch(self) -> None:
+        parts = self.config.accumulation
+        if parts > 1 and self._encoder.has_statistics:
+            raise ConfigError(
+                f"accumulation={parts}: the BatchNorms of a student of the family "
+                f"{self.student_spec.family!r} are over the whole batch, and micro-batches would "
+                "each have statistics of their own; set accumulation=1, and remat='full' or a "
+                "larger mesh if memory is short"
+            )
+
     def _check_size(self) -> None:
         data_size, student_size = self.config.data.image_size, self.student.image_size
         if data_size != student_size:
@@ -428,3 +530,9 @@ class DistillTask:
                 f"data.image_size={data_size}, but student.arch.image_size={student_size}; "
                 "they must be equal"
             )
+
+
+def _levels(student: Any, images: jax.Array, **run: Any) -> Maps:
+    """The student's last map after its final norm, and those after each block."""
+    maps = student.intermediates(images, range(student.depth), **run)
+    return student.normed(maps[-1]), maps

@@ -1,7 +1,8 @@
 """The encoder that a run trains: as a whole, without its first blocks, or by low-rank updates.
 
 What does not train is held: it goes beside the train state, as a teacher does, so that it has
-neither moments nor decay, no gradient is computed for it, and checkpoints do not contain it.
+neither moments nor decay, no gradient is computed for it, and checkpoints do not contain it. The
+running statistics of BatchNorms are measured: they are a part of the state that no optimizer sees.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,7 +60,7 @@ class TrainedEncoder:
       spec: of the plain network.
       definition: graph definition, that of the low-rank updates included.
       network: abstract network.
-      shapes: of all parameters, trained and held.
+      shapes: of all parameters, trained, held and measured.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TrainedEncoder:
         dtype: jnp.dtype,
         share: Share | None = None,
         sizes: Iterable[int] = (),
+        measures: bool = False,
         **runtime: Any,
     ):
         """Defines the network; reads no weights.
@@ -78,16 +80,21 @@ class TrainedEncoder:
           dtype: of matmuls and activations.
           share: what of it trains; None for all.
           sizes: sides of the square images of the run besides that of `spec`.
+          measures: whether the run measures the running statistics of BatchNorms. Otherwise they
+            stay as they are: they are among what trains, where no gradient reaches them.
           **runtime: further arguments of `ModelSpec.build`.
 
         Raises:
-          ConfigError: the network has too few blocks or other layers, or cannot have a size.
+          ConfigError: the network has too few blocks or other layers, or cannot have a size; or a
+            part of it is to be held while statistics are measured.
         """
         self.spec, self._share, self._dtype = spec, share or Share(), dtype
+        self._measures = measures
         self._runtime = {"dtype": dtype, **runtime}
         self.definition, self.shapes = self._abstract(spec)
         self.network: Any = nnx.merge(self.definition, self.shapes)
         self._check_blocks()
+        self._check_measured()
         self._held_shapes = self.divide(self.shapes)[1]
         self._sized = {size: self._at(size) for size in sizes}
 
@@ -95,10 +102,25 @@ class TrainedEncoder:
         """Random values of what trains."""
         return self.divide(split(self._build(self.spec, key))[1])[0]
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there are running statistics that the run measures."""
+        return bool(self.statistics(self.shapes))
+
+    def init_statistics(self) -> PyTree:
+        """The running statistics before the first step; {} where none are measured."""
+        shapes = self.statistics(self.shapes)
+        fill = {"mean": jnp.zeros, "var": jnp.ones}
+        return _map(lambda path, leaf: fill[path.rpartition("/")[2]](leaf.shape), shapes)
+
+    def statistics(self, encoder: PyTree) -> PyTree:
+        """The running statistics among parameters or shapes, as far as the run measures them."""
+        return trees.chosen(encoder, self._is_measured) if self._measures else {}
+
     def divide(self, encoder: PyTree) -> tuple[PyTree, PyTree]:
         """(what trains, what is held) of a nested dict of parameters or shapes."""
         if self._share.is_all:
-            return encoder, {}
+            return trees.chosen(encoder, self._trains) if self.has_statistics else encoder, {}
         held = trees.chosen(encoder, lambda path: not self._trains(path))
         return trees.chosen(encoder, self._trains), held
 
@@ -124,7 +146,13 @@ class TrainedEncoder:
 
         return {HELD: _map(struct, self._held_shapes)} if self._held_shapes else {}
 
-    def build(self, params: PyTree, frozen: PyTree, image_size: int | None = None) -> Any:
+    def build(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        image_size: int | None = None,
+        statistics: PyTree | None = None,
+    ) -> Any:
         """The network of trained and held parameters, for images with this side.
 
         Position tables are resized on the device where that is not the side of `spec`.
@@ -133,7 +161,10 @@ class TrainedEncoder:
           params: trained parameters.
           frozen: frozen weights of the run, with those of `load_held`.
           image_size: side of the images in pixels; None for that of `spec`.
+          statistics: the running statistics that the run measures; None if it measures none, or if
+            `params` are those of a model folder, which has them.
         """
+        params = trees.joined(params, statistics) if statistics else params
         weights = trees.joined(params, frozen[HELD]) if self._held_shapes else params
         if image_size not in self._sized:  # the network refuses images of another size than its own
             return nnx.merge(self.definition, weights)
@@ -177,7 +208,12 @@ class TrainedEncoder:
             patches=patches,
         )
 
+    def _is_measured(self, path: str) -> bool:
+        return self._measures and FAMILIES[self.spec.family].is_statistic(path)
+
     def _trains(self, path: str) -> bool:
+        if self._is_measured(path):
+            return False
         if self._share.lora is not None:
             return "/lora/" in path
         return self._is_free(path)
@@ -213,6 +249,14 @@ class TrainedEncoder:
                 f"images of {size} px, in data.sizes or data.phases: {error}"
             ) from error
         return definition, nnx.merge(definition, shapes)
+
+    def _check_measured(self) -> None:
+        if not self._share.is_all and self.has_statistics:
+            raise ConfigError(
+                f"freeze_blocks={self._share.freeze_blocks} or lora.rank: a student with BatchNorm "
+                f"({self.spec.family!r}) trains as a whole, since the statistics of its blocks are "
+                "those of the batch; set freeze_blocks=0 and lora.rank=0"
+            )
 
     def _check_blocks(self) -> None:
         blocks, depth = self._share.freeze_blocks, self.network.depth

@@ -219,6 +219,10 @@ class Goal:
         """Of targets or predictions, the map that reports and pictures show. -> [B, T, D_t]."""
         return tokens
 
+    def lifted(self, projector: PyTree, vectors: jax.Array) -> jax.Array:
+        """Vectors of the student's width, projected. [B, D_s] -> [B, D_t] float32"""
+        return nnx.merge(self.projector_def, projector)(vectors).astype(jnp.float32)
+
     def distance(self, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """Weighted distance of each example. [B, T, D] x 2 -> [B] float32."""
         if self.target.kind == "logits":

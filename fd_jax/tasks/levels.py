@@ -125,3 +125,15 @@ def _check(section: Section, teacher: Teacher, student: Any) -> None:
                 f"{len(depths)} stages, whose maps differ in size: use a ViT, or set it to () for "
                 "the last map"
             )
+    wide = {section.role: _is_wide(teacher.spec.arch), "student": student.lift is not None}
+    wide["student"] |= getattr(student, "widen", None) is not None
+    for role in (role for role, holds in wide.items() if holds):
+        raise ConfigError(
+            f"{field}={blocks} takes maps after single blocks, but the {role} has more channels at "
+            "its end than before (arch.lift or arch.last_width): use one without, or set it to () "
+            "for the last map"
+        )
+
+
+def _is_wide(arch: dict[str, Any]) -> bool:
+    return bool(arch.get("lift") or arch.get("last_width"))

@@ -51,4 +51,5 @@ class OfTeacher:
 
     def predict(self, params: PyTree, batch: Batch) -> jax.Array:
         """The student's prediction of the target. -> [B, T, D_t]."""
-        return self.goal.last_level(self.task.predictions(params, batch)[self.name])
+        found = self.task.predictions(params, batch, extra=self.extra)
+        return self.goal.last_level(found[self.name])

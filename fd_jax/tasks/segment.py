@@ -64,6 +64,7 @@ class SegmentTask:
             final_norm=segment.decoder == "linear" and initial.arch.get("final_norm", True),
             untie=segment.untie_positions,
             keep_head=False,
+            lift=False,
             patch_size=segment.patch_size,
             window=segment.window,
         )
@@ -190,8 +191,9 @@ class SegmentTask:
         maps = self._maps(params, frozen, self.spec.normalize(batch["image"], self.dtype), None)
         return nnx.merge(self.segmenter_def, params["segmenter"])(maps, extra).logits
 
-    def features(self, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The mean patch of the last map that the segmenter reads. -> [B, D] float32."""
+        del extra
         maps = self._maps(params, frozen, self.spec.normalize(batch["image"], self.dtype), None)
         return jnp.mean(maps[-1].patches.astype(jnp.float32), axis=1)
 

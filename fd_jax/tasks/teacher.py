@@ -269,6 +269,11 @@ def _arch_of_stages(spec: ModelSpec, stages: int) -> dict[str, Any]:
     """The architecture, cut after `stages` stages if not 0 (docs/reference.md#stage-3-target)."""
     if not stages:
         return spec.arch
+    if spec.arch.get("lift"):
+        raise ConfigError(
+            f"teacher.stages={stages}, but the features of {spec.source!r} are lifted to "
+            f"{spec.arch['lift']} channels from its last stage; set it to 0"
+        )
     depths = spec.arch.get("depths", ())
     if not 1 <= stages <= len(depths):
         has = f"has {len(depths)} stages" if depths else f"is a {spec.family}, without stages"

@@ -18,7 +18,7 @@ from fd_jax.data.elements import Element, Elements
 from fd_jax.models import kernels
 from fd_jax.optimizer import Schedule
 from fd_jax.tasks import registry
-from fd_jax.tasks.base import Predicts, Task
+from fd_jax.tasks.base import EXTRA, Predicts, Task
 from fd_jax.training.step import TrainState, make_train_step
 from fd_jax.typing import Config, PyTree
 
@@ -39,7 +39,7 @@ class Program:
       create: (key, initial host arrays) -> TrainState, created already sharded.
       train_step: jitted (state, frozen, batch, seed) -> (state, metrics); donates the state.
       eval_step: jitted (params, extra, frozen, batch) -> metrics.
-      features: jitted (params, frozen, batch) -> [B, D] float32, split over the batch.
+      features: jitted (params, extra, frozen, batch) -> [B, D] float32, split over the batch.
       predict: jitted (params, extra, frozen, batch) -> what a task that `Predicts` makes of the
         images, split over the batch; None for other tasks.
     """
@@ -129,7 +129,7 @@ def build(
     def create(key: jax.Array, initial: PyTree) -> TrainState:
         shardings = (state_shardings.params, state_shardings.extra)
         params, extra = jax.jit(task.init, out_shardings=shardings)(key)
-        params = overlay(params, initial)
+        params, extra = overlay(params, initial), overlay(extra, initial.get(EXTRA, {}))
         opt_state = jax.jit(tx.init, out_shardings=state_shardings.opt_state)(params)
         ema = jax.tree.map(jnp.copy, params) if ema_decay else None
         step = jax.device_put(jnp.zeros((), jnp.int32), whole)

@@ -37,7 +37,7 @@ def config_fields(arch):
 def pretrained(model_class, config, tensors, folder, **options):
     """`from_pretrained` on a folder with these tensors; no key may be missing or left over."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in tensors.items()}
+    arrays = {k: np.require(v, np.float32, "C") for k, v in tensors.items()}
     save_file(arrays, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     model, info = model_class.from_pretrained(

@@ -40,11 +40,19 @@ def array(name: str, shape: Sequence[int]) -> np.ndarray:
     size = np.float32(0.03 if embedded else 1.0)
     if last == "logit_scale" and len(shape) == 3:
         return np.float32(2.3) + np.float32(0.3) * noise
+    if last == "running_var":  # what enters the first norms of a ResNet's blocks is small too
+        small = "bn1." in name or "conv1." in name
+        return np.float32(1e-3 if small else 1.0) * (1 + np.float32(0.2) * noise)
     if len(shape) == 1:
         return np.float32(last in SCALES) + np.float32(0.2) * size * noise
     if embedded and len(shape) < 4 or "rel" in last or len(shape) < 2:
         return np.asarray(size * noise)
     return size * noise / np.float32(math.sqrt(math.prod(shape[1:])))
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running statistic of a BatchNorm."""
+    return name.endswith((".running_mean", ".running_var"))
 
 
 def arrays(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:

@@ -374,7 +374,7 @@ def test_a_config_of_another_class_is_refused(tmp_path):
     [
         ("hidden_size", 64, "width is 32 .the tensors., but 64 .config.json: hidden_size"),
         ("num_hidden_layers", 3, "depth is 2 .the tensors., but 3"),
-        ("hidden_act", "relu", "hidden_act is 'relu'; expected one of 'gelu'"),
+        ("hidden_act", "tanh", "hidden_act is 'tanh'; expected one of 'gelu'"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(field, value, message, tmp_path):

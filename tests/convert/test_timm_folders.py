@@ -63,7 +63,7 @@ def test_there_is_an_answer_of_timm_for_every_case():
     assert ABOUT["library"].startswith("timm 1.")
     assert sum(path.stat().st_size for path in OPENED.iterdir()) < 1 << 19
     classes = {about["class"] for about in ABOUT["networks"].values()}
-    assert len(classes) == 6
+    assert len(classes) == 7
 
 
 @pytest.mark.parametrize("name", NAMES)

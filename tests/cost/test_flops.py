@@ -16,7 +16,7 @@ from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
 from tests import tiny
-from tests.models import evas
+from tests.models import evas, resnets
 
 ROWS = 4
 SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
@@ -44,9 +44,15 @@ def matmul_flops(jaxpr):
 
 
 def convolution_flops(equation):
-    """Two FLOPs per multiply-add, those with the zeros around the image included."""
-    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    """Two FLOPs per multiply-add, those with the zeros around the image included.
+
+    Zeros between its pixels, of the gradient of a stride, are not: each pixel meets each place.
+    """
+    image, kernel = (variable.aval.shape for variable in equation.invars)
+    out = equation.outvars[0].aval.shape
     places = equation.params["dimension_numbers"].rhs_spec  # (out, in, height, width)
+    if max(equation.params["lhs_dilation"]) > 1:
+        return 2 * math.prod(image) * math.prod(kernel) // kernel[places[1]]
     return 2 * math.prod(out) * math.prod(kernel) // kernel[places[0]]
 
 
@@ -95,6 +101,14 @@ def convnext(**arch):
     return ModelSpec("convnext", {**fields, **arch}, source="tiny")
 
 
+def resnet(kind, remat):
+    """A ResNet student whose sides no stride divides."""
+    config = tiny.config(**{"student.family": "resnet", "remat": remat, "target.kind": "gap"})
+    config.student.arch = resnets.spec(kind, image_size=37, depths=[1, 2]).arch
+    config.data.image_size = 37
+    return DistillTask(config, teacher_spec=tiny.teacher_spec())
+
+
 def part(spec, **fields):
     """A fine-tuned network of which a part trains."""
     return ClassifyTask(tiny.fine_tuning(**fields), init_spec=spec)
@@ -120,6 +134,7 @@ def masked(*blocks, **fields):
     return DistillTask(tiny.config(**{**changes, **fields}), teacher_spec=spec)
 
 
+WIDE = {"depth": 3, "last_width": 72, "layer_scale": 0.1}
 RESPONSES = {"grn": True, "layer_scale": None}
 
 CASES = {
@@ -194,6 +209,28 @@ CASES = {
         tiny.segmentation(**{"data.image_size": 64}),
         init_spec=convnext(patch_size=4, depths=[1, 1, 1, 2], widths=[8, 8, 12, 16]),
     ),
+    **{
+        f"resnet {kind}, remat {remat or 'off'}": functools.partial(resnet, kind, remat)
+        for kind, remat in (("v1.5", ""), ("D", "full"), ("basic", "dots"), ("v1", "full"))
+    },
+    "resnet teacher": lambda: DistillTask(
+        tiny.config(**{"target.kind": "gap"}), teacher_spec=resnets.spec("D", image_size=37)
+    ),
+    "segmentation on a resnet": lambda: SegmentTask(
+        tiny.segmentation(**{"data.image_size": 64}), init_spec=resnets.spec(image_size=64)
+    ),
+    **{
+        name: functools.partial(part, tiny.teacher_spec(**arch), **{"model.final_norm": True}, **f)
+        for name, arch, f in (
+            ("a wide last block", WIDE, {}),
+            ("a wide last block alone", WIDE, {"model.freeze_blocks": 2}),
+            ("a wide last block, remat full", WIDE, {"remat": "full"}),
+            ("a lift", {"lift": 80}, {}),
+            ("updates before a lift", {"lift": 80}, {"lora.rank": 2}),
+        )
+    },
+    "a resnet without half a stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 2}),
+    "a resnet without its first stage": lambda: part(resnets.spec(), **{"model.freeze_blocks": 1}),
     "swin remat full": lambda: ClassifyTask(
         tiny.fine_tuning(remat="full"), init_spec=ModelSpec("swin", swin("swin"), source="tiny")
     ),

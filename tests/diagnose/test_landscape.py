@@ -19,7 +19,7 @@ from fd_jax.diagnose.landscape import Landscape
 from fd_jax.errors import ConfigError, DataError, ModelFolderError
 from fd_jax.models import spec as specs
 from tests import tiny
-from tests.models import convnexts, vits
+from tests.models import convnexts, resnets, vits
 
 CLASSES = 10
 KEY = jax.random.key(3)
@@ -36,6 +36,7 @@ SPECS = {
     "swin_v2_shared": tiny.swin_spec(2, **SWIN_V2, position="shared_rpb"),
     "convnext": convnexts.spec("dinov3", image_size=32, pooling="mean", depths=[1, 1, 1, 1]),
     "convnext_v2": convnexts.spec("v2", image_size=32, depths=[1, 1, 1, 1]),
+    "resnet": resnets.spec(image_size=32, depths=[1, 1, 1], pooling="mean"),
 }
 TABLES = {
     "ape": ["cls_token", "pos_embed", "register_tokens"],
@@ -48,6 +49,7 @@ TABLES = {
         for name in ("logit_scale", "rel_pos_bias/fc1/kernel", "rel_pos_bias/fc2/kernel")
     ],
     "convnext": [],
+    "resnet": [],
     "convnext_v2": [
         f"stages/{i}/blocks/0/mlp/grn/{name}" for i in range(4) for name in ("scale", "bias")
     ],

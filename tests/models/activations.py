@@ -7,4 +7,5 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": torch.nn.functional.silu,
+    "relu": torch.nn.functional.relu,
 }

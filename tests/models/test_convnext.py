@@ -447,7 +447,7 @@ def test_bfloat16_stays_near():
         ({"kernel_size": 6}, "kernel_size=6: expected an odd whole number"),
         ({"image_size": [31, 64]}, "image_size 31 x 64 is less than 32, patch_size 4 x 8"),
         ({"patch_size": 0}, "patch_size"),
-        ({"activation": "relu"}, "activation='relu' is unknown"),
+        ({"activation": "tanh"}, "activation='tanh' is unknown"),
     ],
 )
 def test_impossible_networks_are_refused(arch, message):

@@ -9,7 +9,7 @@ from fd_jax.errors import ModelFolderError
 from fd_jax.models import architectures, description
 from fd_jax.models.spec import ModelSpec
 from tests import tiny
-from tests.models import convnexts, evas
+from tests.models import convnexts, evas, resnets
 
 
 def fields(**changes):
@@ -38,6 +38,7 @@ def test_every_field_has_a_rule():
         tiny.swin_spec(1),
         tiny.swin_spec(2),
         convnexts.spec("v1"),
+        resnets.spec(),
         dataclasses.replace(tiny.teacher_spec(), segmenter=SEGMENTER),
         dataclasses.replace(tiny.teacher_spec(position="rope", image_size=1024), pixel_scale=1.0),
         *(evas.spec(name) for name in evas.ARCHITECTURES),
@@ -45,7 +46,7 @@ def test_every_field_has_a_rule():
         dataclasses.replace(tiny.teacher_spec(), origins={"heads": "config.json"}),
     ],
     ids=[
-        *("vit", "swin", "swin_v2", "convnext", "segmenter", "large picture"),
+        *("vit", "swin", "swin_v2", "convnext", "resnet", "segmenter", "large picture"),
         *evas.ARCHITECTURES,
         *("pool", "origins"),
     ],

@@ -15,11 +15,12 @@ from transformers.models.upernet import modeling_upernet
 
 from fd_jax import sharding
 from fd_jax.errors import ConfigError
+from fd_jax.models import batch_norm, convolution
 from fd_jax.models import segmenter as segmenters
 from fd_jax.models import spec as specs
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.keys import param_keys
-from fd_jax.models.segmenter import convolution, decoders, necks, normalization, resampling
+from fd_jax.models.segmenter import decoders, necks, resampling
 from tests.models import swins, vits
 from tests.models.arrays import rand
 
@@ -166,7 +167,7 @@ def maps_for(kind, widths):
 
 def run_ours(definition, kind, params, running, maps, *, training):
     module = nnx.merge(definition, params)
-    statistics = normalization.Statistics(running, training=training)
+    statistics = batch_norm.Statistics(running, training=training)
     if kind == "neck":
         out = module(maps, statistics)
     else:
@@ -191,7 +192,7 @@ def test_modules_equal_transformers(kind, training, monkeypatch):
     params, running = tensors(theirs, "data")
     params, running = jax.tree.map(np.array, (params, running))  # torch renews them in place
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
-    fresh = normalization.fresh_statistics(ours)
+    fresh = batch_norm.fresh_statistics(ours)
     assert jax.tree.map(np.shape, running) == jax.tree.map(np.shape, fresh)
 
     maps = maps_for(kind, widths)
@@ -271,7 +272,7 @@ def test_whole_channels_are_dropped_before_the_classifier():
 
     @jax.jit
     def run(drops):
-        return module(maps, normalization.Statistics(running, training=True), drops)
+        return module(maps, batch_norm.Statistics(running, training=True), drops)
 
     assert relative(run(drops), want) < 1e-5
     assert relative(run(drops[::-1]), want) > 0.1
@@ -584,11 +585,11 @@ def test_bfloat16_keeps_statistics_logits_and_gradients_in_float32():
         return decoders.FCN(8, 3, channels=4, dropout=0.0, dtype=dtype, rngs=nnx.Rngs(0))
 
     params = specs.split(fcn(jnp.float32))[1]
-    running = normalization.fresh_statistics(fcn(jnp.float32))
+    running = batch_norm.fresh_statistics(fcn(jnp.float32))
     x = rand(2, *GRID, 8)
 
     def loss(params, dtype):
-        statistics = normalization.Statistics(running, training=True)
+        statistics = batch_norm.Statistics(running, training=True)
         module = nnx.merge(nnx.split(fcn(dtype))[0], params)
         logits = module(jnp.asarray(x, dtype), statistics, None)
         return jnp.sum(jnp.square(logits - 1)), (logits, statistics.updated())

@@ -351,7 +351,7 @@ def test_bfloat16_stays_near():
         ({"heads": [2, 4]}, "has 3 stages, heads=.* has 2"),
         ({"pretrained_windows": [0]}, "has 1 entries for 3 stages"),
         ({"position": "ape"}, "position='ape' is unknown"),
-        ({"activation": "relu"}, "activation='relu' is unknown"),
+        ({"activation": "tanh"}, "activation='tanh' is unknown"),
     ],
 )
 def test_impossible_networks_are_refused(arch, message):

@@ -257,7 +257,7 @@ def test_probe_equals_torch_batch_norm_and_linear(student):
         linear.bias.copy_(torch.from_numpy(np.array(params["head"]["bias"])))
     for seed in range(2):
         raw = tiny.labelled_batch(seed=seed)
-        features = torch.from_numpy(np.array(task.features(params, frozen, raw)))
+        features = torch.from_numpy(np.array(task.features(params, {}, frozen, raw)))
         want = torch.nn.functional.cross_entropy(
             linear(norm(features)), torch.from_numpy(raw["label"]).long()
         )
@@ -285,7 +285,7 @@ def test_probe_features_are_the_normalised_mean_before_the_trained_norm(student)
     mean = patches.mean(1).astype(np.float64)
     centred = mean - mean.mean(-1, keepdims=True)
     want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(task.features(params, frozen, raw), want, atol=1e-4)
+    np.testing.assert_allclose(task.features(params, {}, frozen, raw), want, atol=1e-4)
 
 
 def test_no_gradient_reaches_the_probed_encoder(student):

@@ -177,7 +177,7 @@ def test_every_kind_of_target_works_with_and_without_levels(kind, tokens):
         visible = jax.ShapeDtypeStruct((ROWS, KEPT), "int32")
         predicted = jax.eval_shape(
             lambda params, visible, task=task, batch=batch: task.predictions(
-                params, batch, {}, visible
+                params, batch, {}, visible=visible
             ),
             shapes,
             visible,

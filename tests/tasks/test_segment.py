@@ -244,7 +244,7 @@ def test_linear_decoder_equals_torch_on_the_normalised_map(student):
         prepared = task.prepare(raw, jax.random.key(seed))
         loss, (extra, _) = task.loss(params, extra, frozen, prepared)
         np.testing.assert_allclose(loss, want.mean().item(), rtol=1e-5)
-    got = task.features(params, frozen, raw)
+    got = task.features(params, {}, frozen, raw)
     np.testing.assert_allclose(got, patches.mean(axis=1), atol=1e-5)
     norm.eval()
     with torch.no_grad():

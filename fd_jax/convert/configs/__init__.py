@@ -48,7 +48,10 @@ def _claims(container: Container, network: Recognized) -> list[Claim]:
         _refuse_other(style, "hf_", "transformers", config.get("model_type"))
         found += huggingface.claims(config, style)
     if huggingface.PREPROCESSOR in container.beside:
-        found += huggingface.statistics(container.beside[huggingface.PREPROCESSOR])
+        beside = container.beside[huggingface.PREPROCESSOR]
+        found += huggingface.statistics(beside)
+        if style.network == "resnet" and not any(claim.fact == "image_size" for claim in found):
+            found += huggingface.size(beside)  # which the config of the class does not have
     return found
 
 

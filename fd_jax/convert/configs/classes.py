@@ -22,6 +22,7 @@ ACTIVATIONS = types.MappingProxyType(
         "gelu_new": "gelu_tanh",
         "silu": "silu",
         "swish": "silu",
+        "relu": "relu",
     }
 )
 _VIT = {
@@ -82,6 +83,15 @@ _CONVNEXT_T = {
     "patch_size": 4,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
+}
+
+
+_RESNET = {"hidden_sizes": "widths", "depths": "depths"}
+_RESNET_50 = {
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "depths": [3, 4, 6, 3],
+    "layer_type": "bottleneck",
+    "downsample_in_bottleneck": False,
 }
 
 
@@ -147,6 +157,19 @@ def _internvl(fields: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": "qkv" if fields.get("attention_bias") else "none",
         "final_norm": not fields.get("use_mean_pooling", True),
     }
+
+
+def _resnet(fields: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {"bottleneck": True, "basic": False}
+    if fields["layer_type"] not in kinds:
+        raise ConversionError(
+            f"{FILE} says layer_type {fields['layer_type']!r:.40}; expected bottleneck or basic"
+        )
+    bottleneck = kinds[fields["layer_type"]]
+    first = not bottleneck or fields["downsample_in_bottleneck"]
+    # No field of the class, but this is where our export writes it.
+    size = {"image_size": fields["image_size"]} if "image_size" in fields else {}
+    return {"bottleneck": bottleneck, "stride_at": "first" if first else "second", **size}
 
 
 _SIZED = {"position_resize": "size"}
@@ -235,6 +258,14 @@ TYPES: Mapping[str, ModelType] = types.MappingProxyType(
         "convnextv2": _CONVNEXTS,
         "dinov3_convnext": ModelType(
             {**_CONVNEXT_T, "layer_norm_eps": 1e-6}, _DINOV3_CONVNEXT, {"pooling": "mean"}
+        ),
+        # The activation in the config is that of the stem and of sums; inside of blocks it is ReLU.
+        "resnet": ModelType(
+            _RESNET_50,
+            _RESNET,
+            {"activation": "relu", "pooling": "mean"},
+            {"hidden_act": "relu", "downsample_in_first_stage": False},
+            more=_resnet,
         ),
         "swin": ModelType(_SWIN_T, _SWIN, {"pooling": "mean"}, _SWINS),
         "swinv2": ModelType(

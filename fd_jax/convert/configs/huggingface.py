@@ -104,6 +104,19 @@ def statistics(fields: Mapping[str, Any]) -> list[Claim]:
     ]
 
 
+def size(fields: Mapping[str, Any]) -> list[Claim]:
+    """The size of pictures in a preprocessor_config.json, where their short side is their side.
+
+    An image processor of ConvNeXts, which ResNets have as well, resizes to more and crops, below
+    384 pixels; "shortest_edge" is what is left.
+    """
+    given = fields.get("size")
+    edge = given.get("shortest_edge") if isinstance(given, dict) else given
+    if isinstance(given, dict) and edge is None and given.get("height") == given.get("width"):
+        edge = given.get("height")
+    return [Claim("image_size", edge, f"{PREPROCESSOR}: size")] if isinstance(edge, int) else []
+
+
 def three_numbers(values: Any, origin: str) -> list[float]:
     """A value for each of the channels red, green and blue.
 

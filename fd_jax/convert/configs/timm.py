@@ -19,7 +19,8 @@ _HARMLESS = frozenset(
     (
         "num_classes dynamic_img_size dynamic_img_pad strict_img_size drop_rate drop_path_rate "
         "attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate weight_init fix_init "
-        "head_init_scale global_pool pool_size swiglu_align_to attn_type qkv_fused conv_mlp"
+        "head_init_scale global_pool pool_size swiglu_align_to attn_type qkv_fused conv_mlp "
+        "zero_init_last"
     ).split()
 )
 # Those whose effect the tensors show, and the facts of the architecture that no longer hold.
@@ -56,10 +57,24 @@ _SHOWN = types.MappingProxyType(
         "head_norm_first": (),
         "head_hidden_size": (),
         "ref_feat_shape": (),
+        "layers": ("depths",),
+        "channels": ("widths", "inner_widths"),
+        "base_width": ("inner_widths",),
+        "cardinality": (),
+        "stem_width": ("stem_widths",),
+        "stem_type": ("stem_widths",),
+        "avg_down": ("shortcut",),
     }
 )
 # Those of which networks here have one value.
-_ONLY = types.MappingProxyType({"pool_include_prefix": False, "always_partition": False})
+_ONLY = types.MappingProxyType(
+    {
+        "pool_include_prefix": False,
+        "always_partition": False,
+        "output_stride": 32,
+        "replace_stem_pool": False,
+    }
+)
 # Others, as facts.
 _ARGUMENTS = types.MappingProxyType(
     {

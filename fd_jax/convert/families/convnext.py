@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from fd_jax.convert.containers.tensors import Tensor
 from fd_jax.convert.family import Family
 from fd_jax.convert.huggingface import HuggingFace
@@ -306,6 +308,12 @@ def _scaled(spec: ModelSpec) -> dict[str, Any]:
     return {**_staged(spec), "layer_scale_init_value": spec.arch["layer_scale"] or 0.0}
 
 
+def _pooled_norm(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """The norm of the mean token, which no feature depends on, for networks that lack it."""
+    ones = np.ones(spec.arch["widths"][-1], np.float32)
+    return {"layernorm.weight": ones, "layernorm.bias": np.zeros_like(ones)}
+
+
 _ASSUMED = (KERNELS_OF_7, EPSILON_1E6, NO_FINAL_NORM)
 _V1, _V2 = (*_ASSUMED, NO_RESPONSE_NORM), (*_ASSUMED, RESPONSE_NORM, NO_LAYER_SCALE)
 _NORMALISED = _HF + _POOLED_NORM
@@ -321,7 +329,7 @@ def _hf_layouts(
     table = _NORMALISED + more
     name = version.replace("convnext", "ConvNext").replace("v2", "V2")
     return (
-        HuggingFace(f"{name}Model", "convnext", table, (*needs, _POOLS), **common),
+        HuggingFace(f"{name}Model", "convnext", table, needs, extra=_pooled_norm, **common),
         HuggingFace(
             f"{name}ForImageClassification",
             "convnext",

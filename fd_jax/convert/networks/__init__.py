@@ -7,7 +7,7 @@ import math
 
 from fd_jax import model_folder
 from fd_jax.convert.containers.tensors import Container
-from fd_jax.convert.networks import convnext, segmenter, swin, vit
+from fd_jax.convert.networks import convnext, resnet, segmenter, swin, vit
 from fd_jax.convert.networks.network import Network
 from fd_jax.convert.rules.tables import Table
 from fd_jax.convert.rules.transforms import Shape
@@ -20,6 +20,7 @@ NETWORKS: dict[str, Network] = {
     "swin": swin.V1,
     "swin_v2": swin.V2,
     "convnext": convnext.NETWORK,
+    "resnet": resnet.NETWORK,
 }
 
 
@@ -30,7 +31,7 @@ def depths(spec: ModelSpec) -> tuple[int, ...]:
 
 def width(spec: ModelSpec) -> int:
     """Channels of the feature map."""
-    return NETWORKS[spec.family].width(spec.arch)
+    return spec.arch.get("lift") or NETWORKS[spec.family].width(spec.arch)
 
 
 def positions(spec: ModelSpec) -> str:

@@ -299,7 +299,7 @@ def _stand_ins(told: Mapping[str, Any]) -> dict[str, Any]:
 
 NETWORK = Network(
     depths=lambda arch: [arch["depth"]],
-    width=lambda arch: arch["width"],
+    width=lambda arch: arch.get("last_width") or arch["width"],
     positions=lambda arch: arch["position"],
     told=_told,
     asks=_asks,

@@ -25,13 +25,14 @@ from fd_jax.models.vit import ROTARY
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # timm's names of activations; its "gelu" is the erf one.
 ACTIVATIONS = {"gelu_erf": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-ACTIVATIONS["silu"] = "silu"
+ACTIVATIONS |= {"silu": "silu", "relu": "relu"}
 
 PIXELS = Need("pixels scaled by 1/255", lambda spec, paths: math.isclose(spec.pixel_scale, 1 / 255))
 # Facts by which a published architecture is recognised, so that its name can be written.
 _ALIKE = (
     "patch_size width depth heads mlp_width activation norm_eps gated_mlp registers mlp_norm "
-    "attn_norm embed_width depths window mlp_ratio pretrained_windows widths grn"
+    "attn_norm embed_width depths window mlp_ratio pretrained_windows widths grn stem_widths "
+    "inner_widths bottleneck shortcut"
 ).split()
 _PLAIN = {"gated_mlp": False, "mlp_norm": False, "attn_norm": False}
 _OTHER_CLASS = "distilled"  # in the names of architectures of a class of their own

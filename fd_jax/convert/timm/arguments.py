@@ -1,13 +1,15 @@
-"""The arguments of timm's VisionTransformer, Beit and ConvNeXt, and the parts that they have.
+"""The arguments of timm's VisionTransformer, Beit, ConvNeXt and ResNet, and their parts.
 
 The functions are those that `Timm` asks for; `families/` says which class takes which.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
+from fd_jax.convert.layout import need
+from fd_jax.convert.networks.resnet import base_width, expansion
 from fd_jax.convert.networks.vit import (
     ALL_ROWS,
     ALL_ROWS_NO_CLASS,
@@ -21,6 +23,8 @@ from fd_jax.convert.timm import ACTIVATIONS, Arguments, ratio, scale
 from fd_jax.models.spec import ModelSpec
 
 CONVOLVED = "convolved"  # word of variants whose MLPs are stored as 1x1 convolutions
+# Words of the variants of a ResNet.
+DEEP_STEM, POOLED_SHORTCUT = "deep_stem", "pooled_shortcut"
 
 
 def vit_variant(spec: ModelSpec) -> str:
@@ -152,3 +156,61 @@ def convnext_norm(spec: ModelSpec, paths: Set[str]) -> dict[str, np.ndarray]:
         return {}
     ones = np.ones(spec.arch["widths"][-1], np.float32)
     return {"head.norm.weight": ones, "head.norm.bias": np.zeros_like(ones)}
+
+
+def resnet_variant(spec: ModelSpec) -> str:
+    """The names of a network of another library."""
+    deep, pooled = len(spec.arch["stem_widths"]) > 1, spec.arch["shortcut"] == "pooled"
+    return variant_name(DEEP_STEM if deep else "", POOLED_SHORTCUT if pooled else "")
+
+
+def resnet_arguments(spec: ModelSpec, variant: str, parts: Set[str]) -> Arguments:
+    """The arguments of a ResNet; the class of its blocks is the architecture's."""
+    del variant, parts
+    arch = spec.arch
+    return {
+        "layers": arch["depths"],
+        "channels": [width // expansion(arch) for width in arch["widths"]],
+        "base_width": base_width(arch),
+        **_resnet_stem(arch["stem_widths"]),
+        "avg_down": arch["shortcut"] == "pooled",
+        "act_layer": ACTIVATIONS[arch["activation"]],
+    }
+
+
+def _resnet_stem(widths: Sequence[int]) -> Arguments:
+    """The arguments of a stem; the class makes a plain one of 64 channels and of no others."""
+    if len(widths) == 1:
+        return {"stem_type": "", "stem_width": 64}
+    kind = "deep" if widths[0] == widths[1] else "deep_tiered"
+    return {"stem_type": kind, "stem_width": widths[1]}
+
+
+def _stem_of(arguments: Arguments) -> list[int]:
+    """The widths that the class makes of such arguments."""
+    kind, width = arguments["stem_type"], arguments["stem_width"]
+    if not kind:
+        return [64]
+    return [3 * (width // 4) if "tiered" in kind else width, width, 2 * width]
+
+
+KNOWN_STEM = need(
+    "a stem of 64 channels, or of three widths as in ResNet-C or ResNet-T",
+    lambda arch: _stem_of(_resnet_stem(arch["stem_widths"])) == list(arch["stem_widths"]),
+)
+
+
+def resnet_parts(spec: ModelSpec, paths: Set[str]) -> set[str]:
+    """The classifier reads the mean of the map."""
+    return {"head"} if "head/kernel" in paths and spec.pooling == "mean" else set()
+
+
+def resnet_base(spec: ModelSpec, parts: Set[str]) -> str:
+    """An architecture with the same blocks."""
+    del parts
+    return "resnet50" if spec.arch["bottleneck"] else "resnet18"
+
+
+def resnet_alike(facts: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Whether an architecture has the class of blocks, which no argument says."""
+    return facts["bottleneck"] == spec.arch["bottleneck"]

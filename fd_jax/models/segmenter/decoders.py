@@ -12,9 +12,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fd_jax.models.batch_norm import BatchNorm, Statistics
+from fd_jax.models.convolution import Conv
 from fd_jax.models.layers import truncated_normal
-from fd_jax.models.segmenter.convolution import Conv, ConvNorm, drop_channels
-from fd_jax.models.segmenter.normalization import BatchNorm, Statistics
+from fd_jax.models.segmenter.convolution import ConvNorm, drop_channels
 from fd_jax.models.segmenter.resampling import adaptive_mean, resize
 
 BINS = (1, 2, 3, 6)

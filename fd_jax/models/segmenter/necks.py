@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers
+from fd_jax.models.batch_norm import BatchNorm, Statistics
 from fd_jax.models.segmenter.convolution import Deconv
-from fd_jax.models.segmenter.normalization import BatchNorm, Statistics
 
 STAGE_NORM_EPS = 1e-5
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models.backbone import Backbone
+from fd_jax.models.batch_norm import Statistics, fresh_statistics
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.segmenter import decoders, necks
-from fd_jax.models.segmenter.normalization import Statistics, fresh_statistics
 from fd_jax.models.vit import ViT
 from fd_jax.typing import PyTree
 
@@ -57,6 +57,11 @@ def levels(encoder: Backbone) -> Levels:
         raise ConfigError(
             f"a ViT with a grid of {encoder.grid[0]} x {encoder.grid[1]} patches has no four "
             "levels, since the last one has half its size; use a larger image_size"
+        )
+    if len(encoder.widths) > 1:
+        raise ConfigError(
+            f"a ViT whose last block has {encoder.widths[-1]} channels, and {encoder.widths[0]} "
+            "before it, has no four levels of one width; use segment.decoder='linear'"
         )
     blocks = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)
     return Levels(blocks, (encoder.width,) * 4, "pyramid")

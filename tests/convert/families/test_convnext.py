@@ -272,11 +272,24 @@ def test_networks_that_cannot_be_had_are_refused(tmp_path):
             importing.read("auto", path, facts=FACTS)
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_network_without_a_pooled_norm_gets_one_that_features_do_not_depend_on(kind, tmp_path):
+    """As a distilled student is; the norm is that of `pooler_output` alone."""
+    made = convnexts.spec(kind, image_size=64)
+    params = convnexts.random_params(made)
+    model_folder.save(tmp_path / "m", made, {"encoder": params})
+    exporting.export("huggingface", tmp_path / "m", tmp_path / "hf")
+    model, info = convnexts.MODELS[kind].from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values())
+    want = convnexts.hf_tokens(kind, model.eval(), images(made))
+    got = convnexts.bind(made, params)(images(made)).tokens
+    assert convnexts.relative(got, want) < TOLERANCE
+    again = importing.read("auto", tmp_path / "hf")
+    np.testing.assert_array_equal(again.params["fc_norm"]["scale"], 1)
+    assert again.spec.arch == {**made.arch, "layer_scale": again.spec.arch["layer_scale"]}
+
+
 def test_a_class_that_assumes_another_norm_is_not_written(tmp_path):
-    made = convnexts.spec("v1", image_size=64)
-    model_folder.save(tmp_path / "m", made, {"encoder": convnexts.random_params(made)})
-    with pytest.raises(ConversionError, match="a norm of the mean token before the head"):
-        exporting.export("huggingface", tmp_path / "m", tmp_path / "hf")
     classes = convnexts.save(tmp_path / "c", "v1", classes=5, image_size=64)
     with pytest.raises(ConversionError, match="a head whose norm has the epsilon of all others"):
         exporting.export("timm", classes, tmp_path / "timm")

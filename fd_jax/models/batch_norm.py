@@ -1,12 +1,16 @@
 """BatchNorm over the global batch, with running statistics that are passed in and returned.
 
-Modules hold scale and bias only. A forward pass gets the running statistics as a nested dict that
-mirrors the modules, {"mean": [C], "var": [C]} at the place of each BatchNorm, and returns the new
-ones. In training, statistics are plain means over all examples: inside of jax.jit, over a batch
-that is split over devices and hosts, these are means over the global batch, as in PyTorch's
-SyncBatchNorm. Examples have no weights here, because padding exists in evaluation only, where the
-running statistics are used.
+Modules of a segmenter hold scale and bias only. A forward pass gets the running statistics as a
+nested dict that mirrors the modules, {"mean": [C], "var": [C]} at the place of each BatchNorm, and
+returns the new ones. Those of an encoder are `KeptBatchNorm`s, which hold theirs as well, so that
+whoever runs a frozen encoder need not know that there are any. In training, statistics are plain
+means over all examples: inside of jax.jit, over a batch that is split over devices and hosts, these
+are means over the global batch, as in PyTorch's SyncBatchNorm. Examples have no weights here,
+because padding exists in evaluation only, where the running statistics are used.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 import jax
@@ -56,9 +60,10 @@ class BatchNorm(nnx.Module):
     mmsegmentation's configs keep.
     """
 
-    def __init__(self, width: int, *, dtype: jnp.dtype):
+    def __init__(self, width: int, *, dtype: jnp.dtype, eps: float = EPS):
         self.width = width
         self.dtype = dtype
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
@@ -73,21 +78,53 @@ class BatchNorm(nnx.Module):
             mean, var = _moments(x)
             statistics.running = _updated(statistics.running, mean, var, _values_per_channel(x))
         else:
-            mean, var = statistics.running["mean"], statistics.running["var"]
-        factor = jax.lax.rsqrt(var + EPS) * self.scale[...]
+            # A frozen encoder's are in its compute dtype, in which the sum would be rounded.
+            mean, var = (statistics.running[name].astype(x.dtype) for name in ("mean", "var"))
+        factor = jax.lax.rsqrt(var + self.eps) * self.scale[...]
         return ((x - mean) * factor + self.bias[...]).astype(self.dtype)
+
+
+class KeptBatchNorm(BatchNorm):
+    """A BatchNorm that holds its running statistics, `mean` and `var`, beside scale and bias.
+
+    No gradient reaches them. A pass still gets them from outside, see `kept_statistics`.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, eps: float, scale: float = 1.0):
+        super().__init__(width, dtype=dtype, eps=eps)
+        self.scale = nnx.Param(jnp.full((width,), scale, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((width,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((width,), jnp.float32))
+
+
+def is_statistic(path: str) -> bool:
+    """Whether a parameter of an encoder is a running statistic, by its path."""
+    return path.endswith(("norm/mean", "norm/var"))
+
+
+def kept_statistics(module: nnx.Module) -> PyTree:
+    """The running statistics that the BatchNorms of a module hold, as `Statistics` takes them."""
+    stored = _of_norms(module, lambda norm: {"mean": norm.mean[...], "var": norm.var[...]})
+    return jax.lax.stop_gradient(stored)
 
 
 def fresh_statistics(module: nnx.Module) -> PyTree:
     """The running statistics of all BatchNorms in a module before the first step."""
-    fresh = {}
+    return _of_norms(
+        module, lambda norm: {"mean": jnp.zeros(norm.width), "var": jnp.ones(norm.width)}
+    )
+
+
+def _of_norms(module: nnx.Module, make: Callable[[Any], PyTree]) -> PyTree:
+    """What is made of each BatchNorm, in a nested dict that mirrors the modules."""
+    found = {}
     for path, part in nnx.iter_modules(module):
         if isinstance(part, BatchNorm):
-            node = fresh
+            node = found
             for name in path:
                 node = node.setdefault(str(name), {})
-            node |= {"mean": jnp.zeros(part.width), "var": jnp.ones(part.width)}
-    return fresh
+            node |= make(part)
+    return found
 
 
 def _moments(x):
