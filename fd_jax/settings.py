@@ -12,6 +12,7 @@ network's sizes by its class, and the length of the data by `total_steps` and `c
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 from fd_jax import teacher_settings
@@ -218,6 +219,30 @@ TASKS: dict[str, dict[str, Rule]] = {
 # The sections that have a family and an architecture.
 NETWORKS = ("student", "model", "segment", "contrast")
 # The size of `model.arch` and `segment.arch` is that of the data.
+# Fields that configs of earlier versions do not have, with the values that change nothing.
+NEUTRAL: dict[str, Any] = {
+    "eval.keep_best": "",
+    "data.exif": False,
+    "data.match_classes": "name",
+    "data.class_names": "",
+    "data.sizes": [],
+    "data.phases": [],
+    "student.init_from": "",
+    "student.freeze_blocks": 0,
+    "student.mask.keep": 1.0,
+    "student.mask.by": "random",
+    "student.mask.teacher": "",
+    "student.keep_projector": False,
+    "model.freeze_blocks": 0,
+    "teacher.follow": False,
+    "teacher.targets": "",
+    "teacher.eval_targets": "",
+    "target.blocks": [],
+    "lora.rank": 0,
+    "lora.alpha": 16.0,
+    "lora.targets": ["qkv", "proj", "fc1", "fc2"],
+}
+
 OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",
@@ -227,27 +252,23 @@ OPTIONAL = (
         for fields in architectures.OPTIONAL.values()
         for field in fields
     ),
-    # Fields that configs of earlier versions do not have.
-    "eval.keep_best",
-    "data.exif",
-    "data.match_classes",
-    "data.class_names",
-    "student.init_from",
-    "student.freeze_blocks",
-    "student.mask.keep",
-    "student.mask.by",
-    "student.mask.teacher",
-    "student.keep_projector",
-    "model.freeze_blocks",
-    "teacher.follow",
-    "teacher.targets",
-    "teacher.eval_targets",
-    *_STARTS,
+    *NEUTRAL,
     # What few targets need.
     "target.statistics",
     "target.freeze_after",
-    "target.blocks",
 )
+
+
+def changes_nothing(name: str, value: Any) -> bool:
+    """Whether a config with this value means the same as one of an earlier version without it.
+
+    Args:
+      name: dotted name of the field.
+      value: as JSON has it.
+    """
+    field = re.sub(r"^teachers\.\w+\.", "teacher.", name)
+    field = field.removeprefix("teacher.") if field.startswith("teacher.target.") else field
+    return field in NEUTRAL and value == NEUTRAL[field]
 
 
 # What a student of any family in `student.init_from` is adapted to.

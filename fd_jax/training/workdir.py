@@ -9,7 +9,7 @@ import jax
 from fd_jax import files, sharding
 from fd_jax.data.contents import changes
 from fd_jax.errors import CheckpointError, differences
-from fd_jax.settings import flat
+from fd_jax.settings import changes_nothing, flat
 from fd_jax.training import metric_writer
 from fd_jax.typing import Config
 
@@ -27,8 +27,9 @@ def check(workdir: epath.Path, config: Config, *, accept: bool) -> None:
       CheckpointError: config.json differs and `accept` is not set; the message lists each field.
     """
     if (workdir / CONFIG).exists() and not accept:
-        changed = differences(flat(read_config(workdir)), flat(json.loads(_text(config))))
-        if changed:
+        before, now = flat(read_config(workdir)), flat(json.loads(_text(config)))
+        known = {n: v for n, v in now.items() if n in before or not changes_nothing(n, v)}
+        if changed := differences(before, known):
             raise CheckpointError(
                 f"{workdir} was started with another config:\n"
                 + "\n".join(changed)
