@@ -98,16 +98,18 @@ def _returned(more: Mapping[str, Any]) -> str:
     back = [row for row in rows.values() if row["is"] == "equal"]
     exact = sum(row["difference"] == 0 for row in back)
     same = sum(row["same"] == row["tensors"] for row in back)
-    lines = [f"| {name} | {_back(row)} |" for name, row in rows.items() if not _plain(row)]
+    read = {name: row for name, row in rows.items() if row["is"] != "refused"}
+    lines = [f"| {name} | {_back(row)} |" for name, row in read.items() if not _plain(row)]
     return f"""
 ## Back to their libraries
 
 `python -m benchmarks.coverage --returned` imports backbones of timm and transformers, exports them
 (`--format=timm`, `--format=huggingface`), opens the folders with their own library, strictly, and
-compares features with those before the import. Of the {len(rows)} that were run, {len(back)} came
-back with equal features, {exact} of them bit for bit, and {same} with all tensors under their own
-names, bit for bit. The others are below: mask tokens are not kept and written as zeros, a class
-without its head has other names, and distillation tokens hold their positions.
+compares features with those before the import. Of the {len(rows)} that were run, the import or the
+export refused {len(rows) - len(read)}; {len(back)} came back with equal features, {exact} of them
+bit for bit, and {same} with all tensors under their own names, bit for bit. The others are below:
+mask tokens are not kept and written as zeros, a class without its head has other names, and
+distillation tokens hold their positions.
 
 | backbone | came back |
 |---|---|

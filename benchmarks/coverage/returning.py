@@ -32,7 +32,7 @@ def returned(made: Made, library: str, folder: Path) -> dict[str, Any]:
       are the file's under the same name, bit for bit.
     """
     try:
-        importing.import_file("auto", made.folder, folder / "model")
+        importing.import_file("auto", made.folder, folder / "model", facts=made.facts)
         exporting.export(FORMATS[library], folder / "model", folder / "back")
     except UserError as error:
         return {"is": "refused", "says": comparing.short(str(error).replace(str(folder), ""))}
