@@ -179,6 +179,7 @@ def test_a_run_says_what_its_folders_hold(data):
     assert account.found(Feed(**config.data)) == (
         f"{root.replace('{split}', 'abc')}: 3 pictures; 3 classes; "
         f"held out: {root.replace('{split}', 'bc')}: 2 pictures; 2 classes"
+        " (one is 50 points)"
     )
 
 

@@ -472,14 +472,32 @@ def run_train(*flags):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--num_processes=2", "--process_id=0"], "add --coordinator=HOST:PORT"),
-        (["--coordinator=localhost:1", "--num_processes=2"], "--process_id from 0 to N - 1"),
-        (["--distributed"], "jax.distributed cannot detect the other processes"),
+        pytest.param(
+            ["--num_processes=2", "--process_id=0"],
+            "add --coordinator=HOST:PORT",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--coordinator=localhost:1", "--num_processes=2"],
+            "--process_id from 0 to N - 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--distributed"],
+            "jax.distributed cannot detect the other processes",
+            marks=pytest.mark.slow,
+        ),
         (["--config.colour=red"], "no field colour; configs/base.py"),
         (["--config.lr=1"], "no field lr; there is optim.lr_batch, optim.min_lr, optim.peak_lr"),
-        (["--config.student.famly=vit"], "no field famly; did you mean family? configs/base.py"),
-        (["--config.batch_size=many"], "batch_size"),
-        (["--config.dtype=float16"], "dtype='float16' is unknown"),
+        pytest.param(
+            ["--config.student.famly=vit"],
+            "no field famly; did you mean family? configs/base.py",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--config.batch_size=many"], "batch_size", marks=pytest.mark.slow),
+        pytest.param(
+            ["--config.dtype=float16"], "dtype='float16' is unknown", marks=pytest.mark.slow
+        ),
         (["--config.teacher.path=nowhere"], "no model folder at nowhere"),
     ],
 )

@@ -144,8 +144,10 @@ def test_eval_only_without_a_model_is_refused(config, tmp_path):
     "flags,message",
     [
         ((), "init_from is empty"),
-        (("--config.init_from=nowhere",), "no model folder at nowhere"),
-        (("--config.mixing.mixup=lots",), "mixup"),
+        pytest.param(
+            ("--config.init_from=nowhere",), "no model folder at nowhere", marks=pytest.mark.slow
+        ),
+        pytest.param(("--config.mixing.mixup=lots",), "mixup", marks=pytest.mark.slow),
         (("--eval_only",), "--eval_only needs a trained classifier"),
     ],
     ids=str,

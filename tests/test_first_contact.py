@@ -242,9 +242,14 @@ with console.quiet():
     [
         (NOISE, False),
         (WARNING, True),
-        (f"{NOISE}; raise KeyError", True),
-        (f"from absl import logging; logging.set_verbosity(0)\n{NOISE}", True),
-        (f"{DISTRIBUTED}{NOISE}", True),
+        *(
+            pytest.param(code, True, marks=pytest.mark.slow)
+            for code in (
+                f"{NOISE}; raise KeyError",
+                f"from absl import logging; logging.set_verbosity(0)\n{NOISE}",
+                f"{DISTRIBUTED}{NOISE}",
+            )
+        ),
     ],
 )
 def test_noise_of_libraries_is_shown_only_if_they_fail_or_on_request(code, shown):

@@ -134,7 +134,7 @@ def edit(folder, **fields):
     [
         ({"format_version": 99}, "format version 99"),
         ({"colour": "red"}, "'colour': there is no such field"),
-        ({"family": "resnet"}, "family='resnet' is unknown"),
+        ({"family": "hiera"}, "family='hiera' is unknown"),
         ({"arch": {**tiny.TEACHER, "depth": 3}}, "missing encoder/blocks/2/"),
         ({"arch": {**tiny.TEACHER, "depth": 1}}, "unexpected encoder/blocks/1/"),
         ({"arch": {**tiny.TEACHER, "mlp_width": 64}}, r"has shape \(48, 96\), expected \(48, 64\)"),

@@ -247,6 +247,7 @@ def test_different_sizes_can_be_resized(run, tmp_path):
     assert figures(tmp_path)["image_size"] == 24
 
 
+@pytest.mark.slow
 def test_a_swin_has_the_figures_of_its_windows(run, tmp_path):
     status, _, err = run("swin", figures=ATTENTION)
     assert status == 0, err

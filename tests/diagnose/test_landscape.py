@@ -127,7 +127,9 @@ def test_filters_of_a_literal_direction_have_the_norms_of_the_weights(name):
             assert not same_norms(path, noise, theta), path
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", ["rpb", *(pytest.param(n, marks=pytest.mark.slow) for n in SPECS if n != "rpb")]
+)
 def test_zeroed_and_literal_differ_exactly_in_the_tables(name):
     params = all_params(SPECS[name])
     zeroed, literal = (
@@ -291,7 +293,11 @@ def measured(measurement, batches, *, params=None):
 
 @pytest.mark.parametrize(
     ("name", "pooling", "image_size"),
-    [("rpb", "mean_norm", 48), ("ape", "cls", None), ("swin", "mean", None)],
+    [
+        ("rpb", "mean_norm", 48),
+        pytest.param("ape", "cls", None, marks=pytest.mark.slow),
+        pytest.param("swin", "mean", None, marks=pytest.mark.slow),
+    ],
 )
 def test_points_equal_a_plain_evaluation_of_the_perturbed_network(
     tmp_path, name, pooling, image_size

@@ -167,7 +167,7 @@ def test_every_parameter_has_axes_a_filter_and_a_layer(name):
 @pytest.mark.parametrize("position", ["ape", "rope"])
 def test_a_field_that_is_left_out_has_the_value_that_changes_nothing(position):
     fields = {"rope_pairs": "halves", "rope_reference": None, "rope_offset": 0.0, "rope_axes": "yx"}
-    fields |= {"rope_theta": 100.0, "partial_patches": "refuse"}
+    fields |= {"rope_theta": 100.0, "partial_patches": "refuse", "lift": None, "last_width": None}
     fields |= dict.fromkeys(("gated_mlp", "mlp_norm", "attn_norm"), False)
     assert fields.keys() == set(architectures.OPTIONAL["vit"])
 

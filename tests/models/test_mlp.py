@@ -19,6 +19,7 @@ OTHERS = {
     "gelu_tanh": "quick_gelu",
     "quick_gelu": "gelu_erf",
     "silu": "quick_gelu",
+    "relu": "gelu_erf",
 }
 
 

@@ -70,7 +70,9 @@ LIFTED = {
 }
 
 
-@pytest.mark.parametrize("family", LIFTED)
+@pytest.mark.parametrize(
+    "family", ["vit", *(pytest.param(f, marks=pytest.mark.slow) for f in LIFTED if f != "vit")]
+)
 def test_a_lift_is_a_linear_map_of_the_last_tokens(family, tmp_path):
     spec = LIFTED[family]
     params = jax.tree.map(np.asarray, vits.random_params(spec))

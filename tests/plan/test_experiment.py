@@ -194,23 +194,19 @@ def command(*flags):
     [
         ([], "--config is missing"),
         (["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:3"], "is unknown"),
-        (
-            ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=/no/x"],
-            "there is no folder /no",
-        ),
-        (
-            ["--config=configs/distill_clip_vit_b16.py", "--topology=v5e:2x2", "--output=docs"],
-            "--output=docs is a folder",
-        ),
-        (["--config=configs/nope.py", "--topology=v5e:2x2"], "--config: cannot read the config"),
-        (["--config=configs/base.py", "--topology=v5e:2x2"], "a file without get_config()"),
-        (
-            [
-                "--config=configs/finetune_clip_vit_b16.py",
-                "--topology=v5e:2x2",
-                "--start=configs/base.py",
-            ],
-            "it has no student",
+        *(
+            pytest.param(
+                [f"--config=configs/{config}.py", "--topology=v5e:2x2", *flags],
+                message,
+                marks=pytest.mark.slow,
+            )
+            for config, flags, message in (
+                ("distill_clip_vit_b16", ["--output=/no/x"], "there is no folder /no"),
+                ("distill_clip_vit_b16", ["--output=docs"], "--output=docs is a folder"),
+                ("nope", [], "--config: cannot read the config"),
+                ("base", [], "a file without get_config()"),
+                ("finetune_clip_vit_b16", ["--start=configs/base.py"], "it has no student"),
+            )
         ),
     ],
 )

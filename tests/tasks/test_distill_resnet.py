@@ -145,6 +145,7 @@ def test_what_makes_no_sense_is_refused(fields, message, folders):
         DistillTask(config(folders["vit"], **fields))
 
 
+@pytest.mark.slow
 def test_other_runs_keep_the_statistics_of_their_folder(folders):
     """Neither a gradient nor decay reaches them, as in `FrozenBatchNorm2d` of torchvision."""
     task = ClassifyTask(

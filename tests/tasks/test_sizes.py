@@ -155,6 +155,7 @@ RUN = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_of_parts_and_sizes_resumes_bit_for_bit(
     teacher, embedded_data, tmp_path, capsys, monkeypatch
 ):

@@ -62,7 +62,7 @@ BAD = {
     "no description": (None, "no model.json in the metadata"),
     "no json": ("{", "is not a model description"),
     "another version": ({"format_version": 99}, "format version 99"),
-    "unknown family": ({"family": "resnet"}, "family='resnet' is unknown"),
+    "unknown family": ({"family": "hiera"}, "family='hiera' is unknown"),
     "unknown keyword": ({"arch": {"colour": 1}}, "describes no network"),
     "no arch": ({"arch": None}, "describes no network"),
     "too deep": ({"arch": {"depth": 10**6}}, "describes no network: arch.depth=1000000"),
