@@ -7,12 +7,16 @@
 # this class, without an error. fd_jax refuses a config.json of a ResNet whose hidden_act is not relu,
 # and writes no other one.
 #
-# Observed: GELU 5 ReLU 4   (a stem and four blocks of two convolutions)
-# Needs transformers and torch; set PYTHON to an interpreter that has them.
+# Seen, for a stem and four blocks of two convolutions: GELU 5, ReLU 4
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$PYTHON" -m venv "$folder/env"
+"$folder/env/bin/pip" install --quiet --disable-pip-version-check \
+  torch==2.13.0 transformers==5.23.0 numpy==2.4.6 2>/dev/null
 
-"$PYTHON" - <<'PY'
+cat > "$folder/count.py" <<'PY'
 import collections
 
 import torch
@@ -30,5 +34,8 @@ for module in model.modules():
         module.register_forward_hook(lambda m, *_: called.update(["GELU"]))
 with torch.no_grad():
     model(torch.zeros(1, 3, 64, 64))
-print("GELU", sum(n for k, n in called.items() if "GELU" in k), "ReLU", called["ReLU"])
+gelu, relu = sum(n for k, n in called.items() if "GELU" in k), called["ReLU"]
+print(f"GELU {gelu}, ReLU {relu}")
+assert (gelu, relu) == (5, 4)
 PY
+"$folder/env/bin/python" "$folder/count.py" 2>/dev/null
