@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 from tests import xla
@@ -60,6 +61,16 @@ def pytest_collection_modifyitems(items):
         return next(matches, len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Torch starts each process from another random state; its models are to be the same anywhere.
+
+    Before a test's fixtures, because those of whole modules make models too.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -62,8 +62,8 @@ def randomized(module, seed=0):
             tensor.uniform_(0.5, 2.0)
         elif tensor.ndim > 1:
             tensor.normal_(0, tensor[0].numel() ** -0.5)
-        elif tensor.is_floating_point():
-            tensor.add_(0.2 * torch.randn_like(tensor))
+        elif tensor.is_floating_point():  # a convolution's own bias is drawn before the seed
+            tensor.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
     return module.double()
 
 
