@@ -1,7 +1,7 @@
 """What commands have in common on the terminal: messages, a bar of progress, their own flags."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging as python_logging
 import os
@@ -141,6 +141,19 @@ def parser(command: str, description: str | None, **options: Any) -> argparse.Ar
     )
     result.add_argument("--version", action="version", version=version())
     return result
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is a whole number from `least` on."""
+
+    def parsed(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: expected a whole number from {least} on")
+        return value
+
+    parsed.__name__ = "whole number"  # in the message of argparse about a text that is none
+    return parsed
 
 
 def version() -> str:

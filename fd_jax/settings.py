@@ -104,7 +104,7 @@ COMMON: dict[str, Rule] = {
 }
 
 # The further fields of the tasks that see whole pictures, with a cosine schedule.
-PICTURES: dict[str, Rule] = {
+_PICTURES: dict[str, Rule] = {
     "eval.knn": whole(0, "neighbours; 0 is off"),
     "data.name": Text("the name of a TFDS dataset, or folder:/path"),
     "data.min_area": Number(above=0, most=1, unit="share of the picture"),
@@ -137,7 +137,7 @@ _FREEZE = whole(0, "blocks; 0 trains all", most=architectures.MOST_BLOCKS)
 # The further fields of each task, by the section that selects it (`registry.KINDS`).
 TASKS: dict[str, dict[str, Rule]] = {
     registry.DISTILLATION.section: {
-        **PICTURES,
+        **_PICTURES,
         **_STARTS,
         **teacher_settings.SINGLE,
         "eval.keep_best": _figure(*_OF_A_STUDENT),
@@ -151,7 +151,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "student.keep_projector": FLAG,
     },
     registry.CLASSIFICATION.section: {
-        **PICTURES,
+        **_PICTURES,
         **_STARTS,
         "eval.keep_best": _figure("loss", "top1", "top5", *_NEIGHBOURS),
         "model.family": Choice(("", *FAMILIES)),
@@ -206,7 +206,7 @@ TASKS: dict[str, dict[str, Rule]] = {
         "optim.decay_positions": FLAG,
     },
     registry.CONTRAST.section: {
-        **PICTURES,
+        **_PICTURES,
         "eval.keep_best": _figure("loss", *_NEIGHBOURS),
         "contrast.family": Choice(tuple(FAMILIES)),
         "contrast.width": whole(1, "channels of the vectors that are compared"),
@@ -218,7 +218,7 @@ TASKS: dict[str, dict[str, Rule]] = {
 
 # The sections that have a family and an architecture.
 NETWORKS = ("student", "model", "segment", "contrast")
-# The size of `model.arch` and `segment.arch` is that of the data.
+
 # Fields that configs of earlier versions do not have, with the values that change nothing.
 NEUTRAL: dict[str, Any] = {
     "eval.keep_best": "",
@@ -243,6 +243,7 @@ NEUTRAL: dict[str, Any] = {
     "lora.targets": ["qkv", "proj", "fc1", "fc2"],
 }
 
+# Fields that need not be there. The size of `model.arch` and `segment.arch` is that of the data.
 OPTIONAL = (
     "model.arch.image_size",
     "segment.arch.image_size",

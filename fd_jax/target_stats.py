@@ -13,24 +13,21 @@ processes share the work.
 
 import argparse
 from collections.abc import Iterator, Sequence
-import os
 import sys
 import time
 from typing import Any
 
 from etils import epath
 import jax
-import ml_collections
 import numpy as np
 
-from fd_jax import console, sharding, storage
+from fd_jax import console, sharding
 from fd_jax.cli import processes
-from fd_jax.console import say
-from fd_jax.errors import ConfigError, DataError, UserError
+from fd_jax.console import at_least, say
+from fd_jax.errors import ConfigError, DataError
 from fd_jax.models.features import FeatureMap
 from fd_jax.normalization import statistics
 from fd_jax.normalization.spectrum import Moments, Spectrum, Sums, sums_about
-from fd_jax.precision import compute_dtype
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.typing import Batch, PyTree
 
@@ -144,32 +141,17 @@ def place(host: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     args = _parser().parse_args(argv)
-    try:
-        processes.start(
-            distributed=args.distributed,
-            coordinator=args.coordinator,
-            num_processes=args.num_processes,
-            process_id=args.process_id,
-        )
-        with storage.one_message(args.output):
-            _run(args)
-    except ModuleNotFoundError as error:
-        return processes.fail(f"{error}; install it with pip install 'fd_jax[train]'")
-    except UserError as error:
-        return processes.fail(str(error))
-    return 0
+    return processes.run(args, lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     from fd_jax.data import datasets
 
-    console.open_devices()
     output = _check_output(epath.Path(args.output), overwrite=args.overwrite)
-    fields = {"path": args.teacher, "source": "", "drop_path": 0.0, "stages": args.stages}
-    section = ml_collections.ConfigDict({**fields, "image_size": args.image_size})
-    teacher = Teacher(section, dtype=compute_dtype(args.dtype), head=False)
+    teacher = Teacher.of_folder(
+        args.teacher, image_size=args.image_size, stages=args.stages, dtype=args.dtype
+    )
     name = datasets.name_of(args.data)
     whole = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
     dataset = datasets.spread(whole, args.images) if args.images else whole
@@ -205,14 +187,6 @@ def _check_output(output: epath.Path, *, overwrite: bool) -> epath.Path:
     return output
 
 
-def _whole(text: str) -> int:
-    """A whole number from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value}: expected a whole number from 0 on")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("python -m fd_jax.target_stats", __doc__)
     add = parser.add_argument
@@ -221,27 +195,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="split of the dataset, such as train[:10%%]")
     add("--data_dir", help="folder of prepared TFDS data")
     add("--output", required=True, help="file to write; its name ends in .npz")
-    add("--image_size", type=_whole, default=0, help="input size of the teacher in the run")
+    add("--image_size", type=at_least(0), default=0, help="input size of the teacher in the run")
     add(
         "--data_size",
-        type=_whole,
+        type=at_least(0),
         default=0,
         help="data.image_size of the run, if the teacher resizes its pictures; default: the same",
     )
-    add("--stages", type=_whole, default=0, help="teacher.stages of the run")
+    add("--stages", type=at_least(0), default=0, help="teacher.stages of the run")
     add("--before_norm", action="store_true", help="for target.after_norm=False")
     add(
         "--images",
-        type=_whole,
+        type=at_least(0),
         default=IMAGES,
         help=f"number of pictures, spread evenly over the data; 0 for all; default: {IMAGES}",
     )
     add("--dtype", default="auto", help="dtype of the teacher, as in the run: auto, float32, ...")
-    add("--batch_size", type=_whole, default=0, help="over all devices; default: 32 per device")
+    add(
+        "--batch_size",
+        type=at_least(0),
+        default=0,
+        help="over all devices; default: 32 per device",
+    )
     add("--threads", type=int, default=16, help="number of decoding threads per process")
     add(
         "--max_broken",
-        type=_whole,
+        type=at_least(0),
         default=0,
         help="number of unreadable pictures that each process may leave out",
     )

@@ -270,7 +270,7 @@ def test_the_report_of_fine_tuning_has_curves_rates_and_a_final_table(tuned):
 
 def test_the_report_shows_the_classes_that_were_measured(tuned):
     matrix = np.array([[3, 1, 0], [0, 4, 0], [1, 1, 2]])
-    text = tables.confusion(["cat", "a|b", "rocket"], matrix)
+    text = tables.confusion(matrix, ["cat", "a|b", "rocket"])
     (tuned / tables.CONFUSION).write_text(text)
     folder = report.write_report(tuned)
     text = (folder / "report.md").read_text()
@@ -290,7 +290,7 @@ def test_of_many_classes_the_report_lists_the_worst(tmp_path):
     matrix = np.diag(right)
     matrix[:, 0] += 1  # every class is mistaken once for the first, which has most of its own
     matrix[0, 0] = 0
-    (tmp_path / tables.CONFUSION).write_text(tables.confusion(names, matrix))
+    (tmp_path / tables.CONFUSION).write_text(tables.confusion(matrix, names))
     *_, table = classes.blocks(tmp_path, report.writing.epath.Path(tmp_path))
     assert [row[0] for row in table.rows[:3]] == ["class1", "class2", "class3"]
     assert len(table.rows) == 100

@@ -102,7 +102,7 @@ def _unknown_field(message: str) -> str:
 
 def _alike(name: str) -> str:
     """Fields of sections that have the name as a word of their own: optim.peak_lr for lr."""
-    fields = {*settings.COMMON, *settings.PICTURES, *itertools.chain(*settings.TASKS.values())}
+    fields = {*settings.COMMON, *itertools.chain(*settings.TASKS.values())}
     last = {field: field.rpartition(".")[2] for field in fields}
     found = sorted(field for field, word in last.items() if name in word.split("_"))
     return f"there is {', '.join(found)}; " if found else ""

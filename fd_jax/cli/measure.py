@@ -22,7 +22,6 @@ from fd_jax.training.program import build
 from fd_jax.typing import Config
 
 THROUGHPUT_SECONDS = 10.0
-MOST_LINES = 100  # classes up to which their table is also printed
 
 
 def measure(
@@ -90,9 +89,9 @@ def measure(
             table = tables.per_class(matrix, task.spec.class_names)
             files.write_text(workdir / "per_class.md", table)
             pictures.confusion(matrix, workdir / "confusion.png", task.spec.class_names)
-            names = task.spec.class_names or [str(k) for k in range(len(matrix))]
-            files.write_text(workdir / tables.CONFUSION, tables.confusion(names, matrix))
-            if len(matrix) <= MOST_LINES:
+            content = tables.confusion(matrix, task.spec.class_names)
+            files.write_text(workdir / tables.CONFUSION, content)
+            if len(matrix) <= tables.MOST_ROWS:
                 say(f"\n{table}")
     written = [
         "evaluation.json",

@@ -75,7 +75,7 @@ def measure(
             names = data.class_names or [str(k) for k in range(evaluator.classes)]
             table = overlays.per_class(names, result.iou, result.accuracy)
             files.write_text(workdir / "per_class.csv", table)
-            files.write_text(workdir / tables.CONFUSION, tables.confusion(names, matrix))
+            files.write_text(workdir / tables.CONFUSION, tables.confusion(matrix, names))
             files.write_text(workdir / "overlays.html", _page(model, data, names))
         say(f"written to {workdir}")
     return figures

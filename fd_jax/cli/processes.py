@@ -1,11 +1,13 @@
 """Start of several processes that compute together, and the end of one that cannot go on."""
 
 import argparse
+from collections.abc import Callable
 import os
 import sys
 
 import jax
 
+from fd_jax import console, storage
 from fd_jax.errors import UserError
 
 
@@ -72,7 +74,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process_id", type=int, help="index of this process, from 0")
 
 
-def fail(message: str) -> int:
+def run(args: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Joins the other processes, opens the devices and does the work of a command.
+
+    Args:
+      args: values of the flags of `add_flags`, and of `--output`, which errors of storage name.
+      work: what the command does.
+
+    Returns:
+      The exit status: 2 after a mistake of the user, which is one message.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
+    try:
+        start(
+            distributed=args.distributed,
+            coordinator=args.coordinator,
+            num_processes=args.num_processes,
+            process_id=args.process_id,
+        )
+        console.open_devices()
+        with storage.one_message(args.output):
+            work()
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; install it with pip install 'fd_jax[train]'")
+    except UserError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
     """Prints an error and returns the exit status; one of several processes ends here."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if jax.process_count() > 1:

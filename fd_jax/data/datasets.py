@@ -273,6 +273,13 @@ class View:
         self.num_classes: int | None = dataset.num_classes
         self.class_names: tuple[str, ...] | None = dataset.class_names
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def describe(self, index: int) -> str:
+        """Returns the description of the example in the dataset itself."""
+        return self.dataset.describe(index)
+
     def files(self) -> list[tuple[str, str]]:
         """The files of the whole dataset."""
         return self.dataset.files()
@@ -315,16 +322,9 @@ class Renumbered(View):
         elif self._numbers != tuple(range(wanted.count)):
             self.class_names = None
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> Example:
         image, label = self.dataset[index]
         return Example(image, self._numbers[label] if label >= 0 else label)
-
-    def describe(self, index: int) -> str:
-        """Returns the description of the example in the dataset itself."""
-        return self.dataset.describe(index)
 
 
 def original(dataset: Dataset) -> Dataset:

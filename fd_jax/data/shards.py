@@ -31,21 +31,30 @@ def check(name: str, instructions: Sequence[Any], *, remedy: str) -> None:
         )
 
 
-def _problem(instruction: Any) -> str | None:
-    """What is wrong with a shard; None if nothing is."""
+def count(path: epath.Path) -> int:
+    """Number of records of an ArrayRecord file, of which the end is read.
+
+    Raises:
+      RuntimeError, ValueError: it is no whole file.
+    """
     # A compiled module, which the type checker does not see.
     from array_record.python import array_record_module  # type: ignore[attr-defined]
 
+    reader = array_record_module.ArrayRecordReader(
+        str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768
+    )
+    found = reader.num_records()
+    reader.close()
+    return found
+
+
+def _problem(instruction: Any) -> str | None:
+    """What is wrong with a shard; None if nothing is."""
     path = epath.Path(instruction.filename)
     if not path.exists():
         return f"{path} is missing"
     try:
-        reader = array_record_module.ArrayRecordReader(
-            str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768
-        )
-        found = reader.num_records()
-        reader.close()
-    # How ArrayRecord reports a file that is no whole one.
+        found = count(path)
     except (RuntimeError, ValueError) as error:
         return f"{path} is cut off or damaged ({str(error)[:80] or 'no end'})"
     expected = instruction.examples_in_shard

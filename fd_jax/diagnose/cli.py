@@ -12,37 +12,24 @@ it is given again. What the figures mean is in docs/figures.md.
 
 import argparse
 from collections.abc import Sequence
-import os
 import sys
 
-from fd_jax import console, storage
+from fd_jax import console
 from fd_jax.cli import processes
 from fd_jax.diagnose import catalogue
-from fd_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    try:
-        processes.start(
-            distributed=args.distributed,
-            coordinator=args.coordinator,
-            num_processes=args.num_processes,
-            process_id=args.process_id,
-        )
-        console.open_devices()
+
+    def work() -> None:
         from fd_jax.diagnose import run  # needs the packages of the extra "train"
 
-        with storage.one_message(args.output):
-            run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
-    except ModuleNotFoundError as error:
-        return processes.fail(f"{error}; install it with pip install 'fd_jax[train]'")
-    except UserError as error:
-        return processes.fail(str(error))
-    return 0
+        run.run(args, ["python", "-m", "fd_jax.diagnose", *argv])
+
+    return processes.run(args, work)
 
 
 def _list_of_figures() -> str:

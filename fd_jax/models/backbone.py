@@ -107,17 +107,17 @@ class Backbone(nnx.Module):
 
     def _features(self, visit: Visit, *, final_norm: bool = True) -> FeatureMap:
         """The feature map of the last block, normalised and lifted where the network does that."""
-        x = visit.after
-        if final_norm and self.norm is not None:
-            x = self.norm(x)
-        if self.lift is not None:
-            if not final_norm and self.norm is not None:
-                raise ConfigError(
-                    "features before the final norm are asked for (target.after_norm=False), but "
-                    "this network lifts its tokens after it; set target.after_norm=True"
-                )
-            x = self.lift(x)
-        return self._feature_map(x, visit)
+        features = self._feature_map(visit.after, visit)
+        if final_norm:
+            features = self.normed(features)
+        if self.lift is None:
+            return features
+        if not final_norm and self.norm is not None:
+            raise ConfigError(
+                "features before the final norm are asked for (target.after_norm=False), but "
+                "this network lifts its tokens after it; set target.after_norm=True"
+            )
+        return dataclasses.replace(features, tokens=self.lift(features.tokens))
 
     def measured(
         self, images: jax.Array, *, drops: jax.Array | None = None, keep: jax.Array | None = None

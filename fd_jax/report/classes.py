@@ -4,8 +4,6 @@ from etils import epath
 
 from fd_jax.show import document, pictures, tables
 
-MOST_ROWS = 100  # classes up to which all are listed; of more, those with the lowest accuracy
-
 
 def blocks(workdir: epath.Path, folder: epath.Path) -> list[document.Block]:
     """The confusion matrix and a table of the classes, or how to get them.
@@ -30,9 +28,10 @@ def blocks(workdir: epath.Path, folder: epath.Path) -> list[document.Block]:
     names, matrix = tables.read_confusion(path)
     pictures.confusion(matrix, folder / "confusion.png", names)
     rows = tables.class_rows(matrix, names)
-    if shown := len(rows) > MOST_ROWS:
-        rows = sorted(rows, key=lambda row: float(row[2] or "inf"))[:MOST_ROWS]
-    text = f"The {MOST_ROWS} of {len(names)} classes with the lowest accuracy. " if shown else ""
+    text = ""
+    if len(rows) > tables.MOST_ROWS:
+        rows = sorted(rows, key=lambda row: float(row[2] or "inf"))[: tables.MOST_ROWS]
+        text = f"The {len(rows)} of {len(names)} classes with the lowest accuracy. "
     return [
         heading,
         document.Paragraph(

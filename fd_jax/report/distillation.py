@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fd_jax import files, model_folder
+from fd_jax import files, model_folder, settings
 from fd_jax.data.feed import Feed
 from fd_jax.errors import ConfigError, UserError
 from fd_jax.evaluation import agreement
@@ -280,9 +280,8 @@ def _origin(task: DistillTask) -> str:
 
 def _expectation(config: Config, feed: Feed) -> list[document.Block]:
     """What a run that is short beside the paper's may be expected to reach."""
-    pictures_seen = config.batch_size * (
-        config.steps or int(config.epochs * feed.steps_per_epoch(config.batch_size))
-    )
+    steps = settings.total_steps(config, feed.steps_per_epoch(config.batch_size))
+    pictures_seen = config.batch_size * steps
     if pictures_seen > PAPERS_CROPS / 10:
         return []
     return [

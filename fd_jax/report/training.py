@@ -102,4 +102,5 @@ def _rates(rows: Rows) -> list[tuple[str, str]]:
 def _final(name: str, points: Sequence[tuple[int, float]], rows: Rows) -> tuple[str, ...]:
     """The last value and the best one; of equal ones the one that `eval.keep_best` would keep."""
     best = Best(name, rows)
-    return name, f"{points[-1][1]:.5f}", f"{best.value:.5f}", str(best.step)
+    step = "" if best.step is None else str(best.step)  # None: it was never a number
+    return name, f"{points[-1][1]:.5f}", f"{best.value:.5f}", step

@@ -11,6 +11,7 @@ from fd_jax.errors import UserError
 from fd_jax.show import html
 
 CONFUSION = "confusion.csv"  # file in a workdir with the text of `confusion`
+MOST_ROWS = 100  # classes up to which people are shown all of them
 CLASSES = ("class", "images", "accuracy", "most often taken for")  # heads of `class_rows`
 
 
@@ -47,17 +48,18 @@ def class_rows(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> 
     return rows
 
 
-def confusion(class_names: Sequence[str], matrix: np.ndarray) -> str:
+def confusion(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> str:
     """CSV table: a row for each label, a column for each prediction.
 
     Args:
-      class_names: name of each class.
       matrix: counts [K, K] of any dtype, a row for each label.
+      class_names: name of each class; None to call them by their numbers.
     """
+    names = class_names or [str(k) for k in range(len(matrix))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("label", *class_names))
-    for name, row in zip(class_names, matrix.astype(np.int64).tolist(), strict=True):
+    writer.writerow(("label", *names))
+    for name, row in zip(names, matrix.astype(np.int64).tolist(), strict=True):
         writer.writerow((name, *row))
     return text.getvalue()
 

@@ -15,24 +15,21 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
-import os
 from typing import Any
 
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import ml_collections
 
-from fd_jax import console, sharding, storage
+from fd_jax import sharding
 from fd_jax.cli import processes
 from fd_jax.console import say
 from fd_jax.data import datasets
 from fd_jax.data.stored import codecs, description, replay
 from fd_jax.data.stored.codecs import Codec
 from fd_jax.data.stored.description import Description, Views
-from fd_jax.errors import ConfigError, UserError
+from fd_jax.errors import ConfigError
 from fd_jax.normalization import statistics
-from fd_jax.precision import compute_dtype
 from fd_jax.targets import flags, principal, shards
 from fd_jax.tasks.teacher import Teacher
 from fd_jax.training import lock
@@ -44,26 +41,11 @@ _HOW = ("output", "distributed", "coordinator", "num_processes", "process_id")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; a mistake of the user gives one message and exit status 2."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides TensorFlow's start-up messages
     args = flags.parser(__doc__).parse_args(argv)
-    try:
-        processes.start(
-            distributed=args.distributed,
-            coordinator=args.coordinator,
-            num_processes=args.num_processes,
-            process_id=args.process_id,
-        )
-        with storage.one_message(args.output):
-            _run(args)
-    except ModuleNotFoundError as error:
-        return processes.fail(f"{error}; install it with pip install 'fd_jax[train]'")
-    except UserError as error:
-        return processes.fail(str(error))
-    return 0
+    return processes.run(args, lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
-    console.open_devices()
     folder = epath.Path(args.output)
     shards.check_output(folder)
     if args.held_out and args.views > 1:
@@ -147,9 +129,9 @@ def _complete(folder: epath.Path, content: Description) -> Description:
 
 
 def _teacher(args: argparse.Namespace) -> Teacher:
-    fields = {"path": args.teacher, "source": "", "drop_path": 0.0, "stages": args.stages}
-    section = ml_collections.ConfigDict({**fields, "image_size": args.image_size})
-    return Teacher(section, dtype=compute_dtype(args.dtype), head=False)
+    return Teacher.of_folder(
+        args.teacher, image_size=args.image_size, stages=args.stages, dtype=args.dtype
+    )
 
 
 def _constants(args: argparse.Namespace, teacher: Teacher) -> dict[str, Any]:

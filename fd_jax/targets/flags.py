@@ -1,10 +1,11 @@
 """The flags of `python -m fd_jax.targets`."""
 
 import argparse
-from typing import Any, get_args
+from typing import get_args
 
 from fd_jax import console
 from fd_jax.cli import processes
+from fd_jax.console import at_least
 from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.stored import codecs
 from fd_jax.models.cropping import EVAL_RATIO
@@ -25,11 +26,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     _add_teacher(result)
     _add_views(result)
     _add_storage(result)
-    add("--batch_size", type=_whole(0), default=0, help="pictures at a time; default: 32 a device")
-    add("--threads", type=_whole(1), default=16, help="number of decoding threads per process")
+    add(
+        "--batch_size",
+        type=at_least(0),
+        default=0,
+        help="pictures at a time; default: 32 a device",
+    )
+    add("--threads", type=at_least(1), default=16, help="number of decoding threads per process")
     add(
         "--max_broken",
-        type=_whole(0),
+        type=at_least(0),
         default=0,
         help="number of unreadable pictures that each process may leave out",
     )
@@ -39,17 +45,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image_size", type=_whole(0), default=0, help="input size of the teacher")
-    add("--stages", type=_whole(0), default=0, help="teacher.stages of the run")
+    add("--image_size", type=at_least(0), default=0, help="input size of the teacher")
+    add("--stages", type=at_least(0), default=0, help="teacher.stages of the run")
     add("--before_norm", action="store_true", help="for target.after_norm=False")
     add("--dtype", default="auto", help="dtype of the teacher: auto, float32, ...")
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--views", type=_whole(1), default=1, help="views of each picture; default: 1")
-    add("--seed", type=_whole(0), default=0, help="seed of crops and flips; default: 0")
-    add("--data_size", type=_whole(0), default=0, help="data.image_size; default: the teacher's")
+    add("--views", type=at_least(1), default=1, help="views of each picture; default: 1")
+    add("--seed", type=at_least(0), default=0, help="seed of crops and flips; default: 0")
+    add(
+        "--data_size",
+        type=at_least(0),
+        default=0,
+        help="data.image_size; default: the teacher's",
+    )
     add("--min_area", type=_share, default=0.08, help="data.min_area; default: 0.08")
     add("--interpolation", choices=get_args(Interpolation), default="bilinear")
     add("--crop", choices=get_args(Crop), default="retried", help="data.crop")
@@ -71,28 +82,17 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--components",
-        type=_whole(1),
+        type=at_least(1),
         default=COMPONENTS,
         help=f"principal directions that pca_int8 keeps; default: {COMPONENTS}",
     )
     add("--statistics", default="", help="file of python -m fd_jax.target_stats, for pca_int8")
     add(
         "--shard_size",
-        type=_whole(1),
+        type=at_least(1),
         default=SHARD_SIZE,
         help=f"pictures in a file; default: {SHARD_SIZE}",
     )
-
-
-def _whole(least: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}: expected a whole number from {least} on")
-        return value
-
-    number.__name__ = "whole number"
-    return number
 
 
 def _share(text: str) -> float:

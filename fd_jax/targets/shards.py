@@ -15,6 +15,7 @@ from etils import epath
 import numpy as np
 
 from fd_jax import files
+from fd_jax.data import shards
 from fd_jax.data.stored import codecs, description, records
 from fd_jax.data.stored.description import Description, Shard
 from fd_jax.data.stored.records import View
@@ -153,8 +154,8 @@ def complete(folder: epath.Path, wanted: Description) -> Description:
             f"{len(names)} of {wanted.number_of_shards} shards are not in {folder} "
             f"({first_few(names)}): --output has to be one folder that all processes share"
         )
-    shards = [_shard(folder, wanted, number) for number in range(wanted.number_of_shards)]
-    found = [shard for shard in shards if shard is not None]
+    known = (_shard(folder, wanted, number) for number in range(wanted.number_of_shards))
+    found = [shard for shard in known if shard is not None]
     maps = sum(shard.maps for shard in found)
     if not maps:
         raise DataError(f"no picture of {wanted.data['name']} could be read; use another --data")
@@ -198,14 +199,7 @@ def _beside(shard: epath.Path) -> epath.Path:
 
 def _records_in(path: epath.Path) -> int:
     """Number of records of a file; -1 if it is cut off."""
-    from array_record.python import array_record_module  # type: ignore[attr-defined]
-
     try:
-        reader = array_record_module.ArrayRecordReader(
-            str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768
-        )
-        found = reader.num_records()
-        reader.close()
+        return shards.count(path)
     except (RuntimeError, ValueError):
         return -1
-    return found

@@ -196,7 +196,8 @@ class DistillTask:
         tokens, visible = self._seen(frozen, batch)
         extra = self.goals.measured(extra, tokens, weight)
         targets = self.goals.normalized(self.goals.at(tokens, visible), frozen, extra)
-        maps, extra = self._trained_maps(params, extra, frozen, batch, visible)
+        run = {"drops": batch.get("student_drops"), "keep": visible}
+        maps, extra = self._maps(params, extra, frozen, batch, trains=True, **run)
         each = self.goals.distances(self._predicted(params, maps), targets)
         total, count = weighted(goals.total(each), weight)
         loss, metrics = total / count, goals.by_teacher("loss", each, weight)
@@ -224,7 +225,7 @@ class DistillTask:
 
     def features(self, params: PyTree, extra: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         """The student's mean patch token, as the exported network has it. -> [B, D] float32."""
-        features = self._student_features(params, extra, frozen, batch["image"])
+        (features, _), _ = self._maps(params, extra, frozen, batch)
         mean = jnp.mean(features.patches.astype(jnp.float32), axis=1)
         return self.goal.lifted(params["projector"], mean) if self._keeps else mean
 
@@ -253,11 +254,8 @@ class DistillTask:
           extra: state that is not trained; needed if a student with BatchNorm is not of a folder.
           visible: places of the patches that the student sees, [B, P] int32; None for all.
         """
-        student = self._built(params, extra or {}, frozen or {}, batch["image"])
-        images = self.student_spec.normalize(batch["image"], self.dtype)
-        if self._mixes:
-            return self._predicted(params, _levels(student, images, keep=visible))
-        return self._predicted(params, (student(images, keep=visible), []))
+        maps, _ = self._maps(params, extra or {}, frozen or {}, batch, keep=visible)
+        return self._predicted(params, maps)
 
     def _predicted(self, params: PyTree, maps: Maps) -> dict[str, jax.Array]:
         return {
@@ -411,10 +409,9 @@ class DistillTask:
 
     def _seen(self, frozen: PyTree, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """The teachers' tokens, and the patches that the student sees, [B, P]; None for all."""
-        grid = self._grid(batch)
         if self.mask is None:
-            return self.goals.tokens(frozen, batch, grid), None
-        views = self.goals.views(frozen, batch, grid, guide=self.mask.guide)
+            return self.goals.tokens(frozen, batch, self._grid(batch)), None
+        views = self.goals.views(frozen, batch, self._grid(batch), guide=self.mask.guide)
         attention = None if self.mask.guide is None else views[self.mask.guide].attention
         visible = self.mask.visible(batch[masking.DRAWS], attention)
         return {name: view.tokens for name, view in views.items()}, visible
@@ -439,40 +436,37 @@ class DistillTask:
         shares = {name: kept[:, column] for column, name in enumerate(each)}
         return loss_of_kept(losses, kept, weight), extra, goals.by_teacher("kept", shares, weight)
 
-    def _student_features(
-        self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array
-    ) -> FeatureMap:
-        """The student's map in evaluation."""
-        student = self._built(params, extra, frozen, images)
-        return student(self.student_spec.normalize(images, self.dtype))
-
-    def _trained_maps(
+    def _maps(
         self,
         params: PyTree,
         extra: PyTree,
         frozen: PyTree,
         batch: Batch,
-        visible: jax.Array | None,
+        *,
+        trains: bool = False,
+        **run: Any,
     ) -> tuple[Maps, PyTree]:
-        """The student's maps in training, and the state after it."""
-        images, run = batch["image"], {"drops": batch.get("student_drops"), "keep": visible}
-        student = self._built(params, extra, frozen, images)
+        """The student's maps of the images of a batch, and the state after it.
+
+        Args:
+          params: trained parameters; those of a folder hold running statistics themselves.
+          extra: state that is not trained.
+          frozen: frozen weights of the run.
+          batch: with "image".
+          trains: whether BatchNorms use the statistics of the batch, and measure the running ones.
+          **run: further arguments of the network: `drops` and `keep`.
+        """
+        encoder, images = params["encoder"], batch["image"]
+        known = None if self._encoder.statistics(encoder) else extra.get(BATCH_NORM)
+        student = self._encoder.build(encoder, frozen, images.shape[1], known)
         images = self.student_spec.normalize(images, self.dtype)
-        if self._mixes:
-            return _levels(student, images, **run), extra
+        if any(goal.target.blocks for goal in self.goals.each.values()):
+            maps = student.intermediates(images, range(student.depth), **run)
+            return (student.normed(maps[-1]), maps), extra
+        if not trains:
+            return (student(images, **run), []), extra
         features, statistics = student.measured(images, **run)
         return (features, []), {**extra, BATCH_NORM: statistics} if statistics else extra
-
-    @property
-    def _mixes(self) -> bool:
-        """Whether a goal mixes the student's maps after all blocks."""
-        return any(goal.target.blocks for goal in self.goals.each.values())
-
-    def _built(self, params: PyTree, extra: PyTree, frozen: PyTree, images: jax.Array) -> Any:
-        """The student; parameters of a folder hold its running statistics themselves."""
-        encoder = params["encoder"]
-        known = None if self._encoder.statistics(encoder) else extra.get(BATCH_NORM)
-        return self._encoder.build(encoder, frozen, images.shape[1], known)
 
     def _student_runtime(self) -> dict[str, Any]:
         return {
@@ -530,9 +524,3 @@ class DistillTask:
                 f"data.image_size={data_size}, but student.arch.image_size={student_size}; "
                 "they must be equal"
             )
-
-
-def _levels(student: Any, images: jax.Array, **run: Any) -> Maps:
-    """The student's last map after its final norm, and those after each block."""
-    maps = student.intermediates(images, range(student.depth), **run)
-    return student.normed(maps[-1]), maps

@@ -99,16 +99,16 @@ class Goals:
         A teacher waits until the one before is done, so that their activations need the memory of
         the largest, and not that of all.
         """
-        images, found = batch["image"], dict[str, View]()
+        images, found, stored = batch["image"], dict[str, View](), self.stored
         for name, goal in self.each.items():
-            if name in self.stored:
+            if name in stored:
                 continue
             if found:
                 images, _ = jax.lax.optimization_barrier((images, found))
             drops = batch.get(_drop_path_entry(name))
             weights = part_of(frozen, name)
             found[name] = goal.view(weights, images, drops, grid=grid, attends=name == guide)
-        for name in self.stored:
+        for name in stored:
             weights = part_of(frozen, name)
             found[name] = View(self.each[name].stored_tokens(weights, batch, name, grid=grid))
         return {name: found[name] for name in self.each}

@@ -9,6 +9,7 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from fd_jax import model_folder
 from fd_jax.cost import flops
@@ -17,6 +18,7 @@ from fd_jax.models import resize, sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.normalization.statistics import Origin
+from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
 
@@ -76,6 +78,25 @@ class Teacher:
         self._head, self._head_shapes = None, {}
         if head and self.classes:  # which refuses a network without one
             self._head, self._head_shapes = self.spec.abstract_head(self.width)
+
+    @classmethod
+    def of_folder(
+        cls, path: str, *, image_size: int = 0, stages: int = 0, dtype: str = "auto"
+    ) -> "Teacher":
+        """A teacher without a run, for commands that compute with it alone; has no head.
+
+        Args:
+          path: its model folder.
+          image_size: side of its input in pixels; 0 for its own.
+          stages: number of first stages; 0 for all.
+          dtype: name of the dtype of its weights and matmuls, see `precision.compute_dtype`.
+
+        Raises:
+          ConfigError, ModelFolderError: as the constructor says.
+        """
+        fields = {"path": path, "source": "", "image_size": image_size, "stages": stages}
+        section = ml_collections.ConfigDict({**fields, "drop_path": 0.0})
+        return cls(section, dtype=compute_dtype(dtype), head=False)
 
     @property
     def classes(self) -> int:

@@ -10,24 +10,13 @@ from fd_jax import model_folder, optimizer
 from fd_jax.models import sizes
 from fd_jax.models.spec import ModelSpec
 from tests.convert import oracles
+from tests.convert.exported import RESNET
 from tests.reference import resnet
 
 # 77 x 70 pixels have grids of 20 x 18, 10 x 9, 5 x 5 and 3 x 3: something is left over at every
 # halving. Widths are no multiples of each other; four inner channels of 16 are what classes of
 # other libraries assume.
-SHARED = {
-    "image_size": [77, 70],
-    "patch_size": 4,
-    "stem_widths": [12],
-    "widths": [16, 24, 32, 40],
-    "inner_widths": [4, 6, 8, 10],
-    "depths": [1, 2, 1, 1],
-    "bottleneck": True,
-    "stride_at": "second",
-    "shortcut": "strided",
-    "activation": "relu",
-    "norm_eps": 1e-5,
-}
+SHARED = {**RESNET, "image_size": [77, 70], "stem_widths": [12]}
 BASIC = {"bottleneck": False, "stride_at": "first", "inner_widths": SHARED["widths"]}
 KINDS = {
     "v1.5": {},

@@ -25,16 +25,9 @@ class Numbered(NamedTuple):
 class WithIndex(View):
     """A dataset whose examples know their positions."""
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> Numbered:
         image, label = self.dataset[index]
         return Numbered(image, label, index)
-
-    def describe(self, index: int) -> str:
-        """Returns the description of the example in the dataset itself."""
-        return self.dataset.describe(index)
 
 
 class Viewer(Protocol):
