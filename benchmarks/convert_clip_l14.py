@@ -237,14 +237,20 @@ def facts(style: str) -> list[str]:
     """What no tensor tells of the file of a style, as `--fact` takes it."""
     from fd_jax.convert.facts import STATED
 
-    values = {**STYLES[style], "mean": [0.5] * 3, "std": [0.5] * 3, "position_resize": "antialias"}
-    values |= {"rope_pairs": "halves", "rope_offset": 0.0, "rope_axes": "yx"}
+    values = {name: value for name, value in STYLES[style].items() if value is not None}
+    values |= {"mean": [0.5] * 3, "std": [0.5] * 3, "position_resize": "antialias"}
+    values |= {
+        "rope_pairs": "halves",
+        "rope_offset": 0.0,
+        "rope_axes": "yx",
+        "rope_reference": None,
+    }
     if style.startswith("dinov2_hub"):
         values["position_resize"] = "offset_0.1"  # as its code has it
     return [
-        f"{name}={_text(value)}"
+        f"{name}={_text(values[name])}"
         for name in STATED
-        if (value := values.get(name)) is not None
+        if name in values
         and (not name.startswith("rope_") or "rope_theta" in values)
         and not (name == "activation" and style.startswith(("dinov2_hub", "dinov3_hub", "meta_")))
     ]
@@ -252,8 +258,8 @@ def facts(style: str) -> list[str]:
 
 def _text(value: Any) -> str:
     """The value of a fact, as `--fact` takes it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
