@@ -74,8 +74,8 @@ def measure(made: Config) -> list[float]:
     clock, outside = Clock(), []
     last = [0.0, 0.0]  # wall clock and the time inside, when the last step began
 
-    def compile_timed(run, **options):
-        step = clock.around(compile_step(run, **options))
+    def compile_timed(*args, **options):
+        step = clock.around(compile_step(*args, **options))
 
         def counted(*args):
             now = time.perf_counter()
