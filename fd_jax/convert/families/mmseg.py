@@ -1,4 +1,8 @@
-"""Checkpoints of mmsegmentation: a UPerNet on the BEiT of unilm, or on Microsoft's Swin V1.
+"""Checkpoints of mmsegmentation: a UPerNet on a BEiT or a Swin V1, its own or the authors'.
+
+mmsegmentation's own backbones compute the same as those of unilm and Microsoft, under other names
+(`OWN_BEIT`, `OWN_SWIN`). Its Swin takes four neighbours together by `torch.nn.Unfold`, so the
+channels that a merging reads are in another order.
 
 These files have no config that this converter reads; all sizes follow from shapes. A BEiT's maps
 are those of `models.segmenter.levels`, as in its published configs. The input size of a Swin is
@@ -6,6 +10,7 @@ chosen as in `upernet_swin.py`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 import re
 
@@ -14,7 +19,8 @@ from fd_jax.convert.containers.tensors import Container
 from fd_jax.convert.families import beit, swin
 from fd_jax.convert.family import Family, SelfDescribed
 from fd_jax.convert.networks import segmenter
-from fd_jax.convert.rules.tables import Table, prefixed
+from fd_jax.convert.rules.tables import Rule, Table, prefixed, renamed
+from fd_jax.convert.rules.transforms import UNFOLDED, UNFOLDED_LINEAR
 from fd_jax.convert.source import Part, Source
 from fd_jax.errors import ConversionError, UserError
 from fd_jax.models.spec import ModelSpec
@@ -22,9 +28,29 @@ from fd_jax.models.spec import ModelSpec
 NAME = "mmseg"
 STATE = "state_dict/"
 _CLASSIFIER = "decode_head.conv_seg"
-_BEIT = "backbone.fpn1.0.weight"
-_SWIN = "backbone.layers.0.downsample.reduction.weight"
-_READS = "BEiT's of unilm (backbone.fpn1) and Microsoft's Swin V1 (backbone.layers)"
+_READS = (
+    "its own BEiT (backbone.layers.0.ln1) and Swin V1 (backbone.stages), BEiT's of unilm "
+    "(backbone.blocks) and Microsoft's Swin V1 (backbone.layers.0.blocks)"
+)
+
+# The authors' words, in the order in which its own stand for them.
+OWN_BEIT = {
+    "backbone.fpn1.": "neck.upsample_4x.",
+    "backbone.fpn2.": "neck.upsample_2x.",
+    "patch_embed.proj.": "patch_embed.projection.",
+    ".blocks.": ".layers.",
+    ".norm1.": ".ln1.",
+    ".norm2.": ".ln2.",
+    ".mlp.fc1.": ".ffn.layers.0.0.",
+    ".mlp.fc2.": ".ffn.layers.1.",
+}
+OWN_SWIN = {
+    "patch_embed.proj.": "patch_embed.projection.",
+    ".layers.": ".stages.",
+    ".attn.": ".attn.w_msa.",
+    ".mlp.fc1.": ".ffn.layers.0.0.",
+    ".mlp.fc2.": ".ffn.layers.1.",
+}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,6 +59,48 @@ _HEADS = segmenter.upernet(norm="bn", classifier="conv_seg") + segmenter.auxilia
 )
 _BEIT_TABLE = prefixed(beit.TIMM, "backbone.") + segmenter.pyramid("backbone.") + _HEADS
 _SWIN_TABLE = prefixed(swin.TABLE + segmenter.stage_norms("norm", first=0), "backbone.") + _HEADS
+
+
+def _unfolded(rule: Rule) -> Rule:
+    """The rule for a file whose mergings use Unfold."""
+    if "downsample" not in str(rule.names):
+        return rule
+    reads = "reduction" in str(rule.names)
+    return dataclasses.replace(rule, transform=UNFOLDED_LINEAR if reads else UNFOLDED)
+
+
+_UNFOLDED_TABLE = dataclasses.replace(_SWIN_TABLE, rules=tuple(map(_unfolded, _SWIN_TABLE.rules)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """One of the ways in which a backbone is named.
+
+    Attributes:
+      mark: a tensor that no other way has.
+      table: of the authors' names.
+      words: those of mmsegmentation for the authors', see `rules.tables.renamed`.
+    """
+
+    mark: str
+    table: Table
+    words: Mapping[str, str]
+
+    def authors(self, name: str) -> str:
+        """The authors' name of a tensor."""
+        for word, own in reversed(self.words.items()):
+            name = name.replace(own, word)
+        return name
+
+
+_BEITS = (
+    Naming("backbone.fpn1.0.weight", _BEIT_TABLE, {}),
+    Naming("neck.upsample_4x.0.weight", _BEIT_TABLE, OWN_BEIT),
+)
+_SWINS = (
+    Naming("backbone.layers.0.downsample.reduction.weight", _SWIN_TABLE, {}),
+    Naming("backbone.stages.0.downsample.reduction.weight", _UNFOLDED_TABLE, OWN_SWIN),
+)
 
 
 def source(container: Container) -> Source:
@@ -64,14 +132,20 @@ def source(container: Container) -> Source:
 
 
 def _described(shapes: Shapes) -> tuple[ModelSpec, Table]:
-    if _BEIT in shapes:
-        return _beit_spec(shapes), _BEIT_TABLE
-    if _SWIN in shapes:
-        return _swin_spec(shapes), _SWIN_TABLE
+    for namings, read in ((_BEITS, _beit_spec), (_SWINS, _swin_spec)):
+        for naming in namings:
+            if naming.mark in shapes:
+                spec = read({naming.authors(name): shape for name, shape in shapes.items()})
+                return spec, renamed(naming.table, naming.words)
     raise ConversionError(f"it has another backbone; those that can be read are {_READS}")
 
 
 def _beit_spec(shapes: Shapes) -> ModelSpec:
+    if "backbone.pos_embed" in shapes:
+        raise ConversionError(
+            "it has absolute positions (backbone.pos_embed) beside position biases, as the MAE of "
+            "mmsegmentation; no network here has both"
+        )
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
     shared = "backbone.rel_pos_bias.relative_position_bias_table" in shapes
     where = "rel_pos_bias" if shared else "blocks.0.attn"

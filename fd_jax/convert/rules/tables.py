@@ -146,14 +146,28 @@ def as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def prefixed(table: Table, prefix: str) -> Table:
     """The same table for names that all begin with a prefix."""
+    return _with_names(table, lambda name: prefix + name)
 
-    def named(names):
-        return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
+
+def renamed(table: Table, words: Mapping[str, str]) -> Table:
+    """The same table for names in which other words stand for some, which are replaced in order."""
+
+    def replaced(name: str) -> str:
+        for word, other in words.items():
+            name = name.replace(word, other)
+        return name
+
+    return _with_names(table, replaced)
+
+
+def _with_names(table: Table, change: Callable[[str], str]) -> Table:
+    def changed(names: str | tuple[str, ...]) -> Any:
+        return change(names) if isinstance(names, str) else tuple(map(change, names))
 
     return Table(
-        tuple(dataclasses.replace(r, names=named(r.names)) for r in table.rules),
-        tuple(dataclasses.replace(d, names=named(d.names)) for d in table.drops),
-        tuple(dataclasses.replace(d, name=named(d.name)) for d in table.derived),
+        tuple(dataclasses.replace(r, names=changed(r.names)) for r in table.rules),
+        tuple(dataclasses.replace(d, names=changed(d.names)) for d in table.drops),
+        tuple(dataclasses.replace(d, name=changed(d.name)) for d in table.derived),
     )
 
 

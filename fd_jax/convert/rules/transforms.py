@@ -97,6 +97,21 @@ CONV_1X1_2D = _one(
     lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None], lambda s: (s[1], s[0], 1, 1)
 )
 
+
+def _by_neighbour(x: np.ndarray) -> np.ndarray:
+    """Channels of 2 x 2 neighbours by channel, row and column -> by column, row and channel."""
+    return np.moveaxis(x.reshape(-1, 2, 2, *x.shape[1:]), (0, 2), (2, 0)).reshape(x.shape)
+
+
+def _by_channel(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x.reshape(2, 2, -1, *x.shape[1:]), (0, 2), (2, 0)).reshape(x.shape)
+
+
+# What reads or scales the channels of 2 x 2 neighbours in the order of torch's Unfold, [D, 4C] and
+# [4C], <-> [4C, D] and [4C] in that of Swin's own code
+UNFOLDED_LINEAR = _one(lambda x: _by_neighbour(x.T), lambda x: _by_channel(x).T, lambda s: s[::-1])
+UNFOLDED = _one(_by_neighbour, _by_channel, lambda s: s)
+
 # [1, 1, 1, D] <-> [D]
 VECTOR_OF_FOUR_AXES = _one(
     lambda x: x[0, 0, 0], lambda x: x[None, None, None], lambda s: (1, 1, 1, s[0])

@@ -286,13 +286,81 @@ def test_swin_of_mmsegmentation_gives_the_logits_of_transformers(tmp_path):
     assert difference(ours(tmp_path / "model", images, 128), want) < 1e-4
 
 
-def test_swin_of_mmsegmentation_itself_is_refused_by_its_backbone(tmp_path):
-    saved(upernet(), tmp_path / "hub")
+# How mmsegmentation's own backbones call what the authors' code calls otherwise.
+OWN = {
+    r"^backbone\.fpn1\.": "neck.upsample_4x.",
+    r"^backbone\.fpn2\.": "neck.upsample_2x.",
+    r"patch_embed\.proj\b": "patch_embed.projection",
+    r"mlp\.fc1": "ffn.layers.0.0",
+    r"mlp\.fc2": "ffn.layers.1",
+}
+OWN_BEIT = {**OWN, r"^backbone\.blocks": "backbone.layers", r"\.norm([12])\.": r".ln\1."}
+OWN_SWIN = {
+    **OWN,
+    r"^backbone\.layers": "backbone.stages",
+    r"blocks\.(\d+)\.attn": r"blocks.\1.attn.w_msa",
+}
+
+
+def own_file(state, words, path):
+    for old, new in words.items():
+        state = {re.sub(old, new, name): tensor for name, tensor in state.items()}
+    torch.save({"state_dict": state}, path)
+    return state
+
+
+def unfolded(tensor):
+    """The last axis of a merging's tensor in the order in which torch's Unfold gives channels."""
+    channels = tensor.shape[-1] // 4
+    numbers = torch.arange(4.0 * channels).reshape(2, 2, channels)  # [column, row, channel]
+    picture = numbers.permute(2, 1, 0)[None]
+    order = torch.nn.functional.unfold(picture, kernel_size=2, stride=2)[0, :, 0].long()
+    assert order.tolist() != list(range(4 * channels))
+    return tensor[..., order]
+
+
+def test_beit_of_mmsegmentation_itself_is_that_of_unilm(tmp_path):
+    saved(beit(layer_norm_eps=1e-6), tmp_path / "hub")
+    state = mmseg_file(tmp_path / "hub", tmp_path / "unilm.pth")
+    own = own_file(state, OWN_BEIT, tmp_path / "own.pth")
+    assert {"backbone.layers.0.ln1.weight", "neck.upsample_4x.3.bias"} <= set(own)
+    for name in ("unilm", "own"):
+        importing.import_file("auto", tmp_path / f"{name}.pth", tmp_path / name)
+    spec, parts = model_folder.load(tmp_path / "unilm")
+    own_spec, own_parts = model_folder.load(tmp_path / "own")
+    assert own_spec.segmenter == spec.segmenter and own_spec.arch == spec.arch
+    jax.tree.map(np.testing.assert_array_equal, own_parts, parts)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_swin_of_mmsegmentation_itself_reads_channels_in_the_order_of_unfold(tmp_path, in_order):
+    model = saved(upernet(), tmp_path / "hub")
     state = mmseg_file(tmp_path / "hub", tmp_path / "upernet.pth")
-    state = {name.replace("backbone.layers", "backbone.stages"): state[name] for name in state}
-    torch.save({"state_dict": state}, tmp_path / "upernet.pth")
+    if in_order:
+        state = {n: unfolded(t) if "downsample" in n else t for n, t in state.items()}
+    rows = 7 * torch.arange(4)[:, None] + torch.arange(4)  # windows of 4 have 7 x 7 offsets
+    index = (rows.reshape(1, -1) + rows.reshape(-1, 1)).flip(1)
+    state["backbone.layers.0.blocks.0.attn.relative_position_index"] = index
+    own = own_file(state, OWN_SWIN, tmp_path / "upernet.pth")
+    assert "backbone.stages.1.blocks.0.attn.w_msa.relative_position_bias_table" in own
+    arguments = ["--source=auto", f"--input={tmp_path / 'upernet.pth'}", "--image-size=128"]
+    assert main(["import", *arguments, f"--output={tmp_path / 'model'}"]) == 0
+    images = pictures(128)
+    want = theirs(model, images, specs.IMAGENET_MEAN, specs.IMAGENET_STD)
+    found = difference(ours(tmp_path / "model", images, 128), want)
+    assert found < 1e-4 if in_order else found > 1e-2
+
+
+def test_other_backbones_of_mmsegmentation_are_refused_by_name(tmp_path):
+    saved(beit(), tmp_path / "hub")
+    state = mmseg_file(tmp_path / "hub", tmp_path / "upernet.pth")
+    own_file(state | {"backbone.pos_embed": torch.zeros(1, 17, 32)}, OWN_BEIT, tmp_path / "mae.pth")
+    with pytest.raises(ConversionError, match="absolute positions.*as the MAE of mmsegmentation"):
+        importing.read("auto", tmp_path / "mae.pth")
+    words = {**OWN_BEIT, "^neck.upsample_4x": "neck.convs.0"}
+    own_file(state, words, tmp_path / "vit.pth")
     with pytest.raises(ConversionError, match="another backbone.*Microsoft's Swin V1"):
-        importing.read("auto", tmp_path / "upernet.pth")
+        importing.read("auto", tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("fields", [{"image_mean": [0.5]}, {"image_std": [1, 0, 1]}, {}])
