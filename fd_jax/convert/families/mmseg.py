@@ -88,7 +88,7 @@ class Naming:
 
     def authors(self, name: str) -> str:
         """The authors' name of a tensor."""
-        for word, own in reversed(self.words.items()):
+        for word, own in reversed(tuple(self.words.items())):
             name = name.replace(own, word)
         return name
 
