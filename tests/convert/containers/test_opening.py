@@ -435,9 +435,14 @@ def test_reading_needs_no_torch_onnx_or_tensorflow(tmp_path):
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # the latter in CPython 3.13
 @pytest.mark.parametrize("legacy", [False, True])
-def test_harmless_values_beside_the_weights_do_not_stop_a_file(legacy, tmp_path):
+def test_harmless_values_beside_the_weights_do_not_stop_a_file(
+    legacy, module, tmp_path, monkeypatch
+):
     """torch's own safe mode refuses most of these; none is needed, and none is made."""
+    monkeypatch.setitem(sys.modules, module, pathlib)
+    monkeypatch.setattr(pathlib.PurePosixPath, "__module__", module)
     tree = {
         "w": torch.ones(2),
         "accuracy": np.float64(84.9),
