@@ -12,6 +12,7 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.diagnose.measurement import Figures, Sums
@@ -99,7 +100,7 @@ class AttentionStatistics:
         *,
         normalize: Normalize = "patches",
         compare: Compare = "rows",
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         for name in figures:
             check_choice("figures", name, FIGURES)

@@ -4,6 +4,7 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax import model_folder
@@ -29,7 +30,7 @@ class ImageClassifier:
         folder: epath.PathLike,
         *,
         image_size: ImageSize | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         """Loads a model folder; its weights are read only if it has a head.
 

@@ -13,6 +13,7 @@ import zlib
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.data.class_names import Classes, Match, numbering
@@ -79,7 +80,7 @@ class Landscape:
         points: int = 51,
         radius: float = 1.0,
         tables: Tables = "zeroed",
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         """Loads the classifier.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.models import kernels
@@ -118,8 +119,8 @@ class Attention(nnx.Module):
         rel_pos_bias: Callable[..., jax.Array] | None,
         norm_eps: float | None = None,
         implementation: str,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,

@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError
 from fd_jax.models.layers import at_least_float32
@@ -60,7 +61,7 @@ class BatchNorm(nnx.Module):
     mmsegmentation's configs keep.
     """
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, eps: float = EPS):
+    def __init__(self, width: int, *, dtype: DTypeLike, eps: float = EPS):
         self.width = width
         self.dtype = dtype
         self.eps = eps
@@ -90,7 +91,7 @@ class KeptBatchNorm(BatchNorm):
     No gradient reaches them. A pass still gets them from outside, see `kept_statistics`.
     """
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, eps: float, scale: float = 1.0):
+    def __init__(self, width: int, *, dtype: DTypeLike, eps: float, scale: float = 1.0):
         super().__init__(width, dtype=dtype, eps=eps)
         self.scale = nnx.Param(jnp.full((width,), scale, jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros((width,), jnp.float32))

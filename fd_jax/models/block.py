@@ -3,6 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 from fd_jax.models.attention import Attention, AttentionInputs
@@ -25,8 +26,8 @@ class Block(nnx.Module):
         norm_eps: float,
         layer_scale: float | None,
         drop_path: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,

@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.errors import ConfigError, check_choice, check_positive
@@ -72,8 +73,8 @@ class ConvNeXt(Convolutional):
         final_norm_eps: float | None,
         drop_path: float = 0.0,
         init: str = "finetune",
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         attention: str = kernels.NONE,
         remat: str | None = None,
         rngs: nnx.Rngs,

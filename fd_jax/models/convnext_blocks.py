@@ -3,6 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 from fd_jax.models.depthwise import DepthwiseConv
@@ -62,8 +63,8 @@ class Block(nnx.Module):
         norm_eps: float,
         layer_scale: float | None,
         drop_path: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.drop_path = drop_path
@@ -112,8 +113,8 @@ class Downsample(nnx.Module):
         out: int,
         *,
         norm_eps: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.out = out

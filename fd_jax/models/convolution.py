@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 
@@ -22,7 +23,7 @@ def he_normal_fan_out(key, shape, dtype=jnp.float32):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def convolve(
-    x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, grad_dtype: jnp.dtype, stride: int = 1
+    x: jax.Array, kernel: jax.Array, dtype: DTypeLike, grad_dtype: DTypeLike, stride: int = 1
 ) -> jax.Array:
     """Convolution with zeros around the image, in `dtype`.
 
@@ -158,8 +159,8 @@ class Conv(nnx.Module):
         stride: int = 1,
         use_bias: bool,
         kernel_init: nnx.Initializer,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.stride = stride
@@ -182,7 +183,7 @@ class Conv(nnx.Module):
 
 
 def rows_times(
-    x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, grad_dtype: jnp.dtype
+    x: jax.Array, kernel: jax.Array, dtype: DTypeLike, grad_dtype: DTypeLike
 ) -> jax.Array:
     """[..., D] times [D, ...], as one matmul over all pixels, see `layers.linear`."""
     y: jax.Array = layers.linear(x.reshape(-1, x.shape[-1]), kernel, None, dtype, grad_dtype)

@@ -6,12 +6,13 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, grad_dtype: jnp.dtype) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, dtype: DTypeLike, grad_dtype: DTypeLike) -> jax.Array:
     """Depthwise convolution of stride 1 with zeros around the image, in `dtype`.
 
     The gradient of the kernel leaves its sum over images and places in `grad_dtype`, for the
@@ -125,8 +126,8 @@ class DepthwiseConv(nnx.Module):
         *,
         size: int,
         kernel_init: nnx.Initializer,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype

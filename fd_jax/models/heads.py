@@ -7,6 +7,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import check_choice
 from fd_jax.models import layers
@@ -27,8 +28,8 @@ class Projector(nnx.Module):
         width: int,
         out: int,
         *,
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         bound = 1 / math.sqrt(width)
@@ -59,8 +60,8 @@ class MlpProjector(nnx.Module):
         hidden: int,
         out: int,
         *,
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.hidden = Projector(width, hidden, dtype=dtype, grad_dtype=grad_dtype, rngs=rngs)
@@ -102,7 +103,7 @@ class Classifier(nnx.Module):
         norm_eps: float,
         affine: bool = True,
         kernel_init: nnx.Initializer,
-        grad_dtype: jnp.dtype = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check_choice("pooling", pooling, Pooling.__args__)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
@@ -83,7 +84,7 @@ def scaled(init: nnx.Initializer, factor: float) -> nnx.Initializer:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: DTypeLike
 ) -> jax.Array:
     """LayerNorm over channels, computed in float32.
 
@@ -134,7 +135,7 @@ class LayerNorm(nnx.Module):
     over rows and devices in it.
     """
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps = eps
         self.dtype = dtype
         # Two keys go by unused, as in flax's, so that a seed gives the weights it always gave.
@@ -150,7 +151,7 @@ class LayerNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype, grad_dtype: jnp.dtype
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: DTypeLike, grad_dtype: DTypeLike
 ) -> jax.Array:
     """X @ kernel + bias in `dtype`, with parameter gradients summed in `grad_dtype`.
 
@@ -208,8 +209,8 @@ class Dense(nnx.Module):
         out: int | tuple[int, ...],
         *,
         use_bias: bool = True,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
@@ -260,7 +261,7 @@ def scale_by_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
     return (x.astype(at_least_float32(x.dtype)) * parameter).astype(x.dtype)
 
 
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     """Where sums and statistics are taken: float32, or float64 where a test runs in it."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -279,8 +280,8 @@ class PatchEmbed(nnx.Module):
         *,
         channels: int = 3,
         use_bias: bool,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):

@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers
@@ -55,8 +56,8 @@ class LowRank(nnx.Module):
         out: tuple[int, ...],
         *,
         lora: Lora,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.scale, self.dtype, self.grad_dtype = lora.scale, dtype, grad_dtype

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 from fd_jax.models.layers import Activation
@@ -67,8 +68,8 @@ class Mlp(nnx.Module):
         activation: Activation,
         gated: bool = False,
         norm_eps: float | None = None,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer,
         out_init: nnx.Initializer,
         rngs: nnx.Rngs,

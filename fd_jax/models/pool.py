@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import attention, layers
@@ -25,7 +26,7 @@ class ProjectionPool(nnx.Module):
         class_token: bool,
         width: int,
         bias: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Defines the layer.
@@ -68,7 +69,7 @@ class AttentionPool(nnx.Module):
         norm_eps: float,
         width: int = 0,
         bias: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Defines the layers.

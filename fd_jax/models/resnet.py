@@ -16,6 +16,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models import batch_norm, kernels, layers, sizes
@@ -86,8 +87,8 @@ class ResNet(Convolutional):
         norm_eps: float,
         drop_path: float = 0.0,
         init: str = "finetune",
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         attention: str = kernels.NONE,
         remat: str | None = None,
         rngs: nnx.Rngs,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 from fd_jax.models.batch_norm import KeptBatchNorm, Statistics
@@ -37,8 +38,8 @@ class NormedConv(nnx.Module):
         pooled: bool = False,
         scale: float = 1.0,
         norm_eps: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.pooled = pooled and stride > 1
@@ -81,8 +82,8 @@ class Block(nnx.Module):
         activation: layers.Activation,
         norm_eps: float,
         drop_path: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.activation: layers.Activation = activation

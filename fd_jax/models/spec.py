@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.errors import ModelFolderError, first_few
@@ -182,7 +183,7 @@ class ModelSpec:
         return split(nnx.eval_shape(lambda: self.build_pool(rngs=param_keys(0), **runtime)))
 
     def normalize(
-        self, images: jax.Array | np.ndarray, dtype: jnp.dtype = jnp.float32
+        self, images: jax.Array | np.ndarray, dtype: DTypeLike = jnp.float32
     ) -> jax.Array:
         """uint8 [B, H, W, 3] to the network's input [B, H, W, 3] in `dtype`."""
         mean = np.asarray(self.mean, np.float32)
@@ -226,10 +227,10 @@ class ModelSpec:
         eps = self.arch.get("final_norm_eps")
         return self.arch["norm_eps"] if eps is None else eps
 
-    def choose_attention(self, name: str, *, dtype: jnp.dtype) -> str:
+    def choose_attention(self, name: str, *, dtype: DTypeLike) -> str:
         """Settles `config.attention` for this network, see `kernels.choose`."""
         widths = FAMILIES[self.family].head_widths(self.arch)
-        return kernels.choose(name, dtype=dtype, head_widths=widths)
+        return kernels.choose(name, dtype=jnp.dtype(dtype), head_widths=widths)
 
     def to_json(self) -> str:
         """The text of `model.json`, without those LATER_FIELDS that say nothing."""

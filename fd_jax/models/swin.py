@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.errors import ConfigError, check_choice
@@ -39,8 +40,8 @@ class PatchMerging(nnx.Module):
         *,
         norm: layers.LayerNorm,
         norm_first: bool,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.norm_first = norm_first
@@ -187,8 +188,8 @@ class Swin(Backbone):
         final_norm: bool,
         drop_path: float = 0.0,
         init: str = "finetune",
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         attention: str = "xla",
         remat: str | None = None,
         rngs: nnx.Rngs,

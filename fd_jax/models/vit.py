@@ -10,6 +10,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError, check_choice, check_positive
 from fd_jax.models import layers, sizes
@@ -98,8 +99,8 @@ class ViT(Backbone):
         partial_patches: PartialPatches = "refuse",
         drop_path: float = 0.0,
         init: str = "finetune",
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         attention: str = "xla",
         remat: str | None = None,
         rngs: nnx.Rngs,
@@ -350,6 +351,6 @@ def _check_indices(keep: jax.Array, batch: int) -> None:
         )
 
 
-def _tile(token: nnx.Param, batch: int, dtype: jnp.dtype) -> jax.Array:
+def _tile(token: nnx.Param, batch: int, dtype: DTypeLike) -> jax.Array:
     value = token[...]
     return jnp.broadcast_to(value, (batch, *value.shape[1:])).astype(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.models import layers
@@ -126,7 +127,7 @@ class ContinuousBias(nnx.Module):
         heads: int,
         *,
         pretrained: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models import layers
 from fd_jax.models.batch_norm import BatchNorm, Statistics
@@ -24,8 +25,8 @@ class Deconv(nnx.Module):
         width: int,
         out: int,
         *,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         bound = 1 / math.sqrt(4 * out)
@@ -56,8 +57,8 @@ class ConvNorm(nnx.Module):
         out: int,
         *,
         size: int,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.conv = Conv(

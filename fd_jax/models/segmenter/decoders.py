@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.models.batch_norm import BatchNorm, Statistics
 from fd_jax.models.convolution import Conv
@@ -37,8 +38,8 @@ class UPerNet(nnx.Module):
         *,
         channels: int,
         dropout: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
@@ -93,8 +94,8 @@ class FCN(nnx.Module):
         *,
         channels: int,
         dropout: float,
-        dtype: jnp.dtype,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.droppable = channels
@@ -118,7 +119,7 @@ class Linear(nnx.Module):
     droppable = 0
 
     def __init__(
-        self, width: int, classes: int, *, grad_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, width: int, classes: int, *, grad_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         self.norm = BatchNorm(width, dtype=jnp.dtype(jnp.float32))
         self.classifier = _classifier(width, classes, grad_dtype, rngs)
@@ -131,7 +132,7 @@ class Linear(nnx.Module):
         return self.classifier(self.norm(levels[-1], statistics["norm"]))
 
 
-def _classifier(width: int, classes: int, grad_dtype: jnp.dtype, rngs: nnx.Rngs) -> Conv:
+def _classifier(width: int, classes: int, grad_dtype: DTypeLike, rngs: nnx.Rngs) -> Conv:
     """The last 1x1 convolution, in float32, from Normal(0, 0.01)."""
     return Conv(
         width,

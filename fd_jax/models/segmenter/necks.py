@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError
 from fd_jax.models import layers
@@ -21,7 +22,7 @@ class FourTimes(nnx.Module):
     """Deconvolution, BatchNorm, GELU, deconvolution: a map of four times the height and width."""
 
     def __init__(
-        self, width: int, *, dtype: jnp.dtype, grad_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, width: int, *, dtype: DTypeLike, grad_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
         self.deconv1 = Deconv(width, width, **common)
@@ -42,7 +43,7 @@ class Pyramid(nnx.Module):
     """
 
     def __init__(
-        self, width: int, *, dtype: jnp.dtype, grad_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, width: int, *, dtype: DTypeLike, grad_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         common = {"dtype": dtype, "grad_dtype": grad_dtype, "rngs": rngs}
         self.stride4 = FourTimes(width, **common)
@@ -66,7 +67,7 @@ class Pyramid(nnx.Module):
 class StageNorms(nnx.Module):
     """The maps of a network's stages, each with a LayerNorm of its own."""
 
-    def __init__(self, widths: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, widths: Sequence[int], *, dtype: DTypeLike, rngs: nnx.Rngs):
         norms = [
             layers.LayerNorm(width, eps=STAGE_NORM_EPS, dtype=dtype, rngs=rngs) for width in widths
         ]

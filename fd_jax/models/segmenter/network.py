@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError, check_choice
 from fd_jax.models.backbone import Backbone
@@ -154,8 +155,8 @@ class Segmenter(nnx.Module):
         channels: int = 512,
         auxiliary_channels: int = 256,
         dropout: float = 0.1,
-        dtype: jnp.dtype = jnp.float32,
-        grad_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        grad_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         _check(widths, neck, decoder, auxiliary_channels)
