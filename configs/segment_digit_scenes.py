@@ -15,7 +15,7 @@ SIDE = 112  # pixels: eight patches of the quickstart's student
 
 def get_config(arg: str = ""):
     """See configs/base.py for the fields; argument: smoke."""
-    config = base.segmentation(peak_lr=1e-3, layer_decay=1.0, drop_path=0.0, channels=32)
+    config = base.segmentation(peak_lr=5e-3, layer_decay=0.8, drop_path=0.0, channels=32)
     config.update(batch_size=8, steps=700, log_every=20)
     config.segment.update(classes=11, auxiliary_channels=16, dropout=0.0)
     config.data.update(
