@@ -150,7 +150,7 @@ def find_chip(device_kind: str) -> Chip | None:
 def check_matmuls(matmuls: str, chip: Chip | None) -> None:
     """Refuses narrow numbers for which a chip has no matrix units.
 
-    CPUs and chips that are not known here compute them all, if not faster than bfloat16.
+    CPUs compute them all, and chips that are not known here are not refused.
 
     Args:
       matmuls: key of `narrow.KINDS`.
