@@ -105,6 +105,7 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "linear_esvit_swin_b": ("configs/linear_swin_b.py", ESVIT, ()),
     "distill_two_b": (TWO, "", ()),
     "distill_stored_b": (B16, "", (f"--config.teacher.targets={STORED}",)),
+    "distill_int8_b": (B16, "", ("--config.teacher.matmuls=int8",)),
     "distill_maskalign_b": (MASKED, "", ()),
     "distill_swin_g": (GIANT, "", _QUICK),
     "finetune_swin_g": ("configs/finetune_swinv2_g.py", GIANT, _QUICK),
@@ -170,6 +171,7 @@ ROWS = [
         for run in RUNS
         if run not in MAIN and run not in SAME_STEP
     ),
+    Row("distill_int8_b", "v6e"),
 ]
 
 

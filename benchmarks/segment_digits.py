@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def train(start: str, workdir: pathlib.Path, seed: int) -> dict[str, float]:
-    """Fine-tunes a model folder, unless an earlier run did; returns FIGURES of held-out pictures."""
+    """Fine-tunes a model folder, unless an earlier run did; returns its held-out FIGURES."""
     config = segment_digit_scenes.get_config()
     config.update(init_from=str(start), seed=seed)
     figures = miniature.train(config, workdir, figure="eval_miou")

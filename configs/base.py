@@ -260,6 +260,7 @@ def distillation(
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
         "targets": "",  # folder of python -m fd_jax.targets: stored maps, and no teacher runs
         "eval_targets": "",  # the same of held-out pictures, made with --held_out
+        "matmuls": "",  # "int8" or "float8_e4m3fn": numbers that its linear layers multiply
     }
     config.target = {
         "kind": "full",
@@ -292,6 +293,7 @@ def teacher(source: str, *, path: str = "", **fields: Any) -> dict[str, Any]:
         "stages": 0,  # > 0: only the first stages of a Swin teacher; 3 give a ViT's grid
         "targets": "",  # folder of python -m fd_jax.targets: stored maps, and no teacher runs
         "eval_targets": "",  # the same of held-out pictures, made with --held_out
+        "matmuls": "",  # "int8" or "float8_e4m3fn": numbers that its linear layers multiply
         "weight": 1.0,  # of its loss in the sum over the teachers
         "parts": 1,  # of a batch, one after another: more need less memory
         "target": {

@@ -237,6 +237,7 @@ NEUTRAL: dict[str, Any] = {
     "teacher.follow": False,
     "teacher.targets": "",
     "teacher.eval_targets": "",
+    "teacher.matmuls": "",
     "target.blocks": [],
     "lora.rank": 0,
     "lora.alpha": 16.0,

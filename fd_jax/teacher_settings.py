@@ -13,6 +13,7 @@ from fd_jax.fields import (
     DECAY,
     DROP_PATH,
     FLAG,
+    Choice,
     Number,
     Relation,
     Rule,
@@ -22,6 +23,7 @@ from fd_jax.fields import (
     whole,
 )
 from fd_jax.models import architectures
+from fd_jax.models.narrow import KINDS
 from fd_jax.normalization import kinds
 from fd_jax.tasks import dropping, sections, target
 from fd_jax.tasks.encoder import HELD
@@ -42,6 +44,7 @@ _NETWORK: dict[str, Rule] = {
     "stages": whole(0, "stages; 0 takes all"),
     "targets": Text("the path of a folder of stored targets", optional=True),
     "eval_targets": Text("the path of a folder of stored targets", optional=True),
+    "matmuls": Choice(("", *KINDS)),
 }
 _TARGET: dict[str, Rule] = {
     "kind": choice(target.TargetKind),

@@ -193,6 +193,7 @@ DISTILL_CASES = [
     {"epochs": math.inf},
     {"epochs": 0.0},
     {"steps": -5},
+    {"teacher.matmuls": "int4"},
     {"checkpoint.keep": -1},
     {"checkpoint.keep": 0},
     {"data.threads": -1},
@@ -270,6 +271,7 @@ DISTILL_CASES = [
 ]
 SEVERAL_CASES = [
     {"teachers.clip.weight": 0.0},
+    {"teachers.clip.matmuls": "bfloat16"},
     {"teachers.clip.weight": math.nan},
     {"teachers.dino.parts": 0},
     {"teachers.dino.parts": 3},  # of a batch of 2048

@@ -7,13 +7,22 @@ does not grow with the batch (the bias networks of SwinV2) are left out; they ar
 ViT-B step.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import math
 from typing import Any, Literal
 
-from fd_jax.models import convnext, convnext_blocks, resnet, resnet_blocks, sizes, swin
+from fd_jax.cost.hardware import Chip, check_matmuls
+from fd_jax.models import (
+    convnext,
+    convnext_blocks,
+    linear_layers,
+    resnet,
+    resnet_blocks,
+    sizes,
+    swin,
+)
 from fd_jax.models.lora import Lora
 from fd_jax.models.segmenter import decoders
 from fd_jax.models.segmenter.network import AUXILIARY_LEVEL
@@ -29,17 +38,21 @@ class Flops:
       backward: gradients of weights and inputs, for the networks that train.
       recomputed: forward work that remat repeats in the backward pass. MFU leaves it out, because
         the model itself does not need it.
+      narrow: those of `forward` that are matmuls of narrow numbers, by their key of `narrow.KINDS`.
     """
 
     forward: float
     backward: float = 0.0
     recomputed: float = 0.0
+    narrow: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: "Flops") -> "Flops":
+        kinds = {**self.narrow, **other.narrow}
         return Flops(
             self.forward + other.forward,
             self.backward + other.backward,
             self.recomputed + other.recomputed,
+            {kind: self.narrow.get(kind, 0.0) + other.narrow.get(kind, 0.0) for kind in kinds},
         )
 
     @property
@@ -52,13 +65,25 @@ class Flops:
         """FLOPs that the chip executes, including recomputed ones."""
         return self.model + self.recomputed
 
+    def seconds(self, chip: Chip) -> float:
+        """Time in which a chip executes them at its peaks: of bfloat16, and of narrow numbers.
+
+        Raises:
+          ConfigError: it has no units for the narrow numbers.
+        """
+        seconds = (self.executed - sum(self.narrow.values())) / chip.bf16_flops
+        for kind, flops in self.narrow.items():
+            check_matmuls(kind, chip)
+            seconds += flops / (chip.peak(kind) or chip.bf16_flops)
+        return seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     """Forward FLOPs of one layer of a block.
 
     Attributes:
-      name: of the layer, as in `lora.TARGETS` where it can have a low-rank update.
+      name: of the layer, as in `linear_layers.NAMES` where it is one of these.
       flops: forward FLOPs.
       kind: a matmul with a parameter; attention, of two activations; or a depthwise convolution.
       shape: (rows, inputs, outputs) of a matmul that can have a low-rank update.
@@ -70,6 +95,11 @@ class _Layer:
     kind: Literal["matmul", "attention", "convolution"] = "matmul"
     shape: tuple[int, int, int] = (0, 0, 0)
     normed: bool = True
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer of attention or an MLP."""
+        return self.name in linear_layers.NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +139,7 @@ def network(
     lora: Lora | None = None,
     patches: int | None = None,
     until: int | None = None,
+    matmuls: str = "",
 ) -> Flops:
     """FLOPs of an encoder for one image.
 
@@ -120,11 +151,13 @@ def network(
       lora: low-rank updates of the other blocks, which then train alone.
       patches: number of patches that the blocks of a ViT see; None for all.
       until: number of first blocks that run; None for all.
+      matmuls: of a network that does not train: what its linear layers multiply, a key of
+        `narrow.KINDS`; "" for the compute dtype.
     """
     if spec.arch.get("lift"):
         plain = dataclasses.replace(spec, arch={**spec.arch, "lift": None})
         rest = {"trains": trains, "remat": remat, "freeze_blocks": freeze_blocks, "lora": lora}
-        work = network(plain, **rest, patches=patches, until=until)
+        work = network(plain, **rest, patches=patches, until=until, matmuls=matmuls)
         if until is not None:  # the maps of blocks are not lifted
             return work
         return work + _lift(spec, trains=trains, held=lora is not None, patches=patches)
@@ -135,7 +168,8 @@ def network(
     blocks = blocks[:until]
     inner = sum(block.forward for block in blocks)
     if not trains:
-        return Flops(embedding + inner)
+        narrow = sum(each.flops for block in blocks for each in block.layers if each.is_linear)
+        return Flops(embedding + inner, narrow={matmuls: narrow} if matmuls else {})
     held, free = blocks[:freeze_blocks], blocks[freeze_blocks:]
     if lora is not None:
         before = Flops(embedding + sum(block.forward for block in held))

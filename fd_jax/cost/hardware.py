@@ -2,9 +2,9 @@
 
 TPU v4, v5e, v5p, v6e: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (peak compute, HBM capacity
 and bandwidth, inter-chip interconnect bandwidth per chip, in Gbit/s there and bytes/s here).
-X's cycle
+`clock_hz` is what peak compute implies with the number of matrix units: the compiler's cycle
 estimates for a large matmul imply 88 to 90 % of that clock, on v6e 70 %. A100, H100, H200 (SXM):
-NVIDIA's data sheets, dense bfloat16 without sparsity, NVLink in one direction.
+NVIDIA's data sheets, dense without sparsity, NVLink in one direction.
 
 These are limits, not measurements.
 """
@@ -14,6 +14,7 @@ import math
 import re
 
 from fd_jax.errors import ConfigError
+from fd_jax.models.narrow import KINDS
 
 GIB = 2**30
 
@@ -26,6 +27,7 @@ class Chip:
       name: common name, with which the names of TPU topologies begin.
       kinds: values of `jax.Device.device_kind` for this chip.
       bf16_flops: peak bfloat16 FLOP/s with float32 accumulation; a multiply-add is two FLOPs.
+      int8_ops, float8_flops: the same of int8 and of float8 numbers; None without units for them.
       hbm_bytes: memory capacity in bytes.
       hbm_bandwidth: bytes/s between memory and chip.
       interconnect: bytes/s that leave the chip in one direction, over all links to other chips.
@@ -44,6 +46,12 @@ class Chip:
     clock_hz: float | None = None
     dimensions: int = 0
     largest: int = 0
+    int8_ops: float | None = None
+    float8_flops: float | None = None
+
+    def peak(self, matmuls: str) -> float | None:
+        """Peak of matmuls of narrow numbers, a key of `narrow.KINDS`; None without units."""
+        return {"int8": self.int8_ops, "float8_e4m3fn": self.float8_flops}[matmuls]
 
 
 def _clock(peak: float, *, matrix_units: int, side: int) -> float:
@@ -63,6 +71,7 @@ CHIPS = {
             clock_hz=_clock(275e12, matrix_units=8, side=128),
             dimensions=3,
             largest=4096,
+            int8_ops=275e12,
         ),
         Chip(
             "v5e",
@@ -74,6 +83,7 @@ CHIPS = {
             clock_hz=_clock(197e12, matrix_units=4, side=128),
             dimensions=2,
             largest=256,
+            int8_ops=393e12,
         ),
         Chip(
             "v5p",
@@ -85,6 +95,7 @@ CHIPS = {
             clock_hz=_clock(459e12, matrix_units=8, side=128),
             dimensions=3,
             largest=8960,
+            int8_ops=918e12,
         ),
         Chip(
             "v6e",
@@ -96,6 +107,7 @@ CHIPS = {
             clock_hz=_clock(918e12, matrix_units=4, side=256),
             dimensions=2,
             largest=256,
+            int8_ops=1836e12,
         ),
         Chip(
             "A100",
@@ -104,6 +116,7 @@ CHIPS = {
             hbm_bytes=40e9,  # the smaller of the two
             hbm_bandwidth=1555e9,
             interconnect=300e9,
+            int8_ops=624e12,
         ),
         Chip(
             "H100",
@@ -112,6 +125,8 @@ CHIPS = {
             hbm_bytes=80e9,
             hbm_bandwidth=3350e9,
             interconnect=450e9,
+            int8_ops=1979e12,
+            float8_flops=1979e12,
         ),
         Chip(
             "H200",
@@ -120,6 +135,8 @@ CHIPS = {
             hbm_bytes=141e9,
             hbm_bandwidth=4800e9,
             interconnect=450e9,
+            int8_ops=1979e12,
+            float8_flops=1979e12,
         ),
     )
 }
@@ -128,6 +145,28 @@ CHIPS = {
 def find_chip(device_kind: str) -> Chip | None:
     """The chip of a jax device of this kind (one of two devices on a v4); None if unknown."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+def check_matmuls(matmuls: str, chip: Chip | None) -> None:
+    """Refuses narrow numbers for which a chip has no matrix units.
+
+    CPUs compute them all, and chips that are not known here are not refused.
+
+    Args:
+      matmuls: key of `narrow.KINDS`.
+      chip: chip that is to compute them; None for another than those of CHIPS.
+
+    Raises:
+      ConfigError: the chip would compute them in another dtype.
+    """
+    if chip is None or chip.peak(matmuls):
+        return
+    others = [repr(kind) for kind in KINDS if chip.peak(kind)]
+    instead = " or ".join([*others, "'', the compute dtype"])
+    raise ConfigError(
+        f"teacher.matmuls={matmuls!r}, but the matrix units of a {chip.name} multiply no such "
+        f"numbers; set it to {instead}"
+    )
 
 
 def topologies() -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fd_jax.models import kernels
 from fd_jax.models.kernels.xla import attention_logits
-from fd_jax.models.layers import Dense, LayerNorm, linear, zeros
+from fd_jax.models.layers import Dense, LayerNorm, multiply, zeros
 from fd_jax.models.rotary import Rotation
 
 QkvBias = Literal["qkv", "qv", "none"]
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         # A matmul each: of one result [B, N, 3, D] a TPU copies every part before its first use.
         batch, tokens, width = x.shape
         rows, kernel, lora = x.reshape(-1, width), self.qkv.kernel[...], self.qkv.lora
-        reduced = None if lora is None else lora.reduce(rows)
+        reduced, scales = None if lora is None else lora.reduce(rows), self.qkv.scale
 
         def arranged(parameter: jax.Array, index: int) -> jax.Array:
             if rotate is None or index == 2:  # values are not rotated
@@ -170,7 +170,8 @@ class Attention(nnx.Module):
         for index, bias in enumerate(biases):
             weights = arranged(kernel[:, index], index)
             bias = None if bias is None else arranged(bias, index)
-            part: jax.Array = linear(rows, weights, bias, self.qkv.dtype, self.qkv.grad_dtype)
+            scale = None if scales is None else arranged(scales[index], index)
+            part = multiply(rows, weights, scale, bias, self.qkv.dtype, self.qkv.grad_dtype)
             if lora is not None:
                 part = part + lora.expand(reduced, arranged(lora.b[...][:, index], index))
             parts.append(part.reshape(batch, tokens, self.heads, width // self.heads))

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from fd_jax.models import narrow
+
 Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
 
@@ -194,14 +196,30 @@ def _linear_backward(dtype, grad_dtype, residuals, g):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def multiply(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    dtype: DTypeLike,
+    grad_dtype: DTypeLike,
+) -> jax.Array:
+    """`linear`; or `narrow.linear`, without a gradient, of a kernel that has factors `scale`."""
+    if scale is None:
+        return linear(x, kernel, bias, dtype, grad_dtype)
+    return narrow.linear(x, kernel, scale, bias, dtype)
+
+
 class Dense(nnx.Module):
     """A linear layer on tokens: kernel [D, *out], float32 master, matmul in `dtype`.
 
     Attributes:
       lora: a low-rank update of the kernel, see `lora.LowRank`; None without one.
+      kernel_scale: factors of a kernel of narrow numbers, see `quantized`; None for another.
     """
 
     lora: Any = None
+    kernel_scale: Any = None
 
     def __init__(
         self,
@@ -229,10 +247,15 @@ class Dense(nnx.Module):
         """
         bias = None if self.bias is None else self.bias[...]
         rows = x.reshape(-1, x.shape[-1])
-        y: jax.Array = linear(rows, self.kernel[...], bias, self.dtype, self.grad_dtype)
+        y = multiply(rows, self.kernel[...], self.scale, bias, self.dtype, self.grad_dtype)
         if self.lora is not None:
             y = y + self.lora(rows)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
+
+    @property
+    def scale(self) -> jax.Array | None:
+        """The factors of a narrow kernel, [*out] float32; None for another."""
+        return None if self.kernel_scale is None else self.kernel_scale[...]
 
 
 def drop_path(branch: jax.Array, uniform: jax.Array | None, *, rate: float) -> jax.Array:

@@ -4,7 +4,7 @@ A network gets them after it is built, so that no family of networks has to know
 no part of an architecture: `merged` adds them to the kernels when a network is exported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
@@ -15,12 +15,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fd_jax.errors import ConfigError
-from fd_jax.models import layers
+from fd_jax.models import layers, linear_layers
 from fd_jax.typing import PyTree
 
-# Names of the layers that can have an update, and of the parts of a block that they are in.
-TARGETS = ("qkv", "proj", "fc1", "fc2", "gate")
-_PARTS = ("attn", "mlp")
+TARGETS = linear_layers.NAMES  # names of the layers that can have an update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ def add(
       ConfigError: the network has no layer of a target's name, or one for which the rank is no
         saving.
     """
-    found = list(_layers(network))
+    found = list(linear_layers.of(network))
     names = {path.rpartition("/")[2] for path, _ in found}
     if missing := [name for name in lora.targets if name not in names]:
         raise ConfigError(
@@ -132,16 +130,6 @@ def merged(params: PyTree, lora: Lora) -> PyTree:
         product = jnp.tensordot(a, b, axes=1, precision="highest")
         rest["kernel"] = params["kernel"] + lora.scale * product
     return rest
-
-
-def _layers(network: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """The linear layers of attention and MLPs by their paths, sorted."""
-    paths = {
-        "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(network)
-        if isinstance(module, layers.Dense) and len(path) > 1 and path[-2] in _PARTS
-    }
-    yield from sorted(paths.items())
 
 
 def _check_rank(rank: int, path: str, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from fd_jax.errors import ModelFolderError, first_few
-from fd_jax.models import description, kernels, resize, sizes
+from fd_jax.models import description, kernels, quantized, resize, sizes
 from fd_jax.models.convnext import ConvNeXt
 from fd_jax.models.heads import Classifier, Pooling, Projector
 from fd_jax.models.keys import param_keys
@@ -96,10 +96,11 @@ class ModelSpec:
         if self.class_names is not None:
             _check_names(self.class_names, self.classes)
 
-    def build(self, *, rngs: nnx.Rngs, **runtime) -> nnx.Module:
+    def build(self, *, rngs: nnx.Rngs, matmuls: str = "", **runtime) -> nnx.Module:
         """The network with fresh parameters; `runtime` is drop_path, init, dtype and the like.
 
-        `lift` of the architecture is of any family: channels to which features are projected.
+        `lift` of the architecture is of any family: channels to which features are projected. So is
+        `matmuls`: the numbers that linear layers multiply, see `quantized.hold`; "" for `dtype`.
         """
         arch = dict(self.arch)
         lift = arch.pop("lift", None)
@@ -108,6 +109,8 @@ class ModelSpec:
             dtypes = {name: runtime[name] for name in ("dtype", "grad_dtype") if name in runtime}
             network.lift = Projector(network.width, lift, **dtypes, rngs=rngs)
             network.width = lift
+        if matmuls:
+            quantized.hold(network, matmuls)
         return network
 
     def abstract(self, **runtime) -> tuple[nnx.GraphDef, dict[str, Any]]:

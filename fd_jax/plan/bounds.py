@@ -16,11 +16,12 @@ class Bounds:
     """Bounds of one step on the whole slice; all times are in seconds.
 
     Attributes:
-      compute: time of the model's matmuls at peak, including those that remat repeats.
+      compute: time of the model's matmuls at peak, including those that remat repeats; at that of
+        narrow numbers where a teacher multiplies such.
       hbm: time of the compiled program's HBM traffic at full bandwidth.
       interconnect: time for each chip to receive its bytes over all its links together.
       images_per_second: upper bound for the slice.
-      mfu: upper bound: model FLOPs at that rate, divided by peak.
+      mfu: upper bound: model FLOPs at that rate, divided by the bfloat16 peak.
       chip_hours: lower bound for the whole run; of its matmuls alone where image sizes vary, since
         only the step of the largest size is compiled.
       estimated_seconds: the compiler's estimated cycles of all instructions in sequence, and the
@@ -66,7 +67,7 @@ def step_bounds(
     peak = chip.bf16_flops * target.chips
     # Devices on one chip can share what they receive: a chip needs at least what one of them needs.
     received = sum(c.received for c in compiled.collectives)
-    compute = work.executed * batch / peak
+    compute = work.seconds(chip) * batch / target.chips
     hbm = compiled.hbm_traffic * target.devices_per_chip / chip.hbm_bandwidth
     interconnect = received / chip.interconnect
     seconds = max(compute, hbm, interconnect)

@@ -73,7 +73,9 @@ class Planner:
             files.write_text(self.output, json.dumps(plan, indent=2) + "\n")
 
     def _define(self, config: Config) -> experiment.Experiment:
-        return experiment.define(config, start=self.start, examples=self.examples)
+        planned = experiment.define(config, start=self.start, examples=self.examples)
+        planned.work.seconds(self.target.chip)  # refuses matmuls for which it has no units
+        return planned
 
     def _facts(self, planned: experiment.Experiment) -> Plan:
         mesh = sharding.make_mesh(**planned.config.mesh, devices=self.target.devices)

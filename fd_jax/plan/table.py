@@ -44,6 +44,7 @@ def run_facts(experiment: Experiment, target: Slice, mesh_shape: dict[str, int])
             "forward": work.forward,
             "backward": work.backward,
             "recomputed": work.recomputed,
+            "narrow": dict(work.narrow),
             "closed_form": work.executed,
         },
     }
@@ -150,7 +151,11 @@ def facts(plan: dict[str, Any]) -> str:
         ),
         *_sizes_row(plan),
         ("parameters", f"{counts['trained']:,} trained, {counts['frozen']:,} frozen"),
-        ("FLOPs per image", f"{work['closed_form'] / 1e9:.2f} G by closed form"),
+        (
+            "FLOPs per image",
+            f"{work['closed_form'] / 1e9:.2f} G by closed form"
+            + "".join(f", {f / 1e9:.2f} G of it in {kind}" for kind, f in work["narrow"].items()),
+        ),
     ]
     return _lines(rows)
 

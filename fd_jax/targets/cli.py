@@ -130,7 +130,11 @@ def _complete(folder: epath.Path, content: Description) -> Description:
 
 def _teacher(args: argparse.Namespace) -> Teacher:
     return Teacher.of_folder(
-        args.teacher, image_size=args.image_size, stages=args.stages, dtype=args.dtype
+        args.teacher,
+        image_size=args.image_size,
+        stages=args.stages,
+        dtype=args.dtype,
+        matmuls=args.matmuls,
     )
 
 
@@ -188,7 +192,9 @@ def _planned(
 def teacher_facts(teacher: Teacher, *, after_norm: bool) -> dict[str, Any]:
     """By which the teacher of targets is known."""
     origin = dataclasses.asdict(teacher.origin(after_norm=after_norm))
-    return {**origin, "dtype": str(jax.numpy.dtype(teacher.dtype))}
+    # Left out where it says nothing, so that folders of earlier versions can be gone on with.
+    matmuls = {"matmuls": teacher.matmuls} if teacher.matmuls else {}
+    return {**origin, "dtype": str(jax.numpy.dtype(teacher.dtype)), **matmuls}
 
 
 def network_facts(teacher: Teacher) -> dict[str, Any]:

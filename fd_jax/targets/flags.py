@@ -9,6 +9,7 @@ from fd_jax.console import at_least
 from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.stored import codecs
 from fd_jax.models.cropping import EVAL_RATIO
+from fd_jax.models.narrow import KINDS
 
 SHARD_SIZE = 2048  # pictures: 0.6 GB of a ViT-B's maps in bfloat16, and 626 files for ImageNet
 COMPONENTS = 256
@@ -49,6 +50,7 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     add("--stages", type=at_least(0), default=0, help="teacher.stages of the run")
     add("--before_norm", action="store_true", help="for target.after_norm=False")
     add("--dtype", default="auto", help="dtype of the teacher: auto, float32, ...")
+    add("--matmuls", choices=("", *KINDS), default="", help="teacher.matmuls of the run")
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:

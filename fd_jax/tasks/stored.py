@@ -75,7 +75,7 @@ class StoredTeacher(Teacher):
         if self.held_out:
             self._check_held_out(section)
         network = ml_collections.ConfigDict(section.network.to_dict())
-        network.update(image_size=0, stages=0)  # those of its description
+        network.update(image_size=0, stages=0, matmuls="")  # as described, and it does not run
         super().__init__(network, dtype=dtype, head=False, spec=self.targets.spec())
 
     def origin(self, *, after_norm: bool) -> Origin:
@@ -147,7 +147,8 @@ class StoredTeacher(Teacher):
         here |= {"image_size": network.image_size} if network.image_size else {}
         here |= {"source": network.source} if network.source else {}
         here |= _weights_of(network.path)
-        if lines := description.unlike(self.targets.teacher, here):
+        here["matmuls"] = network.get("matmuls", "")
+        if lines := description.unlike(_of_teacher(self.targets), here):
             raise ConfigError(
                 f"the targets in {self.folder} are not those of the {section.role} of this "
                 "config:\n"
@@ -161,7 +162,7 @@ class StoredTeacher(Teacher):
         folder = folder_of(section, HELD_OUT)
         other = description.read(folder)
         stored, here = (
-            {**each.teacher, **dataclasses.asdict(each.codec), "decoder": dict(each.decoder)}
+            {**_of_teacher(each), **dataclasses.asdict(each.codec), "decoder": dict(each.decoder)}
             for each in (other, self.targets)
         )
         if lines := description.unlike(stored, here):
@@ -174,6 +175,11 @@ class StoredTeacher(Teacher):
 
 
 _FACTS = dataclasses.fields(Origin)
+
+
+def _of_teacher(targets: description.Description) -> dict[str, Any]:
+    """What targets know of their teacher; matmuls are there only if they are quantised."""
+    return {"matmuls": "", **targets.teacher}
 
 
 def _weights_of(path: str) -> dict[str, int]:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from fd_jax import model_folder
-from fd_jax.cost import flops
+from fd_jax.cost import flops, hardware
 from fd_jax.errors import ConfigError
-from fd_jax.models import resize, sizes
+from fd_jax.models import kernels, quantized, resize, sizes
 from fd_jax.models.features import FeatureMap
 from fd_jax.models.spec import FAMILIES, ModelSpec
 from fd_jax.normalization.statistics import Origin
+from fd_jax.optimizer import path_name
 from fd_jax.precision import compute_dtype
 from fd_jax.tasks.base import apply_frozen
 from fd_jax.typing import Config, PyTree
@@ -34,6 +35,7 @@ class Teacher:
       drop_path: drop-path rate of its last block.
       follows: whether its input size follows that of the student's images where that varies.
       attention: name of the attention implementation that it uses.
+      matmuls: numbers that its linear layers multiply, a key of `narrow.KINDS`; "" for `dtype`.
     """
 
     def __init__(
@@ -56,10 +58,13 @@ class Teacher:
 
         Raises:
           ConfigError: the folder holds another teacher, or the teacher lacks the requested stages
-            or head.
+            or head, or it or this device cannot have these matmuls.
           ModelFolderError: there is no such folder.
         """
         self.dtype = dtype
+        self.matmuls: str = config.get("matmuls", "")
+        if self.matmuls:
+            hardware.check_matmuls(self.matmuls, hardware.find_chip(kernels.device_kind() or ""))
         self.drop_path = config.drop_path
         self.follows: bool = config.get("follow", False)
         self._path, self._stages = config.path, config.stages
@@ -81,7 +86,13 @@ class Teacher:
 
     @classmethod
     def of_folder(
-        cls, path: str, *, image_size: int = 0, stages: int = 0, dtype: str = "auto"
+        cls,
+        path: str,
+        *,
+        image_size: int = 0,
+        stages: int = 0,
+        dtype: str = "auto",
+        matmuls: str = "",
     ) -> "Teacher":
         """A teacher without a run, for commands that compute with it alone; has no head.
 
@@ -90,12 +101,13 @@ class Teacher:
           image_size: side of its input in pixels; 0 for its own.
           stages: number of first stages; 0 for all.
           dtype: name of the dtype of its weights and matmuls, see `precision.compute_dtype`.
+          matmuls: what its linear layers multiply, see the attribute.
 
         Raises:
           ConfigError, ModelFolderError: as the constructor says.
         """
         fields = {"path": path, "source": "", "image_size": image_size, "stages": stages}
-        section = ml_collections.ConfigDict({**fields, "drop_path": 0.0})
+        section = ml_collections.ConfigDict({**fields, "drop_path": 0.0, "matmuls": matmuls})
         return cls(section, dtype=compute_dtype(dtype), head=False)
 
     @property
@@ -121,18 +133,28 @@ class Teacher:
         return Origin.of(self._path, self.spec, stages=self._stages, after_norm=after_norm)
 
     def load(self) -> PyTree:
-        """Its weights as host arrays in the compute dtype, resized to its input size."""
+        """Its weights as host arrays, resized to its input size.
+
+        They are in the compute dtype, but for those that `quantized.rounded` makes.
+        """
         spec, parts = model_folder.load(self._path)
         _, encoder = spec.resized(parts["encoder"], self.image_size)
         if self._stages:
             encoder = FAMILIES[spec.family].first_stages_params(encoder, spec.arch, self._stages)
+        if self.matmuls:
+            encoder = quantized.rounded(encoder, self.matmuls)
         weights = {"encoder": encoder, **{name: parts[name] for name in self._head_shapes}}
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), weights)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.astype(self._held_dtype(path, leaf)), weights
+        )
 
     def abstract(self) -> PyTree:
         """Shapes and dtypes of `load`, without reading weights."""
         shapes = {"encoder": self._shapes, **self._head_shapes}
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, self._held_dtype(path, leaf)),
+            shapes,
+        )
 
     def features(
         self,
@@ -226,7 +248,8 @@ class Teacher:
           attends: whether the attention of the class token is read.
         """
         size = own_size or self.image_size
-        work = flops.network(self._spec_at(size), trains=False, until=until)
+        spec = self._spec_at(size)
+        work = flops.network(spec, trains=False, until=until, matmuls=self.matmuls)
         if attends:
             keys = math.prod(self.grid_at(size)) + self.cls + self.spec.arch["registers"]
             work += flops.Flops(2.0 * keys * self.width)
@@ -252,7 +275,11 @@ class Teacher:
         return dataclasses.replace(self.spec, arch=arch)
 
     def _abstract(self, spec: ModelSpec) -> tuple[nnx.GraphDef, PyTree]:
-        return spec.abstract(dtype=self.dtype, drop_path=self.drop_path, attention=self.attention)
+        runtime = {"drop_path": self.drop_path, "attention": self.attention}
+        return spec.abstract(dtype=self.dtype, matmuls=self.matmuls, **runtime)
+
+    def _held_dtype(self, path: Any, leaf: Any) -> jnp.dtype:
+        return quantized.held_dtype(path_name(path), leaf, self.dtype)
 
 
 def resize_images(images: jax.Array, size: int) -> jax.Array:

@@ -22,11 +22,15 @@ ROWS = 4
 SWIN = {"embed_width": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
 
 
-def matmul_flops(jaxpr):
-    """Two FLOPs per multiply-add of every dot_general, also inside calls; there are no loops."""
+def matmul_flops(jaxpr, *, narrow=True):
+    """Two FLOPs per multiply-add of every dot_general, also inside calls; there are no loops.
+
+    Those of numbers of eight bits are left out without `narrow`.
+    """
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        wide = equation.invars and equation.invars[0].aval.dtype.itemsize > 1
+        if equation.primitive.name == "dot_general" and (narrow or wide):
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
@@ -34,12 +38,13 @@ def matmul_flops(jaxpr):
         if equation.primitive.name == "conv_general_dilated":
             total += convolution_flops(equation)
         if equation.primitive.name == "cond":  # one branch for each platform
-            total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
+            branches = equation.params["branches"]
+            total += max(matmul_flops(branch.jaxpr, narrow=narrow) for branch in branches)
         for value in equation.params.values():
             if isinstance(value, jex.ClosedJaxpr):
-                total += matmul_flops(value.jaxpr)
+                total += matmul_flops(value.jaxpr, narrow=narrow)
             elif isinstance(value, jex.Jaxpr):
-                total += matmul_flops(value)
+                total += matmul_flops(value, narrow=narrow)
     return total
 
 
@@ -144,6 +149,7 @@ CASES = {
     "masked, two levels, remat full": lambda: masked(0, 1, remat="full"),
     "masked, two levels, remat dots": lambda: masked(0, 1, remat="dots"),
     "levels of all patches": lambda: masked(1, 2, **{"student.mask.keep": 1.0}),
+    "teacher in int8": lambda: distillation(**{"teacher.matmuls": "int8"}),
     "cls": lambda: distillation(**{"target.kind": "cls"}),
     "gap": lambda: distillation(**{"target.kind": "gap"}),
     "remat dots": lambda: distillation(remat="dots"),

@@ -463,6 +463,7 @@ def test_a_run_is_planned_from_a_description_alone():
         ({"teacher.source": "x"}, "source: stored 'tiny', here 'x'"),
         ({"target.after_norm": False}, "after_norm: stored True, here False"),
         ({"teacher.image_size": 24}, "image_size: stored 32, here 24"),
+        ({"teacher.matmuls": "int8"}, "matmuls: stored '', here 'int8'"),
         ({"data.flip": False}, "flip: stored True, here False(.|\n)*mirrored map is not the map"),
         ({"data.min_area": 0.5}, "min_area: stored 0.3, here 0.5"),
         ({"data.interpolation": "bicubic"}, "interpolation: stored 'bilinear', here 'bicubic'"),
@@ -486,6 +487,19 @@ def test_targets_that_do_not_fit_a_run_are_refused_before_work(
         settings.check(config)
         loop.fit(DistillTask(config), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_targets_of_a_quantised_teacher_are_for_runs_that_say_so(
+    folders, teacher, embedded_data, tmp_path
+):
+    folder = tmp_path / "int8"
+    flags = ("--matmuls=int8", "--quantization=float32")
+    assert make(teacher, embedded_data, folder, *flags) == 0
+    task_of(embedded_data, folder, **{"teacher.matmuls": "int8"})
+    with pytest.raises(ConfigError, match="matmuls: stored 'int8', here ''"):
+        task_of(embedded_data, folder)
+    maps, exact = (everything(each)[2]["values"] for each in (folder, folders["float32"]))
+    assert 1e-3 < np.linalg.norm(maps - exact) / np.linalg.norm(exact) < 0.03
 
 
 def test_targets_of_other_weights_are_refused(folders, embedded_data, tmp_path):
@@ -558,6 +572,7 @@ def test_two_folders_of_different_views_are_refused(folders, teacher, embedded_d
         (("--quantization=int8",), "maps.kind: 'bfloat16' -> 'int8'"),
         (("--before_norm",), "teacher.after_norm: True -> False"),
         (("--split=train[:43]",), "data.examples: 44 -> 43"),
+        (("--matmuls=int8",), "teacher.matmuls: (absent) -> 'int8'"),
     ],
 )
 def test_a_folder_is_not_gone_on_with_by_another_command(

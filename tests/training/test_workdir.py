@@ -45,7 +45,8 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_new_fields(name, tmp_pa
     assert absent & settings.NEUTRAL.keys() == settings.flat(config.to_dict()).keys() & (
         settings.NEUTRAL.keys()
     )
-    assert of_one == ({"follow", "targets", "eval_targets", "target.blocks"} if of_one else set())
+    added = {"follow", "targets", "eval_targets", "matmuls", "target.blocks"}
+    assert of_one == (added if of_one else set())
     (tmp_path / workdirs.CONFIG).write_text(json.dumps(old))
     workdirs.check(epath.Path(tmp_path), config, accept=False)
 

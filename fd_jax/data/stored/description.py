@@ -83,7 +83,8 @@ class Description:
 
     Attributes:
       teacher: of which teacher the maps are: source, weights (a digest), image_size, stages and
-        after_norm as in `normalization.statistics.Origin`, and the dtype in which it ran.
+        after_norm as in `normalization.statistics.Origin`, the dtype in which it ran, and matmuls
+        if its linear layers multiplied narrow numbers, see `Teacher`.
       network: description of that teacher, as in its model.json.
       codec: how maps are stored.
       decoder: digests of the constants with which they are decoded, by group of tokens.

@@ -14,6 +14,7 @@ from fd_jax.models.kernels import cudnn, pallas_tpu, xla
 from fd_jax.models.kernels.base import (
     Implementation,
     compiling_for,
+    device_kind,
     mask_keys,
     platform,
     split_over,
@@ -25,6 +26,7 @@ __all__ = [
     "PREFERRED",
     "choose",
     "compiling_for",
+    "device_kind",
     "mask_keys",
     "split_over",
 ]

@@ -87,6 +87,11 @@ def platform() -> str:
     return _PLATFORM.get() or jax.default_backend()
 
 
+def device_kind() -> str | None:
+    """The kind of chip that networks are built for; None if it is one of another machine."""
+    return None if _PLATFORM.get() else jax.devices()[0].device_kind
+
+
 @contextlib.contextmanager
 def split_over(mesh: Mesh, *, batch: tuple[str, ...], heads: str) -> Iterator[None]:
     """Kernels that are traced inside run on each device's part of the examples and heads.
