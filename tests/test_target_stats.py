@@ -1,5 +1,11 @@
 """The statistics pass, against the network called by hand and plain numpy."""
 
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +15,10 @@ from fd_jax import load_model, target_stats
 from fd_jax.data import datasets, transforms
 from fd_jax.normalization import statistics
 from fd_jax.tasks.distill import DistillTask
-from tests import tiny
+from fd_jax.tasks.teacher import Teacher
+from tests import tiny, xla
 
+ROOT = pathlib.Path(__file__).parent.parent
 COUNT = 61  # a prime, so that the last batch is padded and devices get different parts of it
 
 
@@ -104,3 +112,34 @@ def test_an_existing_file_is_kept_unless_it_may_be_replaced(
     assert run(teacher, embedded_data, measured) == 2
     assert "stats.npz exists" in capsys.readouterr().err
     assert measured.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pictures_and_measure_the_same(teacher, embedded_data, tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+
+    def start(name, devices, *flags):
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
+        command = [sys.executable, "-m", "fd_jax.target_stats", f"--teacher={teacher}"]
+        command += ["--data=digits", f"--data_dir={embedded_data}", f"--split=test[:{COUNT}]"]
+        command += [f"--output={tmp_path / name}.npz", "--batch_size=16", *flags]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    shared = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    running = [start("one", 1)]
+    running += [start("two", 2, *shared, f"--process_id={number}") for number in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    origin = Teacher.of_folder(str(teacher)).origin(after_norm=True)
+    one, two = (statistics.load(tmp_path / f"{name}.npz", origin) for name in ("one", "two"))
+    assert one.keys() == two.keys() == {"cls", "patch", "gap"}
+    for group, alone in one.items():
+        assert two[group].tokens == alone.tokens
+        for field in ("mean", "covariance"):
+            want = getattr(alone, field)
+            got = getattr(two[group], field)
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
