@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from fd_jax import console, sharding
-from fd_jax.cli import processes
+from fd_jax.cli import processes, teacher_flags
 from fd_jax.console import at_least, say
 from fd_jax.errors import ConfigError, DataError
 from fd_jax.models.features import FeatureMap
@@ -149,9 +149,7 @@ def _run(args: argparse.Namespace) -> None:
     from fd_jax.data import datasets
 
     output = _check_output(epath.Path(args.output), overwrite=args.overwrite)
-    teacher = Teacher.of_folder(
-        args.teacher, image_size=args.image_size, stages=args.stages, dtype=args.dtype
-    )
+    teacher = teacher_flags.teacher(args)
     name = datasets.name_of(args.data)
     whole = datasets.open_dataset(name, args.split, data_dir=args.data_dir)
     dataset = datasets.spread(whole, args.images) if args.images else whole
@@ -190,27 +188,23 @@ def _check_output(output: epath.Path, *, overwrite: bool) -> epath.Path:
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("python -m fd_jax.target_stats", __doc__)
     add = parser.add_argument
-    add("--teacher", required=True, help="model folder")
+    teacher_flags.add(parser)
     add("--data", required=True, help="TFDS name, or folder of images")
     add("--split", default="train", help="split of the dataset, such as train[:10%%]")
     add("--data_dir", help="folder of prepared TFDS data")
     add("--output", required=True, help="file to write; its name ends in .npz")
-    add("--image_size", type=at_least(0), default=0, help="input size of the teacher in the run")
     add(
         "--data_size",
         type=at_least(0),
         default=0,
         help="data.image_size of the run, if the teacher resizes its pictures; default: the same",
     )
-    add("--stages", type=at_least(0), default=0, help="teacher.stages of the run")
-    add("--before_norm", action="store_true", help="for target.after_norm=False")
     add(
         "--images",
         type=at_least(0),
         default=IMAGES,
         help=f"number of pictures, spread evenly over the data; 0 for all; default: {IMAGES}",
     )
-    add("--dtype", default="auto", help="dtype of the teacher, as in the run: auto, float32, ...")
     add(
         "--batch_size",
         type=at_least(0),

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from fd_jax import sharding
-from fd_jax.cli import processes
+from fd_jax.cli import processes, teacher_flags
 from fd_jax.console import say
 from fd_jax.data import datasets
 from fd_jax.data.stored import codecs, description, replay
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     shards.check_output(folder)
     if args.held_out and args.views > 1:
         raise ConfigError(f"--views={args.views}: a held-out picture has one view; set it to 1")
-    teacher = _teacher(args)
+    teacher = teacher_flags.teacher(args, matmuls=args.matmuls)
     name = datasets.name_of(args.data)
     skip = datasets.OFFICIAL_SKIPPED if args.skip_official else ()
     dataset = datasets.open_dataset(name, args.split, data_dir=args.data_dir, skip=skip)
@@ -126,16 +126,6 @@ def _complete(folder: epath.Path, content: Description) -> Description:
         shards.complete(folder, content)
     sharding.barrier("targets are complete")
     return description.read(folder, complete=True)
-
-
-def _teacher(args: argparse.Namespace) -> Teacher:
-    return Teacher.of_folder(
-        args.teacher,
-        image_size=args.image_size,
-        stages=args.stages,
-        dtype=args.dtype,
-        matmuls=args.matmuls,
-    )
 
 
 def _constants(args: argparse.Namespace, teacher: Teacher) -> dict[str, Any]:

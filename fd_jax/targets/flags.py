@@ -4,7 +4,7 @@ import argparse
 from typing import get_args
 
 from fd_jax import console
-from fd_jax.cli import processes
+from fd_jax.cli import processes, teacher_flags
 from fd_jax.console import at_least
 from fd_jax.data.base import Crop, Interpolation
 from fd_jax.data.stored import codecs
@@ -19,12 +19,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of the command; `description` is what it does."""
     result = console.parser("python -m fd_jax.targets", description)
     add = result.add_argument
-    add("--teacher", required=True, help="model folder")
     add("--data", required=True, help="TFDS name, or folder of images")
     add("--split", default="train", help="split of the dataset: data.split of the run")
     add("--data_dir", help="folder of prepared TFDS data")
     add("--output", required=True, help="folder to write, or to go on with")
-    _add_teacher(result)
+    teacher_flags.add(result)
+    add("--matmuls", choices=("", *KINDS), default="", help="teacher.matmuls of the run")
     _add_views(result)
     _add_storage(result)
     add(
@@ -42,15 +42,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     processes.add_flags(result)
     return result
-
-
-def _add_teacher(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--image_size", type=at_least(0), default=0, help="input size of the teacher")
-    add("--stages", type=at_least(0), default=0, help="teacher.stages of the run")
-    add("--before_norm", action="store_true", help="for target.after_norm=False")
-    add("--dtype", default="auto", help="dtype of the teacher: auto, float32, ...")
-    add("--matmuls", choices=("", *KINDS), default="", help="teacher.matmuls of the run")
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
