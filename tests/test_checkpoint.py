@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ import pytest
 
 from fd_jax.checkpoint import Checkpoints
 from fd_jax.errors import CheckpointError, DamagedCheckpointError, StorageError
+from tests import ports
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -162,9 +162,7 @@ def test_all_processes_agree_on_what_is_damaged(tmp_path):
     shutil.copytree(one, other)
     record = next((other / "4" / "record").iterdir())
     record.write_text(json.dumps({**json.loads(record.read_text()), "step": 5}))
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ from fd_jax.data import datasets, transforms
 from fd_jax.normalization import statistics
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.teacher import Teacher
-from tests import tiny, xla
+from tests import ports, tiny, xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 COUNT = 61  # a prime, so that the last batch is padded and devices get different parts of it
@@ -116,9 +115,7 @@ def test_an_existing_file_is_kept_unless_it_may_be_replaced(
 
 @pytest.mark.slow
 def test_two_processes_share_the_pictures_and_measure_the_same(teacher, embedded_data, tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
 
     def start(name, devices, *flags):
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}

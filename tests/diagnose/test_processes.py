@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import tiny, xla
+from tests import ports, tiny, xla
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -66,9 +65,7 @@ def test_a_killed_command_gives_the_same_figures_when_given_again(folder, embedd
 
 def test_two_processes_share_the_images_and_give_the_same_figures(folder, embedded_data, tmp_path):
     finish(start(folder, embedded_data, tmp_path / "one", "--batch_size=16", devices=1))
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
     flags = ("--batch_size=16", f"--coordinator=localhost:{port}", "--num_processes=2")
     processes = [
         start(folder, embedded_data, tmp_path / "two", *flags, f"--process_id={i}", devices=2)

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -24,7 +23,7 @@ from fd_jax.evaluation import evaluators, segmentation
 from fd_jax.models.segmenter import sliding
 from fd_jax.tasks.segment import SegmentTask
 from fd_jax.training import program
-from tests import tiny, xla
+from tests import ports, tiny, xla
 from tests.evaluation import segments
 from tests.evaluation.segments import CLASSES, SCALE, SIDE
 
@@ -411,9 +410,7 @@ def finish(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor,devices", [(1, 2), (2, 1)], ids=["shared", "same rows"])
 def test_two_processes_give_the_same_numbers(made, tensor, devices):
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
     processes = [start(i, 2, port, tensor, devices) for i in range(2)]
     first, second = map(finish, processes)
     names = [p.name for p in segments.held_out().items]
@@ -429,9 +426,7 @@ def test_two_processes_give_the_same_numbers(made, tensor, devices):
 @pytest.mark.slow
 def test_a_picture_that_one_process_cannot_read_is_left_out_by_all(made, whole_run):
     """Without an agreement, the processes would wait for each other with different programs."""
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
     processes = [start(i, 2, port, 1, 1, "whole", i) for i in range(2)]
     first, second = map(finish, processes)
     items = segments.held_out().items

@@ -4,7 +4,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import pytest
 
 from fd_jax.data.stored import replay
-from tests import xla
+from tests import ports, xla
 from tests.targets.making import COUNT
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -84,9 +83,7 @@ def test_kills_at_random_moments_leave_neither_gap_nor_duplicate(teacher, embedd
 
 def test_two_processes_write_the_shards_of_one(teacher, embedded_data, tmp_path):
     finish(start(teacher, embedded_data, tmp_path / "one"))
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+    port = ports.free()
     shared = (f"--coordinator=localhost:{port}", "--num_processes=2")
     # Each process says which shards it writes.
     code = (

@@ -19,9 +19,9 @@ from fd_jax.metrics import Mean
 from fd_jax.plan import experiment
 from fd_jax.tasks import registry, stored
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.training import feeds, loop, metric_writer, program
+from fd_jax.training import feeds, loop, metric_writer
 from fd_jax.training import workdir as workdirs
-from tests import tiny
+from tests import programs, tiny
 from tests.targets.making import COUNT, SEED, SHARD, SPLIT, VIEWS, fields, make
 
 KINDS = ("float32", "bfloat16", "int8", "pca_int8")
@@ -418,15 +418,9 @@ def test_one_teacher_may_run_beside_one_whose_maps_are_stored(folders, embedded_
     assert task.evaluators() == []
 
 
-def built(config, **given):
-    task = DistillTask(config, **given)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return program.build(task, config, mesh, steps_per_epoch=10, total_steps=100), task
-
-
 def lowered(config):
-    run, task = built(config, teacher_spec=tiny.teacher_spec())
-    return run.train_step.lower(run.state, run.frozen, run.batch, run.seed).as_text(), task
+    run, task = programs.built(config, teacher_spec=tiny.teacher_spec())
+    return programs.text(run), task
 
 
 def test_a_run_without_stored_targets_keeps_its_program(folders, embedded_data):
@@ -436,7 +430,7 @@ def test_a_run_without_stored_targets_keeps_its_program(folders, embedded_data):
     del older.teacher.targets, older.teacher.eval_targets
     assert lowered(older)[0] == plain
     config = tiny.config(**fields(embedded_data, folders["bfloat16"]))
-    run, task = built(config)
+    run, task = programs.built(config)
     assert run.batch["stored"].shape == (16, 17, 48) and jax.tree.leaves(run.frozen) == []
     work = live_task.goal.teacher.flops(32).forward
     assert task.flops().forward == pytest.approx(live_task.flops().forward - work)

@@ -13,7 +13,7 @@ from fd_jax.models.levels import NO_DECAY, first_mixing
 from fd_jax.tasks.distill import DistillTask
 from fd_jax.tasks.masking import DRAWS, Mask
 from fd_jax.training import loop, metric_writer, program
-from tests import tiny
+from tests import programs, tiny
 from tests.models import numpy_vit, vits
 
 ROWS, KEPT = 4, 5
@@ -212,10 +212,7 @@ def test_several_teachers_share_the_patches_that_one_of_them_attends_to():
 
 
 def lowered(config):
-    task = DistillTask(config, teacher_spec=tiny.teacher_spec())
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
-    return run.train_step.lower(run.state, run.frozen, run.batch, run.seed).as_text()
+    return programs.lowered(config, teacher_spec=tiny.teacher_spec())
 
 
 def test_a_run_without_masking_has_the_program_of_one_without_these_settings():

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from fd_jax import settings, sharding
+from fd_jax import settings
 from fd_jax.cost import hardware
 from fd_jax.errors import ConfigError
 from fd_jax.models.narrow import KINDS
 from fd_jax.plan import bounds, planning, topology
 from fd_jax.tasks.distill import DistillTask
-from fd_jax.training import program
-from tests import tiny
+from tests import programs, tiny
 from tests.cost.test_flops import matmul_flops
 from tests.models import resnets
 from tests.plan.test_experiment import FakeStep
@@ -31,10 +30,7 @@ def make(teacher, **fields):
 
 
 def lowered(config):
-    task = DistillTask(config, teacher_spec=tiny.teacher_spec())
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, config, mesh, steps_per_epoch=10, total_steps=100)
-    return run.train_step.lower(run.state, run.frozen, run.batch, run.seed).as_text()
+    return programs.lowered(config, teacher_spec=tiny.teacher_spec())
 
 
 def test_a_run_without_it_has_the_program_of_a_config_that_lacks_the_field():

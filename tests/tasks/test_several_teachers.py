@@ -15,7 +15,7 @@ from fd_jax.normalization import spectrum, statistics
 from fd_jax.tasks.distill import DROPPING_DRAWS, DistillTask
 from fd_jax.tasks.parts import in_parts
 from fd_jax.training import program
-from tests import tiny
+from tests import programs, tiny
 
 WIDTHS = {"first": 48, "second": 40}
 
@@ -102,21 +102,14 @@ def test_shapes_and_work_are_those_of_the_arrays_and_of_each_teacher(both, folde
     assert task.flops().forward == pytest.approx(sum(each) - student)
 
 
-def lowered(made, **given):
-    task = DistillTask(made, **given)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    run = program.build(task, made, mesh, steps_per_epoch=10, total_steps=100)
-    return run.train_step.lower(run.state, run.frozen, run.batch, run.seed).as_text()
-
-
 def test_a_single_named_teacher_has_the_program_of_an_unnamed_one():
     """Text for text, so also the one of earlier versions; another weight shows the difference."""
 
     def named(**fields):
         made = tiny.several([("clip", base.teacher("tiny"))], **fields)
-        return lowered(made, teacher_spec=tiny.teacher_spec())
+        return programs.lowered(made, teacher_spec=tiny.teacher_spec())
 
-    plain = lowered(tiny.config(), teacher_spec=tiny.teacher_spec())
+    plain = programs.lowered(tiny.config(), teacher_spec=tiny.teacher_spec())
     assert named() == plain
     assert named(**{"teachers.clip.weight": 0.5}) != plain
 

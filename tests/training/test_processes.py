@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 
 import fd_jax
 from fd_jax.training import loop, metric_writer
-from tests import tiny, xla
+from tests import ports, tiny, xla
 from tests.training import wandb_records
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -48,12 +47,6 @@ def classifying_config_file(embedded_data, tmp_path_factory):
     return path
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
-
-
 class Run:
     """`count` processes of one training run; `wait` kills those that are still running."""
 
@@ -68,7 +61,7 @@ class Run:
         }
         command = [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}"]
         if count > 1:
-            command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+            command += [f"--coordinator=localhost:{ports.free()}", f"--num_processes={count}"]
         self.processes = [
             subprocess.Popen(
                 [*command, *([f"--process_id={i}"] if count > 1 else []), *flags],
